@@ -1,0 +1,428 @@
+"""LoRATriple: which W moves with which factors A and B, and how each is seen as a matrix.
+
+In the mathematics W is (c, d), A is (c, r) and B is (r, d), and the branch adds
+``scaling * A @ B``. Stored tensors look otherwise: GPT-2 keeps W as (d, c), a convolution as
+(c, d1, kh, kw), a mixture of experts as (e, c, d). A `Layout` names one such way of storing and
+gives the matrices, the one of W always as a *view*, because it is written in place.
+
+Every check of a triple and every refusal of one stands in this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
+"""A tensor, or a module and the dotted name of an attribute that is looked up at every step."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the storage of W, A and B is seen as matrices (c, d), (c, r) and (r, d).
+
+    Attributes:
+        stored: the shape of W as it is stored, for messages.
+        ndim: the numbers of dimensions a stored W may have.
+        weight: W -> its matrix, a view.
+        left: (A, W) -> the (c, r) matrix of A.
+        right: (B, W) -> the (r, d) matrix of B, columns in the order of W's matrix.
+    """
+
+    stored: str
+    ndim: tuple[int, ...]
+    weight: Callable[[Tensor], Tensor]
+    left: Callable[[Tensor, Tensor], Tensor]
+    right: Callable[[Tensor, Tensor], Tensor]
+
+
+def _as_it_is(factor: Tensor, W: Tensor) -> Tensor:
+    return factor
+
+
+def _kernel_order(W: Tensor) -> list[int]:
+    """The dimensions of a convolution's W, input ones by falling stride, so that they flatten as a view.
+
+    In ``torch.channels_last`` the channel is the innermost one.
+    """
+    return [0, *sorted(range(1, W.dim()), key=W.stride, reverse=True)]
+
+
+def _conv_weight(W: Tensor) -> Tensor:
+    return W.permute(_kernel_order(W)).view(W.shape[0], -1)
+
+
+def _conv_left(A: Tensor, W: Tensor) -> Tensor:
+    return A.flatten(1)
+
+
+def _conv_right(B: Tensor, W: Tensor) -> Tensor:
+    kernels = B.unflatten(1, W.shape[1:]) if B.dim() == 2 else B
+    return kernels.permute(_kernel_order(W)).flatten(1)
+
+
+def _experts_left(A: Tensor, W: Tensor) -> Tensor:
+    return A if A.dim() == 3 else A.unflatten(1, (-1, W.shape[0])).permute(2, 0, 1)
+
+
+def _experts_right(B: Tensor, W: Tensor) -> Tensor:
+    return B if B.dim() == 3 else B.unflatten(0, (W.shape[0], -1))
+
+
+LAYOUTS: dict[str, Layout] = {
+    "linear": Layout("(c, d)", (2,), lambda W: W, _as_it_is, _as_it_is),
+    "transposed": Layout("(d, c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is),
+    "embedding": Layout("(rows d, width c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is),
+    "conv": Layout("(c, d1, *kernel)", (3, 4, 5), _conv_weight, _conv_left, _conv_right),
+    "experts": Layout("(e, c, d)", (3,), lambda W: W, _experts_left, _experts_right),
+    "transposed_experts": Layout("(e, d, c)", (3,), lambda W: W.mT, _experts_left, _experts_right),
+}
+
+
+class LoRATriple:
+    """A frozen weight W and the two factors of the LoRA branch beside it.
+
+    The branch computes ``scaling * A @ B`` next to W (with PEFT's names: A is ``lora_B``, B is
+    ``lora_A``). Each of W, A and B is a tensor, or ``(module, "attribute.path")``: then it is looked
+    up again at every step, which is right wherever a library may replace Parameter objects
+    (device moves, sharding, loading with ``assign=True``). `find_triples` always makes the latter.
+
+    Args:
+        W: the frozen weight, float16, bfloat16, float32 or float64, ``requires_grad=False``,
+            stored as ``layout`` says.
+        A: (c, r), trained. For ``layout="conv"`` (c, r, 1, ..) too; for stacks of experts (e, c, r),
+            or (c, r * e) with the expert's index running fastest, as PEFT packs it.
+        B: (r, d), trained. For ``layout="conv"`` (r, d1, *kernel) too; for stacks of experts
+            (e, r, d), or (e * r, d) with the expert's index running slowest.
+        scaling: what the branch multiplies A @ B by, alpha / r (or alpha / sqrt(r) in rsLoRA).
+            Finite and not zero. Default 1.0.
+        name: names the layer in messages and in checkpoints. Default: its place in the list.
+        layout: how W is stored: ``"linear"`` (c, d), the default; ``"transposed"`` (d, c), as in
+            GPT-2's Conv1D; ``"embedding"`` (rows, width), where the branch is (A @ B) transposed;
+            ``"conv"`` (c, d1, *kernel) with groups=1; ``"experts"`` (e, c, d);
+            ``"transposed_experts"`` (e, d, c).
+        rows: ``(start, stop)``: the branch belongs to these rows of the (c, d) matrix alone, as the
+            query part of a fused query-key-value weight.
+        columns: the same for its columns.
+
+    Raises:
+        ValueError: for an unknown layout, a bad ``rows`` or ``columns``, or a scaling that is zero or
+            not finite. What depends on the tensors is checked when an optimizer is built from the
+            triple (all layers at once), see `problems`.
+
+    Example:
+        >>> layer, A, B = torch.nn.Linear(6, 4, bias=False), torch.randn(4, 2), torch.zeros(2, 6)
+        >>> triple = LoRATriple(layer.weight.requires_grad_(False), A.requires_grad_(), B.requires_grad_(), scaling=0.5)
+        >>> triple
+        LoRATriple('unnamed': W (4, 6), A (4, 2), B (2, 6), scaling=0.5)
+    """
+
+    def __init__(
+        self,
+        W: TensorSource,
+        A: TensorSource,
+        B: TensorSource,
+        scaling: float = 1.0,
+        name: str | None = None,
+        layout: str = "linear",
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> None:
+        self._W, self._A, self._B = W, A, B
+        self.name = name
+        self.scaling = checked_scaling(scaling, self.label)
+        if layout not in LAYOUTS:
+            raise ValueError(f"{self.label}: layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
+        self.layout = layout
+        self.rows = _checked_slice(rows, f"{self.label}: rows")
+        self.columns = _checked_slice(columns, f"{self.label}: columns")
+
+    @property
+    def label(self) -> str:
+        """The name, for messages."""
+        return self.name if self.name is not None else "unnamed"
+
+    @property
+    def W(self) -> Tensor:
+        """The frozen weight as it is stored now."""
+        return _resolve(self._W)
+
+    @property
+    def A(self) -> Tensor:
+        """The left factor as it is stored now."""
+        return _resolve(self._A)
+
+    @property
+    def B(self) -> Tensor:
+        """The right factor as it is stored now."""
+        return _resolve(self._B)
+
+    def weight_matrix(self, W: Tensor) -> Tensor:
+        """W, or the part of it that moves, as a (c, d) or (e, c, d) view of its storage."""
+        matrix = LAYOUTS[self.layout].weight(W)
+        if self.rows is not None:
+            matrix = matrix.narrow(-2, self.rows[0], self.rows[1] - self.rows[0])
+        if self.columns is not None:
+            matrix = matrix.narrow(-1, self.columns[0], self.columns[1] - self.columns[0])
+        return matrix
+
+    def factor_matrices(self, W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A as (c, r) and B as (r, d), with a leading e for experts. To be read, not written."""
+        layout = LAYOUTS[self.layout]
+        return layout.left(A, W), layout.right(B, W)
+
+    def signature(self) -> tuple[object, ...]:
+        """Changes when a tensor of the triple was replaced, moved or unfrozen since the last look."""
+        tensors = self.W, self.A, self.B
+        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.requires_grad) for t in tensors)
+
+    def branch_problems(self) -> list[str]:
+        """What is wrong now with the layer that holds the branch (merged, rescaled, ..); looked at every step."""
+        return []
+
+    def problems(self) -> list[str]:
+        """What is wrong with the tensors of this triple, as sentences; empty when nothing is."""
+        W, A, B = self.W, self.A, self.B
+        found = [*_storage_problems("W", W), *_offload_problems(self._W)]
+        for letter, factor in (("A", A), ("B", B)):
+            found += _storage_problems(letter, factor)
+            if not factor.requires_grad:
+                found.append(
+                    f"{letter} does not require grad, so no optimizer can train it: call "
+                    f"{letter}.requires_grad_(True), or activate the adapter it belongs to"
+                )
+            if factor.device != W.device:
+                found.append(f"{letter} is on {factor.device} and W on {W.device}: move them to one device")
+        if W.requires_grad:
+            found.append(
+                "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train "
+                "W itself and drop this triple"
+            )
+        return found or self._shape_problems(W, A, B) or self.branch_problems()
+
+    def _shape_problems(self, W: Tensor, A: Tensor, B: Tensor) -> list[str]:
+        layout = LAYOUTS[self.layout]
+        if W.dim() not in layout.ndim:
+            return [
+                f"layout {self.layout!r} expects W stored as {layout.stored}, got {_shape(W)}. If W is a shard of "
+                "a flattened parameter (FSDP1, DeepSpeed ZeRO-3), this optimizer can not move it"
+            ]
+        try:
+            matrix = self.weight_matrix(W)
+        except RuntimeError as error:
+            return [f"no matrix view of W {_shape(W)} with strides {W.stride()}: {error}"]
+        expected = self._factor_shapes(matrix, A, B)
+        if _fits(matrix, *expected):
+            return []
+        if _fits(matrix, *self._factor_shapes(matrix, B, A)):
+            return [
+                f"A {_shape(A)} and B {_shape(B)} are swapped: W is {_shape(matrix)} = (c, d), so A is "
+                "(c, r) and B is (r, d). PEFT's lora_B is A here, and its lora_A is B"
+            ]
+        c, d = matrix.shape[-2:]
+        return [
+            f"A {_shape(A)} and B {_shape(B)} do not fit W {_shape(W)} (layout {self.layout!r}, matrix "
+            f"{_shape(matrix)}): expected A of shape ({c}, r) and B of shape (r, {d})"
+        ]
+
+    def _factor_shapes(self, matrix: Tensor, A: Tensor, B: Tensor) -> tuple[torch.Size | None, torch.Size | None]:
+        try:
+            A_matrix, B_matrix = self.factor_matrices(self.W, A, B)
+        except (RuntimeError, ValueError, IndexError):
+            return None, None
+        return A_matrix.shape, B_matrix.shape
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this triple to know it again: plain numbers and strings."""
+        W, A, B = self.W, self.A, self.B
+        A_matrix, B_matrix = self.factor_matrices(W, A, B)
+        return {
+            "name": self.label,
+            "A": list(A_matrix.shape),
+            "B": list(B_matrix.shape),
+            "scaling": self.scaling,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.label!r}: W {_shape(self.W)}, A {_shape(self.A)}, "
+            f"B {_shape(self.B)}, scaling={self.scaling:g})"
+        )
+
+
+def check_triples(triples: Sequence[LoRATriple]) -> None:
+    """Refuse what can not be moved, all bad layers in one error.
+
+    Raises:
+        ValueError: one line for each thing that is wrong, with the layer's name, what was
+            expected, what came and what to do.
+    """
+    found = [f"{t.label}: {problem}" for t in triples for problem in t.problems()]
+    if not found:
+        found = [*_name_problems(triples), *_sharing_problems(triples)]
+    if found:
+        raise ValueError("these triples can not be used:\n  " + "\n  ".join(found))
+
+
+def checked_scaling(scaling: object, label: str) -> float:
+    """A scaling as a float, or an error that names the layer."""
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"{label}: scaling is a number (alpha / r), got {scaling!r}")
+    if not math.isfinite(scaling) or scaling == 0:
+        raise ValueError(f"{label}: scaling must be finite and not zero, got {scaling}")
+    return float(scaling)
+
+
+def memory_overlaps(first: Tensor, second: Tensor) -> bool:
+    """Whether two views share an element. Exact for slices of one matrix, else by their extents."""
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return False
+    spans = [_span(t) for t in (first, second)]
+    if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
+        return False
+    boxes = [_box(t) for t in (first, second)]
+    if boxes[0] is None or boxes[1] is None or boxes[0][0] != boxes[1][0]:
+        return True
+    return all(a[0] < b[1] and b[0] < a[1] for a, b in zip(boxes[0][1], boxes[1][1], strict=True))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """A tensor of its own, not a packed, sharded or fake one that only looks like it."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _resolve(source: TensorSource) -> Tensor:
+    if isinstance(source, Tensor):
+        return source
+    found: Any = source[0]
+    for part in source[1].split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _fits(matrix: Tensor, A: torch.Size | None, B: torch.Size | None) -> bool:
+    if A is None or B is None:
+        return False
+    *lead, c, d = matrix.shape
+    r = A[-1] if A else 0
+    return r > 0 and list(A) == [*lead, c, r] and list(B) == [*lead, r, d]
+
+
+def _checked_slice(bounds: object, what: str) -> tuple[int, int] | None:
+    if bounds is None:
+        return None
+    if (
+        isinstance(bounds, tuple)
+        and len(bounds) == 2
+        and all(isinstance(bound, int) for bound in bounds)
+        and 0 <= bounds[0] < bounds[1]
+    ):
+        return bounds
+    raise ValueError(f"{what} is (start, stop) with 0 <= start < stop, got {bounds!r}")
+
+
+def _storage_problems(letter: str, tensor: Tensor) -> list[str]:
+    if tensor.is_meta:
+        return [
+            f"{letter} is on the meta device (offloaded, or not loaded yet), where an in-place update would be "
+            "lost: load the model onto a real device first"
+        ]
+    if hasattr(tensor, "ds_id"):
+        return [f"{letter} is partitioned by DeepSpeed ZeRO-3, which this optimizer can not move"]
+    if not is_plain(tensor):
+        return [
+            f"{letter} is a {type(tensor).__module__}.{type(tensor).__qualname__}, expected a plain tensor or "
+            "Parameter: quantized, sharded and wrapped weights can not be moved in place. Load the "
+            "layer in 16 or 32 bits"
+        ]
+    if tensor.dtype not in FLOATS:
+        return [
+            f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64 "
+            "(integer and packed weights can not be moved in place)"
+        ]
+    if tensor.is_inference():
+        return [f"{letter} was made under torch.inference_mode() and can not be updated: load the model outside of it"]
+    return []
+
+
+def _offload_problems(source: TensorSource) -> list[str]:
+    if isinstance(source, Tensor):
+        return []
+    owner: Any = source[0]
+    for part in source[1].split(".")[:-1]:
+        owner = getattr(owner, part)
+    hook = getattr(owner, "_hf_hook", None)
+    if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
+        return [
+            "W is offloaded by an accelerate hook, so an in-place update would be lost: give the model a device_map "
+            "that keeps this layer in memory"
+        ]
+    return []
+
+
+def _name_problems(triples: Iterable[LoRATriple]) -> list[str]:
+    seen: set[str] = set()
+    found = []
+    for triple in triples:
+        if triple.label in seen:
+            found.append(f"{triple.label}: two triples have this name; give each its own")
+        seen.add(triple.label)
+    return found
+
+
+def _sharing_problems(triples: Sequence[LoRATriple]) -> list[str]:
+    """W that two triples would move, and factors that the inner optimizer would step twice."""
+    found = []
+    by_storage: dict[int, list[tuple[str, str, Tensor]]] = {}
+    for triple in triples:
+        matrix = triple.weight_matrix(triple.W)
+        for letter, tensor in (("W", matrix), ("A", triple.A), ("B", triple.B)):
+            neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
+            for other_label, other_letter, other in neighbours:
+                shared_factor = letter != "W" and other is tensor
+                if not shared_factor and memory_overlaps(tensor, other):
+                    found.append(_sharing_sentence(triple.label, letter, other_label, other_letter))
+            neighbours.append((triple.label, letter, tensor))
+    return found
+
+
+def _sharing_sentence(label: str, letter: str, other_label: str, other_letter: str) -> str:
+    if letter == other_letter == "W":
+        return (
+            f"{label}: its W shares memory with the W of {other_label} (a duplicate triple, tied weights or a "
+            "replicated layer), which would be moved by both: keep one of them, or register disjoint rows or columns"
+        )
+    return (
+        f"{label}: its {letter} shares memory with {other_letter} of {other_label} though they are two "
+        "tensors (tied adapters), so that one step would change it twice: untie them"
+    )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First element in the storage, and the one behind the last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start, start + last + 1
+
+
+def _box(tensor: Tensor) -> tuple[int, list[tuple[int, int]]] | None:
+    """(leading stride, [row range, column range]) of a slice of a row-major matrix, or None."""
+    sides = sorted(zip(tensor.stride(), tensor.shape, strict=True), key=lambda side: (-side[0], -side[1]))
+    if len(sides) != 2 or sides[1][0] != 1 or sides[0][0] < sides[1][1]:
+        return None
+    (leading, n_rows), (_, n_columns) = sides
+    row, column = divmod(int(tensor.storage_offset()), leading)
+    if column + n_columns > leading:
+        return None
+    return leading, [(row, row + n_rows), (column, column + n_columns)]
