@@ -1,0 +1,72 @@
+"""A NaN or infinite factor never reaches W, and finding that out never waits for a GPU.
+
+The verdict stays a tensor on the device: it masks the update there, and it is added to a count there.
+On CUDA the count travels to the host in the background and is looked at in a later step, when it has
+arrived by itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class FiniteGuard:
+    """Decides whether a step's update is applied, counts the ones that are not, warns about the first."""
+
+    def __init__(self, skipped: int = 0) -> None:
+        self._before = skipped
+        self._count: Tensor | None = None
+        self._arrived: tuple[Tensor, torch.cuda.Event] | None = None
+        self._warned = False
+
+    @property
+    def skipped(self) -> int:
+        """How many updates were not applied. Waits for the device."""
+        return self._before + (int(self._count) if self._count is not None else 0)
+
+    def verdict(self, sizes: Sequence[Tensor]) -> Tensor:
+        """Whether all sizes on all devices are finite: a 0-d bool on the device of the first."""
+        home = sizes[0].device
+        finite = torch.stack([_moved(size.isfinite().all(), home) for size in sizes]).all()
+        if self._count is None or self._count.device != home:
+            self._before, self._count = self.skipped, torch.zeros((), dtype=torch.int64, device=home)
+            self._arrived = None
+        self._count += ~finite
+        if not self._warned:
+            self._look(self._count)
+        return finite
+
+    def _look(self, count: Tensor) -> None:
+        """Warn if an update was skipped, as far as that is known on the host without waiting."""
+        if count.device.type != "cuda":
+            self._warn_if(int(count) > 0)
+            return
+        if self._arrived is None:
+            on_host = torch.zeros((), dtype=torch.int64, pin_memory=True)
+            self._arrived = on_host, torch.cuda.Event()
+        elif not self._arrived[1].query():
+            return
+        on_host, event = self._arrived
+        self._warn_if(int(on_host) > 0)
+        on_host.copy_(count, non_blocking=True)
+        event.record(torch.cuda.current_stream(count.device))
+
+    def _warn_if(self, skipped: bool) -> None:
+        if skipped:
+            self._warned = True
+            warnings.warn(
+                "a LoRA factor became NaN or infinite: the update of every W was skipped, and W is as it was. "
+                "Later ones are counted in optimizer.skipped_updates without a warning. Lower the learning rate, "
+                "clip the gradients or use a GradScaler",
+                RuntimeWarning,
+                stacklevel=8,
+            )
+
+
+def _moved(flag: Tensor, device: torch.device) -> Tensor:
+    # Into host memory a copy that does not wait could be read before it is there.
+    return flag.to(device, non_blocking=device.type != "cpu")

@@ -1,0 +1,179 @@
+"""The delta of the factors and its one fused product (Eq. 6 of the paper).
+
+    W <- W + coef * (A'B' - AB),    A'B' - AB = [A' - A | A] @ [B' ; B' - B] = U @ V
+
+U is (c, 2r) and V is (2r, d), so one `addmm_` reads and writes W once. The dense product is never formed,
+and a small change is not lost as the difference of two large products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaopt.guard import FiniteGuard
+from deltaopt.rounding import add_product_
+from deltaopt.triple import LoRATriple
+
+
+@dataclass(frozen=True)
+class Move:
+    """One triple in one step: its tensors as they are stored now, and what multiplies the delta."""
+
+    triple: LoRATriple
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    coef: float
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as matrices, as they are now."""
+        return self.triple.factor_matrices(self.W, self.A, self.B)
+
+
+class FactoredDelta:
+    """Keeps the factors of many triples from before the inner step, then moves every W by their delta.
+
+    Triples of equal shape share one pair of buffers (n, c, 2r) and (n, 2r, d), kept from step to step, so
+    that the differences take a few launches for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._stacks: dict[tuple[object, ...], _Stack] = {}
+
+    @torch.no_grad()
+    def snapshot(self, moves: Sequence[Move]) -> None:
+        """Keep A and B of every move, in the dtype of the computation."""
+        grouped: dict[tuple[object, ...], list[Move]] = {}
+        for move in moves:
+            grouped.setdefault(_stack_key(move), []).append(move)
+        self._stacks = {
+            key: self._stacks[key]
+            if key in self._stacks and len(self._stacks[key]) == len(members)
+            else _Stack(members)
+            for key, members in grouped.items()
+        }
+        for key, members in grouped.items():
+            self._stacks[key].snapshot(members)
+
+    @torch.no_grad()
+    def apply_(self, guard: FiniteGuard) -> None:
+        """W += coef * (A'B' - AB) for every move of the snapshot, or for none if a factor is not finite.
+
+        A W whose factors did not change keeps its bits.
+        """
+        stacks = list(self._stacks.values())
+        sizes = [stack.difference() for stack in stacks]
+        if not sizes:
+            return
+        finite = guard.verdict(sizes)
+        for stack, size in zip(stacks, sizes, strict=True):
+            with _full_precision(size.device):
+                stack.add_to_weights_(size.gt(0) & finite.to(size.device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the buffers hold."""
+        return sum(stack.U.nbytes + stack.V.nbytes for stack in self._stacks.values())
+
+
+class _Stack:
+    """U and V of the moves whose factors have one shape, dtype and device."""
+
+    def __init__(self, members: Sequence[Move]) -> None:
+        A, B = members[0].factors()
+        *lead, c, r = A.shape
+        dtype, n = _compute_dtype(members[0]), len(members)
+        self.U = torch.empty(n, *lead, c, 2 * r, dtype=dtype, device=A.device)
+        self.V = torch.empty(n, *lead, 2 * r, B.shape[-1], dtype=dtype, device=A.device)
+        self._A_new, self._A_old = self.U.split(r, dim=-1)
+        self._B_new, self._B_old = self.V.split(r, dim=-2)
+        self._members: Sequence[Move] = ()
+
+    def __len__(self) -> int:
+        return len(self.U)
+
+    def snapshot(self, members: Sequence[Move]) -> None:
+        self._members = members
+        self._copy_factors_(self._A_old, self._B_old)
+
+    def difference(self) -> Tensor:
+        """Make U = [A' - A | A] and V = [B' ; B' - B]; returns (n,) sizes of the change, 0 where there is none."""
+        self._copy_factors_(self._A_new, self._B_new)
+        self._A_new.sub_(self._A_old)
+        torch.sub(self._B_new, self._B_old, out=self._B_old)
+        return torch.maximum(_size(self._A_new), _size(self._B_old))
+
+    def add_to_weights_(self, keep: Tensor) -> None:
+        """Add coef * U @ V to the W's that `keep`, (n,) bool on the device, names.
+
+        On a CPU the others are passed over. On a GPU `keep` is not known to the host: there the factors of
+        the others become +0, and -coef * +0 = -0 is added, which leaves even the bits of -0 as they are.
+        """
+        if _known_to_host(keep.device):
+            chosen = keep.tolist()
+            sign = 1.0
+        else:
+            chosen = [True] * len(self)
+            sign = self._mask_(keep)
+        for move, U, V, moves in zip(self._members, self.U, self.V, chosen, strict=True):
+            if moves:
+                add_product_(move.triple.weight_matrix(move.W), U, V, sign * move.coef)
+        self._members = ()
+
+    def _mask_(self, keep: Tensor) -> float:
+        """Zero U and V where not kept, negate U elsewhere; returns the sign that undoes the negation."""
+        drop = ~keep.view(-1, *[1] * (self.U.dim() - 1))
+        self.U.neg_().masked_fill_(drop, 0.0)
+        self.V.masked_fill_(drop, 0.0)
+        return -1.0
+
+    def _copy_factors_(self, A_buffer: Tensor, B_buffer: Tensor) -> None:
+        A, B = zip(*(move.factors() for move in self._members), strict=True)
+        torch._foreach_copy_(A_buffer.unbind(0), A)
+        torch._foreach_copy_(B_buffer.unbind(0), B)
+
+
+def _known_to_host(device: torch.device) -> bool:
+    """Whether the host can read a tensor there without waiting."""
+    return device.type == "cpu"
+
+
+def _compute_dtype(move: Move) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in (move.W, move.A, move.B):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _stack_key(move: Move) -> tuple[object, ...]:
+    A, B = move.factors()
+    return A.shape, B.shape, _compute_dtype(move), A.device
+
+
+def _size(change: Tensor) -> Tensor:
+    """Largest magnitude in each of the n changes; NaN or infinite if one entry is."""
+    size: Tensor = torch.linalg.vector_norm(change, float("inf"), dim=tuple(range(1, change.dim())))
+    return size
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, no TF32 or bf16 shortcut in float32 products: the delta has few bits to spare."""
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = backend.matmul
+    before = matmul.fp32_precision
+    with torch.autocast(device.type, enabled=False):
+        if before in ("none", "ieee"):
+            yield
+            return
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
