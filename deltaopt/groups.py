@@ -1,0 +1,178 @@
+"""What a user may hand over as triples and as other parameters, turned into groups.
+
+A `DeltaGroup` is to W what a param group is to A and B: some triples, and the update_ratio and start_step
+they share. The options of the inner optimizer (lr, weight_decay, ..) go into its own param groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from deltaopt.triple import LoRATriple, checked_scaling
+
+UpdateRatio: TypeAlias = float | Callable[[int], float]
+TriplesInput: TypeAlias = Iterable[Any]
+ParamsInput: TypeAlias = Iterable[Any]
+
+
+@dataclass
+class DeltaGroup:
+    """Triples that share one update_ratio (lambda) and one start_step (K)."""
+
+    triples: list[LoRATriple]
+    update_ratio: UpdateRatio
+    start_step: int
+
+    def ratio_at(self, step: int) -> float:
+        """Lambda for the step number `step`, counted from 0; 0.0 during the warm-up."""
+        if step < self.start_step:
+            return 0.0
+        if callable(self.update_ratio):
+            return checked_ratio(self.update_ratio(step), f"update_ratio({step})")
+        return self.update_ratio
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults of groups that do not bring their own."""
+
+    update_ratio: UpdateRatio
+    start_step: int
+    scaling: float
+
+    def __post_init__(self) -> None:
+        if not callable(self.update_ratio):
+            checked_ratio(self.update_ratio, "update_ratio")
+        checked_start_step(self.start_step)
+        checked_scaling(self.scaling, "DeltaLoRAOptimizer")
+
+
+def parse_triples(
+    triples: TriplesInput, settings: Settings, first: int = 0
+) -> tuple[list[DeltaGroup], list[dict[str, Any]]]:
+    """The delta groups, and for each of them the options of its inner param group.
+
+    Args:
+        triples: LoRATriples and (W, A, B) tuples, or dicts {"triples": [...], options}.
+        settings: what a group without its own update_ratio, start_step or scaling takes.
+        first: the number that names the first triple without a name.
+    """
+    if isinstance(triples, (Tensor, Mapping, LoRATriple, str)):
+        raise TypeError(
+            f"triples is a list of LoRATriple, of (W, A, B) tuples or of dicts with a 'triples' key, "
+            f"got a {type(triples).__name__}"
+        )
+    entries = list(triples)
+    if not entries:
+        raise ValueError(
+            "triples is empty: there is no W to move. find_triples(model) lists the LoRA layers of a model; "
+            "for plain training use the inner optimizer alone"
+        )
+    dicts = [isinstance(entry, Mapping) for entry in entries]
+    if any(dicts) and not all(dicts):
+        raise TypeError("triples mixes dicts with triples: put all of them into dicts, or none")
+    if not any(dicts):
+        entries = [{"triples": entries}]
+    groups, options = [], []
+    for entry in entries:
+        group, rest = _parse_group(dict(entry), settings, first)
+        first += len(group.triples)
+        groups.append(group)
+        options.append(rest)
+    return groups, options
+
+
+def factor_params(triples: Iterable[LoRATriple]) -> dict[Tensor, str]:
+    """A and B of each triple in order, each once, with a name."""
+    named: dict[Tensor, str] = {}
+    for triple in triples:
+        for letter, factor in (("A", triple.A), ("B", triple.B)):
+            named.setdefault(factor, f"{triple.label}.{letter}")
+    return named
+
+
+def inner_groups(
+    groups: Sequence[DeltaGroup], options: Sequence[dict[str, Any]], params: ParamsInput
+) -> list[dict[str, Any]]:
+    """The param groups an inner optimizer is built from: the factors, and what else trains.
+
+    Plain tensors in `params` join the factors where all triples form one group, and are a group of their own
+    otherwise. Factors among them are not repeated.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError("params is a list of tensors or of param groups, got a Tensor: write [it]")
+    others = list(params)
+    factors = factor_params(t for group in groups for t in group.triples)
+    named = any(isinstance(entry, tuple) for entry in others) or any(
+        isinstance(p, tuple) for rest in options for p in rest.get("params", ())
+    )
+    built = []
+    for group, rest in zip(groups, options, strict=True):
+        own = factor_params(group.triples)
+        extra = [p for p in rest.get("params", ()) if _tensor(p) not in factors]
+        members = [(name, p) if named else p for p, name in own.items()]
+        built.append({**rest, "params": members + extra})
+    if others and all(isinstance(entry, Mapping) for entry in others):
+        return built + [dict(entry) for entry in others]
+    rest_params = [p for p in others if _tensor(p) not in factors]
+    if len(built) == 1:
+        built[0]["params"] += rest_params
+    elif rest_params:
+        built.append({"params": rest_params})
+    return built
+
+
+def checked_ratio(ratio: object, what: str) -> float:
+    """An update_ratio as a float, or an error that calls it `what`."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"{what} is a number (or a callable step -> number), got {ratio!r}")
+    if not math.isfinite(ratio) or ratio < 0:
+        raise ValueError(f"{what} must be finite and not negative, got {ratio}")
+    return float(ratio)
+
+
+def checked_start_step(start_step: object) -> int:
+    """A start_step as it came, or an error."""
+    if isinstance(start_step, bool) or not isinstance(start_step, int):
+        raise TypeError(f"start_step is an int (how many steps leave W alone), got {start_step!r}")
+    if start_step < 0:
+        raise ValueError(f"start_step must not be negative, got {start_step}")
+    return start_step
+
+
+def _parse_group(entry: dict[str, Any], settings: Settings, first: int) -> tuple[DeltaGroup, dict[str, Any]]:
+    if "triples" not in entry:
+        raise ValueError(f"a dict in triples needs the key 'triples', got the keys {sorted(map(str, entry))}")
+    own = Settings(
+        entry.pop("update_ratio", settings.update_ratio),
+        entry.pop("start_step", settings.start_step),
+        entry.pop("scaling", settings.scaling),
+    )
+    members = list(entry.pop("triples"))
+    if not members:
+        raise ValueError("a dict in triples has an empty 'triples' list: there is no W to move")
+    triples = [_as_triple(m, own.scaling, i) for i, m in enumerate(members, first)]
+    ratio = own.update_ratio if callable(own.update_ratio) else float(own.update_ratio)
+    return DeltaGroup(triples, ratio, own.start_step), entry
+
+
+def _as_triple(entry: object, scaling: float, number: int) -> LoRATriple:
+    if isinstance(entry, LoRATriple):
+        if entry.name is None:
+            entry.name = f"triple{number}"
+        return entry
+    if isinstance(entry, tuple) and len(entry) == 3:
+        return LoRATriple(*entry, scaling=scaling, name=f"triple{number}")
+    raise TypeError(
+        f"triples[{number}] is a LoRATriple or a tuple (W, A, B), got {type(entry).__name__}"
+        + (f" of length {len(entry)}" if isinstance(entry, tuple) else "")
+    )
+
+
+def _tensor(entry: Any) -> Any:
+    return entry[1] if isinstance(entry, tuple) else entry

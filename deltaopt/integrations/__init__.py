@@ -1,0 +1,92 @@
+"""Finding the triples of a model: asks only the libraries that are already imported.
+
+A model can hold layers of a library only if that library was imported, so nothing is imported here that the
+program did not import itself. One file a library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from deltaopt.triple import LoRATriple, is_plain, memory_overlaps
+
+LIBRARIES = {"peft": "deltaopt.integrations.peft"}
+"""The module of each LoRA library, and ours that reads its layers: ``find(model, adapter, allow_dropout)``."""
+
+
+def find_triples(
+    model: nn.Module,
+    adapter: str = "default",
+    *,
+    allow_dropout: bool = False,
+    allow_tied: bool = False,
+) -> list[LoRATriple]:
+    """All LoRA layers of a model as triples, in the order of ``model.named_modules()``.
+
+    For PEFT: ``Linear`` (on ``nn.Linear`` and GPT-2's ``Conv1D``), ``Embedding``, ``Conv1d``/``2d``/``3d`` and
+    ``target_parameters``, with ``PeftModel``, transformers' ``add_adapter`` or diffusers.
+
+    Args:
+        model: the model, with its adapters in place and initialised.
+        adapter: the adapter whose factors train.
+        allow_dropout: accept dropout in the low-rank branch. It makes the gradients of W and of A @ B differ,
+            so that the method loses its ground (section 4.2 and Eq. 7 of the paper); for ablations.
+        allow_tied: accept a W that another module uses too (tied embeddings). That module moves with it.
+
+    Returns:
+        The triples, named as their modules.
+
+    Raises:
+        ValueError: if there is no LoRA layer, or for layers that can not be moved, all in one message.
+    """
+    triples: list[LoRATriple] = []
+    for library, integration in LIBRARIES.items():
+        if library in sys.modules:
+            triples += importlib.import_module(integration).find(model, adapter, allow_dropout)
+    if not triples:
+        known = ", ".join(LIBRARIES)
+        raise ValueError(
+            f"no LoRA layer with an adapter {adapter!r} in this {type(model).__name__} (libraries known: {known}): "
+            "give the adapter's name, or register LoRATriple(W, A, B, scaling=alpha / r) by hand"
+        )
+    if not allow_tied:
+        _refuse_tied(model, triples)
+    return triples
+
+
+def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn.Parameter]:
+    """What else of `model` trains: every parameter that requires grad and is no factor of a triple.
+
+    Classifier heads, biases, norms, ``modules_to_save``: hand them to the optimizer as `params`, or they are
+    left as they are.
+    """
+    factors = {id(factor) for triple in triples for factor in (triple.A, triple.B)}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+
+
+def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
+    by_storage: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_plain(parameter) and not parameter.is_meta:
+            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+    found = []
+    for triple in triples:
+        W = triple.W
+        if not is_plain(W) or W.is_meta:
+            continue  # the optimizer refuses it with the reason
+        users = [
+            name
+            for name, parameter in by_storage.get(W.untyped_storage().data_ptr(), ())
+            if memory_overlaps(parameter, W)
+        ]
+        if len(users) > 1:
+            found.append(f"{triple.label}: its W is {' and '.join(users)}")
+    if found:
+        raise ValueError(
+            "these weights are used in more than one place, and moving them for their LoRA branch would move the "
+            "others too. Leave them out of target_modules, or say allow_tied=True:\n  " + "\n  ".join(found)
+        )

@@ -1,0 +1,452 @@
+"""DeltaLoRAOptimizer: what happens when in a Delta-LoRA step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from deltaopt.groups import (
+    DeltaGroup,
+    ParamsInput,
+    Settings,
+    TriplesInput,
+    UpdateRatio,
+    inner_groups,
+    parse_triples,
+)
+from deltaopt.guard import FiniteGuard
+from deltaopt.state import add_record, check_record, restore_settings, split_record
+from deltaopt.triple import LoRATriple, check_triples
+from deltaopt.update import FactoredDelta, Move
+
+
+class DeltaLoRAOptimizer(Optimizer):
+    r"""Trains LoRA factors with any optimizer and moves the frozen weights by the delta of their product.
+
+    .. math::
+        &\textbf{for } t = 0, 1, 2, \dots \textbf{ do}\\
+        &\quad A_{t+1}, B_{t+1} \leftarrow \text{inner step on } A_t, B_t\\
+        &\quad \textbf{if } t \geq K\!:\quad
+            W_{t+1} \leftarrow W_t + \lambda s \, (A_{t+1} B_{t+1} - A_t B_t)
+
+    This is Algorithm 1 and Eq. 6 of Delta-LoRA (arXiv 2309.02411). W needs no gradient and gets no optimizer
+    state; the update is one `torch.addmm_` of inner size 2r per W, inside `step()`.
+
+    The printed algorithm writes ``if t > K`` with t from 0, its text "after K iterations". Here the first
+    `start_step` calls of `step()` leave W alone and the next one moves it; the printed condition is
+    ``start_step = K + 1``.
+
+    Args:
+        inner: an optimizer class (or a callable that returns an optimizer), which is built here from the
+            factors, `params` and `inner_kwargs`; or a built optimizer that already holds every A and B.
+        triples: `LoRATriple`s, plain ``(W, A, B)`` tuples, or dicts ``{"triples": [...]}`` with their own
+            ``update_ratio``, ``start_step``, ``scaling`` and inner options such as ``lr``.
+        params: what else trains, as the inner optimizer takes it: tensors (they share the factors' options)
+            or param groups. Factors among them are not repeated. Only with an inner class.
+        update_ratio: lambda, at least 0; or a callable that gets the number of the step, counted from 0,
+            and returns it. Default 2.0. With 0 the optimizer is its inner optimizer, bit for bit.
+        start_step: K, the number of calls of `step()` that leave W alone. Default 0.
+        scaling: s of plain tuples: what their branch multiplies A @ B by. Default 1.0.
+        **inner_kwargs: ``lr``, ``weight_decay``, .. for an inner class.
+
+    Raises:
+        ValueError, TypeError: for triples that can not be moved (all of them in one message), for factors
+            that the inner optimizer does not hold, and for values out of range. Nothing is changed then.
+
+    Example:
+        >>> linear = torch.nn.Linear(6, 4, bias=False).requires_grad_(False)
+        >>> A, B = torch.zeros(4, 2, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+        >>> optimizer = DeltaLoRAOptimizer(
+        ...     torch.optim.AdamW, [(linear.weight, A, B)], lr=1e-2, update_ratio=2.0, scaling=0.5
+        ... )
+        >>> x, before = torch.randn(8, 6), linear.weight.clone()
+        >>> loss = (linear(x) + 0.5 * x @ (A @ B).mT).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> torch.allclose(linear.weight - before, 2.0 * 0.5 * (A @ B), atol=1e-6)
+        True
+    """
+
+    # GradScaler must unscale the gradients and leave out steps itself: told that scaling is supported, it would
+    # hand the scale to this object, where a fused inner optimizer does not look for it.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        inner: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
+        triples: TriplesInput,
+        params: ParamsInput = (),
+        *,
+        update_ratio: UpdateRatio = 2.0,
+        start_step: int = 0,
+        scaling: float = 1.0,
+        **inner_kwargs: Any,
+    ) -> None:
+        if isinstance(inner, DeltaLoRAOptimizer):
+            raise TypeError(
+                "inner is a DeltaLoRAOptimizer already, which would move W twice: wrap its `inner`, or use "
+                "add_param_group for more triples"
+            )
+        settings = Settings(update_ratio, start_step, scaling)
+        groups, options = parse_triples(triples, settings)
+        check_triples([triple for group in groups for triple in group.triples])
+        if isinstance(inner, Optimizer):
+            _refuse_unused(options, params, inner_kwargs)
+        else:
+            inner = _build(inner, inner_groups(groups, options, params), inner_kwargs)
+        if any(group.get("differentiable") for group in inner.param_groups):
+            raise ValueError(
+                "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
+            )
+        self._settings = settings
+        self._become(inner, groups, step_count=0, skipped_updates=0)
+        self._check_membership()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        inner: type[Optimizer] | Callable[..., Optimizer],
+        *,
+        adapter: str = "default",
+        allow_dropout: bool = False,
+        allow_tied: bool = False,
+        **kwargs: Any,
+    ) -> DeltaLoRAOptimizer:
+        """The optimizer for everything in `model` that trains: its LoRA layers, and what else requires grad.
+
+        Args:
+            model: a model with LoRA layers of a library that `find_triples` knows.
+            inner: an optimizer class.
+            adapter: the adapter's name.
+            allow_dropout: see `find_triples`.
+            allow_tied: see `find_triples`.
+            **kwargs: ``update_ratio``, ``start_step`` and the options of the inner optimizer.
+
+        Raises:
+            ValueError: as `find_triples` and `DeltaLoRAOptimizer` do.
+        """
+        from deltaopt.integrations import find_triples, other_parameters
+
+        triples = find_triples(model, adapter, allow_dropout=allow_dropout, allow_tied=allow_tied)
+        return cls(inner, triples, other_parameters(model, triples), **kwargs)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One inner step on A and B, then W <- W + lambda s (A'B' - AB) once K steps have passed.
+
+        Args:
+            closure: evaluates the model again and returns the loss; handed to the inner optimizer.
+
+        Returns:
+            What the inner optimizer's ``step`` returns.
+
+        Raises:
+            RuntimeError: if factors were replaced or merged, or W was changed in kind, since the optimizer was
+                built. Nothing is changed then.
+        """
+        self._check_still_valid()
+        counts = not self._is_state_initialisation()
+        moves = self._moves()
+
+        self._delta.snapshot(moves)  # A_t, B_t
+        loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
+        if moves:
+            self._delta.apply_(self._guard)  # W_{t+1}
+
+        self._step_count += counts
+        return loss
+
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer that trains A, B and the other parameters. Its `step` must not be called directly."""
+        return self._inner
+
+    @property
+    def groups(self) -> tuple[DeltaGroup, ...]:
+        """The groups of triples; their `update_ratio` and `start_step` may be set between steps."""
+        return tuple(self._groups)
+
+    @property
+    def triples(self) -> list[LoRATriple]:
+        """All registered triples, in order."""
+        return [triple for group in self._groups for triple in group.triples]
+
+    @property
+    def step_count(self) -> int:
+        """How many calls of `step()` there have been; t in the algorithm."""
+        return self._step_count
+
+    @property
+    def skipped_updates(self) -> int:
+        """How many steps left every W alone because a factor was NaN or infinite. Waits for the device."""
+        return self._guard.skipped
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes held beside the inner optimizer's state: 2 r (c + d) numbers for each triple."""
+        return self._delta.nbytes
+
+    # The inner optimizer's own lists and dicts, always: `load_state_dict` makes new ones, and a scheduler
+    # that wrote into old ones would have no effect.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's param groups: the very list, so that schedulers reach it."""
+        return self._inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state."""
+        return self._inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
+        return getattr(self._inner, "defaults", {})
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._inner.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of everything that trains, as the inner optimizer does."""
+        self._inner.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, or triples, while training goes on.
+
+        Args:
+            param_group: ``{"params": [...], options}`` as for any optimizer; or ``{"triples": [...], options}``
+                as in the constructor, whose ``start_step`` still counts from the first step of the optimizer.
+
+        Raises:
+            ValueError, TypeError: as the constructor does. Nothing is changed then.
+        """
+        if "triples" not in param_group:
+            self._refuse_weights(param_group["params"])
+            self._inner.add_param_group(param_group)
+            return
+        groups, options = parse_triples([param_group], self._settings, first=len(self.triples))
+        check_triples([*self.triples, *groups[0].triples])
+        self._refuse_weights(options[0].get("params", ()))
+        self._inner.add_param_group(inner_groups(groups, options, ())[0])
+        self._groups += groups
+        self._remember()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, and in each param group what is needed to go on (key "deltaopt").
+
+        It holds tensors, numbers, strings, lists and dicts only, so it loads with ``weights_only=True``. It
+        does not hold W: save the model's weights with it.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = add_record(self._inner.state_dict(), self._groups, self._step_count, self.skipped_updates)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. W is not touched: load the model's weights too.
+
+        As with other optimizers the saved options replace the present ones, `update_ratio` and `start_step`
+        among them; a callable `update_ratio` stays.
+
+        Raises:
+            ValueError: if the state is of other triples, of a plain optimizer or of another schema. Nothing is
+                changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        record, inner_state = split_record(state_dict)
+        check_record(record, self._groups)
+        self._inner.load_state_dict(inner_state)
+        restore_settings(record, self._groups)
+        self._step_count = int(record["step_count"])
+        self._guard = FiniteGuard(record["skipped_updates"])
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "inner": self._inner,
+            "groups": self._groups,
+            "settings": self._settings,
+            "step_count": self._step_count,
+            "skipped_updates": self.skipped_updates,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._settings = state["settings"]
+        self._become(state["inner"], state["groups"], state["step_count"], state["skipped_updates"])
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self._groups):
+            lines += [
+                f"Triples {i}: {len(group.triples)}, update_ratio={group.update_ratio}, start_step={group.start_step}"
+            ]
+        return "\n".join([*lines, f"inner: {self._inner!r}", ")"])
+
+    def _become(self, inner: Optimizer, groups: list[DeltaGroup], step_count: int, skipped_updates: int) -> None:
+        self._inner = inner
+        self._groups = groups
+        self._step_count = step_count
+        self._guard = FiniteGuard(skipped_updates)
+        self._delta = FactoredDelta()
+        super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own
+        self._remember()
+
+    def _moves(self) -> list[Move]:
+        """What this step will move: nothing before `start_step`, and nothing where the ratio is 0."""
+        ratios = [group.ratio_at(self._step_count) for group in self._groups]
+        return [
+            Move(t, t.W, t.A, t.B, coef=ratio * t.scaling)
+            for group, ratio in zip(self._groups, ratios, strict=True)
+            if ratio > 0
+            for t in group.triples
+        ]
+
+    def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
+        with _global_hooks_held():
+            return self._inner.step() if closure is None else self._inner.step(closure)
+
+    def _remember(self) -> None:
+        self._signatures = [triple.signature() for triple in self.triples]
+
+    def _check_still_valid(self) -> None:
+        """What may have happened to the model since the last step: looked at cheaply, in full after a change."""
+        triples = self.triples
+        if self._signatures != [triple.signature() for triple in triples]:
+            check_triples(triples)
+            self._remember()
+        problems = [f"{t.label}: {problem}" for t in triples for problem in t.branch_problems()]
+        if problems:
+            raise RuntimeError("W can not be moved now:\n  " + "\n  ".join(problems))
+        self._check_membership()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() is being captured into a CUDA graph, which would freeze the test t >= start_step "
+                "and update_ratio: capture forward and backward only"
+            )
+
+    def _check_membership(self) -> None:
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        problems = []
+        for triple in self.triples:
+            problems += [
+                f"{triple.label}: {letter} is not among the parameters of the inner {type(self._inner).__name__}"
+                for letter, factor in (("A", triple.A), ("B", triple.B))
+                if id(factor) not in held
+            ]
+            if id(triple.W) in held:
+                problems.append(
+                    f"{triple.label}: W is among the parameters of the inner {type(self._inner).__name__}; give it "
+                    "[p for p in model.parameters() if p.requires_grad] only"
+                )
+        if problems:
+            raise ValueError(
+                "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and "
+                "B and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the "
+                "optimizer afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) "
+                "can not be wrapped:\n  " + "\n  ".join(problems)
+            )
+
+    def _refuse_weights(self, params: Any) -> None:
+        weights = {id(triple.W): triple.label for triple in self.triples}
+        params = [params] if isinstance(params, Tensor) else params
+        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        taken = [weights[id(p)] for p in tensors if id(p) in weights]
+        if taken:
+            raise ValueError(
+                f"params holds the W of {', '.join(taken)}, which this optimizer moves itself: leave it out"
+            )
+
+    def _is_state_initialisation(self) -> bool:
+        """Whether this step only makes the inner state exist.
+
+        torch.distributed.checkpoint calls `step` once for that, with lr = 0 and zero gradients. The gradients
+        are looked at, which waits for the device, only for a first step with lr = 0.
+        """
+        if self._step_count > 0 or self.state or not all(_is_zero(g.get("lr", 1.0)) for g in self.param_groups):
+            return False
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is 0, as far as the host can tell without waiting for a device."""
+    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
+
+
+def _refuse_unused(options: list[dict[str, Any]], params: ParamsInput, inner_kwargs: dict[str, Any]) -> None:
+    unused = [key for rest in options for key in rest] + list(inner_kwargs)
+    if unused:
+        raise TypeError(
+            f"{', '.join(sorted(unused))}: no effect, because the inner optimizer is already built. Set "
+            "them where it is built, or hand over its class"
+        )
+    if list(params):
+        raise TypeError(
+            "params: no effect, because the inner optimizer is already built. Give it these parameters, or hand "
+            "over its class"
+        )
+
+
+def _build(inner: Callable[..., Optimizer], param_groups: list[dict[str, Any]], kwargs: dict[str, Any]) -> Optimizer:
+    name = getattr(inner, "__name__", repr(inner))
+    if not callable(inner) or type(inner).__module__.startswith("deepspeed"):
+        raise TypeError(
+            f"inner is an optimizer class or a built torch.optim.Optimizer, got a {type(inner).__name__}. "
+            "DeepSpeed's optimizers step flattened copies and can not be wrapped"
+        )
+    try:
+        built = inner(param_groups, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} could not be built from the factors and {kwargs}: {error}. Its arguments are given as "
+            "keyword arguments of DeltaLoRAOptimizer"
+        ) from error
+    if not isinstance(built, Optimizer):
+        raise TypeError(f"{name} made a {type(built).__name__}, which is no torch.optim.Optimizer")
+    return built
+
+
+@contextmanager
+def _global_hooks_held() -> Iterator[None]:
+    """Hooks for every optimizer have fired, or will, for this one; they shall not fire for its inner one too."""
+    registries: tuple[dict[int, Any], ...] = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    held = [dict(hooks) for hooks in registries]
+    for hooks in registries:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in zip(registries, held, strict=True):
+            registered_meanwhile = dict(hooks)
+            hooks.clear()
+            hooks.update(kept | registered_meanwhile)
