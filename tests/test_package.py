@@ -1,0 +1,53 @@
+"""The package as a whole: what importing it brings in, which way imports run, and its examples."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deltaopt
+
+ROOT = Path(deltaopt.__file__).parent
+MODULES = [m.name for m in pkgutil.walk_packages(deltaopt.__path__, "deltaopt.")]
+# A module may import from those that stand after it.
+ORDER = ["integrations", "optimizer", "state", "groups", "update", "guard", "rounding", "triple"]
+
+
+def imported(path):
+    """The names of deltaopt's modules that a file imports at its top."""
+    for node in ast.parse(path.read_text("utf8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deltaopt"):
+            yield node.module.split(".")[1]
+
+
+def test_importing_it_imports_torch_and_nothing_else():
+    code = (
+        "import sys, torch; before = {m.split('.')[0] for m in sys.modules};"
+        "import deltaopt; print(sorted({m.split('.')[0] for m in sys.modules} - before))"
+    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "['deltaopt']"
+
+
+@pytest.mark.parametrize("path", [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"], ids=str)
+def test_imports_run_one_way(path):
+    own = "integrations" if path.parent.name == "integrations" else path.stem
+    allowed = ORDER[ORDER.index(own) + 1 :]
+    for other in imported(path):
+        assert other in allowed, f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+
+
+def test_public_names():
+    assert deltaopt.__all__ == ["DeltaLoRAOptimizer", "LoRATriple", "find_triples", "other_parameters"]
+    assert all(getattr(deltaopt, name).__doc__ for name in deltaopt.__all__)
