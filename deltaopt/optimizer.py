@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from deltaopt.groups import (
     DeltaGroup,
@@ -21,6 +19,7 @@ from deltaopt.groups import (
     parse_triples,
 )
 from deltaopt.guard import FiniteGuard
+from deltaopt.inner import build_inner, global_hooks_held, refuse_unused
 from deltaopt.state import add_record, check_record, restore_settings, split_record
 from deltaopt.triple import LoRATriple, check_triples
 from deltaopt.update import FactoredDelta, Move
@@ -97,9 +96,9 @@ class DeltaLoRAOptimizer(Optimizer):
         groups, options = parse_triples(triples, settings)
         check_triples([triple for group in groups for triple in group.triples])
         if isinstance(inner, Optimizer):
-            _refuse_unused(options, params, inner_kwargs)
+            refuse_unused(options, params, inner_kwargs)
         else:
-            inner = _build(inner, inner_groups(groups, options, params), inner_kwargs)
+            inner = build_inner(inner, inner_groups(groups, options, params), inner_kwargs)
         if any(group.get("differentiable") for group in inner.param_groups):
             raise ValueError(
                 "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
@@ -329,7 +328,7 @@ class DeltaLoRAOptimizer(Optimizer):
         ]
 
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
-        with _global_hooks_held():
+        with global_hooks_held():
             return self._inner.step() if closure is None else self._inner.step(closure)
 
     def _remember(self) -> None:
@@ -386,10 +385,10 @@ class DeltaLoRAOptimizer(Optimizer):
     def _is_state_initialisation(self) -> bool:
         """Whether this step only makes the inner state exist.
 
-        torch.distributed.checkpoint calls `step` once for that, with lr = 0 and zero gradients. The gradients
-        are looked at, which waits for the device, only for a first step with lr = 0.
+        torch.distributed.checkpoint calls `step` for that wherever `state` is empty, with lr = 0 and zero
+        gradients. The gradients are looked at, which waits for the device, only then.
         """
-        if self._step_count > 0 or self.state or not all(_is_zero(g.get("lr", 1.0)) for g in self.param_groups):
+        if self.state or not all(_is_zero(g.get("lr", 1.0)) for g in self.param_groups):
             return False
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         return bool(grads) and not any(bool(grad.any()) for grad in grads)
@@ -398,55 +397,3 @@ class DeltaLoRAOptimizer(Optimizer):
 def _is_zero(lr: float | Tensor) -> bool:
     """Whether a learning rate is 0, as far as the host can tell without waiting for a device."""
     return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
-
-
-def _refuse_unused(options: list[dict[str, Any]], params: ParamsInput, inner_kwargs: dict[str, Any]) -> None:
-    unused = [key for rest in options for key in rest] + list(inner_kwargs)
-    if unused:
-        raise TypeError(
-            f"{', '.join(sorted(unused))}: no effect, because the inner optimizer is already built. Set "
-            "them where it is built, or hand over its class"
-        )
-    if list(params):
-        raise TypeError(
-            "params: no effect, because the inner optimizer is already built. Give it these parameters, or hand "
-            "over its class"
-        )
-
-
-def _build(inner: Callable[..., Optimizer], param_groups: list[dict[str, Any]], kwargs: dict[str, Any]) -> Optimizer:
-    name = getattr(inner, "__name__", repr(inner))
-    if not callable(inner) or type(inner).__module__.startswith("deepspeed"):
-        raise TypeError(
-            f"inner is an optimizer class or a built torch.optim.Optimizer, got a {type(inner).__name__}. "
-            "DeepSpeed's optimizers step flattened copies and can not be wrapped"
-        )
-    try:
-        built = inner(param_groups, **kwargs)
-    except TypeError as error:
-        raise TypeError(
-            f"{name} could not be built from the factors and {kwargs}: {error}. Its arguments are given as "
-            "keyword arguments of DeltaLoRAOptimizer"
-        ) from error
-    if not isinstance(built, Optimizer):
-        raise TypeError(f"{name} made a {type(built).__name__}, which is no torch.optim.Optimizer")
-    return built
-
-
-@contextmanager
-def _global_hooks_held() -> Iterator[None]:
-    """Hooks for every optimizer have fired, or will, for this one; they shall not fire for its inner one too."""
-    registries: tuple[dict[int, Any], ...] = (
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
-    held = [dict(hooks) for hooks in registries]
-    for hooks in registries:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, kept in zip(registries, held, strict=True):
-            registered_meanwhile = dict(hooks)
-            hooks.clear()
-            hooks.update(kept | registered_meanwhile)

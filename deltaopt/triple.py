@@ -1,89 +1,20 @@
-"""LoRATriple: which W moves with which factors A and B, and how each is seen as a matrix.
-
-In the mathematics W is (c, d), A is (c, r) and B is (r, d), and the branch adds
-``scaling * A @ B``. Stored tensors look otherwise: GPT-2 keeps W as (d, c), a convolution as
-(c, d1, kh, kw), a mixture of experts as (e, c, d). A `Layout` names one such way of storing and
-gives the matrices, the one of W always as a *view*, because it is written in place.
-
-Every check of a triple and every refusal of one stands in this file.
-"""
+"""LoRATriple: which W moves with which factors A and B, and what is wrong with a triple or a set of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from deltaopt.layouts import LAYOUTS
+from deltaopt.tensors import is_plain, memory_overlaps, offload_problems, tensor_problems
+
 TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
 """A tensor, or a module and the dotted name of an attribute that is looked up at every step."""
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the storage of W, A and B is seen as matrices (c, d), (c, r) and (r, d).
-
-    Attributes:
-        stored: the shape of W as it is stored, for messages.
-        ndim: the numbers of dimensions a stored W may have.
-        weight: W -> its matrix, a view.
-        left: (A, W) -> the (c, r) matrix of A.
-        right: (B, W) -> the (r, d) matrix of B, columns in the order of W's matrix.
-    """
-
-    stored: str
-    ndim: tuple[int, ...]
-    weight: Callable[[Tensor], Tensor]
-    left: Callable[[Tensor, Tensor], Tensor]
-    right: Callable[[Tensor, Tensor], Tensor]
-
-
-def _as_it_is(factor: Tensor, W: Tensor) -> Tensor:
-    return factor
-
-
-def _kernel_order(W: Tensor) -> list[int]:
-    """The dimensions of a convolution's W, input ones by falling stride, so that they flatten as a view.
-
-    In ``torch.channels_last`` the channel is the innermost one.
-    """
-    return [0, *sorted(range(1, W.dim()), key=W.stride, reverse=True)]
-
-
-def _conv_weight(W: Tensor) -> Tensor:
-    return W.permute(_kernel_order(W)).view(W.shape[0], -1)
-
-
-def _conv_left(A: Tensor, W: Tensor) -> Tensor:
-    return A.flatten(1)
-
-
-def _conv_right(B: Tensor, W: Tensor) -> Tensor:
-    kernels = B.unflatten(1, W.shape[1:]) if B.dim() == 2 else B
-    return kernels.permute(_kernel_order(W)).flatten(1)
-
-
-def _experts_left(A: Tensor, W: Tensor) -> Tensor:
-    return A if A.dim() == 3 else A.unflatten(1, (-1, W.shape[0])).permute(2, 0, 1)
-
-
-def _experts_right(B: Tensor, W: Tensor) -> Tensor:
-    return B if B.dim() == 3 else B.unflatten(0, (W.shape[0], -1))
-
-
-LAYOUTS: dict[str, Layout] = {
-    "linear": Layout("(c, d)", (2,), lambda W: W, _as_it_is, _as_it_is),
-    "transposed": Layout("(d, c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is),
-    "embedding": Layout("(rows d, width c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is),
-    "conv": Layout("(c, d1, *kernel)", (3, 4, 5), _conv_weight, _conv_left, _conv_right),
-    "experts": Layout("(e, c, d)", (3,), lambda W: W, _experts_left, _experts_right),
-    "transposed_experts": Layout("(e, d, c)", (3,), lambda W: W.mT, _experts_left, _experts_right),
-}
 
 
 class LoRATriple:
@@ -152,17 +83,29 @@ class LoRATriple:
     @property
     def W(self) -> Tensor:
         """The frozen weight as it is stored now."""
-        return _resolve(self._W)
+        return self._resolve(self._W)
 
     @property
     def A(self) -> Tensor:
         """The left factor as it is stored now."""
-        return _resolve(self._A)
+        return self._resolve(self._A)
 
     @property
     def B(self) -> Tensor:
         """The right factor as it is stored now."""
-        return _resolve(self._B)
+        return self._resolve(self._B)
+
+    def _resolve(self, source: TensorSource) -> Tensor:
+        if isinstance(source, Tensor):
+            return source
+        module, path = source
+        try:
+            return attrgetter(path)(module)  # type: ignore[no-any-return]
+        except AttributeError as error:
+            raise RuntimeError(
+                f"{self.label}: {path} is no longer in its {type(module).__name__} ({error}): the adapter was "
+                "deleted or renamed, or the layer replaced. Build the optimizer again from what is there now"
+            ) from error
 
     def weight_matrix(self, W: Tensor) -> Tensor:
         """W, or the part of it that moves, as a (c, d) or (e, c, d) view of its storage."""
@@ -184,15 +127,28 @@ class LoRATriple:
         return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.requires_grad) for t in tensors)
 
     def branch_problems(self) -> list[str]:
-        """What is wrong now with the layer that holds the branch (merged, rescaled, ..); looked at every step."""
+        """What is wrong now with the layer that holds the branch; looked at every step.
+
+        Layers of PEFT, loralib, torchtune and litgpt say in `merged` that the branch is in W already.
+        """
+        owners = [source[0] for source in (self._W, self._A, self._B) if isinstance(source, tuple)]
+        if any(getattr(owner, "merged", False) for owner in owners):
+            return [
+                "the branch is merged into W, so that what trains is not what W holds: unmerge it first "
+                "(PEFT: unmerge_adapter(); loralib: train())"
+            ]
         return []
 
     def problems(self) -> list[str]:
         """What is wrong with the tensors of this triple, as sentences; empty when nothing is."""
         W, A, B = self.W, self.A, self.B
-        found = [*_storage_problems("W", W), *_offload_problems(self._W)]
+        found = tensor_problems("W", W)
+        if isinstance(self._W, tuple):
+            module, path = self._W
+            owner, _, _ = path.rpartition(".")
+            found += offload_problems(attrgetter(owner)(module) if owner else module)
         for letter, factor in (("A", A), ("B", B)):
-            found += _storage_problems(letter, factor)
+            found += tensor_problems(letter, factor)
             if not factor.requires_grad:
                 found.append(
                     f"{letter} does not require grad, so no optimizer can train it: call "
@@ -280,33 +236,6 @@ def checked_scaling(scaling: object, label: str) -> float:
     return float(scaling)
 
 
-def memory_overlaps(first: Tensor, second: Tensor) -> bool:
-    """Whether two views share an element. Exact for slices of one matrix, else by their extents."""
-    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
-        return False
-    spans = [_span(t) for t in (first, second)]
-    if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
-        return False
-    boxes = [_box(t) for t in (first, second)]
-    if boxes[0] is None or boxes[1] is None or boxes[0][0] != boxes[1][0]:
-        return True
-    return all(a[0] < b[1] and b[0] < a[1] for a, b in zip(boxes[0][1], boxes[1][1], strict=True))
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """A tensor of its own, not a packed, sharded or fake one that only looks like it."""
-    return type(tensor) in (Tensor, nn.Parameter)
-
-
-def _resolve(source: TensorSource) -> Tensor:
-    if isinstance(source, Tensor):
-        return source
-    found: Any = source[0]
-    for part in source[1].split("."):
-        found = getattr(found, part)
-    return found  # type: ignore[no-any-return]
-
-
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
@@ -330,45 +259,6 @@ def _checked_slice(bounds: object, what: str) -> tuple[int, int] | None:
     ):
         return bounds
     raise ValueError(f"{what} is (start, stop) with 0 <= start < stop, got {bounds!r}")
-
-
-def _storage_problems(letter: str, tensor: Tensor) -> list[str]:
-    if tensor.is_meta:
-        return [
-            f"{letter} is on the meta device (offloaded, or not loaded yet), where an in-place update would be "
-            "lost: load the model onto a real device first"
-        ]
-    if hasattr(tensor, "ds_id"):
-        return [f"{letter} is partitioned by DeepSpeed ZeRO-3, which this optimizer can not move"]
-    if not is_plain(tensor):
-        return [
-            f"{letter} is a {type(tensor).__module__}.{type(tensor).__qualname__}, expected a plain tensor or "
-            "Parameter: quantized, sharded and wrapped weights can not be moved in place. Load the "
-            "layer in 16 or 32 bits"
-        ]
-    if tensor.dtype not in FLOATS:
-        return [
-            f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64 "
-            "(integer and packed weights can not be moved in place)"
-        ]
-    if tensor.is_inference():
-        return [f"{letter} was made under torch.inference_mode() and can not be updated: load the model outside of it"]
-    return []
-
-
-def _offload_problems(source: TensorSource) -> list[str]:
-    if isinstance(source, Tensor):
-        return []
-    owner: Any = source[0]
-    for part in source[1].split(".")[:-1]:
-        owner = getattr(owner, part)
-    hook = getattr(owner, "_hf_hook", None)
-    if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
-        return [
-            "W is offloaded by an accelerate hook, so an in-place update would be lost: give the model a device_map "
-            "that keeps this layer in memory"
-        ]
-    return []
 
 
 def _name_problems(triples: Iterable[LoRATriple]) -> list[str]:
@@ -407,22 +297,3 @@ def _sharing_sentence(label: str, letter: str, other_label: str, other_letter: s
         f"{label}: its {letter} shares memory with {other_letter} of {other_label} though they are two "
         "tensors (tied adapters), so that one step would change it twice: untie them"
     )
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First element in the storage, and the one behind the last."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset())
-    return start, start + last + 1
-
-
-def _box(tensor: Tensor) -> tuple[int, list[tuple[int, int]]] | None:
-    """(leading stride, [row range, column range]) of a slice of a row-major matrix, or None."""
-    sides = sorted(zip(tensor.stride(), tensor.shape, strict=True), key=lambda side: (-side[0], -side[1]))
-    if len(sides) != 2 or sides[1][0] != 1 or sides[0][0] < sides[1][1]:
-        return None
-    (leading, n_rows), (_, n_columns) = sides
-    row, column = divmod(int(tensor.storage_offset()), leading)
-    if column + n_columns > leading:
-        return None
-    return leading, [(row, row + n_rows), (column, column + n_columns)]

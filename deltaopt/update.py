@@ -158,8 +158,8 @@ def _stack_key(move: Move) -> tuple[object, ...]:
 
 def _size(change: Tensor) -> Tensor:
     """Largest magnitude in each of the n changes; NaN or infinite if one entry is."""
-    size: Tensor = torch.linalg.vector_norm(change, float("inf"), dim=tuple(range(1, change.dim())))
-    return size
+    # torch.linalg.vector_norm(ord=inf) says the same without the temporary, but is 5 times slower on a CPU.
+    return change.abs().amax(dim=tuple(range(1, change.dim())))
 
 
 @contextmanager

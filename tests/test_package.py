@@ -15,7 +15,10 @@ import deltaopt
 ROOT = Path(deltaopt.__file__).parent
 MODULES = [m.name for m in pkgutil.walk_packages(deltaopt.__path__, "deltaopt.")]
 # A module may import from those that stand after it.
-ORDER = ["integrations", "optimizer", "state", "groups", "update", "guard", "rounding", "triple"]
+ORDER = [
+    *("integrations", "optimizer", "inner", "state", "groups"),
+    *("update", "guard", "rounding", "triple", "tensors", "layouts"),
+]
 
 
 def imported(path):

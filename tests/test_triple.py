@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.triple import check_triples, memory_overlaps
+from deltaopt.tensors import memory_overlaps
+from deltaopt.triple import check_triples
 from tests import strategies
 
 
@@ -273,3 +274,59 @@ def test_overlap_of_slices_is_exact(rows_1, columns_1, rows_2, columns_2, turn_1
 def test_separate_tensors_do_not_overlap():
     check_triples([LoRATriple(*tensors(), name="q"), LoRATriple(*tensors(), name="k")])
     assert not memory_overlaps(torch.zeros(3), torch.zeros(3))
+
+
+class MergingLinear(nn.Linear):
+    """Keeps W and its branch in one module and says in `merged` whether W holds the branch, as loralib does."""
+
+    def __init__(self):
+        super().__init__(6, 4, bias=False)
+        self.weight.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(4, 2))
+        self.merged = False
+
+
+def test_a_merged_branch_is_refused_at_registration_and_at_a_step():
+    module = MergingLinear()
+    triple = LoRATriple((module, "weight"), (module, "lora_B"), (module, "lora_A"), name="q")
+    module.merged = True
+    assert "q: the branch is merged into W" in refusal(triple)
+    module.merged = False
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+    module.lora_A.grad, module.lora_B.grad = torch.ones(2, 6), torch.ones(4, 2)
+    before = [p.detach().clone() for p in module.parameters()]
+    module.merged = True
+    with pytest.raises(RuntimeError, match="W can not be moved now:\n  q: the branch is merged into W"):
+        optimizer.step()
+    assert all(map(torch.equal, before, module.parameters()))
+    module.merged = False
+    optimizer.step()
+    assert not torch.equal(module.weight, before[0])
+
+
+def test_an_attribute_that_is_gone():
+    module = MergingLinear()
+    triple = LoRATriple((module, "weight"), (module, "lora_B"), (module, "lora_A"), name="q")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+    del module.lora_A
+    with pytest.raises(RuntimeError, match="q: lora_A is no longer in its MergingLinear"):
+        optimizer.step()
+
+
+def test_a_sharded_weight(tmp_path):
+    """FSDP2 and tensor parallelism put a DTensor in place of the Parameter, under the optimizer's feet."""
+    dist = pytest.importorskip("torch.distributed.tensor", reason="runs where torch is built with distributed")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        linear = nn.Linear(6, 4, bias=False).requires_grad_(False)
+        optimizer = DeltaLoRAOptimizer(
+            torch.optim.SGD, [LoRATriple((linear, "weight"), *tensors()[1:], name="q")], lr=0.1
+        )
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = dist.distribute_tensor(linear.weight, mesh, [dist.Shard(0)])
+        linear.weight = nn.Parameter(sharded, requires_grad=False)
+        with pytest.raises(ValueError, match=r"q: W is a torch.distributed.tensor.DTensor, expected a plain tensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from deltaopt.triple import LoRATriple, is_plain, memory_overlaps
+from deltaopt.tensors import is_plain, memory_overlaps
+from deltaopt.triple import LoRATriple
 
 LIBRARIES = {"peft": "deltaopt.integrations.peft"}
 """The module of each LoRA library, and ours that reads its layers: ``find(model, adapter, allow_dropout)``."""

@@ -37,11 +37,8 @@ class PeftTriple(LoRATriple):
 
     def branch_problems(self) -> list[str]:
         """Merged, or rescaled since it was registered."""
-        if self._layer.merged:
-            return [
-                "the adapter is merged into W, so the branch that trains is not the one W holds: "
-                "call unmerge_adapter() first"
-            ]
+        if merged := super().branch_problems():
+            return merged
         scaling = self._layer.scaling.get(self._adapter)
         if scaling != self.scaling:
             return [
@@ -87,11 +84,9 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         return f"its branch is a LoRA variant ({variant}), which is not scaling * B @ A: use plain LoRA"
-    if layer.merged:
-        return "the adapter is merged into W: call unmerge_adapter() first"
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
-        return "its convolution has groups, for which scaling * B @ A is no change of W"
-    dropout = layer.lora_dropout.get(adapter, None)
+        return "its convolution has groups, for which scaling * B @ A is no change of W: leave it out of target_modules"
+    dropout = layer.lora_dropout[adapter]
     if isinstance(dropout, nn.Dropout) and dropout.p > 0 and not allow_dropout:
         return (
             f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
@@ -127,8 +122,9 @@ def _layout(layer: lora.LoraLayer) -> str:
     if isinstance(layer, lora.ParamWrapper):
         if layer.get_param().dim() == 2:
             return "linear"
-        # PEFT looks at the same flag of the module to tell (e, out, in) from (e, in, out).
-        return "transposed_experts" if not layer._did_swap_in_out_features else "experts"
+        # PEFT tells (e, out, in) from (e, in, out) by this flag; to a single expert it adds B @ A as it is.
+        swapped = layer._did_swap_in_out_features or layer.num_experts == 1
+        return "experts" if swapped else "transposed_experts"
     if isinstance(layer, lora.Embedding):
         return "embedding"
     if isinstance(layer, CONVOLUTIONS):

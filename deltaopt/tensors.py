@@ -1,0 +1,81 @@
+"""Which tensors can be moved in place, and which of them share memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
+    """Why this tensor, called `letter`, can not be read and written as a matrix of numbers; empty if it can."""
+    if tensor.is_meta:
+        return [
+            f"{letter} is on the meta device (offloaded, or not loaded yet), where an in-place update would be "
+            "lost: load the model onto a real device first"
+        ]
+    if hasattr(tensor, "ds_id"):
+        return [f"{letter} is partitioned by DeepSpeed ZeRO-3, which this optimizer can not move"]
+    if not is_plain(tensor):
+        return [
+            f"{letter} is a {type(tensor).__module__}.{type(tensor).__qualname__}, expected a plain tensor or "
+            "Parameter: quantized, sharded and wrapped weights can not be moved in place. Load the "
+            "layer in 16 or 32 bits"
+        ]
+    if tensor.dtype not in FLOATS:
+        return [
+            f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64 "
+            "(integer and packed weights can not be moved in place)"
+        ]
+    if tensor.is_inference():
+        return [f"{letter} was made under torch.inference_mode() and can not be updated: load the model outside of it"]
+    return []
+
+
+def offload_problems(owner: nn.Module) -> list[str]:
+    """Whether accelerate keeps the weights of this module elsewhere and fetches them for each forward pass."""
+    hook = getattr(owner, "_hf_hook", None)
+    if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
+        return [
+            "W is offloaded by an accelerate hook, so an in-place update would be lost: give the model a device_map "
+            "that keeps this layer in memory"
+        ]
+    return []
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """A tensor of its own, not a packed, sharded or fake one that only looks like it."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def memory_overlaps(first: Tensor, second: Tensor) -> bool:
+    """Whether two views share an element. Exact for slices of one matrix, else by their extents."""
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return False
+    spans = [_span(t) for t in (first, second)]
+    if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
+        return False
+    boxes = [_box(t) for t in (first, second)]
+    if boxes[0] is None or boxes[1] is None or boxes[0][0] != boxes[1][0]:
+        return True
+    return all(a[0] < b[1] and b[0] < a[1] for a, b in zip(boxes[0][1], boxes[1][1], strict=True))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First element in the storage, and the one behind the last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start, start + last + 1
+
+
+def _box(tensor: Tensor) -> tuple[int, list[tuple[int, int]]] | None:
+    """(leading stride, [row range, column range]) of a slice of a row-major matrix, or None."""
+    sides = sorted(zip(tensor.stride(), tensor.shape, strict=True), key=lambda side: (-side[0], -side[1]))
+    if len(sides) != 2 or sides[1][0] != 1 or sides[0][0] < sides[1][1]:
+        return None
+    (leading, n_rows), (_, n_columns) = sides
+    row, column = divmod(int(tensor.storage_offset()), leading)
+    if column + n_columns > leading:
+        return None
+    return leading, [(row, row + n_rows), (column, column + n_columns)]
