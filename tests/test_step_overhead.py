@@ -1,0 +1,114 @@
+"""The step benchmark measures what it says: equal work in the rows that are compared, and real peaks of memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import step_overhead
+from benchmarks.memory import peak_allocation
+from benchmarks.step_overhead import PARTS, RATIOS, ROWS, Case, main, make_layers, make_weights
+
+MIB = 1 << 20
+NUMBERS = 64  # bytes of Python numbers, which become tensors in an expression
+DTYPES = (torch.float32, torch.bfloat16)
+TINY = tuple(Case("tiny", 3, 48, 40, 2, dtype) for dtype in DTYPES)
+
+
+def test_peak_of_one_tensor():
+    assert peak_allocation(lambda: torch.empty(MIB)) == 4 * MIB
+
+
+def test_peak_counts_what_lives_at_the_same_time():
+    def nested() -> None:
+        outer = torch.empty(MIB)
+        outer.copy_(torch.empty(2 * MIB)[:MIB])  # gone after this line
+        torch.empty(MIB)
+
+    assert peak_allocation(nested) == 12 * MIB
+
+
+def test_peak_is_not_the_sum_of_temporaries():
+    def in_turn() -> None:
+        for _ in range(5):
+            torch.empty(MIB)
+
+    assert peak_allocation(in_turn) == 4 * MIB
+
+
+def test_peak_sees_the_temporaries_inside_an_expression():
+    a = torch.ones(MIB)
+    assert 8 * MIB <= peak_allocation(lambda: 2 * (a - a * a)) < 8 * MIB + NUMBERS
+
+
+def test_work_in_place_allocates_nothing():
+    W, U, V = torch.zeros(512, 512), torch.ones(512, 4), torch.ones(4, 512)
+    assert peak_allocation(lambda: W.mul_(2.0)) < NUMBERS
+    assert peak_allocation(lambda: W.addmm_(U, V)) < NUMBERS
+
+
+@pytest.mark.cuda
+def test_peak_on_a_gpu():
+    def nested() -> None:
+        outer = torch.empty(MIB, device="cuda")
+        outer.copy_(torch.empty(2 * MIB, device="cuda")[:MIB])
+
+    assert peak_allocation(nested, "cuda") == 12 * MIB
+
+
+def run_two_steps(name: str, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """All W and all factors after two calls of a row that has the weights for itself."""
+    layers = make_layers(case, make_weights(case, torch.device("cpu")))
+    row = ROWS[name](layers)
+    row.run()
+    row.run()
+    return torch.stack(layers.W).float(), torch.cat([factor.detach().flatten() for factor in layers.factors])
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+@pytest.mark.parametrize("rival", sorted(ROWS.keys() - {*PARTS, "wrapped"}))
+def test_rival_does_our_work(rival, case, monkeypatch):
+    monkeypatch.setattr(step_overhead, "LEARNING_RATE", 1e-2)  # far above the rounding of bfloat16
+    before = torch.stack(make_weights(case, torch.device("cpu"))).float()
+    (W, factors), (rival_W, rival_factors) = (run_two_steps(name, case) for name in ("wrapped", rival))
+    assert (W - before).abs().mean() > 5e-4
+    tolerance = {"rtol": 2**-7, "atol": 1e-5} if case.dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(rival_W, W, **tolerance)
+    assert torch.equal(rival_factors, factors)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("step_overhead") / "results.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_overhead, "FLUSH_BYTES", MIB)
+        main(["--rounds", "2", "--out", str(out)], TINY)
+    return json.loads(out.read_text())
+
+
+def test_results_name_the_machine_and_the_settings(results):
+    settings = results["settings"]
+    assert settings["torch"] == torch.__version__
+    assert settings["threads"] == torch.get_num_threads()
+    assert settings["rounds"] == 2
+    assert settings["device_name"]
+
+
+def test_results_hold_every_row_and_ratio(results):
+    assert [entry["case"]["dtype"] for entry in results["cases"]] == [str(dtype) for dtype in DTYPES]
+    for entry in results["cases"]:
+        assert list(entry["rows"]) == list(ROWS)
+        assert list(entry["ratios"]) == list(RATIOS)
+        assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in entry["rows"].values())
+
+
+def test_memory_columns(results):
+    rows, case = results["cases"][0]["rows"], TINY[0]
+    W_bytes = case.c * case.d * 4
+    assert rows["wrapped"]["buffer_bytes"] == case.count * 2 * case.rank * (case.c + case.d) * 4
+    assert rows["wrapped"]["peak_extra_bytes"] < rows["inner"]["peak_extra_bytes"] + W_bytes
+    assert rows["product"]["peak_extra_bytes"] >= case.count * W_bytes
+    assert rows["dense"]["peak_extra_bytes"] >= 2 * W_bytes
+    assert rows["pass"]["peak_extra_bytes"] < NUMBERS
