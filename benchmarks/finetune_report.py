@@ -80,7 +80,7 @@ def branches_of(triples: Iterable[LoRATriple]) -> dict[str, Tensor]:
     """Every s A B, in float64 on the CPU."""
     branches = {}
     for t in triples:
-        A, B = (factor.detach().cpu().double() for factor in t.factor_matrices(t.W, t.A, t.B))
+        A, B = (factor.detach().cpu().double() for factor in t.factor_matrices(t.stored()))
         branches[t.label] = t.scaling * A @ B
     return branches
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -21,8 +21,8 @@ from deltaopt.groups import (
 from deltaopt.guard import FiniteGuard
 from deltaopt.inner import build_inner, global_hooks_held, refuse_unused
 from deltaopt.state import add_record, check_record, restore_settings, split_record
-from deltaopt.triple import LoRATriple, check_triples
-from deltaopt.update import FactoredDelta, Move
+from deltaopt.triple import LoRATriple, Stored, check_triples
+from deltaopt.update import BufferKind, FactoredDelta, Move
 
 
 class DeltaLoRAOptimizer(Optimizer):
@@ -105,7 +105,7 @@ class DeltaLoRAOptimizer(Optimizer):
             )
         self._settings = settings
         self._become(inner, groups, step_count=0, skipped_updates=0)
-        self._check_membership()
+        self._look_up()
 
     @classmethod
     def for_model(
@@ -155,9 +155,9 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if factors were replaced or merged, or W was changed in kind, since the optimizer was
                 built. Nothing is changed then.
         """
-        self._check_still_valid()
+        stored = self._look_up()
         counts = not self._is_state_initialisation()
-        moves = self._moves()
+        moves = self._moves(stored)
 
         self._delta.snapshot(moves)  # A_t, B_t
         loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
@@ -250,7 +250,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_weights(options[0].get("params", ()))
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
         self._groups += groups
-        self._remember()
+        self._remember([triple.stored() for triple in self.triples])
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and in each param group what is needed to go on (key "deltaopt").
@@ -315,62 +315,67 @@ class DeltaLoRAOptimizer(Optimizer):
         self._guard = FiniteGuard(skipped_updates)
         self._delta = FactoredDelta()
         super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own
-        self._remember()
+        self._remember([triple.stored() for triple in self.triples])
 
-    def _moves(self) -> list[Move]:
+    def _moves(self, stored: Sequence[Stored]) -> list[Move]:
         """What this step will move: nothing before `start_step`, and nothing where the ratio is 0."""
         ratios = [group.ratio_at(self._step_count) for group in self._groups]
+        of_triples = [(t, r) for group, r in zip(self._groups, ratios, strict=True) for t in group.triples]
         return [
-            Move(t, t.W, t.A, t.B, coef=ratio * t.scaling)
-            for group, ratio in zip(self._groups, ratios, strict=True)
+            Move(triple, tensors, ratio * triple.scaling, kind)
+            for (triple, ratio), tensors, kind in zip(of_triples, stored, self._kinds, strict=True)
             if ratio > 0
-            for t in group.triples
         ]
 
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
         with global_hooks_held():
             return self._inner.step() if closure is None else self._inner.step(closure)
 
-    def _remember(self) -> None:
-        self._signatures = [triple.signature() for triple in self.triples]
+    def _remember(self, stored: Sequence[Stored]) -> None:
+        """Keep what tells a change of the tensors, and what holds until there is one."""
+        self._signatures = [tensors.signature() for tensors in stored]
+        self._kinds = [BufferKind.of(t, tensors) for t, tensors in zip(self.triples, stored, strict=True)]
 
-    def _check_still_valid(self) -> None:
-        """What may have happened to the model since the last step: looked at cheaply, in full after a change."""
+    def _look_up(self) -> list[Stored]:
+        """The tensors of all triples as they are now; after a change since the last step, with all checks again."""
         triples = self.triples
-        if self._signatures != [triple.signature() for triple in triples]:
+        stored = [triple.stored() for triple in triples]
+        if self._signatures != [tensors.signature() for tensors in stored]:
             check_triples(triples)
-            self._remember()
+            self._remember(stored)
         problems = [f"{t.label}: {problem}" for t in triples for problem in t.branch_problems()]
         if problems:
             raise RuntimeError("W can not be moved now:\n  " + "\n  ".join(problems))
-        self._check_membership()
+        self._check_membership(stored)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, which would freeze the test t >= start_step "
                 "and update_ratio: capture forward and backward only"
             )
+        return stored
 
-    def _check_membership(self) -> None:
+    def _check_membership(self, stored: Sequence[Stored]) -> None:
         held = {id(p) for group in self.param_groups for p in group["params"]}
-        problems = []
-        for triple in self.triples:
-            problems += [
-                f"{triple.label}: {letter} is not among the parameters of the inner {type(self._inner).__name__}"
-                for letter, factor in (("A", triple.A), ("B", triple.B))
-                if id(factor) not in held
-            ]
-            if id(triple.W) in held:
+        if all(id(W) not in held and id(A) in held and id(B) in held for W, A, B in stored):
+            return
+        inner, problems = f"the parameters of the inner {type(self._inner).__name__}", []
+        for triple, tensors in zip(self.triples, stored, strict=True):
+            if id(tensors.W) in held:
                 problems.append(
-                    f"{triple.label}: W is among the parameters of the inner {type(self._inner).__name__}; give it "
-                    "[p for p in model.parameters() if p.requires_grad] only"
+                    f"{triple.label}: W is among {inner}; give it what requires grad only, "
+                    "[p for p in model.parameters() if p.requires_grad]"
                 )
-        if problems:
-            raise ValueError(
-                "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and "
-                "B and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the "
-                "optimizer afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) "
-                "can not be wrapped:\n  " + "\n  ".join(problems)
-            )
+            problems += [
+                f"{triple.label}: {letter} is not among {inner}"
+                for letter in "AB"
+                if id(getattr(tensors, letter)) not in held
+            ]
+        raise ValueError(
+            "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B and no "
+            "W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
+            "afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) can not be "
+            "wrapped:\n  " + "\n  ".join(problems)
+        )
 
     def _refuse_weights(self, params: Any) -> None:
         weights = {id(triple.W): triple.label for triple in self.triples}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from deltaopt.layouts import LAYOUTS
@@ -15,6 +14,18 @@ from deltaopt.tensors import is_plain, memory_overlaps, offload_problems, tensor
 
 TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
 """A tensor, or a module and the dotted name of an attribute that is looked up at every step."""
+
+
+class Stored(NamedTuple):
+    """The tensors of a triple as they are stored at one moment."""
+
+    W: Tensor
+    A: Tensor
+    B: Tensor
+
+    def signature(self) -> tuple[object, ...]:
+        """Another one when a tensor was replaced, moved or unfrozen."""
+        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.requires_grad) for t in self)
 
 
 class LoRATriple:
@@ -67,6 +78,7 @@ class LoRATriple:
         columns: tuple[int, int] | None = None,
     ) -> None:
         self._W, self._A, self._B = W, A, B
+        self._owners = list({id(s[0]): s[0] for s in (W, A, B) if isinstance(s, tuple)}.values())
         self.name = name
         self.scaling = checked_scaling(scaling, self.label)
         if layout not in LAYOUTS:
@@ -95,6 +107,10 @@ class LoRATriple:
         """The right factor as it is stored now."""
         return self._resolve(self._B)
 
+    def stored(self) -> Stored:
+        """W, A and B as they are stored now."""
+        return Stored(self.W, self.A, self.B)
+
     def _resolve(self, source: TensorSource) -> Tensor:
         if isinstance(source, Tensor):
             return source
@@ -116,23 +132,17 @@ class LoRATriple:
             matrix = matrix.narrow(-1, self.columns[0], self.columns[1] - self.columns[0])
         return matrix
 
-    def factor_matrices(self, W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def factor_matrices(self, stored: Stored) -> tuple[Tensor, Tensor]:
         """A as (c, r) and B as (r, d), with a leading e for experts. To be read, not written."""
         layout = LAYOUTS[self.layout]
-        return layout.left(A, W), layout.right(B, W)
-
-    def signature(self) -> tuple[object, ...]:
-        """Changes when a tensor of the triple was replaced, moved or unfrozen since the last look."""
-        tensors = self.W, self.A, self.B
-        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.requires_grad) for t in tensors)
+        return layout.left(stored.A, stored.W), layout.right(stored.B, stored.W)
 
     def branch_problems(self) -> list[str]:
         """What is wrong now with the layer that holds the branch; looked at every step.
 
         Layers of PEFT, loralib, torchtune and litgpt say in `merged` that the branch is in W already.
         """
-        owners = [source[0] for source in (self._W, self._A, self._B) if isinstance(source, tuple)]
-        if any(getattr(owner, "merged", False) for owner in owners):
+        if any(getattr(owner, "merged", False) for owner in self._owners):
             return [
                 "the branch is merged into W, so that what trains is not what W holds: unmerge it first "
                 "(PEFT: unmerge_adapter(); loralib: train())"
@@ -141,7 +151,7 @@ class LoRATriple:
 
     def problems(self) -> list[str]:
         """What is wrong with the tensors of this triple, as sentences; empty when nothing is."""
-        W, A, B = self.W, self.A, self.B
+        W, A, B = stored = self.stored()
         found = tensor_problems("W", W)
         if isinstance(self._W, tuple):
             module, path = self._W
@@ -161,9 +171,10 @@ class LoRATriple:
                 "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train "
                 "W itself and drop this triple"
             )
-        return found or self._shape_problems(W, A, B) or self.branch_problems()
+        return found or self._shape_problems(stored) or self.branch_problems()
 
-    def _shape_problems(self, W: Tensor, A: Tensor, B: Tensor) -> list[str]:
+    def _shape_problems(self, stored: Stored) -> list[str]:
+        W, A, B = stored
         layout = LAYOUTS[self.layout]
         if W.dim() not in layout.ndim:
             return [
@@ -174,10 +185,9 @@ class LoRATriple:
             matrix = self.weight_matrix(W)
         except RuntimeError as error:
             return [f"no matrix view of W {_shape(W)} with strides {W.stride()}: {error}"]
-        expected = self._factor_shapes(matrix, A, B)
-        if _fits(matrix, *expected):
+        if self._fits(matrix, stored):
             return []
-        if _fits(matrix, *self._factor_shapes(matrix, B, A)):
+        if self._fits(matrix, Stored(W, A=B, B=A)):
             return [
                 f"A {_shape(A)} and B {_shape(B)} are swapped: W is {_shape(matrix)} = (c, d), so A is "
                 "(c, r) and B is (r, d). PEFT's lora_B is A here, and its lora_A is B"
@@ -188,21 +198,22 @@ class LoRATriple:
             f"{_shape(matrix)}): expected A of shape ({c}, r) and B of shape (r, {d})"
         ]
 
-    def _factor_shapes(self, matrix: Tensor, A: Tensor, B: Tensor) -> tuple[torch.Size | None, torch.Size | None]:
+    def _fits(self, matrix: Tensor, stored: Stored) -> bool:
         try:
-            A_matrix, B_matrix = self.factor_matrices(self.W, A, B)
+            A, B = self.factor_matrices(stored)
         except (RuntimeError, ValueError, IndexError):
-            return None, None
-        return A_matrix.shape, B_matrix.shape
+            return False
+        *lead, c, d = matrix.shape
+        r = A.shape[-1] if A.dim() else 0
+        return r > 0 and list(A.shape) == [*lead, c, r] and list(B.shape) == [*lead, r, d]
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of this triple to know it again: plain numbers and strings."""
-        W, A, B = self.W, self.A, self.B
-        A_matrix, B_matrix = self.factor_matrices(W, A, B)
+        A, B = self.factor_matrices(self.stored())
         return {
             "name": self.label,
-            "A": list(A_matrix.shape),
-            "B": list(B_matrix.shape),
+            "A": list(A.shape),
+            "B": list(B.shape),
             "scaling": self.scaling,
         }
 
@@ -238,14 +249,6 @@ def checked_scaling(scaling: object, label: str) -> float:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-def _fits(matrix: Tensor, A: torch.Size | None, B: torch.Size | None) -> bool:
-    if A is None or B is None:
-        return False
-    *lead, c, d = matrix.shape
-    r = A[-1] if A else 0
-    return r > 0 and list(A) == [*lead, c, r] and list(B) == [*lead, r, d]
 
 
 def _checked_slice(bounds: object, what: str) -> tuple[int, int] | None:

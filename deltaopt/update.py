@@ -11,29 +11,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaopt.guard import FiniteGuard
 from deltaopt.rounding import add_product_
-from deltaopt.triple import LoRATriple
+from deltaopt.triple import LoRATriple, Stored
+
+
+class BufferKind(NamedTuple):
+    """What triples have in common that share buffers: shapes of the factors, dtype of the computation, device."""
+
+    A: torch.Size
+    B: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, triple: LoRATriple, stored: Stored) -> BufferKind:
+        """The kind of a triple; float32, or float64 where a tensor of it is."""
+        A, B = triple.factor_matrices(stored)
+        dtype = torch.float32
+        for tensor in stored:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return cls(A.shape, B.shape, dtype, A.device)
 
 
 @dataclass(frozen=True)
 class Move:
-    """One triple in one step: its tensors as they are stored now, and what multiplies the delta."""
+    """One triple in one step: its tensors, what multiplies the delta, and whose buffers it can share."""
 
     triple: LoRATriple
-    W: Tensor
-    A: Tensor
-    B: Tensor
+    stored: Stored
     coef: float
+    kind: BufferKind
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as matrices, as they are now."""
-        return self.triple.factor_matrices(self.W, self.A, self.B)
+        return self.triple.factor_matrices(self.stored)
 
 
 class FactoredDelta:
@@ -44,22 +61,21 @@ class FactoredDelta:
     """
 
     def __init__(self) -> None:
-        self._stacks: dict[tuple[object, ...], _Stack] = {}
+        self._stacks: dict[BufferKind, _Stack] = {}
 
     @torch.no_grad()
     def snapshot(self, moves: Sequence[Move]) -> None:
         """Keep A and B of every move, in the dtype of the computation."""
-        grouped: dict[tuple[object, ...], list[Move]] = {}
+        grouped: dict[BufferKind, list[Move]] = {}
         for move in moves:
-            grouped.setdefault(_stack_key(move), []).append(move)
-        self._stacks = {
-            key: self._stacks[key]
-            if key in self._stacks and len(self._stacks[key]) == len(members)
-            else _Stack(members)
-            for key, members in grouped.items()
-        }
-        for key, members in grouped.items():
-            self._stacks[key].snapshot(members)
+            grouped.setdefault(move.kind, []).append(move)
+        kept, self._stacks = self._stacks, {}
+        for kind, members in grouped.items():
+            stack = kept.get(kind)
+            self._stacks[kind] = (
+                stack if stack is not None and len(stack) == len(members) else _Stack(kind, len(members))
+            )
+            self._stacks[kind].snapshot(members)
 
     @torch.no_grad()
     def apply_(self, guard: FiniteGuard) -> None:
@@ -83,16 +99,18 @@ class FactoredDelta:
 
 
 class _Stack:
-    """U and V of the moves whose factors have one shape, dtype and device."""
+    """U and V of the moves of one kind."""
 
-    def __init__(self, members: Sequence[Move]) -> None:
-        A, B = members[0].factors()
-        *lead, c, r = A.shape
-        dtype, n = _compute_dtype(members[0]), len(members)
-        self.U = torch.empty(n, *lead, c, 2 * r, dtype=dtype, device=A.device)
-        self.V = torch.empty(n, *lead, 2 * r, B.shape[-1], dtype=dtype, device=A.device)
+    def __init__(self, kind: BufferKind, n: int) -> None:
+        *lead, c, r = kind.A
+        self.U = torch.empty(n, *lead, c, 2 * r, dtype=kind.dtype, device=kind.device)
+        self.V = torch.empty(n, *lead, 2 * r, kind.B[-1], dtype=kind.dtype, device=kind.device)
         self._A_new, self._A_old = self.U.split(r, dim=-1)
         self._B_new, self._B_old = self.V.split(r, dim=-2)
+        # Views are made once: there are several for each W, and every step would make them anew.
+        self._pairs = list(zip(self.U, self.V, strict=True))
+        self._new = self._A_new.unbind(0) + self._B_new.unbind(0)
+        self._old = self._A_old.unbind(0) + self._B_old.unbind(0)
         self._members: Sequence[Move] = ()
 
     def __len__(self) -> int:
@@ -100,11 +118,11 @@ class _Stack:
 
     def snapshot(self, members: Sequence[Move]) -> None:
         self._members = members
-        self._copy_factors_(self._A_old, self._B_old)
+        torch._foreach_copy_(self._old, self._factors())
 
     def difference(self) -> Tensor:
         """Make U = [A' - A | A] and V = [B' ; B' - B]; returns (n,) sizes of the change, 0 where there is none."""
-        self._copy_factors_(self._A_new, self._B_new)
+        torch._foreach_copy_(self._new, self._factors())
         self._A_new.sub_(self._A_old)
         torch.sub(self._B_new, self._B_old, out=self._B_old)
         return torch.maximum(_size(self._A_new), _size(self._B_old))
@@ -121,9 +139,9 @@ class _Stack:
         else:
             chosen = [True] * len(self)
             sign = self._mask_(keep)
-        for move, U, V, moves in zip(self._members, self.U, self.V, chosen, strict=True):
+        for move, (U, V), moves in zip(self._members, self._pairs, chosen, strict=True):
             if moves:
-                add_product_(move.triple.weight_matrix(move.W), U, V, sign * move.coef)
+                add_product_(move.triple.weight_matrix(move.stored.W), U, V, sign * move.coef)
         self._members = ()
 
     def _mask_(self, keep: Tensor) -> float:
@@ -133,27 +151,14 @@ class _Stack:
         self.V.masked_fill_(drop, 0.0)
         return -1.0
 
-    def _copy_factors_(self, A_buffer: Tensor, B_buffer: Tensor) -> None:
+    def _factors(self) -> tuple[Tensor, ...]:
         A, B = zip(*(move.factors() for move in self._members), strict=True)
-        torch._foreach_copy_(A_buffer.unbind(0), A)
-        torch._foreach_copy_(B_buffer.unbind(0), B)
+        return A + B
 
 
 def _known_to_host(device: torch.device) -> bool:
     """Whether the host can read a tensor there without waiting."""
     return device.type == "cpu"
-
-
-def _compute_dtype(move: Move) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in (move.W, move.A, move.B):
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _stack_key(move: Move) -> tuple[object, ...]:
-    A, B = move.factors()
-    return A.shape, B.shape, _compute_dtype(move), A.device
 
 
 def _size(change: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltaopt import LoRATriple
+from deltaopt.update import BufferKind, Move
 
 C, D, R = 5, 7, 3
 E = 2
@@ -120,6 +121,12 @@ def _packed_experts(new):
         lambda B: torch.stack([B[e * R : (e + 1) * R] for e in range(E)]),
         {"layout": "experts"},
     )
+
+
+def move_of(triple: LoRATriple, coef: float) -> Move:
+    """One update of one triple, as the optimizer makes it."""
+    now = triple.stored()
+    return Move(triple, now, coef, BufferKind.of(triple, now))
 
 
 LAYOUTS: dict[str, Callable[..., Stored]] = {

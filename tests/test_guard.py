@@ -7,7 +7,7 @@ import torch
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.guard import FiniteGuard
-from deltaopt.update import FactoredDelta, Move
+from deltaopt.update import FactoredDelta
 from tests import strategies
 
 WARNING = "became NaN or infinite: the update of every W was skipped"
@@ -93,7 +93,7 @@ def masked_update(monkeypatch, change, dtype=torch.float32):
 
     stored = [strategies.make("linear", seed, dtype=dtype) for seed in range(3)]
     delta = FactoredDelta()
-    delta.snapshot([Move(LoRATriple(s.W, s.A, s.B), s.W, s.A, s.B, 0.5) for s in stored])
+    delta.snapshot([strategies.move_of(LoRATriple(s.W, s.A, s.B), 0.5) for s in stored])
     before = [s.matrices() for s in stored]
     with torch.no_grad():
         change(stored)

@@ -96,7 +96,7 @@ def test_a_callable_update_ratio_gets_the_number_of_the_step():
         return 0.0 if step == 3 else 0.5 * step
 
     W, A, B = layer()
-    optimizer = DeltaLoRAOptimizer(SGD, [(W, A, B)], lr=0.1, update_ratio=ratio, start_step=1)
+    optimizer = DeltaLoRAOptimizer(SGD, [(W, A, B), layer(seed=1)], lr=0.1, update_ratio=ratio, start_step=1)
     for t in range(5):
         before = [x.detach().clone() for x in (W, A, B)]
         optimizer.step()

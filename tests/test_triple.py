@@ -41,7 +41,7 @@ def test_the_factors_multiply_in_the_order_of_the_weight(layout):
     """Also where the columns of W's matrix stand in another order than in storage."""
     stored = strategies.make(layout)
     triple = stored.triple()
-    A, B = triple.factor_matrices(stored.W, stored.A.detach(), stored.B.detach())
+    A, B = (factor.detach() for factor in triple.factor_matrices(triple.stored()))
     stored.W.zero_()
     triple.weight_matrix(stored.W).add_(A @ B)
     _, dense_A, dense_B = stored.matrices()

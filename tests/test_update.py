@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.guard import FiniteGuard
-from deltaopt.update import FactoredDelta, Move
+from deltaopt.update import FactoredDelta
 from tests import strategies
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
@@ -30,7 +30,7 @@ def move(stored, coef, seed, scale=1.0):
     """One update of `stored` for a change of its factors; returns the dense matrices before and after."""
     before = stored.matrices()
     delta = FactoredDelta()
-    delta.snapshot([Move(stored.triple(), stored.W, stored.A, stored.B, coef)])
+    delta.snapshot([strategies.move_of(stored.triple(), coef)])
     jump(stored, seed, scale)
     delta.apply_(FiniteGuard())
     return before, stored.matrices()
@@ -115,7 +115,7 @@ def test_invariant_to_the_order_of_rank_components(seed, order):
     with torch.no_grad():
         permuted.A.copy_(before[1][:, order])
         permuted.B.copy_(before[2][order])
-    delta.snapshot([Move(permuted.triple(), permuted.W, permuted.A, permuted.B, 1.0)])
+    delta.snapshot([strategies.move_of(permuted.triple(), 1.0)])
     with torch.no_grad():
         permuted.A.copy_(after[1][:, order])
         permuted.B.copy_(after[2][order])
@@ -134,7 +134,7 @@ def test_block_rows_move_as_their_own_triples(seed):
         for i, s in enumerate((top, bottom))
     ]
     delta = FactoredDelta()
-    delta.snapshot([Move(t, t.W, t.A, t.B, 1.0) for t in parts])
+    delta.snapshot([strategies.move_of(t, 1.0) for t in parts])
     before = whole.matrices()
     jump(whole, seed)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_transposition(seed):
         {},
     )
     delta = FactoredDelta()
-    delta.snapshot([Move(turned.triple(), turned.W, turned.A, turned.B, 0.7)])
+    delta.snapshot([strategies.move_of(turned.triple(), 0.7)])
     _, (W, A, B) = move(stored, 0.7, seed)
     turned.A.copy_(B.T)
     turned.B.copy_(A.T)
