@@ -371,8 +371,8 @@ class DeltaLoRAOptimizer(Optimizer):
                 if id(getattr(tensors, letter)) not in held
             ]
         raise ValueError(
-            "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B and no "
-            "W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
+            "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
+            "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
             "afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) can not be "
             "wrapped:\n  " + "\n  ".join(problems)
         )
