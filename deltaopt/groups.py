@@ -29,12 +29,16 @@ class DeltaGroup:
     start_step: int
 
     def ratio_at(self, step: int) -> float:
-        """Lambda for the step number `step`, counted from 0; 0.0 during the warm-up."""
-        if step < self.start_step:
+        """Lambda for the step number `step`, counted from 0; 0.0 during the warm-up.
+
+        Raises:
+            ValueError, TypeError: for values out of range; both attributes may be set between steps.
+        """
+        if step < checked_count(self.start_step, "start_step"):
             return 0.0
         if callable(self.update_ratio):
             return checked_ratio(self.update_ratio(step), f"update_ratio({step})")
-        return self.update_ratio
+        return checked_ratio(self.update_ratio, "update_ratio")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not callable(self.update_ratio):
             checked_ratio(self.update_ratio, "update_ratio")
-        checked_start_step(self.start_step)
+        checked_count(self.start_step, "start_step")
         checked_scaling(self.scaling, "DeltaLoRAOptimizer")
 
 
@@ -102,11 +106,13 @@ def inner_groups(
     """The param groups an inner optimizer is built from: the factors, and what else trains.
 
     Plain tensors in `params` join the factors where all triples form one group, and are a group of their own
-    otherwise. Factors among them are not repeated.
+    otherwise. Factors among plain tensors are not repeated.
     """
     if isinstance(params, Tensor):
         raise TypeError("params is a list of tensors or of param groups, got a Tensor: write [it]")
     others = list(params)
+    if len({isinstance(entry, Mapping) for entry in others}) > 1:
+        raise TypeError("params mixes tensors with param groups: put all of them into groups, or none")
     factors = factor_params(t for group in groups for t in group.triples)
     named = any(isinstance(entry, tuple) for entry in others) or any(
         isinstance(p, tuple) for rest in options for p in rest.get("params", ())
@@ -127,6 +133,11 @@ def inner_groups(
     return built
 
 
+def as_list(params: Any) -> list[Any]:
+    """What stands under "params" in a group, a generator too, to be read more than once."""
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
 def checked_ratio(ratio: object, what: str) -> float:
     """An update_ratio as a float, or an error that calls it `what`."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
@@ -136,13 +147,13 @@ def checked_ratio(ratio: object, what: str) -> float:
     return float(ratio)
 
 
-def checked_start_step(start_step: object) -> int:
-    """A start_step as it came, or an error."""
-    if isinstance(start_step, bool) or not isinstance(start_step, int):
-        raise TypeError(f"start_step is an int (how many steps leave W alone), got {start_step!r}")
-    if start_step < 0:
-        raise ValueError(f"start_step must not be negative, got {start_step}")
-    return start_step
+def checked_count(count: object, what: str) -> int:
+    """A number of steps as it came, or an error that calls it `what`."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{what} is an int (a number of steps), got {count!r}")
+    if count < 0:
+        raise ValueError(f"{what} must not be negative, got {count}")
+    return count
 
 
 def _parse_group(entry: dict[str, Any], settings: Settings, first: int) -> tuple[DeltaGroup, dict[str, Any]]:
@@ -153,6 +164,8 @@ def _parse_group(entry: dict[str, Any], settings: Settings, first: int) -> tuple
         entry.pop("start_step", settings.start_step),
         entry.pop("scaling", settings.scaling),
     )
+    if "params" in entry:
+        entry["params"] = as_list(entry["params"])
     members = list(entry.pop("triples"))
     if not members:
         raise ValueError("a dict in triples has an empty 'triples' list: there is no W to move")
@@ -163,9 +176,7 @@ def _parse_group(entry: dict[str, Any], settings: Settings, first: int) -> tuple
 
 def _as_triple(entry: object, scaling: float, number: int) -> LoRATriple:
     if isinstance(entry, LoRATriple):
-        if entry.name is None:
-            entry.name = f"triple{number}"
-        return entry
+        return entry if entry.name is not None else entry.named(f"triple{number}")
     if isinstance(entry, tuple) and len(entry) == 3:
         return LoRATriple(*entry, scaling=scaling, name=f"triple{number}")
     raise TypeError(

@@ -32,11 +32,10 @@ def build_inner(
 ) -> Optimizer:
     """The optimizer that a class or a factory makes, or an error that says what it was given."""
     name = getattr(inner, "__name__", repr(inner))
-    if not callable(inner) or type(inner).__module__.startswith("deepspeed"):
-        raise TypeError(
-            f"inner is an optimizer class or a built torch.optim.Optimizer, got a {type(inner).__name__}. "
-            "DeepSpeed's optimizers step flattened copies and can not be wrapped"
-        )
+    if type(inner).__module__.startswith("deepspeed"):
+        raise TypeError(f"inner is a {type(inner).__name__}: DeepSpeed's optimizers step flattened copies of A and B")
+    if not callable(inner):
+        raise TypeError(f"inner is an optimizer class or a built torch.optim.Optimizer, got a {type(inner).__name__}")
     try:
         built = inner(param_groups, **kwargs)
     except TypeError as error:

@@ -15,6 +15,7 @@ from deltaopt.groups import (
     Settings,
     TriplesInput,
     UpdateRatio,
+    as_list,
     inner_groups,
     parse_triples,
 )
@@ -47,7 +48,7 @@ class DeltaLoRAOptimizer(Optimizer):
         triples: `LoRATriple`s, plain ``(W, A, B)`` tuples, or dicts ``{"triples": [...]}`` with their own
             ``update_ratio``, ``start_step``, ``scaling`` and inner options such as ``lr``.
         params: what else trains, as the inner optimizer takes it: tensors (they share the factors' options)
-            or param groups. Factors among them are not repeated. Only with an inner class.
+            or param groups. Factors among plain tensors are not repeated. Only with an inner class.
         update_ratio: lambda, at least 0; or a callable that gets the number of the step, counted from 0,
             and returns it. Default 2.0. With 0 the optimizer is its inner optimizer, bit for bit.
         start_step: K, the number of calls of `step()` that leave W alone. Default 0.
@@ -59,6 +60,7 @@ class DeltaLoRAOptimizer(Optimizer):
             that the inner optimizer does not hold, and for values out of range. Nothing is changed then.
 
     Example:
+        >>> import torch
         >>> linear = torch.nn.Linear(6, 4, bias=False).requires_grad_(False)
         >>> A, B = torch.zeros(4, 2, requires_grad=True), torch.randn(2, 6, requires_grad=True)
         >>> optimizer = DeltaLoRAOptimizer(
@@ -152,8 +154,10 @@ class DeltaLoRAOptimizer(Optimizer):
             What the inner optimizer's ``step`` returns.
 
         Raises:
-            RuntimeError: if factors were replaced or merged, or W was changed in kind, since the optimizer was
-                built. Nothing is changed then.
+            ValueError: if a factor or W was replaced by something that can not be used, or `update_ratio` or
+                `start_step` is out of range.
+            RuntimeError: if the branch was merged, rescaled or deleted, or the step is being captured into a CUDA
+                graph. In each case nothing has changed.
         """
         stored = self._look_up()
         counts = not self._is_state_initialisation()
@@ -242,6 +246,7 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: as the constructor does. Nothing is changed then.
         """
         if "triples" not in param_group:
+            param_group = {**param_group, "params": as_list(param_group["params"])}
             self._refuse_weights(param_group["params"])
             self._inner.add_param_group(param_group)
             return
@@ -269,7 +274,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """Go on where `state_dict` was taken. W is not touched: load the model's weights too.
 
         As with other optimizers the saved options replace the present ones, `update_ratio` and `start_step`
-        among them; a callable `update_ratio` stays.
+        among them. A callable `update_ratio` is code and not saved: where the saved run or this one has a
+        callable, this one's `update_ratio` stays.
 
         Raises:
             ValueError: if the state is of other triples, of a plain optimizer or of another schema. Nothing is
@@ -377,9 +383,8 @@ class DeltaLoRAOptimizer(Optimizer):
             "wrapped:\n  " + "\n  ".join(problems)
         )
 
-    def _refuse_weights(self, params: Any) -> None:
+    def _refuse_weights(self, params: Sequence[Any]) -> None:
         weights = {id(triple.W): triple.label for triple in self.triples}
-        params = [params] if isinstance(params, Tensor) else params
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         taken = [weights[id(p)] for p in tensors if id(p) in weights]
         if taken:

@@ -2,7 +2,8 @@
 
 It is written into every param group as plain numbers, strings, lists and dicts: that form survives
 `torch.load(weights_only=True)`, Accelerate's and Lightning's device moves and
-`torch.distributed.checkpoint`, all of which drop or refuse other places and types.
+`torch.distributed.checkpoint`, all of which drop or refuse other places and types. The last one's
+`flatten_optimizer_state_dict=True` drops it all the same, and such a state is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deltaopt.groups import DeltaGroup
+from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 
 SCHEMA = 1
 KEY = "deltaopt"
@@ -60,17 +61,31 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
-    """Refuse a record of other triples.
+    """Refuse a record of other triples, and a damaged one.
 
     Raises:
         ValueError: naming each triple that differs, with what was saved and what is here.
     """
-    saved_groups = record["groups"]
-    if len(saved_groups) != len(groups):
+    try:
+        found = _differences(record["groups"], groups)
+        checked_count(record["step_count"], "step_count")
+        checked_count(record["skipped_updates"], "skipped_updates")
+        for saved in record["groups"]:
+            checked_count(saved["start_step"], "start_step")
+            if saved["update_ratio"] is not None:
+                checked_ratio(saved["update_ratio"], "update_ratio")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the saved record of triples is damaged or incomplete: {error!r}") from error
+    if found:
         raise ValueError(
-            f"the saved state has {len(saved_groups)} groups of triples, this optimizer {len(groups)}: register the "
-            "triples as in the run that was saved"
+            "the saved state belongs to other triples (register them as in the run that was saved):\n  "
+            + "\n  ".join(found)
         )
+
+
+def _differences(saved_groups: list[dict[str, Any]], groups: Sequence[DeltaGroup]) -> list[str]:
+    if len(saved_groups) != len(groups):
+        return [f"the saved state has {len(saved_groups)} groups of triples, this optimizer {len(groups)}"]
     found = []
     for saved, group in zip(saved_groups, groups, strict=True):
         here = [triple.record() for triple in group.triples]
@@ -82,11 +97,7 @@ def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
             for old, new in zip(saved["triples"], here, strict=True)
             if old != new
         ]
-    if found:
-        raise ValueError(
-            "the saved state belongs to other triples (register them as in the run that was saved):\n  "
-            + "\n  ".join(found)
-        )
+    return found
 
 
 def restore_settings(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:

@@ -28,6 +28,11 @@ def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
             f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64 "
             "(integer and packed weights can not be moved in place)"
         ]
+    if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        return [
+            f"{letter} is expanded (strides {tensor.stride()}): several of its elements are one number in memory. "
+            "Give a tensor of its own, .contiguous()"
+        ]
     if tensor.is_inference():
         return [f"{letter} was made under torch.inference_mode() and can not be updated: load the model outside of it"]
     return []
@@ -50,7 +55,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def memory_overlaps(first: Tensor, second: Tensor) -> bool:
-    """Whether two views share an element. Exact for slices of one matrix, else by their extents."""
+    """Whether two views share an element. Exact for slices of one array, else by their extents."""
     if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
         return False
     spans = [_span(t) for t in (first, second)]
@@ -69,13 +74,16 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return start, start + last + 1
 
 
-def _box(tensor: Tensor) -> tuple[int, list[tuple[int, int]]] | None:
-    """(leading stride, [row range, column range]) of a slice of a row-major matrix, or None."""
-    sides = sorted(zip(tensor.stride(), tensor.shape, strict=True), key=lambda side: (-side[0], -side[1]))
-    if len(sides) != 2 or sides[1][0] != 1 or sides[0][0] < sides[1][1]:
+def _box(tensor: Tensor) -> tuple[tuple[int, ...], list[tuple[int, int]]] | None:
+    """(strides, [first and one behind the last along each]) of a slice of a row-major array, or None."""
+    sides = sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True)
+    strides = tuple(stride for stride, _ in sides)
+    if not strides or strides[-1] != 1:
         return None
-    (leading, n_rows), (_, n_columns) = sides
-    row, column = divmod(int(tensor.storage_offset()), leading)
-    if column + n_columns > leading:
-        return None
-    return leading, [(row, row + n_rows), (column, column + n_columns)]
+    ranges, rest = [], int(tensor.storage_offset())
+    for outer, (stride, n) in zip((None, *strides), sides, strict=False):
+        start, rest = divmod(rest, stride)
+        if outer is not None and (outer % stride or start + n > outer // stride):
+            return None
+        ranges.append((start, start + n))
+    return strides, ranges

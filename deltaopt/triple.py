@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from copy import copy
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,7 +26,9 @@ class Stored(NamedTuple):
 
     def signature(self) -> tuple[object, ...]:
         """Another one when a tensor was replaced, moved or unfrozen."""
-        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.requires_grad) for t in self)
+        return tuple(
+            (id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.stride(), t.dtype, t.requires_grad) for t in self
+        )
 
 
 class LoRATriple:
@@ -60,6 +63,7 @@ class LoRATriple:
             triple (all layers at once), see `problems`.
 
     Example:
+        >>> import torch
         >>> layer, A, B = torch.nn.Linear(6, 4, bias=False), torch.randn(4, 2), torch.zeros(2, 6)
         >>> triple = LoRATriple(layer.weight.requires_grad_(False), A.requires_grad_(), B.requires_grad_(), scaling=0.5)
         >>> triple
@@ -77,7 +81,7 @@ class LoRATriple:
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
     ) -> None:
-        self._W, self._A, self._B = W, A, B
+        self._W, self._A, self._B = (_checked_source(s, letter) for s, letter in ((W, "W"), (A, "A"), (B, "B")))
         self._owners = list({id(s[0]): s[0] for s in (W, A, B) if isinstance(s, tuple)}.values())
         self.name = name
         self.scaling = checked_scaling(scaling, self.label)
@@ -107,6 +111,12 @@ class LoRATriple:
         """The right factor as it is stored now."""
         return self._resolve(self._B)
 
+    def named(self, name: str) -> LoRATriple:
+        """The same triple with a name; this one keeps none."""
+        twin = copy(self)
+        twin.name = name
+        return twin
+
     def stored(self) -> Stored:
         """W, A and B as they are stored now."""
         return Stored(self.W, self.A, self.B)
@@ -119,8 +129,8 @@ class LoRATriple:
             return attrgetter(path)(module)  # type: ignore[no-any-return]
         except AttributeError as error:
             raise RuntimeError(
-                f"{self.label}: {path} is no longer in its {type(module).__name__} ({error}): the adapter was "
-                "deleted or renamed, or the layer replaced. Build the optimizer again from what is there now"
+                f"{self.label}: {path} is not in its {type(module).__name__} ({error}): it is misspelt, or the adapter "
+                "was deleted or renamed, or the layer replaced. Register what is there now"
             ) from error
 
     def weight_matrix(self, W: Tensor) -> Tensor:
@@ -157,6 +167,11 @@ class LoRATriple:
             module, path = self._W
             owner, _, _ = path.rpartition(".")
             found += offload_problems(attrgetter(owner)(module) if owner else module)
+            if self.W is not W:
+                found.append(
+                    "W is computed anew each time it is read (a parametrization such as weight_norm), so an in-place "
+                    "update would be lost: register the tensor it is made from, or remove the parametrization"
+                )
         for letter, factor in (("A", A), ("B", B)):
             found += tensor_problems(letter, factor)
             if not factor.requires_grad:
@@ -249,6 +264,16 @@ def checked_scaling(scaling: object, label: str) -> float:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def _checked_source(source: object, letter: str) -> TensorSource:
+    if isinstance(source, Tensor):
+        return source
+    if isinstance(source, tuple) and len(source) == 2:
+        module, path = source
+        if isinstance(module, nn.Module) and isinstance(path, str):
+            return module, path
+    raise TypeError(f"{letter} is a tensor or (module, 'attribute.path'), got {type(source).__name__}")
 
 
 def _checked_slice(bounds: object, what: str) -> tuple[int, int] | None:

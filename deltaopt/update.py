@@ -131,25 +131,26 @@ class _Stack:
         """Add coef * U @ V to the W's that `keep`, (n,) bool on the device, names.
 
         On a CPU the others are passed over. On a GPU `keep` is not known to the host: there the factors of
-        the others become +0, and -coef * +0 = -0 is added, which leaves even the bits of -0 as they are.
+        the others become +0 and the coefficient is made negative, as adding -0 leaves every bit as it is.
         """
         if _known_to_host(keep.device):
-            chosen = keep.tolist()
-            sign = 1.0
+            chosen, coefs = keep.tolist(), [move.coef for move in self._members]
         else:
-            chosen = [True] * len(self)
-            sign = self._mask_(keep)
-        for move, (U, V), moves in zip(self._members, self._pairs, chosen, strict=True):
+            chosen, coefs = [True] * len(self), self._mask_(keep)
+        for move, (U, V), coef, moves in zip(self._members, self._pairs, coefs, chosen, strict=True):
             if moves:
-                add_product_(move.triple.weight_matrix(move.stored.W), U, V, sign * move.coef)
+                add_product_(move.triple.weight_matrix(move.stored.W), U, V, coef)
         self._members = ()
 
-    def _mask_(self, keep: Tensor) -> float:
-        """Zero U and V where not kept, negate U elsewhere; returns the sign that undoes the negation."""
+    def _mask_(self, keep: Tensor) -> list[float]:
+        """Zero U and V where not kept, and turn the signs so that every coefficient is negative; returns these."""
         drop = ~keep.view(-1, *[1] * (self.U.dim() - 1))
-        self.U.neg_().masked_fill_(drop, 0.0)
+        turned = [U for move, (U, _) in zip(self._members, self._pairs, strict=True) if move.coef > 0]
+        if turned:
+            torch._foreach_neg_(turned)
+        self.U.masked_fill_(drop, 0.0)
         self.V.masked_fill_(drop, 0.0)
-        return -1.0
+        return [-abs(move.coef) for move in self._members]
 
     def _factors(self) -> tuple[Tensor, ...]:
         A, B = zip(*(move.factors() for move in self._members), strict=True)
@@ -181,4 +182,6 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            matmul.fp32_precision = before
+            matmul.fp32_precision = "none"  # as it was, if what was read came from torch.backends.fp32_precision
+            if matmul.fp32_precision != before:
+                matmul.fp32_precision = before

@@ -26,8 +26,12 @@ def layers(count=3, c=512, d=384, r=4, dtype=torch.float32):
     return triples
 
 
+# A capturable AdamW keeps its step count, and with it the bias correction, in float32.
+CLOSE = {"SGD": 1e-10, "AdamW_foreach": 1e-10, "AdamW_fused": 1e-10, "AdamW_capturable": 1e-4, "Adafactor": 1e-10}
+
+
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
-@pytest.mark.parametrize("name", ["SGD", "AdamW_foreach", "AdamW_fused", "AdamW_capturable", "Adafactor"])
+@pytest.mark.parametrize("name", CLOSE)
 def test_follows_the_cpu_in_float64(name, layout):
     """The CPU run is the one compared with the dense reference."""
     inner, options = INNERS.get(name, (AdamW, {"lr": 0.01, "capturable": True}))
@@ -39,7 +43,7 @@ def test_follows_the_cpu_in_float64(name, layout):
         optimizer = DeltaLoRAOptimizer(inner, [stored.triple(SCALING)], update_ratio=RATIO, start_step=3, **own)
         wrapped_run(stored, optimizer, fn, 100)
     for a, b in ((here.W, there.W), (here.A, there.A), (here.B, there.B)):
-        assert relative(b.detach().cpu(), a.detach()) < 1e-10
+        assert relative(b.detach().cpu(), a.detach()) < CLOSE[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,13 +76,14 @@ def test_tf32_does_not_reach_the_delta():
     assert torch.equal(exact[0].W, low[0].W)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_never_waits_for_the_device(dtype):
     optimizer = DeltaLoRAOptimizer(SGD, layers(dtype=dtype), lr=0.1, momentum=0.9)
     optimizer.step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             optimizer.step()
     finally:
@@ -99,15 +104,16 @@ def test_a_bad_factor_leaves_every_W_alone_and_is_reported_later():
     assert optimizer.skipped_updates == 2
 
 
+@pytest.mark.parametrize("scaling", [0.5, -0.5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
-def test_an_unchanged_factor_keeps_the_bits_of_W(layout, dtype):
+def test_an_unchanged_factor_keeps_the_bits_of_W(layout, dtype, scaling):
     stored = on_cuda(layout, dtype=dtype)
     stored.W.copy_(torch.where(stored.W > 0.5, -0.0, stored.W))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.W.element_size()]
     before = stored.W.clone().view(bits)
     stored.A.grad, stored.B.grad = torch.randn_like(stored.A), torch.randn_like(stored.B)
-    DeltaLoRAOptimizer(SGD, [stored.triple(SCALING)], lr=0.0).step()
+    DeltaLoRAOptimizer(SGD, [stored.triple(scaling)], lr=0.0).step()
     assert torch.equal(stored.W.view(bits), before)
 
 
@@ -117,6 +123,7 @@ def test_the_dense_delta_is_never_allocated():
     assert peak_allocation(optimizer.step, "cuda") < 2048 * 2048 * 4 / 20
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capture_into_a_graph_is_refused():
     optimizer = DeltaLoRAOptimizer(AdamW, layers(1), lr=1e-3, capturable=True)
     optimizer.step()

@@ -116,6 +116,25 @@ def test_masking_moves_what_changed_and_nothing_else(monkeypatch, dtype):
         assert torch.allclose(W, W_old + 0.5 * (A @ B - A_old @ B_old), rtol=0.01)
 
 
+def test_masking_makes_every_coefficient_negative(monkeypatch):
+    """Whatever the sign of scaling: +0 times a negative number is -0, and adding that keeps every bit."""
+    from deltaopt import update
+
+    stored = [strategies.make("linear", seed) for seed in range(2)]
+    delta, coefs, dense = FactoredDelta(), (0.5, -0.5), []
+    delta.snapshot([strategies.move_of(s.triple(), coef) for s, coef in zip(stored, coefs, strict=True)])
+    before = [s.matrices() for s in stored]
+    with torch.no_grad():
+        for s in stored:
+            s.A.mul_(1.5)
+    monkeypatch.setattr(update, "_known_to_host", lambda device: False)
+    monkeypatch.setattr(update, "add_product_", lambda W, U, V, coef: dense.append((coef, U @ V)))
+    delta.apply_(FiniteGuard())
+    for (used, product), coef, (_, A, B) in zip(dense, coefs, before, strict=True):
+        assert used == -0.5
+        assert torch.allclose(used * product, coef * 0.5 * A @ B, atol=1e-14)
+
+
 def test_masking_drops_everything_for_one_bad_factor(monkeypatch):
     def change(stored):
         stored[1].A.mul_(1.5)

@@ -139,6 +139,27 @@ def test_groups_have_their_own_settings():
     assert torch.allclose(second[0].double(), expected_W(*middle, *second[1:], 2.0), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "error"),
+    [
+        ("update_ratio", -1.0, ValueError),
+        ("update_ratio", float("nan"), ValueError),
+        ("update_ratio", float("inf"), ValueError),
+        ("update_ratio", "2", TypeError),
+        ("start_step", -1, ValueError),
+        ("start_step", 0.5, TypeError),
+    ],
+)
+def test_settings_of_a_group_are_checked_when_they_are_used(attribute, value, error):
+    W, A, B = layer()
+    optimizer = DeltaLoRAOptimizer(SGD, [(W, A, B)], lr=0.1)
+    setattr(optimizer.groups[0], attribute, value)
+    before = [t.detach().clone() for t in (W, A, B)]
+    with pytest.raises(error, match=attribute):
+        optimizer.step()
+    assert all(map(torch.equal, before, (W, A, B)))
+
+
 def test_settings_of_a_group_can_be_changed_between_steps():
     W, A, B = layer()
     optimizer = DeltaLoRAOptimizer(SGD, [(W, A, B)], lr=0.1)
@@ -195,6 +216,18 @@ def test_add_param_group_with_triples_and_without():
     assert torch.equal(other[0], before)
     steps(optimizer, 1)
     assert not torch.equal(other[0], before)
+
+
+def test_generators_of_parameters_are_read_once():
+    """A generator that a check has used up would leave its parameters out, and they would never train."""
+    head, bias = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    optimizer = DeltaLoRAOptimizer(SGD, [{"triples": [layer(seed=1)], "params": head.parameters()}], bias.parameters())
+    assert [len(g["params"]) for g in optimizer.param_groups] == [6]
+    given = {"params": (p for p in torch.nn.Linear(3, 2).parameters())}
+    optimizer.add_param_group(given)
+    optimizer.add_param_group({"triples": [layer(seed=2)], "params": torch.nn.Linear(3, 2).parameters()})
+    optimizer.add_param_group({"triples": [layer(seed=3)], "params": torch.ones(2, requires_grad=True)})
+    assert [len(g["params"]) for g in optimizer.param_groups] == [6, 2, 4, 3]
 
 
 def test_add_param_group_refuses_and_changes_nothing():
@@ -378,6 +411,37 @@ def test_repr_names_the_triples_and_the_inner_optimizer():
     assert "AdamW (" in text
 
 
+def conditions_of_the_product(monkeypatch):
+    """What holds while the delta is added: a list of (autocast enabled, precision of float32 products)."""
+    from deltaopt import update
+
+    seen = []
+
+    def note(*args):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision))
+
+    monkeypatch.setattr(update, "add_product_", note)
+    return seen
+
+
+def test_the_delta_is_computed_without_autocast_and_in_full_precision(monkeypatch):
+    """This CPU may give the same bits either way, so the settings are looked at themselves."""
+    seen = conditions_of_the_product(monkeypatch)
+    optimizer = DeltaLoRAOptimizer(SGD, [layer()], lr=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step()
+    torch.backends.fp32_precision = "bf16"
+    try:
+        optimizer.step()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # still taken from above
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert [autocast for autocast, _ in seen] == [False, False]
+    assert seen[1][1] == "ieee"
+
+
 def test_inside_autocast_the_delta_stays_in_float32():
     plain, cast = strategies.make("linear", dtype=torch.float32), strategies.make("linear", dtype=torch.float32)
     for stored, enabled in ((plain, False), (cast, True)):
@@ -468,6 +532,12 @@ def test_what_is_no_list_of_triples(triples, message):
 def test_a_group_without_triples():
     with pytest.raises(ValueError, match=r"needs the key 'triples', got the keys \['params'\]"):
         DeltaLoRAOptimizer(SGD, [{"params": []}])
+
+
+def test_params_that_mix_tensors_and_groups():
+    head = torch.ones(3, requires_grad=True)
+    with pytest.raises(TypeError, match="params mixes tensors with param groups"):
+        DeltaLoRAOptimizer(SGD, [layer()], [head, {"params": [torch.ones(2, requires_grad=True)]}])
 
 
 def test_params_as_a_bare_tensor():

@@ -849,3 +849,16 @@ def test_copies_of_model_and_optimizer_train_alike():
     for name, W in weights(model).items():
         assert not torch.equal(W, bits[name])
         assert torch.equal(W, weights(other)[name])
+
+
+def test_dropout_that_is_set_after_registration_is_refused_at_the_step():
+    model = adapted(mlp(7, 5), "0")
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
+    model.base_model.model[0].lora_dropout["default"] = nn.Dropout(0.1)
+    assert_step_refused(model, optimizer, RuntimeError, r"model\.0: it has lora_dropout=0\.1")
+
+
+def test_a_layer_under_two_names_is_not_tied():
+    model = adapted(mlp(7, 5), "0")
+    model.alias = model.base_model.model
+    assert len(find_triples(model)) == 1

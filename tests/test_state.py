@@ -194,6 +194,20 @@ def test_a_state_of_another_schema(state):
     refused(build(strategies.make("linear")), state, f"schema {SCHEMA + 1}, this version of deltaopt reads {SCHEMA}")
 
 
+@pytest.mark.parametrize("damage", ["step_count", "skipped_updates", "groups", "negative", "ratio", "text"])
+def test_a_damaged_record(state, damage):
+    record = state["param_groups"][0]["deltaopt"]
+    if damage == "negative":
+        record["step_count"] = -1
+    elif damage == "ratio":
+        record["groups"][0]["update_ratio"] = float("nan")
+    elif damage == "text":
+        record["groups"][0]["start_step"] = "5"
+    else:
+        del record[damage]
+    refused(build(strategies.make("linear")), state, "damaged or incomplete|must not be negative|must be finite")
+
+
 def test_a_state_that_the_inner_optimizer_refuses(state):
     head = torch.zeros(2, requires_grad=True)
     optimizer = DeltaLoRAOptimizer(AdamW, [strategies.make("linear").triple(0.5, name="q")], [head])

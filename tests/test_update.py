@@ -98,6 +98,24 @@ def test_telescoping(layout, seed, start_step, scaling):
     assert_close(W - frozen, 1.5 * scaling * (A @ B - anchor[1] @ anchor[2]))
 
 
+@given(strategies.seeds, st.integers(0, 3))
+def test_rank_of_the_change(seed, start_step):
+    """At most 2r however many steps, r from a zero product at step K on; a changing ratio makes it grow."""
+    ranks = []
+    for ratio, zero in ((1.5, False), (1.5, start_step == 0), (lambda t: 0.2 * t, False)):
+        W, A, B = randn(20, 20, seed=seed), randn(20, 2, seed=seed + 1), randn(2, 20, seed=seed + 2)
+        A.mul_(0.0 if zero else 1.0).requires_grad_()
+        B.requires_grad_()
+        frozen = W.clone()
+        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], update_ratio=ratio, start_step=start_step, lr=0.1)
+        for t in range(12):
+            A.grad, B.grad = randn(20, 2, seed=seed + 3 + t), randn(2, 20, seed=seed + 50 + t)
+            optimizer.step()
+        ranks.append(int(torch.linalg.matrix_rank(W - frozen, rtol=1e-9)))
+    assert ranks[:2] == [4, 2 if start_step == 0 else 4]
+    assert ranks[2] > 4
+
+
 @given(strategies.layouts, strategies.seeds, strategies.ratios)
 def test_linear_in_the_coefficient(layout, seed, ratio):
     """update_ratio and scaling enter as their product, and the change of W is linear in it."""

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltaopt.tensors import is_plain, memory_overlaps
 from deltaopt.triple import LoRATriple
@@ -70,22 +70,21 @@ def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn
 
 
 def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
-    by_storage: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if is_plain(parameter) and not parameter.is_meta:
-            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for module_name, module in model.named_modules():  # a module under two names is one place
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_plain(parameter) and not parameter.is_meta:
+                users = by_storage.setdefault(parameter.untyped_storage().data_ptr(), [])
+                users.append((f"{module_name}.{name}".lstrip("."), parameter))
     found = []
     for triple in triples:
         W = triple.W
         if not is_plain(W) or W.is_meta:
             continue  # the optimizer refuses it with the reason
-        users = [
-            name
-            for name, parameter in by_storage.get(W.untyped_storage().data_ptr(), ())
-            if memory_overlaps(parameter, W)
-        ]
-        if len(users) > 1:
-            found.append(f"{triple.label}: its W is {' and '.join(users)}")
+        neighbours = by_storage.get(W.untyped_storage().data_ptr(), ())
+        names = [name for name, parameter in neighbours if memory_overlaps(parameter, W)]
+        if len(names) > 1:
+            found.append(f"{triple.label}: its W is {' and '.join(names)}")
     if found:
         raise ValueError(
             "these weights are used in more than one place, and moving them for their LoRA branch would move the "

@@ -20,9 +20,10 @@ SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
 class PeftTriple(LoRATriple):
     """A triple of one PEFT layer and one of its adapters, whose tensors are looked up at every step."""
 
-    def __init__(self, layer: lora.LoraLayer, adapter: str, name: str) -> None:
+    def __init__(self, layer: lora.LoraLayer, adapter: str, name: str, allow_dropout: bool = False) -> None:
         self._layer = layer
         self._adapter = adapter
+        self._allow_dropout = allow_dropout
         embedding = isinstance(layer, lora.Embedding)
         A = f"lora_embedding_B.{adapter}" if embedding else f"lora_B.{adapter}.weight"
         B = f"lora_embedding_A.{adapter}" if embedding else f"lora_A.{adapter}.weight"
@@ -36,7 +37,7 @@ class PeftTriple(LoRATriple):
         )
 
     def branch_problems(self) -> list[str]:
-        """Merged, or rescaled since it was registered."""
+        """Merged, or rescaled or given dropout since it was registered."""
         if merged := super().branch_problems():
             return merged
         scaling = self._layer.scaling.get(self._adapter)
@@ -45,7 +46,7 @@ class PeftTriple(LoRATriple):
                 f"its scaling was {self.scaling:g} when it was registered and is {scaling} now (set_scale, "
                 "scale_layer): build the optimizer again, or put the scaling back"
             ]
-        return []
+        return [] if self._allow_dropout else _dropout_problems(self._layer, self._adapter)
 
 
 def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
@@ -65,7 +66,7 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     if refused:
         raise ValueError("these PEFT layers can not be used:\n  " + "\n  ".join(refused))
     _warn_about_companions(layers, adapter)
-    return [PeftTriple(layer, adapter, _label(name, layer)) for name, layer in layers]
+    return [PeftTriple(layer, adapter, _label(name, layer), allow_dropout) for name, layer in layers]
 
 
 def _adapters(module: BaseTunerLayer) -> set[str]:
@@ -86,13 +87,18 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
         return f"its branch is a LoRA variant ({variant}), which is not scaling * B @ A: use plain LoRA"
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         return "its convolution has groups, for which scaling * B @ A is no change of W: leave it out of target_modules"
+    problems = [] if allow_dropout else _dropout_problems(layer, adapter)
+    return problems[0] if problems else None
+
+
+def _dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
     dropout = layer.lora_dropout[adapter]
-    if isinstance(dropout, nn.Dropout) and dropout.p > 0 and not allow_dropout:
-        return (
-            f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-            "(section 4.2 of the paper): set lora_dropout=0, or say allow_dropout=True for an ablation"
-        )
-    return None
+    if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
+        return []
+    return [
+        f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
+        "(section 4.2 of the paper): set lora_dropout=0, or say allow_dropout=True for an ablation"
+    ]
 
 
 def _warn_about_companions(layers: list[tuple[str, lora.LoraLayer]], adapter: str) -> None:
