@@ -255,7 +255,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_weights(options[0].get("params", ()))
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
         self._groups += groups
-        self._remember([triple.stored() for triple in self.triples])
+        self._look_up()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and in each param group what is needed to go on (key "deltaopt").
@@ -321,7 +321,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._guard = FiniteGuard(skipped_updates)
         self._delta = FactoredDelta()
         super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own
-        self._remember([triple.stored() for triple in self.triples])
+        # Not looked up here: in a copy of a model that holds its optimizer, modules are not complete yet.
+        self._signatures: list[tuple[object, ...]] = []
 
     def _moves(self, stored: Sequence[Stored]) -> list[Move]:
         """What this step will move: nothing before `start_step`, and nothing where the ratio is 0."""

@@ -26,9 +26,7 @@ class Stored(NamedTuple):
 
     def signature(self) -> tuple[object, ...]:
         """Another one when a tensor was replaced, moved or unfrozen."""
-        return tuple(
-            (id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.stride(), t.dtype, t.requires_grad) for t in self
-        )
+        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.dtype, t.requires_grad) for t in self)
 
 
 class LoRATriple:

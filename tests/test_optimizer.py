@@ -397,6 +397,15 @@ def test_copies_with_their_model_go_on_alike(how):
     assert torch.equal(A, twin.triples[0].A)
 
 
+def test_a_model_that_holds_its_optimizer_can_be_copied():
+    model = nn.Linear(6, 4, bias=False).requires_grad_(False)
+    model.optimizer = DeltaLoRAOptimizer(SGD, [LoRATriple((model, "weight"), *layer()[1:], name="q")], lr=0.1)
+    twin = copy.deepcopy(model)
+    steps(twin.optimizer, 1)
+    assert twin.optimizer.triples[0].W is twin.weight
+    assert not torch.equal(twin.weight, model.weight)
+
+
 def test_a_copy_alone_does_not_touch_the_original():
     W, A, B = layer()
     twin = copy.deepcopy(DeltaLoRAOptimizer(AdamW, [(W, A, B)], lr=0.1))
