@@ -445,10 +445,14 @@ def test_the_delta_is_computed_without_autocast_and_in_full_precision(monkeypatc
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         torch.backends.fp32_precision = "ieee"
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # still taken from above
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        optimizer.step()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # set for itself
     finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
         torch.backends.fp32_precision = "none"
-    assert [autocast for autocast, _ in seen] == [False, False]
-    assert seen[1][1] == "ieee"
+    assert [autocast for autocast, _ in seen] == [False] * 3
+    assert seen[1][1] == seen[2][1] == "ieee"
 
 
 def test_inside_autocast_the_delta_stays_in_float32():

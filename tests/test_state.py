@@ -126,6 +126,10 @@ def test_skipped_updates_are_carried():
     other = build(strategies.make("linear"), SGD)
     other.load_state_dict(saved_and_read(optimizer.state_dict()))
     assert other.skipped_updates == 1
+    other.param_groups[0]["params"][0].grad = torch.full_like(stored.A, float("nan"))
+    with pytest.warns(RuntimeWarning, match="NaN or infinite"):
+        other.step()
+    assert other.skipped_updates == 2
 
 
 def test_hooks_of_state_dict_and_load_state_dict_fire():
@@ -138,6 +142,15 @@ def test_hooks_of_state_dict_and_load_state_dict_fire():
     optimizer.load_state_dict(state)
     assert fired == ["save", 1, "loaded"]
     assert state["note"] == 1
+
+
+def test_a_state_that_a_hook_hands_back_is_the_one_that_is_loaded():
+    optimizer = build(strategies.make("linear"))
+    state = optimizer.state_dict()
+    (group,) = state["param_groups"]
+    optimizer.register_load_state_dict_pre_hook(lambda opt, _: {**state, "param_groups": [{**group, "lr": 0.5}]})
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def refused(optimizer, state, message):
