@@ -255,7 +255,6 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_weights(options[0].get("params", ()))
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
         self._groups += groups
-        self._look_up()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and in each param group what is needed to go on (key "deltaopt").

@@ -115,6 +115,8 @@ def test_a_callable_update_ratio_is_kept_and_not_saved():
     constant = build(copy.deepcopy(stored), update_ratio=0.3)
     constant.load_state_dict(state)
     assert constant.groups[0].update_ratio == 0.3
+    optimizer.load_state_dict(saved_and_read(constant.state_dict()))
+    assert optimizer.groups[0].update_ratio is ratio
 
 
 def test_skipped_updates_are_carried():
