@@ -83,7 +83,7 @@ def _box(tensor: Tensor) -> tuple[tuple[int, ...], list[tuple[int, int]]] | None
     ranges, rest = [], int(tensor.storage_offset())
     for outer, (stride, n) in zip((None, *strides), sides, strict=False):
         start, rest = divmod(rest, stride)
-        if outer is not None and (outer % stride or start + n > outer // stride):
+        if outer is not None and start + n > outer // stride:
             return None
         ranges.append((start, start + n))
     return strides, ranges

@@ -281,6 +281,12 @@ def test_overlap_of_slices_is_exact(rows_1, columns_1, rows_2, columns_2, turn_1
         assert memory_overlaps(first, second) or not shared
 
 
+def test_overlap_of_two_shapes_of_one_memory():
+    """The columns 0 and 1 of an (8, 8) are in part the columns 8 and 9 of the same memory as (4, 16)."""
+    base = torch.zeros(64)
+    assert memory_overlaps(base.view(8, 8)[:, :2], base.view(4, 16)[:, 8:10])
+
+
 def test_separate_tensors_do_not_overlap():
     check_triples([LoRATriple(*tensors(), name="q"), LoRATriple(*tensors(), name="k")])
     assert not memory_overlaps(torch.zeros(3), torch.zeros(3))
