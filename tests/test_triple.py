@@ -285,6 +285,8 @@ def test_overlap_of_two_shapes_of_one_memory():
     """The columns 0 and 1 of an (8, 8) are in part the columns 8 and 9 of the same memory as (4, 16)."""
     base = torch.zeros(64)
     assert memory_overlaps(base.view(8, 8)[:, :2], base.view(4, 16)[:, 8:10])
+    around_the_edge = base.as_strided((2, 3), (8, 1), 6)  # columns 6, 7 and then 0 of the next row
+    assert memory_overlaps(around_the_edge, base.view(8, 8)[:, :2])
 
 
 def test_separate_tensors_do_not_overlap():
