@@ -184,6 +184,8 @@ def test_factors_among_the_other_parameters_are_not_repeated():
     head = torch.ones(3, requires_grad=True)
     optimizer = DeltaLoRAOptimizer(SGD, [(W, A, B)], [A, head, B], lr=0.1)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in (A, B, head)]
+    grouped = DeltaLoRAOptimizer(SGD, [{"triples": [(W, A, B)], "params": [A, head, B]}], lr=0.1)
+    assert [id(p) for p in grouped.param_groups[0]["params"]] == [id(p) for p in (A, B, head)]
 
 
 def test_other_parameters_as_groups_and_named():
