@@ -336,6 +336,17 @@ def test_global_hooks_survive_a_failing_step():
         handle.remove()
 
 
+def test_a_global_hook_registered_within_a_step_stays():
+    optimizer, fired, handles = DeltaLoRAOptimizer(AdamW, [layer()], lr=0.1), [], []
+    optimizer.step(lambda: handles.append(register_optimizer_step_post_hook(lambda *a: fired.append(1))) or 0.0)
+    try:
+        fired.clear()
+        optimizer.step()
+        assert fired == [1]
+    finally:
+        handles[0].remove()
+
+
 def test_hooks_of_the_inner_optimizer_fire():
     optimizer, fired = DeltaLoRAOptimizer(AdamW, [layer()], lr=0.1), []
     optimizer.inner.register_step_post_hook(lambda *a: fired.append(1))
