@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +38,7 @@ class BufferKind(NamedTuple):
         return cls(A.shape, B.shape, dtype, A.device)
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """One triple in one step: its tensors, what multiplies the delta, and whose buffers it can share."""
 
     triple: LoRATriple
