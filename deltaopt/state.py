@@ -52,9 +52,10 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             "this state was not saved by a DeltaLoRAOptimizer: it has no step count and no triples. To take over "
             "the moments of a plain optimizer's state, load it into optimizer.inner instead"
         )
-    if records[0]["schema"] != SCHEMA:
+    schema = records[0].get("schema")
+    if schema != SCHEMA:
         raise ValueError(
-            f"this state has the schema {records[0]['schema']}, this version of deltaopt reads {SCHEMA}: load it "
+            f"this state has the schema {schema}, this version of deltaopt reads {SCHEMA}: load it "
             "with the version that wrote it"
         )
     return records[0], {**state_dict, "param_groups": param_groups}

@@ -209,7 +209,7 @@ def test_a_state_of_another_schema(state):
     refused(build(strategies.make("linear")), state, f"schema {SCHEMA + 1}, this version of deltaopt reads {SCHEMA}")
 
 
-@pytest.mark.parametrize("damage", ["step_count", "skipped_updates", "groups", "negative", "ratio", "text"])
+@pytest.mark.parametrize("damage", ["schema", "step_count", "skipped_updates", "groups", "negative", "ratio", "text"])
 def test_a_damaged_record(state, damage):
     record = state["param_groups"][0]["deltaopt"]
     if damage == "negative":
@@ -220,7 +220,11 @@ def test_a_damaged_record(state, damage):
         record["groups"][0]["start_step"] = "5"
     else:
         del record[damage]
-    refused(build(strategies.make("linear")), state, "damaged or incomplete|must not be negative|must be finite")
+    refused(
+        build(strategies.make("linear")),
+        state,
+        "damaged or incomplete|has the schema None|must not be negative|must be finite",
+    )
 
 
 def test_a_state_that_the_inner_optimizer_refuses(state):
