@@ -107,6 +107,7 @@ class DeltaLoRAOptimizer(Optimizer):
             )
         self._settings = settings
         self._become(inner, groups, step_count=0, skipped_updates=0)
+        self._remember([triple.stored() for triple in self.triples])  # checked above
         self._look_up()
 
     @classmethod
