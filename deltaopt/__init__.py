@@ -1,9 +1,26 @@
 """Delta-LoRA (arXiv 2309.02411) as an optimizer: trains LoRA factors and moves the frozen weight with them."""
 
+from deltaopt.export import export_adapter, merged_weights
+from deltaopt.files import load, save
 from deltaopt.integrations import find_triples, other_parameters
+from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.resume import WeightMismatchError
+from deltaopt.state import without_ledger
 from deltaopt.triple import LoRATriple
 
 __version__ = "0.1.0"
 
-__all__ = ["DeltaLoRAOptimizer", "LoRATriple", "find_triples", "other_parameters"]
+__all__ = [
+    "DeltaLoRAOptimizer",
+    "LoRATriple",
+    "LowRank",
+    "WeightMismatchError",
+    "export_adapter",
+    "find_triples",
+    "load",
+    "merged_weights",
+    "other_parameters",
+    "save",
+    "without_ledger",
+]

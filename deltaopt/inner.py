@@ -1,15 +1,17 @@
-"""The inner optimizer: building it from its class, and stepping it without firing everybody's hooks twice."""
+"""The inner optimizer: building it, what it must and must not hold, stepping it without firing hooks twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from deltaopt.groups import ParamsInput
+from deltaopt.triple import LoRATriple, Stored
 
 
 def refuse_unused(options: list[dict[str, Any]], params: ParamsInput, inner_kwargs: dict[str, Any]) -> None:
@@ -65,3 +67,54 @@ def global_hooks_held() -> Iterator[None]:
             registered_meanwhile = dict(hooks)
             hooks.clear()
             hooks.update(kept | registered_meanwhile)
+
+
+def check_membership(inner: Optimizer, triples: Sequence[LoRATriple], stored: Sequence[Stored]) -> None:
+    """Refuse an inner optimizer that does not hold the very Parameter objects of every A and B, or that holds a W."""
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    if all(id(W) not in held and id(A) in held and id(B) in held for W, A, B in stored):
+        return
+    parameters, problems = f"the parameters of the inner {type(inner).__name__}", []
+    for triple, tensors in zip(triples, stored, strict=True):
+        if id(tensors.W) in held:
+            problems.append(
+                f"{triple.label}: W is among {parameters}; give it what requires grad only, "
+                "[p for p in model.parameters() if p.requires_grad]"
+            )
+        problems += [
+            f"{triple.label}: {letter} is not among {parameters}"
+            for letter in "AB"
+            if id(getattr(tensors, letter)) not in held
+        ]
+    raise ValueError(
+        "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
+        "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
+        "afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) can not be "
+        "wrapped:\n  " + "\n  ".join(problems)
+    )
+
+
+def refuse_weights(triples: Sequence[LoRATriple], params: Sequence[Any]) -> None:
+    """Refuse W among parameters that the inner optimizer is to train."""
+    weights = {id(triple.W): triple.label for triple in triples}
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    taken = [weights[id(p)] for p in tensors if id(p) in weights]
+    if taken:
+        raise ValueError(f"params holds the W of {', '.join(taken)}, which this optimizer moves itself: leave it out")
+
+
+def is_state_initialisation(inner: Optimizer) -> bool:
+    """Whether the step to come only makes the inner state exist.
+
+    torch.distributed.checkpoint calls `step` for that wherever `state` is empty, with lr = 0 and zero
+    gradients. The gradients are looked at, which waits for the device, only then.
+    """
+    if inner.state or not all(_is_zero(g.get("lr", 1.0)) for g in inner.param_groups):
+        return False
+    grads = [p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(grad.any()) for grad in grads)
+
+
+def _is_zero(lr: float | Tensor) -> bool:
+    """Whether a learning rate is 0, as far as the host can tell without waiting for a device."""
+    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0

@@ -21,7 +21,8 @@ class Layout:
         ndim: the numbers of dimensions a stored W may have.
         weight: W -> its matrix, a view.
         left: (A, W) -> the (c, r) matrix of A.
-        right: (B, W) -> the (r, d) matrix of B, columns in the order of W's matrix.
+        right: (B, W) -> the (r, d) matrix of B.
+        columns: (V, W) -> V (r, d) with its columns in the order in which W's matrix has them.
     """
 
     stored: str
@@ -29,6 +30,7 @@ class Layout:
     weight: Callable[[Tensor], Tensor]
     left: Callable[[Tensor, Tensor], Tensor]
     right: Callable[[Tensor, Tensor], Tensor]
+    columns: Callable[[Tensor, Tensor], Tensor]
 
 
 def _as_it_is(factor: Tensor, W: Tensor) -> Tensor:
@@ -52,7 +54,11 @@ def _conv_left(A: Tensor, W: Tensor) -> Tensor:
 
 
 def _conv_right(B: Tensor, W: Tensor) -> Tensor:
-    kernels = B.unflatten(1, W.shape[1:]) if B.dim() == 2 else B
+    return B.flatten(1)
+
+
+def _conv_columns(V: Tensor, W: Tensor) -> Tensor:
+    kernels: Tensor = V.unflatten(1, W.shape[1:])
     return kernels.permute(_kernel_order(W)).flatten(1)
 
 
@@ -65,10 +71,10 @@ def _experts_right(B: Tensor, W: Tensor) -> Tensor:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "linear": Layout("(c, d)", (2,), lambda W: W, _as_it_is, _as_it_is),
-    "transposed": Layout("(d, c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is),
-    "embedding": Layout("(rows d, width c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is),
-    "conv": Layout("(c, d1, *kernel)", (3, 4, 5), _conv_weight, _conv_left, _conv_right),
-    "experts": Layout("(e, c, d)", (3,), lambda W: W, _experts_left, _experts_right),
-    "transposed_experts": Layout("(e, d, c)", (3,), lambda W: W.mT, _experts_left, _experts_right),
+    "linear": Layout("(c, d)", (2,), lambda W: W, _as_it_is, _as_it_is, _as_it_is),
+    "transposed": Layout("(d, c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is, _as_it_is),
+    "embedding": Layout("(rows d, width c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is, _as_it_is),
+    "conv": Layout("(c, d1, *kernel)", (3, 4, 5), _conv_weight, _conv_left, _conv_right, _conv_columns),
+    "experts": Layout("(e, c, d)", (3,), lambda W: W, _experts_left, _experts_right, _as_it_is),
+    "transposed_experts": Layout("(e, d, c)", (3,), lambda W: W.mT, _experts_left, _experts_right, _as_it_is),
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from deltaopt.accounts import Account, Accounts, Reinit, zero_product
+from deltaopt.base import BaseSource
 from deltaopt.groups import (
     DeltaGroup,
     ParamsInput,
@@ -20,8 +23,23 @@ from deltaopt.groups import (
     parse_triples,
 )
 from deltaopt.guard import FiniteGuard
-from deltaopt.inner import build_inner, global_hooks_held, refuse_unused
-from deltaopt.state import add_record, check_record, restore_settings, split_record
+from deltaopt.inner import (
+    build_inner,
+    check_membership,
+    global_hooks_held,
+    is_state_initialisation,
+    refuse_unused,
+    refuse_weights,
+)
+from deltaopt.lowrank import LowRank
+from deltaopt.state import (
+    add_ledgers,
+    add_record,
+    check_record,
+    restore_settings,
+    split_ledgers,
+    split_record,
+)
 from deltaopt.triple import LoRATriple, Stored, check_triples
 from deltaopt.update import BufferKind, FactoredDelta, Move
 
@@ -53,6 +71,8 @@ class DeltaLoRAOptimizer(Optimizer):
             and returns it. Default 2.0. With 0 the optimizer is its inner optimizer, bit for bit.
         start_step: K, the number of calls of `step()` that leave W alone. Default 0.
         scaling: s of plain tuples: what their branch multiplies A @ B by. Default 1.0.
+        keep_base: ``"cpu"`` or ``"device"`` keeps a copy of every W from before its first move, there or beside W,
+            for `base_weights`. Default None: no copy, no memory.
         **inner_kwargs: ``lr``, ``weight_decay``, .. for an inner class.
 
     Raises:
@@ -78,6 +98,8 @@ class DeltaLoRAOptimizer(Optimizer):
     # hand the scale to this object, where a fused inner optimizer does not look for it.
     _step_supports_amp_scaling = False
 
+    _delta: FactoredDelta
+
     def __init__(
         self,
         inner: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
@@ -87,6 +109,7 @@ class DeltaLoRAOptimizer(Optimizer):
         update_ratio: UpdateRatio = 2.0,
         start_step: int = 0,
         scaling: float = 1.0,
+        keep_base: str | None = None,
         **inner_kwargs: Any,
     ) -> None:
         if isinstance(inner, DeltaLoRAOptimizer):
@@ -106,7 +129,8 @@ class DeltaLoRAOptimizer(Optimizer):
                 "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
             )
         self._settings = settings
-        self._become(inner, groups, step_count=0, skipped_updates=0)
+        accounts = Accounts((triple for group in groups for triple in group.triples), keep_base)
+        self._become(inner, groups, accounts, step_count=0, skipped_updates=0)
         self._remember([triple.stored() for triple in self.triples])  # checked above
         self._look_up()
 
@@ -157,12 +181,14 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             ValueError: if a factor or W was replaced by something that can not be used, or `update_ratio` or
                 `start_step` is out of range.
-            RuntimeError: if the branch was merged, rescaled or deleted, or the step is being captured into a CUDA
-                graph. In each case nothing has changed.
+            RuntimeError: if the branch was merged, rescaled or deleted, the step is being captured into a CUDA
+                graph, or it is called in `base_weights`. In each case nothing has changed.
         """
+        self._refuse_at_base("step()")
         stored = self._look_up()
-        counts = not self._is_state_initialisation()
-        moves = self._moves(stored)
+        counts = not is_state_initialisation(self._inner)
+        moves = self._moves(stored) if counts else []
+        self._accounts.open(move.ledger for move in moves)
 
         self._delta.snapshot(moves)  # A_t, B_t
         loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
@@ -199,8 +225,121 @@ class DeltaLoRAOptimizer(Optimizer):
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes held beside the inner optimizer's state: 2 r (c + d) numbers for each triple."""
-        return self._delta.nbytes
+        """Bytes held beside the inner optimizer's state: 3 r (c + d) numbers for each triple, and the ledgers.
+
+        A ledger has r (c + d) numbers for each term; with a constant `update_ratio` that is one, or none where the
+        product at `start_step` was zero. Copies of the base (`keep_base`) are counted too.
+        """
+        return self._delta.nbytes + self._accounts.nbytes
+
+    def displacement(self, name: str) -> LowRank:
+        """How far a W was asked to move since its first move (or the last `rebase`), as low-rank factors.
+
+        Args:
+            name: of the triple.
+
+        Returns:
+            A (c, R) and B (R, d), or (e, c, R) and (e, R, d), whose `product()` is the displacement of W's matrix. With
+            a constant `update_ratio`, R is 2r, or r where the product at `start_step` was zero.
+
+        Raises:
+            KeyError: if there is no such triple.
+            RuntimeError: if it is not known any more, with the reason.
+        """
+        self._delta.settle()
+        return self._accounts.displacement(name)
+
+    @contextmanager
+    def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
+        """Within it every W is what it was before its first move; after it, what it is now, bit for bit.
+
+        For the reference model of DPO or GRPO, or an evaluation of the base; with PEFT together with
+        ``model.disable_adapter()``, which leaves out the branch. W's bits come from the first of these that there is:
+
+        1. `source`: exact;
+        2. the copy of `keep_base`: exact;
+        3. a float32 or float64 W: W minus its displacement, equal to rounding;
+        4. a 16-bit W stays, and a hook takes displacement @ x off its layer's output. What rounding did to W while it
+           moved stays in it.
+
+        Args:
+            source: pristine weights: a state_dict, a model, a file, or a folder of .safetensors files. A tensor is
+                found by its contents, whatever its name, and verified by the fingerprint of W.
+            method: "copy": never hooks. "hooks": hooks for all, which copies nothing, writes nothing, and costs two
+                thin products for each forward pass of a layer. Default: as above.
+
+        Raises:
+            RuntimeError: if the base of a layer can not be had so, for all of them in one message; if it is nested.
+                Within it `step()`, saving and whatever reads or moves W through this optimizer raise it.
+            ValueError, TypeError: for other arguments than these.
+        """
+        self._refuse_at_base("base_weights()")
+        self._delta.settle()
+        self._at_base = True
+        try:
+            with self._accounts.at_base(source, method):
+                yield
+        finally:
+            self._at_base = False
+
+    def rebase(self) -> None:
+        """Take every W as it is now as its base: after it was loaded, merged or pruned by hand.
+
+        The displacement begins at zero, a copy of the base (`keep_base`) is taken anew before the next move.
+        """
+        self._refuse_at_base("rebase()")
+        self._delta.settle()
+        self._accounts.rebase()
+
+    def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
+        """Fold every branch into its W and start A and B afresh, as ReLoRA does: the total rank can grow.
+
+        W += scaling * A @ B, then A = 0 and B as LoRA starts it, with no gradients and no inner state. The effective
+        weight is as before, up to rounding. The ledgers go on, so that export and resume still count from the base.
+
+        Args:
+            reinit: gets each triple and writes its A and B in place, under `torch.no_grad`. Default: A zero, B uniform
+                in +- 1 / sqrt(d). Their product should be zero, or the effective weight jumps.
+            generator: of the default's random numbers.
+
+        Raises:
+            ValueError: if a factor is NaN or infinite. Nothing is changed then.
+            RuntimeError: if a branch is merged, or in `base_weights`.
+        """
+        self._refuse_at_base("restart()")
+        self._look_up()
+        self._delta.settle()
+        self._accounts.fold(reinit if reinit is not None else zero_product(generator))
+        for triple in self.triples:
+            for factor in (triple.A, triple.B):
+                factor.grad = None
+                self.state.pop(factor, None)
+
+    def resync(self) -> None:
+        """Move every W to where it belongs for the present A and B, after these were changed by other means.
+
+        W += coef * (A_now B_now - A B), with A and B as the last move left them: after `load_best_model_at_end`, an
+        averaged adapter, or a step of an engine that this optimizer did not see. It is right for factors of the time
+        since `update_ratio` last changed, the last `restart` and `start_step`; for older ones load that checkpoint with
+        its optimizer state.
+
+        Without it a change of A and B from outside is no step: W stays, and the next step's delta counts from there.
+
+        Raises:
+            ValueError: if a factor is NaN or infinite. Nothing is changed then.
+            RuntimeError: if a branch is merged, or in `base_weights`.
+        """
+        self._refuse_at_base("resync()")
+        self._look_up()
+        self._delta.settle()
+        self._accounts.resync()
+        self._delta.forget()
+
+    def accounts(self) -> list[Account]:
+        """Each triple with the ledger of its W, for export and analysis."""
+        self._refuse_at_base("reading the ledgers")
+        self._delta.settle()
+        return list(self._accounts)
 
     # The inner optimizer's own lists and dicts, always: `load_state_dict` makes new ones, and a scheduler
     # that wrote into old ones would have no effect.
@@ -248,45 +387,65 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         if "triples" not in param_group:
             param_group = {**param_group, "params": as_list(param_group["params"])}
-            self._refuse_weights(param_group["params"])
+            refuse_weights(self.triples, param_group["params"])
             self._inner.add_param_group(param_group)
             return
         groups, options = parse_triples([param_group], self._settings, first=len(self.triples))
         check_triples([*self.triples, *groups[0].triples])
-        self._refuse_weights(options[0].get("params", ()))
+        refuse_weights(self.triples, options[0].get("params", ()))
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
         self._groups += groups
+        self._accounts.add(groups[0].triples)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, and in each param group what is needed to go on (key "deltaopt").
+        """The inner optimizer's state, and under the key "deltaopt" what is needed to go on.
 
-        It holds tensors, numbers, strings, lists and dicts only, so it loads with ``weights_only=True``. It
-        does not hold W: save the model's weights with it.
+        That is the settings, in each param group, and the ledger of each W, in the state of its A: a string with the
+        anchors and with fingerprints of W, A and B. It holds tensors, numbers, strings, lists and dicts only, so it
+        loads with ``weights_only=True``. It holds neither W nor A nor B: save the whole model with it, or the adapter,
+        from which and the base W can be rebuilt.
+
+        Raises:
+            RuntimeError: in `base_weights`.
         """
+        self._refuse_at_base("state_dict()")
+        self._delta.settle()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = add_record(self._inner.state_dict(), self._groups, self._step_count, self.skipped_updates)
+        state_dict = add_ledgers(state_dict, self._inner, self._accounts.triples, self._accounts.records())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. W is not touched: load the model's weights too.
+        """Go on where `state_dict` was taken. Load the model's weights first: all of them, or the adapter's.
+
+        Each W is compared with its saved fingerprints. If it is what it was when the state was saved, it is left
+        alone; if it is what it was before its first move (only the adapter was saved), it is moved by its saved
+        displacement, which gives what it was up to rounding; else the state is refused. Loading twice moves nothing
+        twice.
 
         As with other optimizers the saved options replace the present ones, `update_ratio` and `start_step`
         among them. A callable `update_ratio` is code and not saved: where the saved run or this one has a
         callable, this one's `update_ratio` stays.
 
         Raises:
-            ValueError: if the state is of other triples, of a plain optimizer or of another schema. Nothing is
-                changed then.
+            WeightMismatchError: a ValueError that names the layers whose W, A or B do not belong to the state.
+            ValueError: if the state is of other triples, of a plain optimizer, of another schema, or damaged.
+            RuntimeError: in `base_weights`. In each case nothing is changed.
         """
+        self._refuse_at_base("load_state_dict()")
+        self._delta.settle()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         record, inner_state = split_record(state_dict)
         check_record(record, self._groups)
+        ledgers, inner_state = split_ledgers(inner_state)
+        resume = self._accounts.resumption(ledgers) if record["ledgers"] else self._accounts.rebase
         self._inner.load_state_dict(inner_state)
+        resume()
         restore_settings(record, self._groups)
         self._step_count = int(record["step_count"])
         self._guard = FiniteGuard(record["skipped_updates"])
@@ -294,9 +453,12 @@ class DeltaLoRAOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_at_base("copying and pickling")
+        self._delta.settle()
         return {
             "inner": self._inner,
             "groups": self._groups,
+            "accounts": self._accounts,
             "settings": self._settings,
             "step_count": self._step_count,
             "skipped_updates": self.skipped_updates,
@@ -304,7 +466,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
-        self._become(state["inner"], state["groups"], state["step_count"], state["skipped_updates"])
+        self._become(state["inner"], state["groups"], state["accounts"], state["step_count"], state["skipped_updates"])
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
@@ -314,9 +476,18 @@ class DeltaLoRAOptimizer(Optimizer):
             ]
         return "\n".join([*lines, f"inner: {self._inner!r}", ")"])
 
-    def _become(self, inner: Optimizer, groups: list[DeltaGroup], step_count: int, skipped_updates: int) -> None:
+    def _become(
+        self,
+        inner: Optimizer,
+        groups: list[DeltaGroup],
+        accounts: Accounts,
+        step_count: int,
+        skipped_updates: int,
+    ) -> None:
         self._inner = inner
         self._groups = groups
+        self._accounts = accounts
+        self._at_base = False
         self._step_count = step_count
         self._guard = FiniteGuard(skipped_updates)
         self._delta = FactoredDelta()
@@ -329,8 +500,10 @@ class DeltaLoRAOptimizer(Optimizer):
         ratios = [group.ratio_at(self._step_count) for group in self._groups]
         of_triples = [(t, r) for group, r in zip(self._groups, ratios, strict=True) for t in group.triples]
         return [
-            Move(triple, tensors, ratio * triple.scaling, kind)
-            for (triple, ratio), tensors, kind in zip(of_triples, stored, self._kinds, strict=True)
+            Move(triple, tensors, ratio * triple.scaling, kind, ledger)
+            for (triple, ratio), tensors, kind, ledger in zip(
+                of_triples, stored, self._kinds, self._accounts.ledgers, strict=True
+            )
             if ratio > 0
         ]
 
@@ -353,7 +526,7 @@ class DeltaLoRAOptimizer(Optimizer):
         problems = [f"{t.label}: {problem}" for t in triples for problem in t.branch_problems()]
         if problems:
             raise RuntimeError("W can not be moved now:\n  " + "\n  ".join(problems))
-        self._check_membership(stored)
+        check_membership(self._inner, triples, stored)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, which would freeze the test t >= start_step "
@@ -361,50 +534,8 @@ class DeltaLoRAOptimizer(Optimizer):
             )
         return stored
 
-    def _check_membership(self, stored: Sequence[Stored]) -> None:
-        held = {id(p) for group in self.param_groups for p in group["params"]}
-        if all(id(W) not in held and id(A) in held and id(B) in held for W, A, B in stored):
-            return
-        inner, problems = f"the parameters of the inner {type(self._inner).__name__}", []
-        for triple, tensors in zip(self.triples, stored, strict=True):
-            if id(tensors.W) in held:
-                problems.append(
-                    f"{triple.label}: W is among {inner}; give it what requires grad only, "
-                    "[p for p in model.parameters() if p.requires_grad]"
-                )
-            problems += [
-                f"{triple.label}: {letter} is not among {inner}"
-                for letter in "AB"
-                if id(getattr(tensors, letter)) not in held
-            ]
-        raise ValueError(
-            "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
-            "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
-            "afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) can not be "
-            "wrapped:\n  " + "\n  ".join(problems)
-        )
-
-    def _refuse_weights(self, params: Sequence[Any]) -> None:
-        weights = {id(triple.W): triple.label for triple in self.triples}
-        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-        taken = [weights[id(p)] for p in tensors if id(p) in weights]
-        if taken:
-            raise ValueError(
-                f"params holds the W of {', '.join(taken)}, which this optimizer moves itself: leave it out"
+    def _refuse_at_base(self, what: str) -> None:
+        if self._at_base:
+            raise RuntimeError(
+                f"{what} within base_weights(), where no W is what this optimizer moved it to: leave it first"
             )
-
-    def _is_state_initialisation(self) -> bool:
-        """Whether this step only makes the inner state exist.
-
-        torch.distributed.checkpoint calls `step` for that wherever `state` is empty, with lr = 0 and zero
-        gradients. The gradients are looked at, which waits for the device, only then.
-        """
-        if self.state or not all(_is_zero(g.get("lr", 1.0)) for g in self.param_groups):
-            return False
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return bool(grads) and not any(bool(grad.any()) for grad in grads)
-
-
-def _is_zero(lr: float | Tensor) -> bool:
-    """Whether a learning rate is 0, as far as the host can tell without waiting for a device."""
-    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0

@@ -7,10 +7,22 @@ dense copy of W is made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from deltaopt.triple import LoRATriple
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of W that are lifted at a time: 4 MiB in float32."""
+
+
+def add_to_weight_(triple: LoRATriple, W: Tensor, U: Tensor, V: Tensor, coef: float) -> None:
+    """The part of W that `triple` moves += coef * U @ V, with U (c, k) and V (k, d) as `triple` has its factors."""
+    add_product_(triple.weight_matrix(W), U, triple.columns_of(W, V), coef)
 
 
 def add_product_(W: Tensor, U: Tensor, V: Tensor, coef: float) -> None:
@@ -42,3 +54,22 @@ def _add_product_in_blocks_(W: Tensor, U: Tensor, V: Tensor, coef: float) -> Non
     for W_rows, U_rows in zip(W.split(rows), U.split(rows), strict=True):
         block = lifted[: W_rows.shape[0]]
         W_rows.copy_(block.copy_(W_rows).addmm_(U_rows, V, alpha=coef))
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, no TF32 or bf16 shortcut in float32 products: the delta has few bits to spare."""
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = backend.matmul
+    before = matmul.fp32_precision
+    with torch.autocast(device.type, enabled=False):
+        if before in ("none", "ieee"):
+            yield
+            return
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = "none"  # as it was, if what was read came from torch.backends.fp32_precision
+            if matmul.fp32_precision != before:
+                matmul.fp32_precision = before

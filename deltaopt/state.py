@@ -1,19 +1,25 @@
 """What a checkpoint of the optimizer holds beside the inner optimizer's own state.
 
-It is written into every param group as plain numbers, strings, lists and dicts: that form survives
-`torch.load(weights_only=True)`, Accelerate's and Lightning's device moves and
-`torch.distributed.checkpoint`, all of which drop or refuse other places and types. The last one's
-`flatten_optimizer_state_dict=True` drops it all the same, and such a state is refused.
+The settings are written into every param group as plain numbers, strings, lists and dicts, and each ledger as
+one string into the state of its A: these forms survive `torch.load(weights_only=True)`, Accelerate's and
+Lightning's device moves and `torch.distributed.checkpoint`, all of which drop or refuse other places and types.
+(A tensor whose shape depends on what was saved, as that of a ledger does, can not be loaded by the last one. Its
+`flatten_optimizer_state_dict=True` takes numbers and tensors only, and refuses the state when it is to be saved.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
+from torch.optim import Optimizer
 
-SCHEMA = 1
+from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
+from deltaopt.triple import LoRATriple
+
+SCHEMA = 2
 KEY = "deltaopt"
 
 
@@ -34,7 +40,12 @@ def add_record(
             }
             for g in groups
         ],
+        "ledgers": True,
     }
+    return _with_record(state_dict, record)
+
+
+def _with_record(state_dict: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     param_groups = [{**group, KEY: record} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": param_groups}
 
@@ -45,6 +56,9 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     Raises:
         ValueError: if there is no record, or one of another schema.
     """
+    missing = {"state", "param_groups"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"this is no state of an optimizer: it has no {' and no '.join(sorted(missing))}")
     param_groups = [dict(group) for group in state_dict["param_groups"]]
     records = [group.pop(KEY, None) for group in param_groups]
     if not records or any(record is None for record in records):
@@ -61,6 +75,75 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return records[0], {**state_dict, "param_groups": param_groups}
 
 
+def add_ledgers(
+    state_dict: dict[str, Any], inner: Optimizer, triples: Sequence[LoRATriple], records: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """`state_dict` with the record of each triple's ledger in the state of its A; the input is not changed."""
+    numbers = {
+        id(p): number
+        for group, saved in zip(inner.param_groups, state_dict["param_groups"], strict=True)
+        for p, number in zip(group["params"], saved["params"], strict=True)
+    }
+    of_factor: dict[Any, dict[str, Any]] = {}
+    for triple, record in zip(triples, records, strict=True):
+        of_factor.setdefault(numbers[id(triple.A)], {})[triple.label] = record
+    # torch.distributed.checkpoint wants state for all parameters or for none.
+    state = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
+    for number, ledgers in of_factor.items():
+        state[number] = {**state[number], KEY: _sealed(ledgers)}
+    return {**state_dict, "state": state}
+
+
+def split_ledgers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the records of the ledgers by the triples' names, the state_dict without them); the input is not changed.
+
+    Raises:
+        ValueError: if a ledger was edited or cut off.
+    """
+    state = dict(state_dict["state"])
+    found: dict[str, Any] = {}
+    for number, entries in state_dict["state"].items():
+        if isinstance(entries, Mapping) and KEY in entries:
+            found |= _opened(entries[KEY]) if entries[KEY] != "" else {}
+            state[number] = {key: value for key, value in entries.items() if key != KEY}
+            if not state[number]:  # made for the ledger: the inner optimizer had nothing there
+                del state[number]
+    return found, {**state_dict, "state": state}
+
+
+def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a state of `DeltaLoRAOptimizer` that asks nothing of W, A and B when it is loaded.
+
+    For weights that were changed on purpose since it was saved (pruned, merged, cast): loading it restores the
+    inner optimizer's state, the step count and the settings, and takes each W as it is then as the new base. What W
+    had moved by before is not known any more, as after `DeltaLoRAOptimizer.rebase`.
+
+    Args:
+        state_dict: what `DeltaLoRAOptimizer.state_dict` returned; it is not changed.
+
+    Raises:
+        ValueError: if it is not such a state.
+    """
+    record, inner_state = split_record(state_dict)
+    _, inner_state = split_ledgers(inner_state)
+    return _with_record(inner_state, {**record, "ledgers": False})
+
+
+def _sealed(ledgers: dict[str, Any]) -> str:
+    text = json.dumps(ledgers)
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+def _opened(sealed: str) -> dict[str, Any]:
+    try:
+        seal, _, text = sealed.partition(" ")
+        if int(seal, 16) == zlib.crc32(text.encode()):
+            return dict(json.loads(text))
+    except (AttributeError, ValueError):
+        pass
+    raise ValueError("a saved ledger was edited or cut off: its checksum differs. Take another checkpoint")
+
+
 def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
     """Refuse a record of other triples, and a damaged one.
 
@@ -71,6 +154,8 @@ def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
         found = _differences(record["groups"], groups)
         checked_count(record["step_count"], "step_count")
         checked_count(record["skipped_updates"], "skipped_updates")
+        if not isinstance(record["ledgers"], bool):
+            raise TypeError(f"ledgers is {record['ledgers']!r}")
         for saved in record["groups"]:
             checked_count(saved["start_step"], "start_step")
             if saved["update_ratio"] is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from copy import copy
+from functools import reduce
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from deltaopt.layouts import LAYOUTS
@@ -27,6 +29,10 @@ class Stored(NamedTuple):
     def signature(self) -> tuple[object, ...]:
         """Another one when a tensor was replaced, moved or unfrozen."""
         return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.dtype, t.requires_grad) for t in self)
+
+    def compute_dtype(self) -> torch.dtype:
+        """What products of the factors are computed in: float32, or float64 where one of the tensors is."""
+        return reduce(torch.promote_types, (t.dtype for t in self), torch.float32)
 
 
 class LoRATriple:
@@ -131,6 +137,24 @@ class LoRATriple:
                 "was deleted or renamed, or the layer replaced. Register what is there now"
             ) from error
 
+    def weight_module(self) -> nn.Module | None:
+        """The module whose attribute W is; None for a triple made of tensors."""
+        if isinstance(self._W, Tensor):
+            return None
+        module, path = self._W
+        owner, _, _ = path.rpartition(".")
+        return attrgetter(owner)(module) if owner else module
+
+    def took_from_base(self) -> bool:
+        """Whether the start of A and B was taken out of W (PiSSA, OLoRA), so that W was not the pristine weight."""
+        return False
+
+    def weight_moves(self) -> None:
+        """Told before the first move of W, and when a state is loaded in which it has moved."""
+
+    def weight_rests(self) -> None:
+        """Told when W as it is now is the base."""
+
     def weight_matrix(self, W: Tensor) -> Tensor:
         """W, or the part of it that moves, as a (c, d) or (e, c, d) view of its storage."""
         matrix = LAYOUTS[self.layout].weight(W)
@@ -144,6 +168,14 @@ class LoRATriple:
         """A as (c, r) and B as (r, d), with a leading e for experts. To be read, not written."""
         layout = LAYOUTS[self.layout]
         return layout.left(stored.A, stored.W), layout.right(stored.B, stored.W)
+
+    def columns_of(self, W: Tensor, V: Tensor) -> Tensor:
+        """V (r, d) with its columns in the order of `weight_matrix`: another one for convolutions in channels_last."""
+        return LAYOUTS[self.layout].columns(V, W)
+
+    def moved_part(self, W: Tensor) -> Tensor:
+        """W, or the part of it that moves, in an order that does not depend on strides where it is all of W."""
+        return W if self.rows is None and self.columns is None else self.weight_matrix(W)
 
     def branch_problems(self) -> list[str]:
         """What is wrong now with the layer that holds the branch; looked at every step.
@@ -161,10 +193,9 @@ class LoRATriple:
         """What is wrong with the tensors of this triple, as sentences; empty when nothing is."""
         W, A, B = stored = self.stored()
         found = tensor_problems("W", W)
-        if isinstance(self._W, tuple):
-            module, path = self._W
-            owner, _, _ = path.rpartition(".")
-            found += offload_problems(attrgetter(owner)(module) if owner else module)
+        module = self.weight_module()
+        if module is not None:
+            found += offload_problems(module)
             if self.W is not W:
                 found.append(
                     "W is computed anew each time it is read (a parametrization such as weight_norm), so an in-place "

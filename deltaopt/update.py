@@ -8,15 +8,17 @@ and a small change is not lost as the difference of two large products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaopt.guard import FiniteGuard
-from deltaopt.rounding import add_product_
+from deltaopt.ledger import Ledger
+from deltaopt.rounding import add_to_weight_, full_precision
 from deltaopt.triple import LoRATriple, Stored
 
 
@@ -30,21 +32,19 @@ class BufferKind(NamedTuple):
 
     @classmethod
     def of(cls, triple: LoRATriple, stored: Stored) -> BufferKind:
-        """The kind of a triple; float32, or float64 where a tensor of it is."""
+        """The kind of a triple."""
         A, B = triple.factor_matrices(stored)
-        dtype = torch.float32
-        for tensor in stored:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        return cls(A.shape, B.shape, dtype, A.device)
+        return cls(A.shape, B.shape, stored.compute_dtype(), A.device)
 
 
 class Move(NamedTuple):
-    """One triple in one step: its tensors, what multiplies the delta, and whose buffers it can share."""
+    """One triple in one step: its tensors, what multiplies the delta, whose buffers it can share, its account."""
 
     triple: LoRATriple
     stored: Stored
     coef: float
     kind: BufferKind
+    ledger: Ledger
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as matrices, as they are now."""
@@ -54,26 +54,30 @@ class Move(NamedTuple):
 class FactoredDelta:
     """Keeps the factors of many triples from before the inner step, then moves every W by their delta.
 
-    Triples of equal shape share one pair of buffers (n, c, 2r) and (n, 2r, d), kept from step to step, so
-    that the differences take a few launches for all of them.
+    Triples of equal shape share one set of buffers, (n, c, 2r), (n, 2r, d) and, for the ledgers, (n, c, r) and
+    (n, r, d), kept from step to step, so that the differences take a few launches for all of them.
     """
 
     def __init__(self) -> None:
         self._stacks: dict[BufferKind, _Stack] = {}
+        self._entries: deque[_Entry] = deque()
+        self._warned = False
 
     @torch.no_grad()
     def snapshot(self, moves: Sequence[Move]) -> None:
         """Keep A and B of every move, in the dtype of the computation."""
+        self.settle(wait=False)
         grouped: dict[BufferKind, list[Move]] = {}
         for move in moves:
             grouped.setdefault(move.kind, []).append(move)
         kept, self._stacks = self._stacks, {}
         for kind, members in grouped.items():
             stack = kept.get(kind)
-            self._stacks[kind] = (
-                stack if stack is not None and len(stack) == len(members) else _Stack(kind, len(members))
-            )
-            self._stacks[kind].snapshot(members)
+            if stack is None or not stack.serves(members):
+                self.settle()
+                stack = _Stack(kind, [move.ledger for move in members])
+            self._stacks[kind] = stack
+            stack.snapshot(members)
 
     @torch.no_grad()
     def apply_(self, guard: FiniteGuard) -> None:
@@ -87,40 +91,77 @@ class FactoredDelta:
             return
         finite = guard.verdict(sizes)
         for stack, size in zip(stacks, sizes, strict=True):
-            with _full_precision(size.device):
-                stack.add_to_weights_(size.gt(0) & finite.to(size.device))
+            applied = finite.to(size.device)
+            with full_precision(size.device):
+                stack.add_to_weights_(size.gt(0) & applied)
+            self._entries += stack.account(applied)
+        self.settle(wait=False)
+
+    def settle(self, wait: bool = True) -> None:
+        """Enter into the ledgers what the device has told of past steps; with `wait`, of all of them."""
+        while self._entries and (wait or self._entries[0].arrived()):
+            lost = [ledger for ledger in self._entries.popleft().enter() if ledger.lost]
+            if lost and not self._warned:
+                self._warned = True
+                warnings.warn(f"of some weights {lost[0].lost}", RuntimeWarning, stacklevel=6)
+
+    def forget(self) -> None:
+        """Drop the buffers, as the ledgers' factors of the last move have become others."""
+        self._stacks = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers hold."""
-        return sum(stack.U.nbytes + stack.V.nbytes for stack in self._stacks.values())
+        return sum(stack.nbytes for stack in self._stacks.values())
 
 
 class _Stack:
-    """U and V of the moves of one kind."""
+    """U and V of the moves of one kind, and the factors that their last moves came to."""
 
-    def __init__(self, kind: BufferKind, n: int) -> None:
-        *lead, c, r = kind.A
+    def __init__(self, kind: BufferKind, ledgers: list[Ledger]) -> None:
+        self._ledgers = ledgers
+        n, (*lead, c, r), d = len(ledgers), kind.A, kind.B[-1]
         self.U = torch.empty(n, *lead, c, 2 * r, dtype=kind.dtype, device=kind.device)
-        self.V = torch.empty(n, *lead, 2 * r, kind.B[-1], dtype=kind.dtype, device=kind.device)
+        self.V = torch.empty(n, *lead, 2 * r, d, dtype=kind.dtype, device=kind.device)
         self._A_new, self._A_old = self.U.split(r, dim=-1)
         self._B_new, self._B_old = self.V.split(r, dim=-2)
+        # Not a number at first: equal to nothing, so that what was never moved does not seem to go on.
+        self._A_end = torch.full_like(self._A_old, torch.nan, memory_format=torch.contiguous_format)
+        self._B_end = torch.full_like(self._B_old, torch.nan, memory_format=torch.contiguous_format)
         # Views are made once: there are several for each W, and every step would make them anew.
         self._pairs = list(zip(self.U, self.V, strict=True))
         self._new = self._A_new.unbind(0) + self._B_new.unbind(0)
         self._old = self._A_old.unbind(0) + self._B_old.unbind(0)
+        self._end = self._A_end.unbind(0) + self._B_end.unbind(0)
+        for ledger, A, B in zip(ledgers, self._A_end, self._B_end, strict=True):
+            ledger.to(kind.device, kind.dtype)
+            if ledger.end is not None and ledger.end[0].shape != A.shape:
+                ledger.close()
+            if ledger.end is not None:
+                A.copy_(ledger.end[0])
+                B.copy_(ledger.end[1])
+                ledger.end = A, B
         self._members: Sequence[Move] = ()
+        self._now: tuple[Tensor, ...] = ()
+        self._entry: _Entry | None = None
 
-    def __len__(self) -> int:
-        return len(self.U)
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.U, self.V, self._A_end, self._B_end))
+
+    def serves(self, members: Sequence[Move]) -> bool:
+        """Whether these are the moves that the buffers were made for."""
+        return [id(ledger) for ledger in self._ledgers] == [id(move.ledger) for move in members]
 
     def snapshot(self, members: Sequence[Move]) -> None:
         self._members = members
         torch._foreach_copy_(self._old, self._factors())
+        self._entry = self._begin()
 
     def difference(self) -> Tensor:
         """Make U = [A' - A | A] and V = [B' ; B' - B]; returns (n,) sizes of the change, 0 where there is none."""
-        torch._foreach_copy_(self._new, self._factors())
+        self._now = self._factors()
+        torch._foreach_copy_(self._new, self._now)
         self._A_new.sub_(self._A_old)
         torch.sub(self._B_new, self._B_old, out=self._B_old)
         return torch.maximum(_size(self._A_new), _size(self._B_old))
@@ -134,11 +175,60 @@ class _Stack:
         if _known_to_host(keep.device):
             chosen, coefs = keep.tolist(), [move.coef for move in self._members]
         else:
-            chosen, coefs = [True] * len(self), self._mask_(keep)
+            chosen, coefs = [True] * len(self._members), self._mask_(keep)
         for move, (U, V), coef, moves in zip(self._members, self._pairs, coefs, chosen, strict=True):
             if moves:
-                add_product_(move.triple.weight_matrix(move.stored.W), U, V, coef)
-        self._members = ()
+                add_to_weight_(move.triple, move.stored.W, U, V, coef)
+
+    def account(self, applied: Tensor) -> list[_Entry]:
+        """Keep the factors that the moves came to, if they were `applied` (0-d bool on the device).
+
+        Returns:
+            What is to be entered into the ledgers, nothing where the moves just go on.
+        """
+        entry, now = self._entry, self._now
+        self._members, self._now, self._entry = (), (), None
+        if _known_to_host(applied.device):
+            if not applied:
+                return []
+            torch._foreach_copy_(self._end, now)
+        else:
+            before = self._A_end.clone(), self._B_end.clone()
+            torch._foreach_copy_(self._end, now)
+            for end, kept in zip((self._A_end, self._B_end), before, strict=True):
+                end.copy_(torch.where(applied, end, kept))
+        if entry is None:
+            return []
+        entry.hear(applied)
+        return [entry]
+
+    def _begin(self) -> _Entry | None:
+        """How the moves begin: on a CPU of those that do not just go on, on a GPU, where nobody knows, of all."""
+        known = _known_to_host(self.U.device)
+        starts, ends = (self._A_old, self._B_old), (self._A_end, self._B_end)
+        if known and all(map(torch.equal, starts, ends)):
+            goes_on = torch.ones(len(self._ledgers), dtype=torch.bool)
+        else:
+            A_same, B_same = ((start == end).flatten(1).all(1) for start, end in zip(starts, ends, strict=True))
+            goes_on = A_same & B_same
+        chosen = list(range(len(self._ledgers)))
+        if known:
+            told = goes_on.tolist()
+            chosen = [i for i in chosen if not (told[i] and self._members[i].coef == self._ledgers[i].coef)]
+            if not chosen:
+                return None
+        A, B, A_before, B_before = (t.clone() for t in (*starts, *ends))
+        beginnings = [
+            _Beginning(
+                self._ledgers[i],
+                self._members[i].coef,
+                (A[i], B[i]),
+                (A_before[i], B_before[i]),
+                (self._A_end[i], self._B_end[i]),
+            )
+            for i in chosen
+        ]
+        return _Entry(beginnings, goes_on[chosen] if known else goes_on)
 
     def _mask_(self, keep: Tensor) -> list[float]:
         """Zero U and V where not kept, and turn the signs so that every coefficient is negative; returns these."""
@@ -155,6 +245,58 @@ class _Stack:
         return A + B
 
 
+class _Beginning(NamedTuple):
+    """Of one move: the factors at its start, those that the last move came to, and where the new ones are kept."""
+
+    ledger: Ledger
+    coef: float
+    start: tuple[Tensor, Tensor]
+    before: tuple[Tensor, Tensor]
+    end: tuple[Tensor, Tensor]
+
+
+class _Entry:
+    """What one step may have to enter into ledgers, once the device has told whether it did.
+
+    Args:
+        beginnings: of the moves.
+        goes_on: (n,) bool on the device, whether the factors at the start are those of the last move.
+    """
+
+    def __init__(self, beginnings: list[_Beginning], goes_on: Tensor) -> None:
+        self._beginnings = beginnings
+        self._told = goes_on
+        self._event: torch.cuda.Event | None = None
+
+    def hear(self, applied: Tensor) -> None:
+        """Take what the device knows on its way to the host, without waiting."""
+        told = torch.cat([self._told, applied.view(1)])
+        if told.device.type != "cuda":
+            self._told = told
+            return
+        self._told = torch.empty(told.shape, dtype=torch.bool, pin_memory=True)
+        self._told.copy_(told, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(told.device))
+
+    def arrived(self) -> bool:
+        """Whether it can be entered without waiting."""
+        return self._event is None or self._event.query()
+
+    def enter(self) -> list[Ledger]:
+        """Extend the ledgers that have something new, and return these."""
+        if self._event is not None:
+            self._event.synchronize()
+        *goes_on, applied = self._told.tolist()
+        extended = []
+        for move, continues in zip(self._beginnings, goes_on, strict=True):
+            if applied and not (continues and move.coef == move.ledger.coef):
+                move.ledger.extend(move.coef, move.start, None if continues else move.before)
+                move.ledger.end = move.end
+                extended.append(move.ledger)
+        return extended
+
+
 def _known_to_host(device: torch.device) -> bool:
     """Whether the host can read a tensor there without waiting."""
     return device.type == "cpu"
@@ -164,22 +306,3 @@ def _size(change: Tensor) -> Tensor:
     """Largest magnitude in each of the n changes; NaN or infinite if one entry is."""
     # torch.linalg.vector_norm(ord=inf) says the same without the temporary, but is 5 times slower on a CPU.
     return change.abs().amax(dim=tuple(range(1, change.dim())))
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 or bf16 shortcut in float32 products: the delta has few bits to spare."""
-    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = backend.matmul
-    before = matmul.fp32_precision
-    with torch.autocast(device.type, enabled=False):
-        if before in ("none", "ieee"):
-            yield
-            return
-        matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = "none"  # as it was, if what was read came from torch.backends.fp32_precision
-            if matmul.fp32_precision != before:
-                matmul.fp32_precision = before

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltaopt import LoRATriple
+from deltaopt.ledger import Ledger
 from deltaopt.update import BufferKind, Move
 
 C, D, R = 5, 7, 3
@@ -126,7 +127,7 @@ def _packed_experts(new):
 def move_of(triple: LoRATriple, coef: float) -> Move:
     """One update of one triple, as the optimizer makes it."""
     now = triple.stored()
-    return Move(triple, now, coef, BufferKind.of(triple, now))
+    return Move(triple, now, coef, BufferKind.of(triple, now), Ledger())
 
 
 LAYOUTS: dict[str, Callable[..., Stored]] = {

@@ -90,6 +90,75 @@ def test_step_never_waits_for_the_device(dtype):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_neither_does_the_first_move_nor_a_changed_ratio():
+    """The fingerprint of the base is taken, and a term closed."""
+    optimizer = DeltaLoRAOptimizer(SGD, layers(), lr=0.1, momentum=0.9, start_step=1, update_ratio=lambda t: 1.0 + t)
+    optimizer.step()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(4):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(optimizer.accounts()[0].ledger.terms) == 4
+
+
+@pytest.mark.filterwarnings("ignore:a LoRA factor became NaN")
+def test_the_ledger_knows_of_skipped_steps_and_outside_changes():
+    triples = layers()
+    starts = [t.W.double() for t in triples]
+    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=1e-3, update_ratio=1.5)
+    for t in range(12):
+        with torch.no_grad():
+            if t == 4:
+                kept = triples[0].A.clone(), triples[0].A.grad.clone()
+                triples[0].A.grad.fill_(float("nan"))
+            if t == 5:
+                triples[0].A.copy_(kept[0])
+                triples[0].A.grad.copy_(kept[1])
+            if t == 8:
+                triples[1].B.mul_(1.5)
+        optimizer.step()
+    for triple, W in zip(triples, starts, strict=True):
+        found = optimizer.displacement(triple.name).product().double()
+        assert relative(W + found, triple.W.double()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_a_run_may_be_resumed_on_the_other_device(layout):
+    """Fingerprints do not depend on the device, and a ledger is put where W is."""
+    here, there = strategies.make(layout, seed=3), on_cuda(layout, dtype=torch.float64)
+    optimizers = [DeltaLoRAOptimizer(SGD, [s.triple(SCALING, name="q")], lr=0.1) for s in (here, there)]
+    W0 = there.W.clone()
+    for _ in range(3):
+        here.A.grad, here.B.grad = torch.ones_like(here.A), torch.ones_like(here.B)
+        optimizers[0].step()
+    with torch.no_grad():
+        there.A.copy_(here.A)
+        there.B.copy_(here.B)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert relative(there.W.cpu(), here.W) < 1e-12
+    with optimizers[1].base_weights():
+        assert relative(there.W, W0) < 1e-12
+    there.W.copy_(here.W)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert torch.equal(there.W.cpu(), here.W)
+
+
+@pytest.mark.parametrize("place", ["cpu", "device"])
+def test_a_kept_base_comes_back(place):
+    triples = layers(dtype=torch.bfloat16)
+    before = [t.W.clone() for t in triples]
+    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.1, keep_base=place)
+    optimizer.step()
+    moved = [t.W.clone() for t in triples]
+    with optimizer.base_weights():
+        assert all(torch.equal(t.W, w) for t, w in zip(triples, before, strict=True))
+    assert all(torch.equal(t.W, w) for t, w in zip(triples, moved, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:a LoRA factor became NaN")
 def test_a_bad_factor_leaves_every_W_alone_and_is_reported_later():
     triples = layers()

@@ -128,7 +128,7 @@ def test_masking_makes_every_coefficient_negative(monkeypatch):
         for s in stored:
             s.A.mul_(1.5)
     monkeypatch.setattr(update, "_known_to_host", lambda device: False)
-    monkeypatch.setattr(update, "add_product_", lambda W, U, V, coef: dense.append((coef, U @ V)))
+    monkeypatch.setattr(update, "add_to_weight_", lambda triple, W, U, V, coef: dense.append((coef, U @ V)))
     delta.apply_(FiniteGuard())
     for (used, product), coef, (_, A, B) in zip(dense, coefs, before, strict=True):
         assert used == -0.5

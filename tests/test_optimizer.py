@@ -442,7 +442,7 @@ def conditions_of_the_product(monkeypatch):
     def note(*args):
         seen.append((torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision))
 
-    monkeypatch.setattr(update, "add_product_", note)
+    monkeypatch.setattr(update, "add_to_weight_", note)
     return seen
 
 

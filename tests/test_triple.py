@@ -43,7 +43,7 @@ def test_the_factors_multiply_in_the_order_of_the_weight(layout):
     triple = stored.triple()
     A, B = (factor.detach() for factor in triple.factor_matrices(triple.stored()))
     stored.W.zero_()
-    triple.weight_matrix(stored.W).add_(A @ B)
+    triple.weight_matrix(stored.W).add_(A @ triple.columns_of(stored.W, B))
     _, dense_A, dense_B = stored.matrices()
     assert torch.allclose(stored.matrix(stored.W), dense_A @ dense_B, atol=1e-14)
 

@@ -1,0 +1,67 @@
+"""The whole change of the effective weight as one low-rank adapter, or merged into W."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaopt.ledger import add_terms_, branch_of, whole_change
+from deltaopt.lowrank import LowRank
+from deltaopt.optimizer import DeltaLoRAOptimizer
+
+
+@torch.no_grad()
+def export_adapter(
+    optimizer: DeltaLoRAOptimizer, rank: int | None = None, *, from_pristine: bool = False
+) -> dict[str, LowRank]:
+    """What training did to each effective weight W + scaling * A @ B, as the factors of one adapter on the base.
+
+    Beside W as it was before its first move, an adapter with the factors returned (and a scaling of 1) gives what
+    the trained W and its branch give. It is exact, to the rounding of the factors: with a constant `update_ratio` of
+    rank 2r at most, and r where the product at `start_step` was zero, as at LoRA's usual start.
+
+    A 16-bit W that was rounded to nearest has not moved as far as it was asked to; what is exported is what was
+    asked for.
+
+    Args:
+        optimizer: after training.
+        rank: compress each layer to this inner size, by QR and SVD of the factors: the best approximation in the
+            Frobenius norm. Default: exact.
+        from_pristine: count from the weight before the start of A and B was taken out of it (PiSSA, OLoRA, ..), for
+            layers that `find_triples` found to have such a start. Default: from W as it was registered.
+
+    Returns:
+        By name of the triple: A (c, r), B (r, d), or (e, c, r) and (e, r, d) for experts, and in `error` the relative
+        error (Frobenius norm) of leaving out what does not fit `rank`.
+
+    Raises:
+        ValueError: if `rank` is not positive.
+        RuntimeError: if the displacement of a layer is not known any more, with the reason; or in `base_weights`.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank is a positive int or None, got {rank!r}")
+    exported = {}
+    for triple, ledger in optimizer.accounts():
+        whole = whole_change(triple, ledger, from_pristine)
+        exported[triple.label] = whole if rank is None or whole.rank <= rank else whole.compressed(rank)
+    return exported
+
+
+@torch.no_grad()
+def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
+    """Each W with its branch added, W + scaling * A @ B, for a model without adapters.
+
+    The model is not changed. With PEFT, `model.merge_and_unload()` in the training process gives the same weights.
+
+    Returns:
+        By name of the triple: a tensor of W's shape and dtype, computed in float32 or float64 and rounded once.
+
+    Raises:
+        RuntimeError: in `base_weights`.
+    """
+    merged = {}
+    for triple, _ in optimizer.accounts():
+        W = triple.W.detach().clone()
+        add_terms_(triple, W, [branch_of(triple)])
+        merged[triple.label] = W
+    return merged

@@ -1,0 +1,122 @@
+"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import torch
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which takes its place at the end, or never.
+
+    A process that is killed at any moment leaves the old file or the new one. An exception leaves the old one.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        yield beside
+        _flush(beside)
+        os.replace(beside, path)
+        _flush(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_together(folder: PathLike, last: str) -> Iterator[Path]:
+    """A folder to write files to that belong together, which take their places in `folder` at the end, or never.
+
+    A folder that was not there appears whole. In one that was, other files stay, and a process that is killed at any
+    moment leaves the old files, the new ones, or a folder without `last`, never some old and some new beside it.
+
+    Args:
+        folder: the place.
+        last: the file that says what the others are, such as a config, without which nothing reads them.
+
+    Raises:
+        NotADirectoryError: if the place is taken by a file.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder: name another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = (folder if folder.is_dir() else folder.parent) / f".{folder.name}.{uuid4().hex}.part"
+    beside.mkdir()
+    try:
+        yield beside
+        names = sorted(file.name for file in beside.iterdir())
+        for path in (*(beside / name for name in names), beside):
+            _flush(path)
+        if folder.is_dir():
+            # Several files can not be replaced at once. Either order alone would pass through old tensors under a new
+            # config or the other way round, which may load and be wrong: so there is no config in between, unless it
+            # is the same one.
+            if not _same_bytes(beside / last, folder / last):
+                (folder / last).unlink(missing_ok=True)
+                _flush(folder)
+            for name in sorted(names, key=last.__eq__):
+                os.replace(beside / name, folder / name)
+                _flush(folder)
+        else:
+            os.rename(beside, folder)
+            _flush(folder.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def save(obj: Any, path: PathLike) -> None:
+    """`torch.save` that is never seen half done: a temporary file, fsync, rename.
+
+    Args:
+        obj: what to save, such as ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``.
+        path: the file.
+    """
+    with replacing(path) as beside:
+        torch.save(obj, beside)
+
+
+def load(path: PathLike, map_location: Any = "cpu") -> Any:
+    """What `save` wrote, read with ``weights_only=True``; a .safetensors file as a dict of tensors.
+
+    Args:
+        path: the file.
+        map_location: as for `torch.load`; default "cpu".
+
+    Raises:
+        ValueError: if the file is cut off, or no such file.
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path, device=str(map_location))
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError, ImportError):
+        raise
+    except Exception as error:  # torch.load has many: RuntimeError, EOFError, OSError, UnpicklingError, ..
+        raise ValueError(f"{path} can not be read, it was cut off or is something else: {error}") from error
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file, or the entries of the folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,120 @@
+"""Telling whether a weight is the one that was saved, without reading all of it and without waiting for a GPU.
+
+A fixed set of positions, spread over the whole tensor with one in each row at least, is read, and their bits are
+hashed with the position. The hashes are summed, so that those of the shards of a tensor add up to the tensor's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLES = 4096
+"""How many elements are read, if there are not more rows. A tensor with no more elements is read as a whole."""
+
+BLOCK_ELEMENTS = 1 << 18
+"""How many elements `whole_hash` reads at a time."""
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Fingerprint:
+    """Shape, dtype and a hash of a tensor's contents.
+
+    Args:
+        tensor: a tensor of float16, bfloat16, float32 or float64.
+        whole: hash all elements, which waits for the device. Else a sample, and the hash stays on the device until it
+            is asked for.
+    """
+
+    def __init__(self, tensor: Tensor, whole: bool = False) -> None:
+        self.shape = list(tensor.shape)
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+        self._content: Tensor | int = whole_hash(tensor) if whole else content_hash(tensor.detach())
+
+    def record(self) -> dict[str, Any]:
+        """Plain numbers and strings, to be saved and to be compared. Waits for the device."""
+        self._content = int(self._content)
+        return {"shape": self.shape, "dtype": self.dtype, "hash": self._content}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.record()
+
+    def __setstate__(self, record: dict[str, Any]) -> None:
+        self.shape, self.dtype, self._content = list(record["shape"]), record["dtype"], record["hash"]
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Fingerprint:
+        """The fingerprint that `record` was made of."""
+        twin = cls.__new__(cls)
+        twin.__setstate__(record)
+        return twin
+
+
+def content_hash(
+    part: Tensor,
+    start: Sequence[int] | None = None,
+    shape: Sequence[int] | None = None,
+    samples: int | None = SAMPLES,
+) -> Tensor:
+    """Hash of sampled elements, a 0-d int64 on the tensor's device. Exact: one changed bit in the sample shows.
+
+    Args:
+        part: a tensor of float16, bfloat16, float32 or float64 with any strides; or a rectangular piece of one.
+        start: where the piece begins in the whole tensor. The hashes of disjoint pieces that make up the whole add
+            up to the hash of the whole (int64, wrapping around).
+        shape: of the whole tensor.
+        samples: how many elements of the whole are read, or one in each row if there are more rows; None for all.
+    """
+    shape = part.shape if shape is None else shape
+    if part.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=part.device)
+    positions = sampled_positions(shape, samples, part.device)
+    # torch.unravel_index says the same, but copies the shape to the device, which waits for it.
+    index = tuple(positions // prod(shape[i + 1 :]) % n for i, n in enumerate(shape))
+    inside = torch.ones_like(positions, dtype=torch.bool)
+    if start is not None:
+        index = tuple(i - first for i, first in zip(index, start, strict=True))
+        within = [(i >= 0) & (i < n) for i, n in zip(index, part.shape, strict=True)]
+        inside = reduce(torch.logical_and, within)
+        index = tuple(i.clamp(0, n - 1) for i, n in zip(index, part.shape, strict=True))
+    bits = part[index].view(_WORDS[part.element_size()]).to(torch.int64)
+    return (_mixed(_mixed(positions) ^ bits) * inside).sum()
+
+
+def whole_hash(tensor: Tensor) -> int:
+    """The hash of all elements, a block of rows at a time. Waits for the device."""
+    tensor = tensor.detach()
+    rows = max(1, BLOCK_ELEMENTS // prod(tensor.shape[1:]))
+    blocks = [content_hash(block, samples=None) + first * rows for first, block in enumerate(tensor.split(rows))]
+    return int(_mixed(torch.stack(blocks)).sum())
+
+
+def sampled_positions(shape: Sequence[int], samples: int | None, device: torch.device) -> Tensor:
+    """Sampled places in a tensor of that shape, ascending: one in each of many equal stretches, at random.
+
+    The stretches are as many as `samples` or more, the same number in each row. A change of a few rows alone is what
+    an embedding sees.
+    """
+    n = prod(shape)
+    if samples is None or n <= samples:
+        return torch.arange(n, device=device)
+    samples = min(n, shape[0] * -(-samples // shape[0])) if len(shape) > 1 else samples
+    i = torch.arange(samples, device=device)
+    # i * n // samples, in pieces that do not overflow.
+    first = i * (n // samples) + i * (n % samples) // samples
+    width = n // samples
+    return first + _mixed(i).remainder(width)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Each int64 scrambled, one-to-one: rounds of xor-shift and odd multiplication."""
+    for shift, factor in ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD)):
+        # A right shift of a negative int64 drags its sign along; the mask takes it off.
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 32) & 0xFFFFFFFF)

@@ -1,0 +1,295 @@
+r"""What each W was asked to move by since it was registered, as low-rank terms.
+
+While coef = lambda s is constant, the moves telescope (docs/method.md):
+
+    W[t] - W[K] = coef * (A[t] B[t] - A[K] B[K])
+
+so one anchor and the present product say all of it, whatever the number of steps. A changed coef, factors that were
+changed between two steps, and a fold of the branch into W each add a term.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from deltaopt.fingerprint import Fingerprint, whole_hash
+from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.rounding import add_to_weight_, full_precision
+from deltaopt.tensors import FLOATS
+from deltaopt.triple import LoRATriple, Stored
+
+Factors: TypeAlias = "tuple[Tensor, Tensor]"
+"""A (c, r) and B (r, d)."""
+
+
+SMALL_RANK = 64
+"""A summed rank that is always allowed."""
+
+
+class Ledger:
+    """The account of one W.
+
+    W was asked to move by `terms`, plus `coef` times the product of the factors in `end`.
+
+    Attributes:
+        terms: closed terms: anchors with a negative coefficient, and what changes of coef left behind.
+        coef: the coefficient of the product that is still moving; 0.0 before the first move.
+        end: A (c, r) and B (r, d) as the last move left them; None before the first move.
+        base: the fingerprint of W before its first move; None until then.
+        origin: what the start of A and B had taken out of the pristine weight (PiSSA, OLoRA); None if nothing.
+        lost: why the displacement is not known any more; None while it is.
+    """
+
+    def __init__(self) -> None:
+        self.terms: list[Term] = []
+        self.coef = 0.0
+        self.end: Factors | None = None
+        self.base: Fingerprint | None = None
+        self.origin: Term | None = None
+        self.lost: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the closed terms."""
+        return sum(term.A.nbytes + term.B.nbytes for term in self.terms)
+
+    @property
+    def moved(self) -> bool:
+        """Whether W was asked to move, as far as the host knows."""
+        return self.base is not None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Ledger:
+        """This ledger, its tensors where W is now and in the dtype of the computation."""
+        self.terms = [Term(t.coef, t.A.to(device, dtype), t.B.to(device, dtype)) for t in self.terms]
+        if self.origin is not None:
+            coef, A, B = self.origin
+            self.origin = Term(coef, A.to(device, dtype), B.to(device, dtype))
+        if self.end is not None:
+            A, B = self.end
+            self.end = A.to(device, dtype), B.to(device, dtype)
+        return self
+
+    def extend(self, coef: float, start: Factors, before: Factors | None) -> None:
+        """Enter that a move began which does not just go on; where it comes to is then kept in `end`.
+
+        Args:
+            coef: lambda s of this move.
+            start: A and B at its start.
+            before: A and B as the last move left them, if they are others.
+        """
+        if before is None:
+            self._close(self.coef - coef, start)
+        else:
+            self._close(self.coef, before)
+            self._close(-coef, start)
+        self.coef = coef
+
+    def fold(self, scaling: float, branch: Factors) -> None:
+        """Enter that scaling * A @ B of the branch was added to W, and that A and B start afresh."""
+        if self.end is not None and all(map(torch.equal, self.end, branch)):
+            self._close(self.coef + scaling, branch)
+            self.end = None
+        else:
+            self.close()
+            self._close(scaling, branch)
+        self.coef = 0.0
+
+    def close(self) -> None:
+        """Enter that the next move begins anew: with factors of another rank."""
+        if self.end is not None:
+            self._close(self.coef, self.end)
+        self.coef, self.end = 0.0, None
+
+    def displacement(self) -> list[Term]:
+        """Terms that add up to what W was asked to move by; empty when that is nothing.
+
+        Raises:
+            RuntimeError: if it is not known any more, with the reason.
+        """
+        if self.lost is not None:
+            raise RuntimeError(self.lost)
+        self.terms = [term for term in self.terms if not _is_zero(term)]
+        live = [] if self.end is None else [Term(self.coef, *self.end)]
+        return self.terms + [term for term in live if not _is_zero(term)]
+
+    def _close(self, coef: float, factors: Factors) -> None:
+        """Append a term of its own, merged with the others once their ranks have summed up too far."""
+        known_zero = coef == 0 or (factors[0].device.type == "cpu" and not all(factor.any() for factor in factors))
+        if self.lost is not None or known_zero:
+            return
+        A, B = factors
+        term = Term(coef, A.detach().clone(), B.detach().clone())
+        self.terms.append(term)
+        *_, c, r = A.shape
+        d = B.shape[-1]
+        # Beyond a quarter of full rank the terms cost as much as a dense matrix; a small one may have all of it.
+        bound = max(min(c, d) // 4, 4 * r, SMALL_RANK)
+        if sum(term.rank for term in self.terms) <= bound:
+            return
+        merged = joined(self.terms).compressed()
+        self.terms = [Term(1.0, merged.A, merged.B)]
+        if merged.rank > bound // 2:
+            self.terms = []
+            self.lost = (
+                "the displacement is not known as low-rank terms any more: update_ratio changed so often (or A and B "
+                f"did, between steps) that its rank passed {bound // 2}, the limit for a weight of {c} x {d}. W itself "
+                'goes on exactly. Save checkpoints that hold W, keep a copy of the base (keep_base="cpu"), or change '
+                "update_ratio in fewer, larger steps"
+            )
+
+    def record(self, triple: LoRATriple) -> dict[str, Any]:
+        """Plain numbers and strings, from which `SavedLedger` makes the ledger again. Waits for the device."""
+        stored = triple.stored()
+        self.to(stored.W.device, stored.compute_dtype())
+        return {
+            "coef": self.coef,
+            "terms": [] if self.lost else [_term_record(term) for term in self.terms if not _is_zero(term)],
+            "end": self._end_record(triple, stored),
+            "origin": None if self.origin is None else _term_record(self.origin),
+            "lost": self.lost,
+            "base": None if self.base is None else self.base.record(),
+            "W": (now := weight_fingerprint(triple, stored).record()),
+            "whole": whole_hash(triple.moved_part(stored.W)) if self._hides(now) else None,
+            **{letter: factor_fingerprint(getattr(stored, letter)).record() for letter in "AB"},
+        }
+
+    def _hides(self, now: dict[str, Any]) -> bool:
+        """Whether W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits."""
+        return self.base is not None and self.end is not None and self.base.record() == now
+
+    def _end_record(self, triple: LoRATriple, stored: Stored) -> Any:
+        """The word "live" where A and B still are what the last move left, which is the rule; else the factors."""
+        if self.end is None:
+            return None
+        live = triple.factor_matrices(stored)
+        if all(torch.equal(kept, now.detach().to(kept.dtype)) for kept, now in zip(self.end, live, strict=True)):
+            return "live"
+        return [_tensor_record(factor) for factor in self.end]
+
+
+class SavedLedger:
+    """A ledger as it was saved, with the fingerprints of that moment."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.ledger = Ledger()
+        self.ledger.coef = float(record["coef"])
+        self.ledger.terms = [_term_of(term) for term in record["terms"]]
+        self.ledger.origin = None if record["origin"] is None else _term_of(record["origin"])
+        self.ledger.lost = None if record["lost"] is None else str(record["lost"])
+        self.ledger.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
+        self.end = record["end"]
+        if self.end not in (None, "live"):
+            A, B = self.end
+            self.ledger.end = _tensor_of(A), _tensor_of(B)
+        self.whole = None if record["whole"] is None else int(record["whole"])
+        self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "WAB"}
+
+    def placed(self, triple: LoRATriple) -> Ledger:
+        """The ledger with its tensors where the triple's are, in the dtype of its computation."""
+        stored = triple.stored()
+        if self.end == "live":
+            A, B = triple.factor_matrices(stored)
+            self.ledger.end = A.detach().clone(), B.detach().clone()
+        return self.ledger.to(stored.W.device, stored.compute_dtype())
+
+
+def displacement_of(triple: LoRATriple, ledger: Ledger) -> list[Term]:
+    """What the W of `triple` was asked to move by.
+
+    Raises:
+        RuntimeError: if it is not known any more, with the layer's name and the reason.
+    """
+    if ledger.lost is not None:
+        raise RuntimeError(f"{triple.label}: {ledger.lost}")
+    return ledger.displacement()
+
+
+def branch_of(triple: LoRATriple) -> Term:
+    """Scaling * A @ B as it is now, in the dtype of the computation. To be read, not written."""
+    stored = triple.stored()
+    A, B = (factor.detach().to(stored.compute_dtype()) for factor in triple.factor_matrices(stored))
+    return Term(triple.scaling, A, B)
+
+
+def whole_change(triple: LoRATriple, ledger: Ledger, from_pristine: bool = False) -> LowRank:
+    """The displacement of W and the branch beside it, as one product.
+
+    Args:
+        triple: with the branch.
+        ledger: of its W.
+        from_pristine: with what the start of A and B had taken out of the pristine weight.
+
+    Raises:
+        RuntimeError: if the displacement is not known any more.
+    """
+    branch = branch_of(triple)
+    terms = [*displacement_of(triple, ledger), branch]
+    if from_pristine and ledger.origin is not None:
+        coef, A, B = ledger.origin
+        terms.append(Term(-coef, A, B))
+    return joined([term for term in _combined(terms) if not _is_zero(term)] or [branch])
+
+
+def _combined(terms: list[Term]) -> list[Term]:
+    """The same sum, with terms of equal factors as one."""
+    combined: list[Term] = []
+    for term in terms:
+        for i, (coef, A, B) in enumerate(combined):
+            if torch.equal(A, term.A) and torch.equal(B, term.B):
+                combined[i] = Term(coef + term.coef, A, B)
+                break
+        else:
+            combined.append(term)
+    return combined
+
+
+def weight_fingerprint(triple: LoRATriple, stored: Stored) -> Fingerprint:
+    """Of the part of W that moves."""
+    return Fingerprint(triple.moved_part(stored.W))
+
+
+def factor_fingerprint(factor: Tensor) -> Fingerprint:
+    """Of a factor, all of it."""
+    return Fingerprint(factor, whole=True)
+
+
+@torch.no_grad()
+def add_terms_(triple: LoRATriple, W: Tensor, terms: list[Term], coef: float = 1.0) -> None:
+    """The part of W that `triple` moves += coef * the sum of the terms, rounded once."""
+    if not terms:
+        return
+    total = joined(terms)
+    with full_precision(W.device):
+        add_to_weight_(triple, W, total.A, total.B, coef)
+
+
+def _is_zero(term: Term) -> bool:
+    return term.coef == 0 or not bool(term.A.any()) or not bool(term.B.any())
+
+
+def _term_record(term: Term) -> dict[str, Any]:
+    return {"coef": term.coef, "A": _tensor_record(term.A), "B": _tensor_record(term.B)}
+
+
+def _term_of(record: dict[str, Any]) -> Term:
+    return Term(float(record["coef"]), _tensor_of(record["A"]), _tensor_of(record["B"]))
+
+
+def _tensor_record(tensor: Tensor) -> dict[str, Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": list(tensor.shape), "dtype": dtype, "data": base64.b64encode(data).decode("ascii")}
+
+
+def _tensor_of(record: dict[str, Any]) -> Tensor:
+    dtype = getattr(torch, record["dtype"])
+    if dtype not in FLOATS:
+        raise ValueError(f"a tensor of {dtype}")
+    data = bytearray(base64.b64decode(record["data"], validate=True))
+    return torch.frombuffer(data, dtype=dtype).reshape(record["shape"]).clone()

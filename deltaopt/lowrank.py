@@ -1,0 +1,81 @@
+"""Sums of products coef * A @ B: joined into one product of a larger inner size, and compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Term(NamedTuple):
+    """One coef * A @ B, with A (c, r) and B (r, d), both with a leading e for a stack of experts."""
+
+    coef: float
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of A, rows of B."""
+        return self.A.shape[-1]
+
+
+class LowRank(NamedTuple):
+    """A matrix (c, d), or a stack (e, c, d) of them, as the product of two factors.
+
+    Attributes:
+        A: (c, r) or (e, c, r).
+        B: (r, d) or (e, r, d).
+        error: relative error in the Frobenius norm of leaving out what `compressed` left out; 0.0 if nothing was.
+    """
+
+    A: Tensor
+    B: Tensor
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The inner size of the product, an upper bound of the rank of the matrix."""
+        return self.A.shape[-1]
+
+    def product(self) -> Tensor:
+        """The dense matrix A @ B."""
+        return self.A @ self.B
+
+    def compressed(self, rank: int | None = None) -> LowRank:
+        """The same matrix, or the best approximation of it, with an inner size as small as can be.
+
+        The factors go through QR and an SVD of the small core, in float64; the dense product is not formed.
+
+        Args:
+            rank: the largest inner size allowed. None leaves out only what is zero to the rounding of the dtype.
+
+        Returns:
+            The factors, each with half of the singular values' size, and the relative error, also for a stack.
+        """
+        A, B = (factor.to(torch.float64) for factor in (self.A, self.B))
+        Q_A, R_A = torch.linalg.qr(A)
+        Q_B, R_B = torch.linalg.qr(B.mT)
+        U, sigma, Vh = torch.linalg.svd(R_A @ R_B.mT, full_matrices=False)
+        # What is smaller than the rounding errors of the columns times rows that were summed is none of the matrix.
+        summands = A.norm(dim=-2) * B.norm(dim=-1)
+        noise = summands.sum(-1, keepdim=True) * torch.finfo(self.A.dtype).eps
+        kept = max(1, int((sigma > noise).sum(-1).max()))
+        if rank is not None:
+            kept = min(kept, rank)
+        left_out, whole = sigma[..., kept:].norm(), sigma.norm()
+        error = float(left_out / whole) if rank is not None and float(whole) > 0 else 0.0
+        root = sigma[..., :kept].sqrt()
+        A = Q_A @ (U[..., :kept] * root.unsqueeze(-2))
+        B = (root.unsqueeze(-1) * Vh[..., :kept, :]) @ Q_B.mT
+        return LowRank(A.to(self.A.dtype), B.to(self.B.dtype), error)
+
+
+def joined(terms: Iterable[Term]) -> LowRank:
+    """The sum of the terms as one product: factors side by side, the coefficients in A. The dtype is the terms' own."""
+    terms = list(terms)
+    A = torch.cat([term.A * term.coef for term in terms], dim=-1)
+    B = torch.cat([term.B for term in terms], dim=-2)
+    return LowRank(A, B)

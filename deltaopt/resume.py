@@ -1,0 +1,163 @@
+"""Where W has to be after a checkpoint was loaded: leave it, rebuild it from the ledger, or refuse.
+
+Some tools save the whole model and some the adapter alone; there is no other way to tell than to look at W.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaopt.fingerprint import whole_hash
+from deltaopt.ledger import Ledger, SavedLedger, add_terms_, factor_fingerprint, weight_fingerprint
+from deltaopt.triple import LoRATriple
+
+_rebuilt_for: dict[int, int] = {}
+"""Hash of a W that was rebuilt -> hash of the one it was rebuilt for. They differ by rounding, so this is how a second
+load of the same state knows it. Facts about contents, hence for the whole process."""
+
+
+class WeightMismatchError(ValueError):
+    """The weights of the model are not those that a loaded optimizer state belongs to.
+
+    Nothing was changed. The message names the layers, and what to do.
+    """
+
+
+class Resumption(NamedTuple):
+    """What loading a state does to one triple: its ledger, and whether W is rebuilt from it."""
+
+    triple: LoRATriple
+    saved: SavedLedger
+    rebuild: bool
+
+    def carry_out(self) -> Ledger:
+        """Rebuild W if need be; returns the ledger to go on with."""
+        ledger = self.saved.placed(self.triple)
+        if self.rebuild:
+            W = self.triple.W
+            add_terms_(self.triple, W, ledger.displacement())
+            _rebuilt_for[_hash_of(self.triple, self.saved)] = _saved_hash(self.saved)
+        return ledger
+
+
+def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any]) -> list[Resumption]:
+    """Compare each W, A and B with the fingerprints that were saved, and decide; changes nothing.
+
+    Args:
+        triples: as registered now.
+        records: of the ledgers, by the triples' names.
+
+    Raises:
+        ValueError: if the ledger of a triple is missing or damaged.
+        WeightMismatchError: if a W is neither what it was when the state was saved nor what it was before its
+            first move, if a factor is not what was saved, or if W would have to be rebuilt and can not be.
+    """
+    missing = [t.label for t in triples if t.label not in records]
+    if missing:
+        raise ValueError(
+            f"the state has no ledger for {', '.join(missing)}: whatever carried it has dropped or cut the optimizer's "
+            "`state`. Save optimizer.state_dict() as it is, or load without_ledger(state), which takes W as it is now "
+            "as the base"
+        )
+    decided, found = [], []
+    for triple in triples:
+        saved = _parsed(triple, records[triple.label])
+        rebuild, problems = _decide(triple, saved)
+        decided.append(Resumption(triple, saved, rebuild))
+        found += [f"{triple.label}: {problem}" for problem in problems]
+    if found:
+        raise WeightMismatchError(
+            "the model's weights do not belong to this optimizer state (nothing was changed):\n  "
+            + "\n  ".join(found)
+            + "\nLoad the model's weights (at least A, B and what else trained, onto the base that was fine-tuned) of "
+            "the same checkpoint before the optimizer's state. If the weights were changed on purpose, load "
+            "deltaopt.without_ledger(state), which takes W as it is now as the new base"
+        )
+    return decided
+
+
+def warn_of_rounding(decided: Sequence[Resumption]) -> None:
+    """Say so where a 16-bit W is rebuilt: its own roundings are not in the ledger."""
+    rounded = [r.triple.label for r in decided if r.rebuild and r.triple.W.element_size() == 2]
+    if rounded:
+        warnings.warn(
+            f"the 16-bit W of {len(rounded)} layers ({rounded[0]}, ..) was rebuilt as base + displacement, rounded "
+            "once. The saved run had rounded after each step, so W is not quite what it was: save the whole model to "
+            "resume exactly",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _parsed(triple: LoRATriple, record: Any) -> SavedLedger:
+    try:
+        saved = SavedLedger(record)
+        expected = [list(factor.shape) for factor in triple.factor_matrices(triple.stored())]
+        _check_shapes(saved.ledger, expected)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{triple.label}: its saved ledger is damaged or incomplete: {error!r}") from error
+    return saved
+
+
+def _check_shapes(ledger: Ledger, expected: list[list[int]]) -> None:
+    (*lead, c, _), (*_, d) = expected
+    terms = ledger.terms + ([ledger.origin] if ledger.origin is not None else [])
+    pairs = [(term.A, term.B) for term in terms] + ([ledger.end] if ledger.end is not None else [])
+    for A, B in pairs:
+        if [*A.shape[:-1]] != [*lead, c] or [*B.shape[:-2], B.shape[-1]] != [*lead, d] or A.shape[-1] != B.shape[-2]:
+            raise ValueError(f"a term of {tuple(A.shape)} and {tuple(B.shape)} for a weight of {(*lead, c, d)}")
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError("a term that is not finite")
+
+
+@torch.no_grad()
+def _decide(triple: LoRATriple, saved: SavedLedger) -> tuple[bool, list[str]]:
+    """(whether W is to be rebuilt, why it can not be gone on with)."""
+    stored = triple.stored()
+    found = []
+    for letter in "AB":
+        factor = _as_saved(getattr(stored, letter).detach(), saved.now[letter]["dtype"])
+        here = factor_fingerprint(factor).record()
+        if here != saved.now[letter]:
+            found.append(f"{letter} {_told(here, saved.now[letter])}")
+    W, ledger = weight_fingerprint(triple, stored).record(), saved.ledger
+    if all(W[key] == saved.now["W"][key] for key in ("shape", "dtype")):
+        W_hash, saved_hash = _hash_of(triple, saved), _saved_hash(saved)
+        if W_hash == saved_hash or _rebuilt_for.get(W_hash) == saved_hash:
+            return False, found
+    if ledger.base is None or ledger.base.record() != W:
+        moved = "" if ledger.base is None else ", and not what it was before its first move either"
+        return False, [*found, f"W {_told(W, saved.now['W'])}{moved}"]
+    if ledger.lost is not None:
+        return False, [*found, f"W is the base, and it can not be moved to where it was: {ledger.lost}"]
+    return True, found
+
+
+def _hash_of(triple: LoRATriple, saved: SavedLedger) -> int:
+    """The hash of W as it is, of the kind that can tell whether it is what was saved."""
+    stored = triple.stored()
+    if saved.whole is not None:
+        return whole_hash(triple.moved_part(stored.W))
+    return int(weight_fingerprint(triple, stored).record()["hash"])
+
+
+def _saved_hash(saved: SavedLedger) -> int:
+    return int(saved.now["W"]["hash"]) if saved.whole is None else saved.whole
+
+
+def _as_saved(factor: Tensor, dtype: str) -> Tensor:
+    """A factor in the dtype it was saved from, if that is the same number; PEFT loads 16-bit adapters in float32."""
+    cast = factor.to(getattr(torch, dtype))
+    return cast if torch.equal(cast.to(factor.dtype), factor) else factor
+
+
+def _told(here: dict[str, Any], saved: dict[str, Any]) -> str:
+    differing = [key for key in ("shape", "dtype") if here[key] != saved[key]]
+    if differing:
+        return " and ".join(f"has the {key} {here[key]}, saved was {saved[key]}" for key in differing)
+    return "has other contents than when the state was saved"

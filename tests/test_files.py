@@ -1,0 +1,65 @@
+"""save and load: a file is whole or as it was, and a file that is not whole is refused."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deltaopt import files, load, save
+
+
+def test_what_is_saved_is_loaded_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "state.pt"
+    for value in (1, 2):
+        save({"a": torch.full((3,), value), "n": value}, path)
+        found = load(path)
+        assert found["n"] == value
+        assert torch.equal(found["a"], torch.full((3,), value))
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.pt"
+    save({"n": 1}, path)
+    with pytest.raises((AttributeError, TypeError)):
+        save({"f": lambda: None}, path)
+    assert load(path) == {"n": 1}
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_the_data_is_on_the_disk_before_the_file_takes_its_place(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (done.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    save({"n": 1}, tmp_path / "state.pt")
+    assert done == ["fsync", "replace", "fsync"]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+def test_a_file_that_was_cut_off_is_refused(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("pt"):
+        save({"a": torch.randn(50, 50)}, path)
+    else:
+        save_file({"a": torch.randn(50, 50)}, path)
+    whole = path.read_bytes()
+    load(path)
+    for cut in [0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 200, len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=f"{name} can not be read, it was cut off"):
+            load(path)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"f": os.getcwd}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="can not be read"):
+        load(tmp_path / "state.pt")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "state.pt")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "state.safetensors")

@@ -1,0 +1,137 @@
+"""The fingerprint of a weight: what it sees, that shards add up to it, and that it reads a sample only."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.memory import peak_allocation
+from deltaopt.fingerprint import (
+    BLOCK_ELEMENTS,
+    SAMPLES,
+    Fingerprint,
+    content_hash,
+    sampled_positions,
+    whole_hash,
+)
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def weight(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_flipped_bit_anywhere_in_a_small_tensor_changes_it(dtype):
+    W = weight(3, 5, dtype=dtype)
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]
+    seen = {int(content_hash(W))}
+    for place in range(W.numel()):
+        for bit in (0, 7, 8 * W.element_size() - 2):
+            changed = W.clone()
+            changed.view(word).view(-1)[place] ^= 1 << bit
+            seen.add(int(content_hash(changed)))
+    assert len(seen) == 1 + 3 * W.numel()
+
+
+def test_it_tells_elements_that_changed_places():
+    W = weight(40, 30)
+    assert int(content_hash(W)) != int(content_hash(W.flip(0)))
+    assert int(content_hash(W)) != int(content_hash(W.T.contiguous()))
+
+
+def test_it_tells_nan_zeros_and_signs():
+    zeros = torch.zeros(4, 4)
+    assert len({int(content_hash(t)) for t in (zeros, -zeros, zeros + torch.nan, zeros + torch.inf)}) == 4
+
+
+@pytest.mark.parametrize(
+    "shape", [(1,), (7, 3), (64, 64), (65, 64), (300, 500), (8, 100, 90), (4097,), (9000, 7), (5000, 1)]
+)
+def test_positions_are_distinct_ascending_and_spread(shape):
+    n = torch.Size(shape).numel()
+    places = sampled_positions(shape, SAMPLES, torch.device("cpu"))
+    rows = shape[0] if len(shape) > 1 else 1
+    assert len(places) == (n if n <= SAMPLES else min(n, rows * -(-SAMPLES // rows)))
+    assert len((places // (n // rows)).unique()) == rows
+    assert bool((places.diff() > 0).all())
+    assert int(places[0]) >= 0
+    assert int(places[-1]) < n
+    assert n == 1 or int(places.diff().max()) <= 2 * -(-n // len(places))
+
+
+@pytest.mark.parametrize("n", [2**33 + 5, 2**40])
+def test_positions_of_very_large_tensors_do_not_overflow(n):
+    places = sampled_positions((n,), SAMPLES, torch.device("cpu"))
+    assert bool((places.diff() > 0).all())
+    assert n - 2 * n // SAMPLES < int(places[-1]) < n
+
+
+@given(
+    shape=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    cuts=st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1)), max_size=4),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_the_hashes_of_shards_add_up_to_that_of_the_whole(shape, cuts, seed, dtype):
+    """However W is cut into rectangular pieces, empty ones too."""
+    W = weight(*shape, dtype=dtype, seed=seed)
+    pieces = [((0,) * W.dim(), W)]
+    for dim, where in cuts:
+        dim %= W.dim()
+        cut = []
+        for start, piece in pieces:
+            n = round(where * piece.shape[dim])
+            moved = tuple(s + (n if i == dim else 0) for i, s in enumerate(start))
+            cut += [(start, piece.narrow(dim, 0, n)), (moved, piece.narrow(dim, n, piece.shape[dim] - n))]
+        pieces = cut
+    total = sum((content_hash(piece, start, W.shape) for start, piece in pieces), torch.zeros((), dtype=torch.int64))
+    assert int(total) == int(content_hash(W))
+
+
+def test_strides_and_devices_of_the_storage_do_not_matter():
+    W = weight(6, 4, 5, 5)
+    assert int(content_hash(W.to(memory_format=torch.channels_last))) == int(content_hash(W))
+    assert int(content_hash(W.transpose(0, 1).contiguous().transpose(0, 1))) == int(content_hash(W))
+    assert int(content_hash(torch.stack([W, W], -1)[..., 0])) == int(content_hash(W))
+
+
+def test_a_usual_update_is_seen():
+    """A low-rank change of a large W touches the sample everywhere; in bfloat16 most of it is rounded away."""
+    W = weight(512, 512, dtype=torch.bfloat16) * 0.02
+    U, V = weight(512, 4, seed=1) * 1e-3, weight(4, 512, seed=2) * 1e-2
+    moved = (W.float() + U @ V).bfloat16()
+    assert 0 < int((moved != W).sum()) < W.numel() // 2
+    assert Fingerprint(moved).record() != Fingerprint(W).record()
+
+
+def test_it_says_shape_and_dtype_and_survives_pickling():
+    W = weight(6, 4, dtype=torch.bfloat16)
+    record = Fingerprint(W).record()
+    assert record == {"shape": [6, 4], "dtype": "bfloat16", "hash": int(content_hash(W))}
+    assert pickle.loads(pickle.dumps(Fingerprint(W))).record() == record
+    assert Fingerprint.of_record(record).record() == record
+
+
+def test_it_reads_a_sample_and_not_the_weight():
+    W = weight(3000, 1000).T
+    assert peak_allocation(lambda: Fingerprint(W).record()) < W.nbytes / 10
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (700, 900), (200_000,), (1, 700_000), (3, 600_000)])
+def test_the_whole_hash_sees_every_element_in_its_place(shape):
+    W = weight(*shape)
+    seen = {whole_hash(W), whole_hash(W.flip(0)), whole_hash(W.roll(1))}
+    for place in (0, W.numel() // 3, W.numel() - 1):
+        changed = W.clone()
+        changed.view(-1)[place] += 1e-3
+        seen.add(whole_hash(changed))
+    assert len(seen) == (6 if shape[0] > 1 else 5)
+
+
+def test_the_whole_hash_takes_bounded_memory():
+    W = weight(3000, 1000)
+    assert peak_allocation(lambda: whole_hash(W)) < 30 * 8 * BLOCK_ELEMENTS
