@@ -27,3 +27,14 @@ def pytest_collection_modifyitems(items):
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def accelerator_of():
+    """Makes Accelerators on the CPU; their global state is forgotten before and after."""
+    accelerate = pytest.importorskip("accelerate", reason="runs where accelerate is installed")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    yield lambda **options: accelerate.Accelerator(cpu=True, **options)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()

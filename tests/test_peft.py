@@ -245,6 +245,28 @@ def test_any_shape_rank_and_alpha(c, d, r, alpha, rslora, kind):
     torch.testing.assert_close(weight(layer), W + asked, rtol=1e-12, atol=1e-12)
 
 
+HOOKS_CAN_NOT = {name for name in CASES if "experts" in name or name == "parameter_2d"}
+
+
+@pytest.mark.parametrize("method", [None, "hooks"])
+@pytest.mark.parametrize("name", sorted(CASES.keys() - PEFT_CAN_NOT))
+def test_base_weights_and_disable_adapter_give_the_pristine_output(name, method):
+    plain, model, x = case(name)
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO, start_step=1)
+    train(model, optimizer, x, steps=4)
+    with torch.no_grad():
+        trained, pristine = model(x), plain(x)
+        if method == "hooks" and name in HOOKS_CAN_NOT:
+            with pytest.raises(RuntimeError, match="computes from W is not known here"):
+                optimizer.base_weights(method=method).__enter__()
+            return
+        with model.disable_adapter():
+            assert (model(x) - pristine).abs().max() > 1e-3
+        with optimizer.base_weights(method=method), model.disable_adapter():
+            torch.testing.assert_close(model(x), pristine, rtol=0, atol=1e-11)
+        assert torch.equal(model(x), trained)
+
+
 def gpt2_config(**config):
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     return transformers.GPT2Config(

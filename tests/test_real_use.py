@@ -9,73 +9,24 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim import lr_scheduler, swa_utils
 
 from deltaopt import DeltaLoRAOptimizer, find_triples
-
-peft = pytest.importorskip("peft", reason="runs where peft is installed")
-transformers = pytest.importorskip("transformers", reason="runs where transformers is installed")
+from tests.models import (
+    RATIO,
+    Rows,
+    assert_same_bits,
+    batches,
+    bits,
+    causal_lm,
+    deltas,
+    layers,
+    loss_of,
+    optimizer_for,
+    plain_loop,
+    transformers,
+    weights,
+)
 
 # PEFT asks transformers models by a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-RATIO = 0.7
-TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-
-
-def causal_lm(dtype: torch.dtype = torch.float64, B_zero: bool = False) -> nn.Module:
-    """A tiny Llama with PEFT adapters; the same bits at each call."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=24,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        use_cache=False,
-        initializer_range=0.3,
-    )
-    adapter = peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), adapter).to(dtype)
-    if not B_zero:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_().mul_(0.2)
-    return model
-
-
-def batches(count: int, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 24, (4, 8), generator=generator) for _ in range(count)]
-
-
-def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, labels=ids).loss
-
-
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name.split("model.layers.")[1]: module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.base_layer.weight.detach().clone() for name, layer in layers(model).items()}
-
-
-def deltas(model: nn.Module) -> dict[str, Tensor]:
-    """PEFT's own scaling * B @ A of every layer."""
-    return {name: layer.get_delta_weight("default").detach().clone() for name, layer in layers(model).items()}
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, expected[name]), name
 
 
 def assert_telescoped(
@@ -87,21 +38,6 @@ def assert_telescoped(
         asked = RATIO * (end[name] - delta_K[name])
         assert asked.abs().max() > 100 * atol, name
         torch.testing.assert_close(W, W_start[name] + asked, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def optimizer_for(model: nn.Module, inner=torch.optim.AdamW, **options) -> DeltaLoRAOptimizer:
-    return DeltaLoRAOptimizer.for_model(model, inner, update_ratio=RATIO, **{"lr": 1e-2, **options})
-
-
-def plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Tensor]) -> list[float]:
-    losses = []
-    for ids in data:
-        optimizer.zero_grad()
-        loss = loss_of(model, ids)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def test_a_plain_loop_learns_and_moves_w_by_the_telescoped_delta():
@@ -143,17 +79,6 @@ def test_gradient_clipping_and_accumulation_in_a_plain_loop():
             optimizer.zero_grad()
     assert optimizer.step_count == 3
     assert_telescoped(model, W0, delta0)
-
-
-@pytest.fixture
-def accelerator_of():
-    """Makes Accelerators on the CPU; their global state is forgotten before and after."""
-    accelerate = pytest.importorskip("accelerate", reason="runs where accelerate is installed")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
-    yield lambda **options: accelerate.Accelerator(cpu=True, **options)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 def test_prepare_keeps_the_param_groups_linked(accelerator_of):
@@ -246,17 +171,6 @@ def test_accelerate_saves_and_resumes_bit_for_bit(accelerator_of, tmp_path):
     assert_same_bits(model, end)
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, count: int) -> None:
-        self.rows = torch.cat(batches(count)).tolist()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
-        return {"input_ids": self.rows[i], "labels": self.rows[i]}
-
-
 class Watch(transformers.TrainerCallback):
     """Notes PEFT's deltas after `K` steps, and each step's learning rate as the inner optimizer has it."""
 
@@ -316,6 +230,7 @@ def test_trainer_with_optimizers(trainer_of, tmp_path):
     assert_trained(trainer, watch, W0)
     saved = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)
     fresh = causal_lm()
+    fresh.load_state_dict(model.state_dict())
     optimizer = optimizer_for(fresh, start_step=5)
     optimizer.load_state_dict(saved)
     assert optimizer.step_count == 6
@@ -324,6 +239,23 @@ def test_trainer_with_optimizers(trainer_of, tmp_path):
     assert len(moments) == 2 * len(layers(model))
     for old, new in zip(moments, optimizer.state.values(), strict=True):
         assert torch.equal(old, new["exp_avg"])
+
+
+def test_a_trainer_warns_of_adapters_that_are_saved_without_the_optimizer(trainer_of, tmp_path):
+    """Its checkpoints to resume from hold optimizer.pt, and with it the movement of W; the final adapter does not."""
+    model = causal_lm()
+    trainer, _ = trainer_of(model, K=0, optimizers=(optimizer_for(model), None))
+    trainer.train()  # writes checkpoints, and a warning would be an error
+    with pytest.warns(UserWarning, match=r"save_pretrained writes the adapter alone.*save_adapter\(model, optimizer"):
+        trainer.save_model(str(tmp_path / "final"))
+
+
+def test_a_trainer_with_save_only_model_warns(trainer_of):
+    model = causal_lm()
+    trainer, _ = trainer_of(model, K=0, optimizers=(optimizer_for(model), None))
+    trainer.args.save_only_model = True
+    with pytest.warns(UserWarning, match="save_pretrained writes the adapter alone"):
+        trainer.train()
 
 
 def test_trainer_with_an_optimizer_factory(trainer_of):

@@ -69,7 +69,8 @@ def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn
     return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
 
 
-def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
+def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[LoRATriple, list[str]]]:
+    """Each triple whose W is in more than one place of `model`, with the names of the places."""
     by_storage: dict[int, list[tuple[str, Tensor]]] = {}
     for module_name, module in model.named_modules():  # a module under two names is one place
         for name, parameter in module.named_parameters(recurse=False):
@@ -84,7 +85,12 @@ def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
         neighbours = by_storage.get(W.untyped_storage().data_ptr(), ())
         names = [name for name, parameter in neighbours if memory_overlaps(parameter, W)]
         if len(names) > 1:
-            found.append(f"{triple.label}: its W is {' and '.join(names)}")
+            found.append((triple, names))
+    return found
+
+
+def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
+    found = [f"{triple.label}: its W is {' and '.join(names)}" for triple, names in tied_places(model, triples)]
     if found:
         raise ValueError(
             "these weights are used in more than one place, and moving them for their LoRA branch would move the "

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers as triples. Its ``lora_B`` is our A, and its ``lora_A`` is our B.
+"""PEFT: its LoRA layers as triples, and the trained change as a PEFT adapter.
 
 Layers are told by their class, not by ``PeftModel``: transformers and diffusers inject them without one.
 """
@@ -8,45 +8,20 @@ from __future__ import annotations
 import warnings
 
 from peft.tuners.lora import layer as lora
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from deltaopt.export import export_adapter
+from deltaopt.files import PathLike
+from deltaopt.integrations import tied_places
+from deltaopt.integrations.peft_save import LayerChange, configs_of, write_adapter
+from deltaopt.integrations.peft_triple import CONVOLUTIONS, PeftTriple, dropout_problems
+from deltaopt.integrations.save_guard import SaveGuard
+from deltaopt.ledger import Ledger
+from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.triple import LoRATriple
 
-CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
 SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
-
-
-class PeftTriple(LoRATriple):
-    """A triple of one PEFT layer and one of its adapters, whose tensors are looked up at every step."""
-
-    def __init__(self, layer: lora.LoraLayer, adapter: str, name: str, allow_dropout: bool = False) -> None:
-        self._layer = layer
-        self._adapter = adapter
-        self._allow_dropout = allow_dropout
-        embedding = isinstance(layer, lora.Embedding)
-        A = f"lora_embedding_B.{adapter}" if embedding else f"lora_B.{adapter}.weight"
-        B = f"lora_embedding_A.{adapter}" if embedding else f"lora_A.{adapter}.weight"
-        super().__init__(
-            (layer, _weight_path(layer)),
-            (layer, A),
-            (layer, B),
-            scaling=layer.scaling[adapter],
-            name=name,
-            layout=_layout(layer),
-        )
-
-    def branch_problems(self) -> list[str]:
-        """Merged, or rescaled or given dropout since it was registered."""
-        if merged := super().branch_problems():
-            return merged
-        scaling = self._layer.scaling.get(self._adapter)
-        if scaling != self.scaling:
-            return [
-                f"its scaling was {self.scaling:g} when it was registered and is {scaling} now (set_scale, "
-                "scale_layer): build the optimizer again, or put the scaling back"
-            ]
-        return [] if self._allow_dropout else _dropout_problems(self._layer, self._adapter)
 
 
 def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
@@ -66,7 +41,142 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     if refused:
         raise ValueError("these PEFT layers can not be used:\n  " + "\n  ".join(refused))
     _warn_about_companions(layers, adapter)
-    return [PeftTriple(layer, adapter, _label(name, layer), allow_dropout) for name, layer in layers]
+    start, guard = _start(model, adapter), SaveGuard()
+    return [PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard) for name, layer in layers]
+
+
+def save_adapter(
+    model: nn.Module,
+    optimizer: DeltaLoRAOptimizer,
+    directory: PathLike,
+    rank: int | None = None,
+    *,
+    adapter: str | None = None,
+) -> dict[str, float]:
+    """Write the whole change, W's and the branch's, as a PEFT adapter for the base as it was before fine-tuning.
+
+    ``PeftModel.from_pretrained(base, directory)`` on those weights then computes what `model` computes now. With a
+    constant `update_ratio` the adapter has twice the rank that trained, and the same rank where the product was zero
+    at `start_step`, as at LoRA's usual start. Biases, `modules_to_save` and trained tokens are written as PEFT writes
+    them.
+
+    After PiSSA, OLoRA, CorDA and LoRA-GA, which change the base, the adapter is for the base before that. The weight
+    of an embedding that is a target is not written: after ``resize_token_embeddings`` save the resized base too.
+
+    Files of the same names are replaced, other files in the folder stay. A process that is killed while it writes
+    leaves the old adapter, the new one, or a folder without ``adapter_config.json``. With several processes, call it
+    in one of them.
+
+    Args:
+        model: a PeftModel, or a model with transformers' ``add_adapter``; it is not changed.
+        optimizer: whose triples are all layers of `model` that hold the adapter.
+        directory: the folder for ``adapter_config.json`` and ``adapter_model.safetensors`` (float32 factors, or
+            float64 for a float64 model).
+        rank: compress each layer to this rank; see `deltaopt.export_adapter`. Default: exact.
+        adapter: its name in `model`. Default: the one that the optimizer trains.
+
+    Returns:
+        By name of the triple: the relative error (Frobenius norm) of the layer's change; 0.0 where it is exact.
+
+    Raises:
+        ValueError: if the optimizer's triples are not the layers of `model` that hold the adapter, or a layer is
+            merged or rescaled, or its displacement or what it was before fine-tuning is not known. All layers in one
+            message.
+        TypeError: for a model without an adapter, or another optimizer.
+        RuntimeError: in `base_weights`. In each case nothing is written.
+        NotADirectoryError: if `directory` is a file.
+    """
+    if not isinstance(optimizer, DeltaLoRAOptimizer):
+        raise TypeError(
+            f"optimizer is a DeltaLoRAOptimizer, got a {type(optimizer).__name__}: hand in the one that trains the "
+            "model (accelerate wraps it: optimizer.optimizer)"
+        )
+    model = _with_config(model)
+    accounts = _peft_accounts(optimizer)
+    adapter = _adapter_to_save(model, sorted({triple.adapter for triple, _ in accounts}), adapter)
+    accounts = [account for account in accounts if account[0].adapter == adapter]
+    _refuse_to_save(model, accounts, adapter)
+    exported = export_adapter(optimizer, rank, from_pristine=True)
+    changes = [LayerChange(triple.layer, exported[triple.label], triple.scaling) for triple, _ in accounts]
+    write_adapter(model, adapter, changes, directory)
+    return {triple.label: exported[triple.label].error for triple, _ in accounts}
+
+
+def _start(model: nn.Module, adapter: str) -> bool | str:
+    """`init_lora_weights` of the adapter's config, which PeftModel, its tuner or transformers' model holds."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and adapter in configs:
+            return getattr(configs[adapter], "init_lora_weights", True)
+    return True
+
+
+def _with_config(model: nn.Module) -> nn.Module:
+    """The model without what DistributedDataParallel and torch.compile put around it, and without PEFT's tuner."""
+    children = dict(model.named_children())
+    if "_orig_mod" in children:
+        return _with_config(children["_orig_mod"])
+    if isinstance(model, BaseTuner):
+        return _with_config(model.model)
+    if isinstance(getattr(model, "peft_config", None), dict):
+        return model
+    if "module" in children:
+        return _with_config(children["module"])
+    raise TypeError(
+        f"a {type(model).__name__} without a peft_config has no adapter to save: hand in the PeftModel, or the model "
+        "that add_adapter was called on"
+    )
+
+
+def _peft_accounts(optimizer: DeltaLoRAOptimizer) -> list[tuple[PeftTriple, Ledger]]:
+    accounts = [(triple, ledger) for triple, ledger in optimizer.accounts() if isinstance(triple, PeftTriple)]
+    foreign = [triple.label for triple in optimizer.triples if not isinstance(triple, PeftTriple)]
+    if foreign:
+        raise ValueError(
+            f"the triples {', '.join(foreign)} are no layers of PEFT (found by find_triples), so a PEFT adapter can "
+            "not hold their change: give them an optimizer of their own, or take all changes from export_adapter()"
+        )
+    return accounts
+
+
+def _adapter_to_save(model: nn.Module, trained: list[str], adapter: str | None) -> str:
+    if adapter is None and len(trained) > 1:
+        raise ValueError(
+            f"the optimizer trains several adapters ({', '.join(trained)}): save each to a folder of its own, "
+            f"save_adapter(..., adapter={trained[0]!r})"
+        )
+    adapter = adapter if adapter is not None else trained[0]
+    for place, names in (("the optimizer trains", trained), ("the model holds", sorted(configs_of(model)))):
+        if adapter not in names:
+            raise ValueError(f"adapter {adapter!r} can not be saved: {place} {', '.join(names)}. Name one of these")
+    return adapter
+
+
+def _refuse_to_save(model: nn.Module, accounts: list[tuple[PeftTriple, Ledger]], adapter: str) -> None:
+    modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple, _ in accounts}
+    found = []
+    for triple, ledger in accounts:
+        problems = triple.change_problems() + triple.pristine_problems(ledger)
+        problems += [ledger.lost] if ledger.lost is not None else []
+        if id(triple.layer) not in modules:
+            problems = [
+                f"it is no layer of this {type(model).__name__} (a copy, another model, or the adapter was unloaded): "
+                "hand in the model whose triples the optimizer has"
+            ]
+        found += [f"{triple.label}: {problem}" for problem in problems]
+    found += [
+        f"{name}: it holds {adapter!r} and is no triple of the optimizer: register it too; in a group of its own, "
+        '{"triples": [..], "update_ratio": 0.0}, it is plain LoRA'
+        for name, layer in model.named_modules()
+        if isinstance(layer, lora.LoraLayer) and adapter in _adapters(layer) and id(layer) not in saved
+    ]
+    found += [
+        f"{triple.label}: its W is {' and '.join(names)}, and has moved in all of these places, which an adapter of "
+        "one layer can not express: save all weights, merge_and_unload().save_pretrained(directory)"
+        for triple, names in tied_places(model, [triple for triple, ledger in accounts if ledger.moved])
+    ]
+    if found:
+        raise ValueError("this adapter can not be saved (nothing was written):\n  " + "\n  ".join(found))
 
 
 def _adapters(module: BaseTunerLayer) -> set[str]:
@@ -87,18 +197,8 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
         return f"its branch is a LoRA variant ({variant}), which is not scaling * B @ A: use plain LoRA"
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         return "its convolution has groups, for which scaling * B @ A is no change of W: leave it out of target_modules"
-    problems = [] if allow_dropout else _dropout_problems(layer, adapter)
+    problems = [] if allow_dropout else dropout_problems(layer, adapter)
     return problems[0] if problems else None
-
-
-def _dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
-    dropout = layer.lora_dropout[adapter]
-    if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
-        return []
-    return [
-        f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set lora_dropout=0, or say allow_dropout=True for an ablation"
-    ]
 
 
 def _warn_about_companions(layers: list[tuple[str, lora.LoraLayer]], adapter: str) -> None:
@@ -114,25 +214,3 @@ def _warn_about_companions(layers: list[tuple[str, lora.LoraLayer]], adapter: st
 def _label(name: str, layer: lora.LoraLayer) -> str:
     # Wrappers of several parameters of one module are nested: "experts", "experts.base_layer".
     return f"{name}.{layer.parameter_name}" if isinstance(layer, lora.ParamWrapper) else name
-
-
-def _weight_path(layer: lora.LoraLayer) -> str:
-    depth, inside = 0, layer
-    while hasattr(inside, "base_layer"):
-        depth, inside = depth + 1, inside.base_layer
-    attribute = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
-    return ".".join(["base_layer"] * depth + [attribute])
-
-
-def _layout(layer: lora.LoraLayer) -> str:
-    if isinstance(layer, lora.ParamWrapper):
-        if layer.get_param().dim() == 2:
-            return "linear"
-        # PEFT tells (e, out, in) from (e, in, out) by this flag; to a single expert it adds B @ A as it is.
-        swapped = layer._did_swap_in_out_features or layer.num_experts == 1
-        return "experts" if swapped else "transposed_experts"
-    if isinstance(layer, lora.Embedding):
-        return "embedding"
-    if isinstance(layer, CONVOLUTIONS):
-        return "conv"
-    return "transposed" if layer.fan_in_fan_out else "linear"

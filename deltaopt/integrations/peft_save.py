@@ -1,0 +1,182 @@
+"""The files of a PEFT adapter: its tensors under PEFT's own names, and a config with alpha = r for each layer."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import layer as lora
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deltaopt.files import PathLike, replacing_together
+from deltaopt.lowrank import LowRank
+
+PREFIX = "base_model.model."
+"""What stands before the names of the base model's modules in a PeftModel, and in every adapter file."""
+
+
+class LayerChange(NamedTuple):
+    """What training did to one layer.
+
+    Attributes:
+        layer: PEFT's.
+        change: of W and the branch together, to be multiplied by 1.
+        scaling: what the layer multiplied its branch by.
+    """
+
+    layer: lora.LoraLayer
+    change: LowRank
+    scaling: float
+
+
+def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` with these changes as the adapter's factors.
+
+    Args:
+        model: with a `peft_config` that holds `adapter`.
+        adapter: its name in the model.
+        changes: of every layer that holds it.
+        directory: the folder; other files in it stay.
+    """
+    changes = _parameters_padded(changes)
+    tensors = _tensors(model, adapter, changes)
+    config = _config(model, adapter, changes)
+    with replacing_together(directory, last=CONFIG_NAME) as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(folder, auto_mapping_dict=_auto_mapping(model, config))
+
+
+def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> dict[str, Tensor]:
+    """The factors, and whatever else PEFT saves: biases, modules_to_save, trainable tokens."""
+    # PEFT itself picks from the state_dict and names what it picks, so the factors are exchanged before.
+    state = model.state_dict()
+    names = _names(model)
+    for layer, change, scaling in changes:
+        prefix = f"{names[id(layer)]}."
+        state |= {prefix + key: factor for key, factor in _stored(layer, adapter, change).items()}
+        bias = f"{prefix}lora_B.{adapter}.bias"
+        if bias in state:  # lora_bias=True
+            state[bias] = state[bias] * scaling
+    # "auto" would write the moved W of an embedding that is a target.
+    embeddings = any(_is_embedding(model, names[id(layer)], layer) for layer, _, _ in changes)
+    picked = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter, save_embedding_layers=False if embeddings else "auto"
+    )
+    prefix = "" if isinstance(model, PeftModel) else PREFIX
+    return _separate({prefix + key: tensor.detach().contiguous() for key, tensor in picked.items()})
+
+
+def _stored(layer: lora.LoraLayer, adapter: str, change: LowRank) -> dict[str, Tensor]:
+    """The factors in the shapes and under the names in which PEFT holds them."""
+    A, B, _ = change
+    if isinstance(layer, lora.Embedding):
+        return {f"lora_embedding_B.{adapter}": A, f"lora_embedding_A.{adapter}": B}
+    if A.dim() == 3:  # lora_B packs the experts with their index running fastest, lora_A slowest
+        A, B = A.permute(1, 2, 0).flatten(1), B.flatten(0, 1)
+    kernel = layer.lora_A[adapter].weight.shape[2:]
+    A = A.view(*A.shape, *[1] * len(kernel)) if kernel else A
+    B = B.unflatten(1, (-1, *kernel)) if kernel else B
+    return {f"lora_B.{adapter}.weight": A, f"lora_A.{adapter}.weight": B}
+
+
+def _parameters_padded(changes: Sequence[LayerChange]) -> list[LayerChange]:
+    """Zeros appended to the factors of ``target_parameters``, so that all of those have one rank.
+
+    Then they need no entry in ``rank_pattern``; PEFT takes such entries for mistakes and says so when it loads them.
+    """
+    rank = max((change.rank for layer, change, _ in changes if isinstance(layer, lora.ParamWrapper)), default=0)
+    return [
+        LayerChange(layer, _padded(change, rank), scaling) if isinstance(layer, lora.ParamWrapper) else whole
+        for whole in changes
+        for layer, change, scaling in [whole]
+    ]
+
+
+def _padded(change: LowRank, rank: int) -> LowRank:
+    more = rank - change.rank
+    return LowRank(functional.pad(change.A, (0, more)), functional.pad(change.B, (0, 0, 0, more)), change.error)
+
+
+def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> LoraConfig:
+    """The adapter's config, with the ranks of these factors, a scaling of 1, and a start that leaves the base alone."""
+    config = copy.deepcopy(configs_of(model)[adapter])
+    names = _names(model)
+    parameters = [change.rank for layer, change, _ in changes if isinstance(layer, lora.ParamWrapper)]
+    ranks = {
+        _name_in_base(model, names[id(layer)]): change.rank
+        for layer, change, _ in changes
+        if not isinstance(layer, lora.ParamWrapper)
+    }
+    config.r = config.lora_alpha = parameters[0] if parameters else Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT takes the keys for regular expressions that fit the end of a name, and for all of it with a "^".
+    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora = False
+    config.init_lora_weights = True
+    config.loftq_config = {}
+    config.eva_config = config.corda_config = config.lora_ga_config = None  # they belong to other starts
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(_base_model(model), "name_or_path", None) or None
+    for field in ("target_modules", "exclude_modules", "target_parameters"):
+        if isinstance(getattr(config, field), set):
+            setattr(config, field, sorted(getattr(config, field)))
+    return config
+
+
+def _auto_mapping(model: nn.Module, config: LoraConfig) -> dict[str, str] | None:
+    """The class of the base, by which PEFT's AutoPeftModel finds it where there is no task type."""
+    if config.task_type is not None:
+        return None
+    base = type(_base_model(model))
+    return {"base_model_class": base.__name__, "parent_library": base.__module__}
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, no two with one storage, which safetensors does not take."""
+    seen: set[tuple[torch.device, int]] = set()
+    separate = {}
+    for key, tensor in tensors.items():
+        storage = tensor.device, tensor.untyped_storage().data_ptr()
+        separate[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
+
+
+def _is_embedding(model: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Whether PEFT takes this for one of the model's embeddings, which it may save as a whole."""
+    if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES:
+        return True
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # not of transformers, or without such a layer
+            if getattr(_base_model(model), getter)() is layer:
+                return True
+    return False
+
+
+def _name_in_base(model: nn.Module, name: str) -> str:
+    name = name.removeprefix(PREFIX) if isinstance(model, PeftModel) else name
+    return name.replace(".base_layer", "")  # of a module within one whose parameters are targets
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def configs_of(model: Any) -> dict[str, LoraConfig]:
+    """The configs of a model's adapters, by their names."""
+    return model.peft_config  # type: ignore[no-any-return]

@@ -1,0 +1,159 @@
+"""One PEFT layer and one of its adapters as a triple. PEFT's ``lora_B`` is our A, and its ``lora_A`` is our B."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import nn
+
+from deltaopt.integrations.save_guard import SaveGuard
+from deltaopt.ledger import Ledger
+from deltaopt.triple import LoRATriple
+
+CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
+
+
+SUBTRACTING = ("pissa", "corda", "olora", "lora_ga")
+"""How the values of ``init_lora_weights`` begin with which PEFT takes the product of the first A and B out of W."""
+
+
+class PeftTriple(LoRATriple):
+    """A triple of one PEFT layer and one of its adapters, whose tensors are looked up at every step.
+
+    Args:
+        layer: PEFT's.
+        adapter: the name of the adapter.
+        name: of the triple.
+        allow_dropout: see `find_triples`.
+        start: ``init_lora_weights`` of the adapter's config.
+        guard: of the model, for ``save_pretrained``.
+    """
+
+    def __init__(
+        self,
+        layer: lora.LoraLayer,
+        adapter: str,
+        name: str,
+        allow_dropout: bool = False,
+        start: bool | str = True,
+        guard: SaveGuard | None = None,
+    ) -> None:
+        self.layer = layer
+        self.adapter = adapter
+        self._allow_dropout = allow_dropout
+        self._start = start
+        self._guard = guard if guard is not None else SaveGuard()
+        embedding = isinstance(layer, lora.Embedding)
+        A = f"lora_embedding_B.{adapter}" if embedding else f"lora_B.{adapter}.weight"
+        B = f"lora_embedding_A.{adapter}" if embedding else f"lora_A.{adapter}.weight"
+        super().__init__(
+            (layer, _weight_path(layer)),
+            (layer, A),
+            (layer, B),
+            scaling=layer.scaling[adapter],
+            name=name,
+            layout=_layout(layer),
+        )
+
+    def took_from_base(self) -> bool:
+        """Whether A and B are the start that PEFT has taken out of W: by PiSSA, CorDA, OLoRA or LoRA-GA."""
+        return self._subtracts() and self._is_at_its_start()
+
+    def weight_moves(self) -> None:
+        """From now on PEFT's own save of the adapter leaves something out."""
+        self._guard.watch(self.layer)
+
+    def weight_rests(self) -> None:
+        """From now on it does not."""
+        self._guard.leave(self.layer)
+
+    def branch_problems(self) -> list[str]:
+        """Merged, or rescaled or given dropout since it was registered."""
+        problems = self.change_problems()
+        return problems if problems or self._allow_dropout else dropout_problems(self.layer, self.adapter)
+
+    def change_problems(self) -> list[str]:
+        """Why W and scaling * A @ B are not what the layer computes with."""
+        if merged := super().branch_problems():
+            return merged
+        scaling = self.layer.scaling.get(self.adapter)
+        if scaling != self.scaling:
+            return [
+                f"its scaling was {self.scaling:g} when it was registered and is {scaling} now (set_scale, "
+                "scale_layer): build the optimizer again, or put the scaling back"
+            ]
+        return []
+
+    def pristine_problems(self, ledger: Ledger) -> list[str]:
+        """Why the change of this layer since the pristine base is not known."""
+        if self._start == "loftq":
+            return [
+                "LoftQ has replaced its base weight by a quantized one, which is not the pristine one minus a product "
+                "of low rank: save all weights, merge_and_unload().save_pretrained(directory)"
+            ]
+        if not self._subtracts():
+            return []
+        if self._start == "olora" and self.layout == "transposed":
+            return [
+                "PEFT's OLoRA takes A @ B out of a Conv1D's weight without transposing it, so W was another one than "
+                "the branch belongs to: use another init_lora_weights"
+            ]
+        if ledger.origin is not None:
+            return []
+        return [
+            f"init_lora_weights={self._start!r} takes the start of A and B out of W, but what that was is not known: "
+            "the adapter was trained before the optimizer was built, or rebase() was called. Load the optimizer's "
+            "state that was saved with the adapter, or save all weights, merge_and_unload().save_pretrained(directory)"
+        ]
+
+    def _subtracts(self) -> bool:
+        # Embeddings and convolutions start as ever, whatever the config says.
+        rewritten = isinstance(self.layer, (lora.Linear, lora.ParamWrapper))
+        return rewritten and isinstance(self._start, str) and self._start.lower().startswith(SUBTRACTING)
+
+    @torch.no_grad()
+    def _is_at_its_start(self) -> bool:
+        """Whether the columns of A are orthogonal, as at all of these starts; for rank 1 it can not be told.
+
+        Those of a trained adapter that was loaded are not. PEFT then takes its own new start out of W, or none.
+        """
+        stored = self.stored()
+        A = self.factor_matrices(stored)[0].float()
+        lengths = A.norm(dim=-2)
+        cosines = A.mT @ A / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp_min(1e-30)
+        cosines.diagonal(dim1=-2, dim2=-1).zero_()
+        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in stored)  # PEFT computes the start in W's dtype
+        return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
+
+
+def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
+    """That the branch has dropout; empty if it has none."""
+    dropout = layer.lora_dropout[adapter]
+    if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
+        return []
+    return [
+        f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
+        "(section 4.2 of the paper): set lora_dropout=0, or say allow_dropout=True for an ablation"
+    ]
+
+
+def _weight_path(layer: lora.LoraLayer) -> str:
+    depth, inside = 0, layer
+    while hasattr(inside, "base_layer"):
+        depth, inside = depth + 1, inside.base_layer
+    attribute = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
+    return ".".join(["base_layer"] * depth + [attribute])
+
+
+def _layout(layer: lora.LoraLayer) -> str:
+    if isinstance(layer, lora.ParamWrapper):
+        if layer.get_param().dim() == 2:
+            return "linear"
+        # PEFT tells (e, out, in) from (e, in, out) by this flag; to a single expert it adds B @ A as it is.
+        swapped = layer._did_swap_in_out_features or layer.num_experts == 1
+        return "experts" if swapped else "transposed_experts"
+    if isinstance(layer, lora.Embedding):
+        return "embedding"
+    if isinstance(layer, CONVOLUTIONS):
+        return "conv"
+    return "transposed" if layer.fan_in_fan_out else "linear"

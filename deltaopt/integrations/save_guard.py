@@ -1,0 +1,93 @@
+"""The warning that an adapter is about to be saved without the movement of W."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+LIBRARIES = ("peft", "transformers")
+"""Whose ``save_pretrained`` writes an adapter and leaves out the weight under it."""
+
+
+class SaveGuard:
+    """A ``state_dict`` pre-hook of the layers whose W has moved: warns once, within a ``save_pretrained``.
+
+    A library's save is known by the functions that are running when it asks the layers for their tensors, so that
+    nothing of the library is replaced; ``model.state_dict()``, copies and pickles say nothing. One guard serves all
+    layers of a model. It is copied and pickled with them.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def watch(self, layer: nn.Module) -> None:
+        """W of this layer moves, or has moved. A guard of an earlier search of the model is replaced."""
+        _remove(layer)
+        layer.register_state_dict_pre_hook(self)
+
+    def leave(self, layer: nn.Module) -> None:
+        """W of this layer, as it is, is the base."""
+        if _remove(layer):
+            self._told = False
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Called by torch before the layer's tensors are collected."""
+        if self._told:
+            return
+        stacklevel = _stacklevel_of_an_adapter_save(sys._getframe(1))
+        if stacklevel is None:
+            return
+        self._told = True
+        warnings.warn(
+            "save_pretrained writes the adapter alone, but Delta-LoRA has moved the weights under it too, and that "
+            "movement is not in these files: on the pristine base they do not give the trained model. Write an adapter "
+            "that does with deltaopt.integrations.peft.save_adapter(model, optimizer, directory), or all weights with "
+            "model.merge_and_unload().save_pretrained(directory). To *resume* training these files are enough, as long "
+            "as optimizer.state_dict() is saved beside them",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def _remove(layer: nn.Module) -> bool:
+    """Whether there was one."""
+    hooks = layer._state_dict_pre_hooks
+    found = [key for key, hook in hooks.items() if isinstance(hook, SaveGuard)]
+    for key in found:
+        del hooks[key]
+    return bool(found)
+
+
+def _stacklevel_of_an_adapter_save(frame: FrameType | None) -> int | None:
+    """Where a warning of the hook points to the call of a library's save of an adapter; None if none is running.
+
+    Args:
+        frame: of the caller of the hook, which is level 2.
+    """
+    level = 2
+    while frame is not None:
+        library = frame.f_globals.get("__name__", "").partition(".")[0]
+        if frame.f_code.co_name == "save_pretrained" and library in LIBRARIES:
+            quiet = _saves_everything(library, frame.f_locals.get("self")) or _saves_the_optimizer_too(frame)
+            return None if quiet else level + 1
+        frame, level = frame.f_back, level + 1
+    return None
+
+
+def _saves_everything(library: str, model: Any) -> bool:
+    """Transformers saves the adapter alone only of models that got it by its own ``add_adapter``."""
+    return library == "transformers" and not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _saves_the_optimizer_too(frame: FrameType) -> bool:
+    """Whether this is a checkpoint of Trainer's to resume from, with ``optimizer.pt`` beside the adapter."""
+    caller = frame.f_back
+    while caller is not None:
+        if caller.f_code.co_name == "_save_checkpoint" and caller.f_globals.get("__name__") == "transformers.trainer":
+            return not getattr(getattr(caller.f_locals.get("self"), "args", None), "save_only_model", True)
+        caller = caller.f_back
+    return False
