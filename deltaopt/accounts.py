@@ -113,7 +113,7 @@ class Accounts:
         for triple, ledger in self:
             branch = branch_of(triple)
             add_terms_(triple, triple.W, [branch])
-            ledger.fold(branch.coef, (branch.A, branch.B))
+            ledger.beside(triple).fold(branch.coef, (branch.A, branch.B))
         for triple in self.triples:
             reinit(triple)
 
@@ -125,8 +125,7 @@ class Accounts:
             if ledger.end is None:
                 continue
             _, A_now, B_now = branch_of(triple)
-            ledger.to(A_now.device, A_now.dtype)
-            A, B = ledger.end
+            A, B = ledger.beside(triple).end or (A_now, B_now)
             if A.shape == A_now.shape:
                 terms = [Term(ledger.coef, A_now - A, B_now), Term(ledger.coef, A, B_now - B)]
             else:  # an adapter of another rank

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltaopt.files import load
 from deltaopt.fingerprint import Fingerprint
 from deltaopt.hooks import hook_problem, subtract_from_output
-from deltaopt.ledger import Ledger, add_terms_
+from deltaopt.ledger import Ledger, add_terms_, displacement_of
 from deltaopt.lowrank import joined
 from deltaopt.triple import LoRATriple
 
@@ -102,7 +102,7 @@ def at_base(
     with ExitStack() as undo:
         for triple, ledger, base in decided:
             if base == "hooks":
-                terms = ledger.displacement()
+                terms = displacement_of(triple, ledger)
                 if terms:
                     undo.callback(subtract_from_output(triple, joined(terms)).remove)
                 continue
@@ -111,7 +111,7 @@ def at_base(
             if isinstance(base, Tensor):
                 part.copy_(base)
             else:
-                add_terms_(triple, triple.W, ledger.displacement(), -1.0)
+                add_terms_(triple, triple.W, displacement_of(triple, ledger), -1.0)
         yield
 
 

@@ -1,4 +1,4 @@
-r"""What each W was asked to move by since it was registered, as low-rank terms.
+"""What each W was asked to move by since it was registered, as low-rank terms.
 
 While coef = lambda s is constant, the moves telescope (docs/method.md):
 
@@ -65,14 +65,18 @@ class Ledger:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Ledger:
         """This ledger, its tensors where W is now and in the dtype of the computation."""
-        self.terms = [Term(t.coef, t.A.to(device, dtype), t.B.to(device, dtype)) for t in self.terms]
+        self.terms = [term.to(device, dtype) for term in self.terms]
         if self.origin is not None:
-            coef, A, B = self.origin
-            self.origin = Term(coef, A.to(device, dtype), B.to(device, dtype))
-        if self.end is not None:
+            self.origin = self.origin.to(device, dtype)
+        if self.end is not None and (self.end[0].device, self.end[0].dtype) != (device, dtype):
             A, B = self.end
             self.end = A.to(device, dtype), B.to(device, dtype)
         return self
+
+    def beside(self, triple: LoRATriple) -> Ledger:
+        """This ledger, where the triple's W is now: models are moved and cast between steps."""
+        stored = triple.stored()
+        return self.to(stored.W.device, stored.compute_dtype())
 
     def extend(self, coef: float, start: Factors, before: Factors | None) -> None:
         """Enter that a move began which does not just go on; where it comes to is then kept in `end`.
@@ -145,7 +149,7 @@ class Ledger:
     def record(self, triple: LoRATriple) -> dict[str, Any]:
         """Plain numbers and strings, from which `SavedLedger` makes the ledger again. Waits for the device."""
         stored = triple.stored()
-        self.to(stored.W.device, stored.compute_dtype())
+        self.beside(triple)
         return {
             "coef": self.coef,
             "terms": [] if self.lost else [_term_record(term) for term in self.terms if not _is_zero(term)],
@@ -160,7 +164,7 @@ class Ledger:
 
     def _hides(self, now: dict[str, Any]) -> bool:
         """Whether W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits."""
-        return self.base is not None and self.end is not None and self.base.record() == now
+        return self.base is not None and self.base.record() == now
 
     def _end_record(self, triple: LoRATriple, stored: Stored) -> Any:
         """The word "live" where A and B still are what the last move left, which is the rule; else the factors."""
@@ -191,11 +195,10 @@ class SavedLedger:
 
     def placed(self, triple: LoRATriple) -> Ledger:
         """The ledger with its tensors where the triple's are, in the dtype of its computation."""
-        stored = triple.stored()
         if self.end == "live":
-            A, B = triple.factor_matrices(stored)
+            A, B = triple.factor_matrices(triple.stored())
             self.ledger.end = A.detach().clone(), B.detach().clone()
-        return self.ledger.to(stored.W.device, stored.compute_dtype())
+        return self.ledger.beside(triple)
 
 
 def displacement_of(triple: LoRATriple, ledger: Ledger) -> list[Term]:
@@ -206,7 +209,7 @@ def displacement_of(triple: LoRATriple, ledger: Ledger) -> list[Term]:
     """
     if ledger.lost is not None:
         raise RuntimeError(f"{triple.label}: {ledger.lost}")
-    return ledger.displacement()
+    return ledger.beside(triple).displacement()
 
 
 def branch_of(triple: LoRATriple) -> Term:

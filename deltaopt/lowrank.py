@@ -21,6 +21,10 @@ class Term(NamedTuple):
         """Columns of A, rows of B."""
         return self.A.shape[-1]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Term:
+        """The same on another device and in another dtype."""
+        return Term(self.coef, self.A.to(device, dtype), self.B.to(device, dtype))
+
 
 class LowRank(NamedTuple):
     """A matrix (c, d), or a stack (e, c, d) of them, as the product of two factors.

@@ -269,11 +269,12 @@ class DeltaLoRAOptimizer(Optimizer):
                 thin products for each forward pass of a layer. Default: as above.
 
         Raises:
-            RuntimeError: if the base of a layer can not be had so, for all of them in one message; if it is nested.
-                Within it `step()`, saving and whatever reads or moves W through this optimizer raise it.
+            RuntimeError: if the base of a layer can not be had so, for all of them in one message; if a branch is
+                merged; if it is nested. Within it `step()`, saving and whatever reads or moves W through this optimizer raise it.
             ValueError, TypeError: for other arguments than these.
         """
         self._refuse_at_base("base_weights()")
+        self._look_up()
         self._delta.settle()
         self._at_base = True
         try:
@@ -333,7 +334,6 @@ class DeltaLoRAOptimizer(Optimizer):
         self._look_up()
         self._delta.settle()
         self._accounts.resync()
-        self._delta.forget()
 
     def accounts(self) -> list[Account]:
         """Each triple with the ledger of its W, for export and analysis."""

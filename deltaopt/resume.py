@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.fingerprint import whole_hash
-from deltaopt.ledger import Ledger, SavedLedger, add_terms_, factor_fingerprint, weight_fingerprint
+from deltaopt.ledger import Ledger, SavedLedger, add_terms_, displacement_of, factor_fingerprint, weight_fingerprint
 from deltaopt.triple import LoRATriple
 
 _rebuilt_for: dict[int, int] = {}
@@ -40,7 +40,7 @@ class Resumption(NamedTuple):
         ledger = self.saved.placed(self.triple)
         if self.rebuild:
             W = self.triple.W
-            add_terms_(self.triple, W, ledger.displacement())
+            add_terms_(self.triple, W, displacement_of(self.triple, ledger))
             _rebuilt_for[_hash_of(self.triple, self.saved)] = _saved_hash(self.saved)
         return ledger
 

@@ -105,10 +105,6 @@ class FactoredDelta:
                 self._warned = True
                 warnings.warn(f"of some weights {lost[0].lost}", RuntimeWarning, stacklevel=6)
 
-    def forget(self) -> None:
-        """Drop the buffers, as the ledgers' factors of the last move have become others."""
-        self._stacks = {}
-
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers hold."""
@@ -133,14 +129,14 @@ class _Stack:
         self._new = self._A_new.unbind(0) + self._B_new.unbind(0)
         self._old = self._A_old.unbind(0) + self._B_old.unbind(0)
         self._end = self._A_end.unbind(0) + self._B_end.unbind(0)
-        for ledger, A, B in zip(ledgers, self._A_end, self._B_end, strict=True):
+        self._ends = list(zip(self._A_end, self._B_end, strict=True))
+        for ledger, end in zip(ledgers, self._ends, strict=True):
             ledger.to(kind.device, kind.dtype)
-            if ledger.end is not None and ledger.end[0].shape != A.shape:
+            if ledger.end is not None and ledger.end[0].shape != end[0].shape:
                 ledger.close()
             if ledger.end is not None:
-                A.copy_(ledger.end[0])
-                B.copy_(ledger.end[1])
-                ledger.end = A, B
+                torch._foreach_copy_(end, ledger.end)
+                ledger.end = end
         self._members: Sequence[Move] = ()
         self._now: tuple[Tensor, ...] = ()
         self._entry: _Entry | None = None
@@ -150,8 +146,11 @@ class _Stack:
         return sum(t.nbytes for t in (self.U, self.V, self._A_end, self._B_end))
 
     def serves(self, members: Sequence[Move]) -> bool:
-        """Whether these are the moves that the buffers were made for."""
-        return [id(ledger) for ledger in self._ledgers] == [id(move.ledger) for move in members]
+        """Whether these are the moves that the buffers were made for, and the ledgers have kept them."""
+        return len(members) == len(self._ledgers) and all(
+            move.ledger is ledger and (ledger.end is end or ledger.end is None)
+            for move, ledger, end in zip(members, self._ledgers, self._ends, strict=True)
+        )
 
     def snapshot(self, members: Sequence[Move]) -> None:
         self._members = members
@@ -224,7 +223,7 @@ class _Stack:
                 self._members[i].coef,
                 (A[i], B[i]),
                 (A_before[i], B_before[i]),
-                (self._A_end[i], self._B_end[i]),
+                self._ends[i],
             )
             for i in chosen
         ]

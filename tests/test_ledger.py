@@ -258,6 +258,33 @@ def test_a_model_that_changes_its_dtype_takes_its_ledger_along():
     assert close(found, layer.weight - W0, 1e-5)
 
 
+def test_a_model_that_is_cast_and_cast_back_between_two_steps():
+    """And is asked for its displacement, rebuilt, restarted and resynced meanwhile."""
+    layer = torch.nn.Linear(7, 5, bias=False).requires_grad_(False)
+    layer.A, layer.B = torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(3, 7))
+    triple = deltaopt.LoRATriple((layer, "weight"), (layer, "A"), (layer, "B"), name="q")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, update_ratio=1.0)
+    W0 = layer.weight.detach().double()
+    actions = [
+        lambda: optimizer.displacement("q"),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        lambda: deltaopt.export_adapter(optimizer),
+        lambda: optimizer.accounts(),
+        optimizer.resync,
+        optimizer.restart,
+    ]
+    for action in actions:
+        noisy_step(optimizer, layer.A, layer.B)
+        layer.double()
+        action()
+        layer.float()
+        noisy_step(optimizer, layer.A, layer.B)
+        noisy_step(optimizer, layer.A, layer.B)
+        found = optimizer.displacement("q").product()
+        assert found.dtype == torch.float32
+        assert close(found, layer.weight.double() - W0, 1e-5)
+
+
 def test_the_bytes_of_a_ledger_are_counted():
     run = Run(dtype=torch.float32)
     buffers = 3 * 3 * (5 + 7) * 4
