@@ -101,17 +101,17 @@ def at_base(
         raise RuntimeError("the base can not be had (nothing was changed):\n  " + "\n  ".join(problems))
     with ExitStack() as undo:
         for triple, ledger, base in decided:
-            if base == "hooks":
-                terms = displacement_of(triple, ledger)
-                if terms:
-                    undo.callback(subtract_from_output(triple, joined(terms)).remove)
-                continue
             part = triple.moved_part(triple.W).detach()
-            undo.callback(part.copy_, part.clone())
             if isinstance(base, Tensor):
+                undo.callback(part.copy_, part.clone())
                 part.copy_(base)
-            else:
-                add_terms_(triple, triple.W, displacement_of(triple, ledger), -1.0)
+                continue
+            terms = displacement_of(triple, ledger)
+            if terms and base == "hooks":
+                undo.callback(subtract_from_output(triple, joined(terms)).remove)
+            elif terms:
+                undo.callback(part.copy_, part.clone())
+                add_terms_(triple, triple.W, terms, -1.0)
         yield
 
 

@@ -270,7 +270,8 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Raises:
             RuntimeError: if the base of a layer can not be had so, for all of them in one message; if a branch is
-                merged; if it is nested. Within it `step()`, saving and whatever reads or moves W through this optimizer raise it.
+                merged; if it is nested. Within it `step()`, saving and whatever reads or moves W through this optimizer
+                raise it.
             ValueError, TypeError: for other arguments than these.
         """
         self._refuse_at_base("base_weights()")
