@@ -149,13 +149,13 @@ class Accounts:
         Raises:
             ValueError, WeightMismatchError: see `deltaopt.resume.plan`. Nothing was changed.
         """
-        decided = plan(self.triples, records)
+        kept = self._kept
+        decided = plan(self.triples, records, kept.find if kept is not None else lambda triple, base: None)
 
         def carry_out() -> None:
-            if self._kept is not None:
-                for resumption in decided:
-                    if resumption.rebuild:
-                        self._kept.keep(resumption.triple)
+            for resumption in decided:
+                if kept is not None and resumption.rebuild and resumption.base is None:
+                    kept.keep(resumption.triple)  # W is the base
             self._accounts = [Account(resumption.triple, resumption.carry_out()) for resumption in decided]
             for triple, ledger in self:
                 if ledger.base is not None:

@@ -54,7 +54,7 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     The model is not changed. With PEFT, `model.merge_and_unload()` in the training process gives the same weights.
 
     Returns:
-        By name of the triple: a tensor of W's shape and dtype, computed in float32 or float64 and rounded once.
+        By name of the triple: a tensor of W's shape and dtype, computed in float64 and rounded once.
 
     Raises:
         RuntimeError: in `base_weights`.

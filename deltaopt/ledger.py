@@ -96,12 +96,9 @@ class Ledger:
     def fold(self, scaling: float, branch: Factors) -> None:
         """Enter that scaling * A @ B of the branch was added to W, and that A and B start afresh."""
         if self.end is not None and all(map(torch.equal, self.end, branch)):
-            self._close(self.coef + scaling, branch)
-            self.end = None
-        else:
-            self.close()
-            self._close(scaling, branch)
-        self.coef = 0.0
+            scaling, self.end = self.coef + scaling, None
+        self.close()
+        self._close(scaling, branch)
 
     def close(self) -> None:
         """Enter that the next move begins anew: with factors of another rank."""
@@ -263,10 +260,13 @@ def factor_fingerprint(factor: Tensor) -> Fingerprint:
 
 @torch.no_grad()
 def add_terms_(triple: LoRATriple, W: Tensor, terms: list[Term], coef: float = 1.0) -> None:
-    """The part of W that `triple` moves += coef * the sum of the terms, rounded once."""
+    """The part of W that `triple` moves += coef * the sum of the terms, computed in float64 and rounded once.
+
+    Terms may be much larger than their sum: an anchor takes most of the running product away again.
+    """
     if not terms:
         return
-    total = joined(terms)
+    total = joined(term.to(W.device, torch.float64) for term in terms)
     with full_precision(W.device):
         add_to_weight_(triple, W, total.A, total.B, coef)
 

@@ -424,8 +424,8 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Each W is compared with its saved fingerprints. If it is what it was when the state was saved, it is left
         alone; if it is what it was before its first move (only the adapter was saved), it is moved by its saved
-        displacement, which gives what it was up to rounding; else the state is refused. Loading twice moves nothing
-        twice.
+        displacement, which gives what it was up to rounding; if it is neither, it is taken from the copy of the base
+        (`keep_base`) and moved, or the state is refused. Loading twice moves nothing twice.
 
         As with other optimizers the saved options replace the present ones, `update_ratio` and `start_step`
         among them. A callable `update_ratio` is code and not saved: where the saved run or this one has a

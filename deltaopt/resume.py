@@ -6,13 +6,13 @@ Some tools save the whole model and some the adapter alone; there is no other wa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from deltaopt.fingerprint import whole_hash
+from deltaopt.fingerprint import Fingerprint, whole_hash
 from deltaopt.ledger import Ledger, SavedLedger, add_terms_, displacement_of, factor_fingerprint, weight_fingerprint
 from deltaopt.triple import LoRATriple
 
@@ -28,29 +28,38 @@ class WeightMismatchError(ValueError):
     """
 
 
+FindBase: TypeAlias = Callable[[LoRATriple, Fingerprint], Tensor | None]
+"""A triple and the fingerprint of its base -> a copy of that base, if one is kept."""
+
+
 class Resumption(NamedTuple):
-    """What loading a state does to one triple: its ledger, and whether W is rebuilt from it."""
+    """What loading a state does to one triple: its ledger, whether W is rebuilt from it, and on which base."""
 
     triple: LoRATriple
     saved: SavedLedger
     rebuild: bool
+    base: Tensor | None = None
 
+    @torch.no_grad()
     def carry_out(self) -> Ledger:
         """Rebuild W if need be; returns the ledger to go on with."""
         ledger = self.saved.placed(self.triple)
         if self.rebuild:
             W = self.triple.W
+            if self.base is not None:
+                self.triple.moved_part(W).copy_(self.base)
             add_terms_(self.triple, W, displacement_of(self.triple, ledger))
             _rebuilt_for[_hash_of(self.triple, self.saved)] = _saved_hash(self.saved)
         return ledger
 
 
-def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any]) -> list[Resumption]:
+def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any], find_base: FindBase) -> list[Resumption]:
     """Compare each W, A and B with the fingerprints that were saved, and decide; changes nothing.
 
     Args:
         triples: as registered now.
         records: of the ledgers, by the triples' names.
+        find_base: what the base is taken from where W is neither what was saved nor the base.
 
     Raises:
         ValueError: if the ledger of a triple is missing or damaged.
@@ -67,8 +76,8 @@ def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any]) -> list[Resu
     decided, found = [], []
     for triple in triples:
         saved = _parsed(triple, records[triple.label])
-        rebuild, problems = _decide(triple, saved)
-        decided.append(Resumption(triple, saved, rebuild))
+        resumption, problems = _decide(triple, saved, find_base)
+        decided.append(resumption)
         found += [f"{triple.label}: {problem}" for problem in problems]
     if found:
         raise WeightMismatchError(
@@ -76,7 +85,8 @@ def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any]) -> list[Resu
             + "\n  ".join(found)
             + "\nLoad the model's weights (at least A, B and what else trained, onto the base that was fine-tuned) of "
             "the same checkpoint before the optimizer's state. If the weights were changed on purpose, load "
-            "deltaopt.without_ledger(state), which takes W as it is now as the new base"
+            "deltaopt.without_ledger(state), which takes W as it is now as the new base. An optimizer with keep_base "
+            "goes back to adapters of its own run without their base being loaded"
         )
     return decided
 
@@ -116,8 +126,8 @@ def _check_shapes(ledger: Ledger, expected: list[list[int]]) -> None:
 
 
 @torch.no_grad()
-def _decide(triple: LoRATriple, saved: SavedLedger) -> tuple[bool, list[str]]:
-    """(whether W is to be rebuilt, why it can not be gone on with)."""
+def _decide(triple: LoRATriple, saved: SavedLedger, find_base: FindBase) -> tuple[Resumption, list[str]]:
+    """(what to do, why it can not be done)."""
     stored = triple.stored()
     found = []
     for letter in "AB":
@@ -129,13 +139,17 @@ def _decide(triple: LoRATriple, saved: SavedLedger) -> tuple[bool, list[str]]:
     if all(W[key] == saved.now["W"][key] for key in ("shape", "dtype")):
         W_hash, saved_hash = _hash_of(triple, saved), _saved_hash(saved)
         if W_hash == saved_hash or _rebuilt_for.get(W_hash) == saved_hash:
-            return False, found
-    if ledger.base is None or ledger.base.record() != W:
-        moved = "" if ledger.base is None else ", and not what it was before its first move either"
-        return False, [*found, f"W {_told(W, saved.now['W'])}{moved}"]
+            return Resumption(triple, saved, rebuild=False), found
+    base = None
+    if ledger.base is None:
+        found.append(f"W {_told(W, saved.now['W'])}")
+    elif ledger.base.record() != W:
+        base = find_base(triple, ledger.base)
+        if base is None:
+            found.append(f"W {_told(W, saved.now['W'])}, and not what it was before its first move either")
     if ledger.lost is not None:
-        return False, [*found, f"W is the base, and it can not be moved to where it was: {ledger.lost}"]
-    return True, found
+        found.append(f"W can not be moved from its base to where it was: {ledger.lost}")
+    return Resumption(triple, saved, rebuild=True, base=base), found
 
 
 def _hash_of(triple: LoRATriple, saved: SavedLedger) -> int:

@@ -1,8 +1,8 @@
 """Writing a float32 or float64 result into W, rounded once.
 
-A weight in the dtype of the computation takes the product in one `torch.addmm_`. A 16-bit weight is
-lifted to float32 in blocks of rows of bounded size, so that the sum is rounded once, to nearest, and no
-dense copy of W is made.
+A weight in the dtype of the computation takes the product in one `torch.addmm_`. Another one, as of 16
+bits, is lifted to it in blocks of rows of bounded size, so that the sum is rounded once, to nearest, and no dense
+copy of W is made.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class Taking(LoRATriple):
 @pytest.mark.parametrize("start_step", [0, 2])
 def test_from_pristine_counts_from_before_the_start_was_taken_out(start_step):
     stored = strategies.make("linear")
-    W_pristine = stored.W + S * (stored.A @ stored.B).detach()
+    W0, W_pristine = stored.W.clone(), stored.W + S * (stored.A @ stored.B).detach()
     triple = Taking(stored.W, stored.A, stored.B, scaling=S, name="q")
     optimizer = deltaopt.DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, start_step=start_step)
     for _ in range(4):
@@ -126,6 +126,7 @@ def test_from_pristine_counts_from_before_the_start_was_taken_out(start_step):
     found = deltaopt.export_adapter(optimizer, from_pristine=True)["q"]
     assert found.rank == (6 if start_step == 0 else 9)
     assert close(W_pristine + found.product(), trained)
+    assert close(W0 + deltaopt.export_adapter(optimizer)["q"].product(), trained)
 
 
 @given(layout=strategies.layouts, dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))

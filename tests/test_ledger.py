@@ -210,6 +210,18 @@ def test_terms_that_add_up_to_a_small_rank_are_merged():
     assert close(found.product(), W - W0, 1e-10)
 
 
+def test_the_rank_after_merging_counts():
+    """The same six products over and over: 48 of rank 8 each, between half of the bound of 75 and the bound."""
+    ledger, generator = Ledger(), torch.Generator().manual_seed(0)
+    factors = [(torch.randn(300, 8, generator=generator), torch.randn(8, 300, generator=generator)) for _ in range(6)]
+    for i in range(9):
+        ledger.extend(1.0 + i, factors[i % 6], None)
+        assert ledger.lost is None
+    ledger.extend(20.0, factors[3], None)
+    assert "passed 37" in ledger.lost
+    assert ledger.terms == []
+
+
 def test_a_small_weight_may_have_all_its_rank():
     run = Run(update_ratio=lambda step: 1.0 + step % 5)
     for _ in range(100):

@@ -37,6 +37,7 @@ def test_it_clears_gradients_and_inner_state_of_the_factors_and_of_nothing_else(
     assert stored.B.grad is None
     assert head.grad is not None
     assert optimizer.step_count == 1
+    assert optimizer.accounts()[0].ledger.end is None
     stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
     optimizer.step()
     assert float(optimizer.state[stored.A]["step"]) == 1

@@ -67,6 +67,19 @@ def test_with_W_in_the_checkpoint_bit_for_bit(layout, dtype, seed, start_step, z
     assert str(run.optimizer.state_dict()) == str(twin.optimizer.state_dict())
 
 
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_factors_that_change_right_after_loading_are_an_outside_change(layout):
+    """The loaded ledger has its own copy of where the last move came to."""
+    run = Run(layout)
+    run.step()
+    twin = resumed(run, whole=True)
+    twin.happen("outside")
+    assert close(twin.displacement(), twin.asked)
+    twin.step()
+    assert close(twin.displacement(), twin.asked)
+    assert close(twin.moved(), twin.asked)
+
+
 @given(
     layout=strategies.layouts,
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -177,9 +190,7 @@ def test_a_lost_displacement_can_not_rebuild_W():
     optimizer.load_state_dict(state)
     moved = W.clone()
     W.copy_(W0)
-    with pytest.raises(
-        WeightMismatchError, match="triple0: W is the base, and it can not be moved to where it was: the"
-    ):
+    with pytest.raises(WeightMismatchError, match="triple0: W can not be moved from its base to where it was: the"):
         optimizer.load_state_dict(state)
     W.copy_(moved)
     optimizer.load_state_dict(state)
@@ -273,3 +284,23 @@ def test_half_a_state_is_refused(key):
     del state[key]
     with pytest.raises(ValueError, match=f"no state of an optimizer: it has no {key}"):
         run.optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_kept_base_lets_a_run_go_back_to_an_adapter_of_its_own(dtype):
+    """Within one process, as when the best checkpoint is loaded: W has moved on, and is no base."""
+    run = Run(dtype=dtype, keep_base="cpu", lr=1e-3)
+    run.step()
+    state, factors, W = saved(run), copy.deepcopy(run.stored), run.stored.W.clone()
+    run.step()
+    with torch.no_grad():
+        run.stored.A.copy_(factors.A)
+        run.stored.B.copy_(factors.B)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the 16-bit W of 1 layers .* was rebuilt")
+            run.optimizer.load_state_dict(state)
+        assert close(run.stored.W.double(), W.double(), torch.finfo(dtype).eps)
+    assert not torch.equal(run.stored.W, run.W0)
+    with run.optimizer.base_weights():
+        assert torch.equal(run.stored.W, run.W0)
