@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltaopt.fingerprint import Fingerprint, whole_hash
 from deltaopt.lowrank import LowRank, Term, joined
-from deltaopt.rounding import add_to_weight_, full_precision
+from deltaopt.rounding import add_to_weight_
 from deltaopt.tensors import FLOATS
 from deltaopt.triple import LoRATriple, Stored
 
@@ -267,8 +267,7 @@ def add_terms_(triple: LoRATriple, W: Tensor, terms: list[Term], coef: float = 1
     if not terms:
         return
     total = joined(term.to(W.device, torch.float64) for term in terms)
-    with full_precision(W.device):
-        add_to_weight_(triple, W, total.A, total.B, coef)
+    add_to_weight_(triple, W, total.A, total.B, coef)
 
 
 def _is_zero(term: Term) -> bool:

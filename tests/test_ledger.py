@@ -115,6 +115,24 @@ def test_the_path_of_a_gpu_keeps_the_same_ledger(seed, events):
         assert close(run.moved(), run.asked)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("changed", ["A", "B"])
+def test_an_outside_change_of_one_factor_of_one_of_several_layers(monkeypatch, changed, gpu):
+    """Layers of one shape share buffers; what each was is told apart."""
+    monkeypatch.setattr(update, "_known_to_host", lambda device: not gpu)
+    stored = [strategies.make("linear", seed) for seed in range(3)]
+    W0 = [s.W.clone() for s in stored]
+    optimizer = DeltaLoRAOptimizer(SGD, [s.triple(S, name=f"{i}") for i, s in enumerate(stored)], lr=0.1)
+    factors = [f for s in stored for f in (s.A, s.B)]
+    noisy_step(optimizer, *factors)
+    getattr(stored[1], changed).data.mul_(1.5)
+    for _ in range(2):
+        noisy_step(optimizer, *factors)
+    for i, (s, W) in enumerate(zip(stored, W0, strict=True)):
+        assert close(optimizer.displacement(f"{i}").product(), s.W - W)
+    assert [len(ledger.terms) for _, ledger in optimizer.accounts()] == [1, 3, 1]
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_entries_do_not_pile_up_where_the_host_is_told_later(monkeypatch, late):
     """At most those of the steps that the device has not told of yet."""

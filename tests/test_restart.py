@@ -142,6 +142,8 @@ def test_resync_moves_W_to_where_it_was_with_these_factors(layout, seed, start_s
     run.optimizer.resync()  # nothing is left to move
     assert torch.equal(run.stored.W, W)
     run.asked = run.moved()
+    run.happen("outside")
+    assert close(run.displacement(), run.asked)
     run.step()
     assert close(run.displacement(), run.asked)
 

@@ -1,13 +1,15 @@
 """state_dict and load_state_dict: what they carry, and that a wrong state changes nothing."""
 
+import base64
 import copy
 import io
+import struct
 
 import pytest
 import torch
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.state import SCHEMA
+from deltaopt.state import SCHEMA, _sealed, split_ledgers
 from tests import strategies
 
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
@@ -226,6 +228,45 @@ def test_a_damaged_record(state, damage):
         state,
         "damaged or incomplete|has the schema None|must not be negative|must be finite",
     )
+
+
+def damaged(record, damage):
+    """Anchors, and what else a ledger's record says, that no run has written."""
+    term = record["terms"][0]
+    if damage in record:
+        del record[damage]
+    elif damage == "shape":
+        term["A"]["shape"] = [3, 5]
+    elif damage == "size":
+        term["A"]["shape"] = [5, 4]
+    elif damage == "dtype":
+        term["A"]["dtype"] = "int64"
+    elif damage == "no dtype":
+        term["A"]["dtype"] = "float99"
+    elif damage == "text":
+        term["B"]["data"] = "?" + term["B"]["data"][1:]
+    elif damage == "infinite":
+        term["B"]["data"] = base64.b64encode(struct.pack("<21d", *[1e308 * 10] * 21)).decode()
+    return record
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("coef", "terms", "end", "origin", "lost", "base", "W", "whole", "A", "B"),
+        *("shape", "size", "dtype", "no dtype", "text", "infinite"),
+    ],
+)
+def test_a_ledger_that_no_run_has_written(damage):
+    """With a checksum that fits, so that it is the contents that are looked at."""
+    stored = strategies.make("linear")
+    optimizer = build(stored)
+    train(stored, optimizer, 3)
+    state = optimizer.state_dict()
+    ledgers, _ = split_ledgers(state)
+    (number,) = (n for n, entries in state["state"].items() if entries.get("deltaopt"))
+    state["state"][number] = state["state"][number] | {"deltaopt": _sealed({"q": damaged(ledgers["q"], damage)})}
+    refused(optimizer, state, "q: its saved ledger is damaged or incomplete")
 
 
 def test_a_state_that_the_inner_optimizer_refuses():
