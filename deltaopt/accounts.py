@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from deltaopt.base import PLACES, BaseSource, KeptBase, at_base
-from deltaopt.ledger import Ledger, add_terms_, branch_of, displacement_of, weight_fingerprint
+from deltaopt.fingerprint import Fingerprint
+from deltaopt.ledger import Ledger, add_terms_, branch_of, displacement_of, warn_of_lost, weight_fingerprint
 from deltaopt.lowrank import LowRank, Term, joined
-from deltaopt.resume import plan, warn_of_rounding
+from deltaopt.resume import plan, warn_of_what_was_done
 from deltaopt.triple import LoRATriple
 
 Reinit: TypeAlias = Callable[[LoRATriple], object]
@@ -62,6 +64,7 @@ class Accounts:
         """Open an account for each of these."""
         for triple in triples:
             ledger = Ledger()
+            ledger.rebased = triple.has_moved()
             if triple.took_from_base():
                 start = branch_of(triple)
                 ledger.origin = Term(start.coef, start.A.clone(), start.B.clone())
@@ -70,7 +73,7 @@ class Accounts:
                 self._kept.keep(triple)
 
     def open(self, ledgers: Iterable[Ledger]) -> None:
-        """Note what the W's of these ledgers are now, if they have not moved before: this is their base."""
+        """Note what the W's of these ledgers are, if they have not moved before and will now: this is their base."""
         fresh = {id(ledger) for ledger in ledgers if ledger.base is None}
         for triple, ledger in self._accounts if fresh else ():
             if id(ledger) in fresh:
@@ -102,36 +105,58 @@ class Accounts:
     def rebase(self) -> None:
         """Take every W as it is now as its base."""
         self._accounts = [Account(triple, Ledger()) for triple in self.triples]
+        for _, ledger in self:
+            ledger.rebased = True
         for triple in self.triples:
             triple.weight_rests()
 
     @torch.no_grad()
     def fold(self, reinit: Reinit) -> None:
-        """Add every branch to its W, then let `reinit` start A and B afresh."""
+        """Let `reinit` start A and B afresh, and add every branch as it was before to its W."""
         self._refuse_not_finite()
+        branches = [branch_of(triple).cloned() for triple in self.triples]
+        kept = [(factor, factor.clone()) for triple in self.triples for factor in (triple.A, triple.B)]
+        try:
+            for triple in self.triples:
+                reinit(triple)
+        except BaseException:
+            for factor, before in kept:
+                factor.copy_(before)
+            raise
         self.open(self.ledgers)
-        for triple, ledger in self:
-            branch = branch_of(triple)
+        known = [ledger for ledger in self.ledgers if not ledger.lost]
+        for (triple, ledger), branch in zip(self, branches, strict=True):
             add_terms_(triple, triple.W, [branch])
             ledger.beside(triple).fold(branch.coef, (branch.A, branch.B))
-        for triple in self.triples:
-            reinit(triple)
+        warn_of_lost(known, stacklevel=4)
 
     @torch.no_grad()
-    def resync(self) -> None:
-        """Move every W by coef times the change of the product since its last move."""
+    def resync(self, follows: Iterable[bool]) -> None:
+        """Move every W that `follows` by coef times the change of the product since its last move."""
         self._refuse_not_finite()
-        for triple, ledger in self:
-            if ledger.end is None:
+        rounded = []
+        for (triple, ledger), follow in zip(self, follows, strict=True):
+            if ledger.end is None or not follow:
                 continue
-            _, A_now, B_now = branch_of(triple)
-            A, B = ledger.beside(triple).end or (A_now, B_now)
-            if A.shape == A_now.shape:
-                terms = [Term(ledger.coef, A_now - A, B_now), Term(ledger.coef, A, B_now - B)]
-            else:  # an adapter of another rank
-                terms = [Term(ledger.coef, A_now, B_now), Term(-ledger.coef, A, B)]
-            add_terms_(triple, triple.W, terms)
-            ledger.end = A_now.clone(), B_now.clone()
+            _, A_now, B_now = branch_of(triple).cloned()
+            (A, B), ledger.end = ledger.beside(triple).end or (A_now, B_now), (A_now, B_now)
+            if torch.equal(A, A_now) and torch.equal(B, B_now):
+                continue
+            base = self._find_base(triple, ledger.base) if ledger.base is not None and ledger.lost is None else None
+            if base is not None:
+                triple.moved_part(triple.W).copy_(base)
+                add_terms_(triple, triple.W, ledger.displacement())
+                continue
+            add_terms_(triple, triple.W, [Term(ledger.coef, A_now, B_now), Term(-ledger.coef, A, B)])
+            rounded += [triple.label] if triple.W.element_size() == 2 else []
+        if rounded:
+            warnings.warn(
+                f"the 16-bit W of {len(rounded)} layers ({rounded[0]}, ..) was moved back at once, from where rounding "
+                "had left it in many small steps: it is not what it was with these factors. With keep_base it would be "
+                "base + displacement; or load a checkpoint that holds W",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     @contextmanager
     def at_base(self, source: BaseSource | None, method: str | None) -> Iterator[None]:
@@ -150,7 +175,7 @@ class Accounts:
             ValueError, WeightMismatchError: see `deltaopt.resume.plan`. Nothing was changed.
         """
         kept = self._kept
-        decided = plan(self.triples, records, kept.find if kept is not None else lambda triple, base: None)
+        decided = plan(self.triples, self.ledgers, records, self._find_base)
 
         def carry_out() -> None:
             for resumption in decided:
@@ -162,10 +187,13 @@ class Accounts:
                     triple.weight_moves()
                 else:
                     triple.weight_rests()
-            warn_of_rounding(decided)
+            warn_of_what_was_done(decided)
             self._warn_of_bases_not_kept()
 
         return carry_out
+
+    def _find_base(self, triple: LoRATriple, base: Fingerprint) -> Tensor | None:
+        return self._kept.find(triple, base) if self._kept is not None else None
 
     def _warn_of_bases_not_kept(self) -> None:
         kept = self._kept
@@ -189,10 +217,18 @@ class Accounts:
             )
 
 
-def zero_product(generator: torch.Generator | None = None) -> Reinit:
-    """LoRA's usual start: A is zero, and B uniform in +- 1 / sqrt(d), as kaiming_uniform_(a=sqrt(5)) makes it."""
+def lora_start(generator: torch.Generator | None = None) -> Reinit:
+    """LoRA's usual start, with a product of zero.
+
+    A is zero and B uniform in +- 1 / sqrt(d), as kaiming_uniform_(a=sqrt(5)) makes it; in embeddings B, of which rows
+    are looked up, is zero and A standard normal.
+    """
 
     def reinit(triple: LoRATriple) -> None:
+        if triple.layout == "embedding":
+            triple.A.normal_(generator=generator)
+            triple.B.zero_()
+            return
         _, _, B = branch_of(triple)
         bound = B.shape[-1] ** -0.5
         triple.A.zero_()

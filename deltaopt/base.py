@@ -68,7 +68,7 @@ class Pristine:
         """The part of the tensor that this W was before its first move; None if it is not among the weights."""
         W, expected = triple.W, base.record()
         for tensor in self._by_shape.get(W.shape, ()):
-            part = triple.moved_part(tensor.detach().to(W.dtype))
+            part = triple.moved_part(tensor.detach().to(getattr(torch, base.dtype)))
             if Fingerprint(part).record() == expected:
                 return part
         return None
@@ -101,18 +101,23 @@ def at_base(
         raise RuntimeError("the base can not be had (nothing was changed):\n  " + "\n  ".join(problems))
     with ExitStack() as undo:
         for triple, ledger, base in decided:
-            part = triple.moved_part(triple.W).detach()
             if isinstance(base, Tensor):
-                undo.callback(part.copy_, part.clone())
-                part.copy_(base)
+                undo.callback(_put, triple, triple.moved_part(triple.W).detach().clone())
+                _put(triple, base)
                 continue
             terms = displacement_of(triple, ledger)
             if terms and base == "hooks":
                 undo.callback(subtract_from_output(triple, joined(terms)).remove)
             elif terms:
-                undo.callback(part.copy_, part.clone())
+                undo.callback(_put, triple, triple.moved_part(triple.W).detach().clone())
                 add_terms_(triple, triple.W, terms, -1.0)
         yield
+
+
+@torch.no_grad()
+def _put(triple: LoRATriple, bits: Tensor) -> None:
+    """Write W, which is looked up: a model may have been moved or cast in between."""
+    triple.moved_part(triple.W).copy_(bits)
 
 
 def _base_of(

@@ -54,14 +54,18 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     The model is not changed. With PEFT, `model.merge_and_unload()` in the training process gives the same weights.
 
     Returns:
-        By name of the triple: a tensor of W's shape and dtype, computed in float64 and rounded once.
+        By name of the triple: a tensor of W's shape and dtype, computed in float64 and rounded once. Triples of rows or
+        columns of one weight get all of it, with all of their branches.
 
     Raises:
         RuntimeError: in `base_weights`.
     """
+    triples = [triple for triple, _ in optimizer.accounts()]
     merged = {}
-    for triple, _ in optimizer.accounts():
+    for triple in triples:
         W = triple.W.detach().clone()
-        add_terms_(triple, W, [branch_of(triple)])
+        for other in triples:
+            if other.W.data_ptr() == triple.W.data_ptr():  # rows or columns of one fused weight
+                add_terms_(other, W, [branch_of(other)])
         merged[triple.label] = W
     return merged

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
     A process that is killed at any moment leaves the old file or the new one. An exception leaves the old one.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    beside = _beside(path.parent, path.name)
     try:
         yield beside
         _flush(beside)
@@ -50,7 +52,7 @@ def replacing_together(folder: PathLike, last: str) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, expected a folder: name another place")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = (folder if folder.is_dir() else folder.parent) / f".{folder.name}.{uuid4().hex}.part"
+    beside = _beside(folder if folder.is_dir() else folder.parent, folder.name)
     beside.mkdir()
     try:
         yield beside
@@ -111,6 +113,29 @@ def load(path: PathLike, map_location: Any = "cpu") -> Any:
 
 def _same_bytes(a: Path, b: Path) -> bool:
     return b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """A name that is not taken; what killed processes of this machine have left for `name` is removed."""
+    stem = f".{name}.{platform.node()}."
+    for left in folder.glob(f"{glob.escape(stem)}*.part"):
+        pid = left.name.removeprefix(stem).partition(".")[0]
+        if pid.isdigit() and not _runs(int(pid)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return folder / f"{stem}{os.getpid()}.{uuid4().hex}.part"
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is a process with this number."""
+    if os.name != "posix":
+        return True  # nothing to ask that does no harm there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _flush(path: Path) -> None:

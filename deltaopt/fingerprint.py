@@ -6,7 +6,7 @@ hashed with the position. The hashes are summed, so that those of the shards of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from math import prod
 from typing import Any
@@ -88,11 +88,19 @@ def content_hash(
 
 
 def whole_hash(tensor: Tensor) -> int:
-    """The hash of all elements, a block of rows at a time. Waits for the device."""
-    tensor = tensor.detach()
-    rows = max(1, BLOCK_ELEMENTS // prod(tensor.shape[1:]))
-    blocks = [content_hash(block, samples=None) + first * rows for first, block in enumerate(tensor.split(rows))]
-    return int(_mixed(torch.stack(blocks)).sum())
+    """The hash of all elements, a block at a time. Waits for the device."""
+    hashes = [content_hash(block, samples=None) + number for number, block in enumerate(_blocks(tensor.detach()))]
+    return int(_mixed(torch.stack(hashes)).sum())
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """All of a tensor in pieces of bounded size: rows, or pieces of rows, whatever its strides."""
+    row = prod(tensor.shape[1:])
+    if row <= BLOCK_ELEMENTS:
+        yield from tensor.split(max(1, BLOCK_ELEMENTS // row))
+        return
+    for part in tensor:
+        yield from _blocks(part)
 
 
 def sampled_positions(shape: Sequence[int], samples: int | None, device: torch.device) -> Tensor:

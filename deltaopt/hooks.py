@@ -23,14 +23,17 @@ def hook_problem(triple: LoRATriple) -> str | None:
     module = triple.weight_module()
     if module is None:
         return 'it was registered by its tensors, so that its module is not known: register ((module, "weight"), A, B)'
+    if triple.tied:
+        return "its W is used in another place too, which a hook would leave as it is"
+    # Exactly these: what a subclass computes is its own (Gemma scales its embeddings).
     kinds = {"linear": (nn.Linear,), "embedding": (nn.Embedding,), "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-    fits = isinstance(module, kinds.get(triple.layout, ()))
+    fits = type(module) in kinds.get(triple.layout, ()) and getattr(module, "max_norm", None) is None
     fits |= triple.layout == "transposed" and type(module).__name__ == "Conv1D"
     if fits and not (triple.layout == "conv" and (triple.rows or triple.columns)):
         return None
     return (
         f"what a {type(module).__name__} with the layout {triple.layout!r} computes from W is not known here (hooks "
-        "know nn.Linear, Conv1D, nn.Embedding and convolutions)"
+        "know nn.Linear, Conv1D, nn.Embedding without max_norm, and convolutions, but no classes made from them)"
     )
 
 

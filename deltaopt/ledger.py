@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import warnings
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -31,6 +33,11 @@ SMALL_RANK = 64
 """A summed rank that is always allowed."""
 
 
+def rank_bound(c: int, d: int, r: int) -> int:
+    """The summed rank from which on terms for a (c, d) weight are merged: as large as a dense matrix, or small."""
+    return max(c * d // (c + d), 4 * r, SMALL_RANK)
+
+
 class Ledger:
     """The account of one W.
 
@@ -43,6 +50,8 @@ class Ledger:
         base: the fingerprint of W before its first move; None until then.
         origin: what the start of A and B had taken out of the pristine weight (PiSSA, OLoRA); None if nothing.
         lost: why the displacement is not known any more; None while it is.
+        rebased: whether the base is known to be another weight than the pristine one: after `rebase`, or where W had
+            moved when it was registered.
     """
 
     def __init__(self) -> None:
@@ -52,6 +61,7 @@ class Ledger:
         self.base: Fingerprint | None = None
         self.origin: Term | None = None
         self.lost: str | None = None
+        self.rebased = False
 
     @property
     def nbytes(self) -> int:
@@ -128,19 +138,19 @@ class Ledger:
         self.terms.append(term)
         *_, c, r = A.shape
         d = B.shape[-1]
-        # Beyond a quarter of full rank the terms cost as much as a dense matrix; a small one may have all of it.
-        bound = max(min(c, d) // 4, 4 * r, SMALL_RANK)
+        bound = rank_bound(c, d, r)
         if sum(term.rank for term in self.terms) <= bound:
             return
         merged = joined(self.terms).compressed()
         self.terms = [Term(1.0, merged.A, merged.B)]
-        if merged.rank > bound // 2:
+        limit = bound - 2 * r  # room for two more, or every one of them would be merged
+        if merged.rank > limit:
             self.terms = []
             self.lost = (
-                "the displacement is not known as low-rank terms any more: update_ratio changed so often (or A and B "
-                f"did, between steps) that its rank passed {bound // 2}, the limit for a weight of {c} x {d}. W itself "
-                'goes on exactly. Save checkpoints that hold W, keep a copy of the base (keep_base="cpu"), or change '
-                "update_ratio in fewer, larger steps"
+                "the displacement is not known as low-rank terms any more: update_ratio changed so often (or there "
+                f"were so many restarts, or changes of A and B between steps) that its rank passed {limit}, the limit "
+                f"for a weight of {c} x {d}. W itself goes on exactly. Save checkpoints that hold W, keep a copy of "
+                'the base (keep_base="cpu"), or change update_ratio in fewer, larger steps'
             )
 
     def record(self, triple: LoRATriple) -> dict[str, Any]:
@@ -153,6 +163,7 @@ class Ledger:
             "end": self._end_record(triple, stored),
             "origin": None if self.origin is None else _term_record(self.origin),
             "lost": self.lost,
+            "rebased": self.rebased,
             "base": None if self.base is None else self.base.record(),
             "W": (now := weight_fingerprint(triple, stored).record()),
             "whole": whole_hash(triple.moved_part(stored.W)) if self._hides(now) else None,
@@ -182,6 +193,7 @@ class SavedLedger:
         self.ledger.terms = [_term_of(term) for term in record["terms"]]
         self.ledger.origin = None if record["origin"] is None else _term_of(record["origin"])
         self.ledger.lost = None if record["lost"] is None else str(record["lost"])
+        self.ledger.rebased = bool(record["rebased"])
         self.ledger.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
         self.end = record["end"]
         if self.end not in (None, "live"):
@@ -196,6 +208,14 @@ class SavedLedger:
             A, B = triple.factor_matrices(triple.stored())
             self.ledger.end = A.detach().clone(), B.detach().clone()
         return self.ledger.beside(triple)
+
+
+def warn_of_lost(ledgers: Iterable[Ledger], stacklevel: int) -> bool:
+    """Say so if a displacement was given up; returns whether one was."""
+    lost = [ledger.lost for ledger in ledgers if ledger.lost]
+    if lost:
+        warnings.warn(f"of some weights {lost[0]}", RuntimeWarning, stacklevel=stacklevel + 1)
+    return bool(lost)
 
 
 def displacement_of(triple: LoRATriple, ledger: Ledger) -> list[Term]:

@@ -21,6 +21,10 @@ class Term(NamedTuple):
         """Columns of A, rows of B."""
         return self.A.shape[-1]
 
+    def cloned(self) -> Term:
+        """The same with tensors of its own."""
+        return Term(self.coef, self.A.clone(), self.B.clone())
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Term:
         """The same on another device and in another dtype."""
         return Term(self.coef, self.A.to(device, dtype), self.B.to(device, dtype))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from deltaopt.accounts import Account, Accounts, Reinit, zero_product
+from deltaopt.accounts import Account, Accounts, Reinit, lora_start
 from deltaopt.base import BaseSource
 from deltaopt.groups import (
     DeltaGroup,
@@ -188,11 +188,11 @@ class DeltaLoRAOptimizer(Optimizer):
         stored = self._look_up()
         counts = not is_state_initialisation(self._inner)
         moves = self._moves(stored) if counts else []
-        self._accounts.open(move.ledger for move in moves)
 
         self._delta.snapshot(moves)  # A_t, B_t
         loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
         if moves:
+            self._accounts.open(move.ledger for move in moves)
             self._delta.apply_(self._guard)  # W_{t+1}
 
         self._step_count += counts
@@ -296,12 +296,13 @@ class DeltaLoRAOptimizer(Optimizer):
     def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
         """Fold every branch into its W and start A and B afresh, as ReLoRA does: the total rank can grow.
 
-        W += scaling * A @ B, then A = 0 and B as LoRA starts it, with no gradients and no inner state. The effective
+        W += scaling * A @ B, then A and B as LoRA starts them, with no gradients and no inner state. The effective
         weight is as before, up to rounding. The ledgers go on, so that export and resume still count from the base.
 
         Args:
             reinit: gets each triple and writes its A and B in place, under `torch.no_grad`. Default: A zero, B uniform
-                in +- 1 / sqrt(d). Their product should be zero, or the effective weight jumps.
+                in +- 1 / sqrt(d); in embeddings B zero, A standard normal. Their product should be zero, or the
+                effective weight jumps. If it raises, A, B and W are as before.
             generator: of the default's random numbers.
 
         Raises:
@@ -311,11 +312,13 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_at_base("restart()")
         self._look_up()
         self._delta.settle()
-        self._accounts.fold(reinit if reinit is not None else zero_product(generator))
+        self._accounts.fold(reinit if reinit is not None else lora_start(generator))
         for triple in self.triples:
             for factor in (triple.A, triple.B):
                 factor.grad = None
                 self.state.pop(factor, None)
+        if isinstance(self._inner, torch.optim.LBFGS):  # keeps all of its history under one parameter
+            self.state.clear()
 
     def resync(self) -> None:
         """Move every W to where it belongs for the present A and B, after these were changed by other means.
@@ -323,7 +326,8 @@ class DeltaLoRAOptimizer(Optimizer):
         W += coef * (A_now B_now - A B), with A and B as the last move left them: after `load_best_model_at_end`, an
         averaged adapter, or a step of an engine that this optimizer did not see. It is right for factors of the time
         since `update_ratio` last changed, the last `restart` and `start_step`; for older ones load that checkpoint with
-        its optimizer state.
+        its optimizer state. Where `update_ratio` is 0 now, W stays. With `keep_base`, W is base + displacement, rounded
+        once; else a 16-bit W keeps the roundings of its way, and a warning says so.
 
         Without it a change of A and B from outside is no step: W stays, and the next step's delta counts from there.
 
@@ -334,7 +338,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_at_base("resync()")
         self._look_up()
         self._delta.settle()
-        self._accounts.resync()
+        ratios = [group.ratio_at(self._step_count) for group in self._groups]
+        self._accounts.resync(r > 0 for group, r in zip(self._groups, ratios, strict=True) for _ in group.triples)
 
     def accounts(self) -> list[Account]:
         """Each triple with the ledger of its W, for export and analysis."""
@@ -410,6 +415,7 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: in `base_weights`.
         """
         self._refuse_at_base("state_dict()")
+        self._look_up()
         self._delta.settle()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -437,6 +443,7 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: in `base_weights`. In each case nothing is changed.
         """
         self._refuse_at_base("load_state_dict()")
+        self._look_up()
         self._delta.settle()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -17,8 +17,8 @@ from deltaopt.ledger import Ledger, SavedLedger, add_terms_, displacement_of, fa
 from deltaopt.triple import LoRATriple
 
 _rebuilt_for: dict[int, int] = {}
-"""Hash of a W that was rebuilt -> hash of the one it was rebuilt for. They differ by rounding, so this is how a second
-load of the same state knows it. Facts about contents, hence for the whole process."""
+"""Hash of all of a W that was rebuilt -> the hash that was saved of the one it was rebuilt for. They differ by
+rounding, so this is how a second load of the same state knows it. Facts about contents, hence for the process."""
 
 
 class WeightMismatchError(ValueError):
@@ -49,17 +49,20 @@ class Resumption(NamedTuple):
             if self.base is not None:
                 self.triple.moved_part(W).copy_(self.base)
             add_terms_(self.triple, W, displacement_of(self.triple, ledger))
-            _rebuilt_for[_hash_of(self.triple, self.saved)] = _saved_hash(self.saved)
+            _rebuilt_for[whole_hash(self.triple.moved_part(W))] = _saved_hash(self.saved)
         return ledger
 
 
-def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any], find_base: FindBase) -> list[Resumption]:
+def plan(
+    triples: Sequence[LoRATriple], ledgers: Sequence[Ledger], records: Mapping[str, Any], find_base: FindBase
+) -> list[Resumption]:
     """Compare each W, A and B with the fingerprints that were saved, and decide; changes nothing.
 
     Args:
         triples: as registered now.
-        records: of the ledgers, by the triples' names.
-        find_base: what the base is taken from where W is neither what was saved nor the base.
+        ledgers: of these, as they are now.
+        records: of the saved ledgers, by the triples' names.
+        find_base: what the base is taken from where W was moved from it by this optimizer.
 
     Raises:
         ValueError: if the ledger of a triple is missing or damaged.
@@ -74,9 +77,9 @@ def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any], find_base: F
             "as the base"
         )
     decided, found = [], []
-    for triple in triples:
+    for triple, present in zip(triples, ledgers, strict=True):
         saved = _parsed(triple, records[triple.label])
-        resumption, problems = _decide(triple, saved, find_base)
+        resumption, problems = _decide(triple, present, saved, find_base)
         decided.append(resumption)
         found += [f"{triple.label}: {problem}" for problem in problems]
     if found:
@@ -91,8 +94,16 @@ def plan(triples: Sequence[LoRATriple], records: Mapping[str, Any], find_base: F
     return decided
 
 
-def warn_of_rounding(decided: Sequence[Resumption]) -> None:
-    """Say so where a 16-bit W is rebuilt: its own roundings are not in the ledger."""
+def warn_of_what_was_done(decided: Sequence[Resumption]) -> None:
+    """Say where W was not what was saved nor the base, and where 16 bits were rebuilt: roundings are in no ledger."""
+    replaced = [r.triple.label for r in decided if r.base is not None]
+    if replaced:
+        warnings.warn(
+            f"the W of {len(replaced)} layers ({replaced[0]}, ..) was neither what it was when the state was saved nor "
+            "its base: it was rebuilt on the copy that keep_base had kept. What else had changed it is gone",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     rounded = [r.triple.label for r in decided if r.rebuild and r.triple.W.element_size() == 2]
     if rounded:
         warnings.warn(
@@ -126,7 +137,9 @@ def _check_shapes(ledger: Ledger, expected: list[list[int]]) -> None:
 
 
 @torch.no_grad()
-def _decide(triple: LoRATriple, saved: SavedLedger, find_base: FindBase) -> tuple[Resumption, list[str]]:
+def _decide(
+    triple: LoRATriple, present: Ledger, saved: SavedLedger, find_base: FindBase
+) -> tuple[Resumption, list[str]]:
     """(what to do, why it can not be done)."""
     stored = triple.stored()
     found = []
@@ -136,28 +149,38 @@ def _decide(triple: LoRATriple, saved: SavedLedger, find_base: FindBase) -> tupl
         if here != saved.now[letter]:
             found.append(f"{letter} {_told(here, saved.now[letter])}")
     W, ledger = weight_fingerprint(triple, stored).record(), saved.ledger
-    if all(W[key] == saved.now["W"][key] for key in ("shape", "dtype")):
-        W_hash, saved_hash = _hash_of(triple, saved), _saved_hash(saved)
-        if W_hash == saved_hash or _rebuilt_for.get(W_hash) == saved_hash:
-            return Resumption(triple, saved, rebuild=False), found
-    base = None
+    if _is_what_was_saved(triple.moved_part(stored.W), W, saved):
+        return Resumption(triple, saved, rebuild=False), found
+    problem, base = None, None
     if ledger.base is None:
-        found.append(f"W {_told(W, saved.now['W'])}")
+        problem = _told(W, saved.now["W"])
     elif ledger.base.record() != W:
-        base = find_base(triple, ledger.base)
-        if base is None:
-            found.append(f"W {_told(W, saved.now['W'])}, and not what it was before its first move either")
+        problem = f"{_told(W, saved.now['W'])}, and not what it was before its first move either"
+        moved_from_it = present.base is not None and present.base.record() == ledger.base.record()
+        if moved_from_it and W["dtype"] == ledger.base.dtype:
+            base = find_base(triple, ledger.base)
+            problem = problem if base is None else None
+    elif saved.whole is not None and present.moved:
+        problem = (
+            "has moved in this process in few places, so that its fingerprint does not tell whether it is its base: "
+            "load the state in a new process, or the whole model with it"
+        )
+    found += [f"W {problem}"] if problem is not None else []
     if ledger.lost is not None:
         found.append(f"W can not be moved from its base to where it was: {ledger.lost}")
     return Resumption(triple, saved, rebuild=True, base=base), found
 
 
-def _hash_of(triple: LoRATriple, saved: SavedLedger) -> int:
-    """The hash of W as it is, of the kind that can tell whether it is what was saved."""
-    stored = triple.stored()
-    if saved.whole is not None:
-        return whole_hash(triple.moved_part(stored.W))
-    return int(weight_fingerprint(triple, stored).record()["hash"])
+def _is_what_was_saved(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> bool:
+    """Whether W, with the fingerprint given, is the one of the saved run, or was rebuilt for it before."""
+    if any(W[key] != saved.now["W"][key] for key in ("shape", "dtype")):
+        return False
+    if saved.whole is None and W["hash"] == saved.now["W"]["hash"]:
+        return True
+    if saved.whole is None and not _rebuilt_for:
+        return False
+    whole = whole_hash(part)
+    return whole == saved.whole or _rebuilt_for.get(whole) == _saved_hash(saved)
 
 
 def _saved_hash(saved: SavedLedger) -> int:

@@ -94,6 +94,7 @@ class LoRATriple:
         self.layout = layout
         self.rows = _checked_slice(rows, f"{self.label}: rows")
         self.columns = _checked_slice(columns, f"{self.label}: columns")
+        self.tied = False  # whether W is known to have other users, which `find_triples` finds
 
     @property
     def label(self) -> str:
@@ -147,6 +148,10 @@ class LoRATriple:
 
     def took_from_base(self) -> bool:
         """Whether the start of A and B was taken out of W (PiSSA, OLoRA), so that W was not the pristine weight."""
+        return False
+
+    def has_moved(self) -> bool:
+        """Whether W is known to have moved already, under another optimizer."""
         return False
 
     def weight_moves(self) -> None:

@@ -8,7 +8,6 @@ and a small change is not lost as the difference of two large products.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.guard import FiniteGuard
-from deltaopt.ledger import Ledger
+from deltaopt.ledger import Ledger, warn_of_lost
 from deltaopt.rounding import add_to_weight_, full_precision
 from deltaopt.triple import LoRATriple, Stored
 
@@ -100,10 +99,9 @@ class FactoredDelta:
     def settle(self, wait: bool = True) -> None:
         """Enter into the ledgers what the device has told of past steps; with `wait`, of all of them."""
         while self._entries and (wait or self._entries[0].arrived()):
-            lost = [ledger for ledger in self._entries.popleft().enter() if ledger.lost]
-            if lost and not self._warned:
-                self._warned = True
-                warnings.warn(f"of some weights {lost[0].lost}", RuntimeWarning, stacklevel=6)
+            extended = self._entries.popleft().enter()
+            if not self._warned:
+                self._warned = warn_of_lost(extended, stacklevel=6)
 
     @property
     def nbytes(self) -> int:

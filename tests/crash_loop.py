@@ -70,7 +70,7 @@ def killed_run(path: Path, keeps: str, steps: int, kills: int, seed: int) -> int
     Returns:
         How many were killed in a save.
     """
-    chance = random.Random(seed)
+    chance, in_a_save = random.Random(seed), 0
     for _ in range(kills):
         hears, tells = os.pipe()
         process = os.fork()
@@ -85,8 +85,15 @@ def killed_run(path: Path, keeps: str, steps: int, kills: int, seed: int) -> int
         os.close(hears)
         if not os.WIFSIGNALED(status):
             sys.exit("a run ended before it was killed: it failed, or there are too few steps")
+        in_a_save += len(_parts(path))  # of this run alone: the next one's save removes them
     train(path, keeps, steps)
-    return len(list(path.parent.glob(f".{path.name}.*.part")))
+    if _parts(path):
+        sys.exit("a save has left a part of a file")
+    return in_a_save
+
+
+def _parts(path: Path) -> list[Path]:
+    return list(path.parent.glob(f".{path.name}.*.part"))
 
 
 def _child(path: Path, keeps: str, steps: int, tells: int) -> None:

@@ -190,7 +190,7 @@ def test_a_displacement_that_is_not_known_needs_a_copy(options):
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [(W, A, B)], lr=0.1, update_ratio=lambda t: 1 + t / 50, **options)
 
     def train():
-        for _ in range(14):
+        for _ in range(24):
             A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
             optimizer.step()
 
@@ -254,13 +254,13 @@ LAYERS = {
     "conv2d": _kernel(nn.Conv2d, 2),
     "conv3d": _kernel(nn.Conv3d, 3),
     "rows": lambda: (nn.Linear(7, 15), (4, 7)),
-    "columns": lambda: (nn.Linear(11, 5), (4, 11)),
+    "columns": lambda: (nn.Linear(12, 5), (4, 12)),
     "transposed_rows": lambda: (Conv1D(15, 7), (4, 7)),
 }
 OPTIONS = {
-    "rows": {"rows": (5, 10)},
-    "columns": {"columns": (2, 9)},
-    "transposed_rows": {"layout": "transposed", "rows": (5, 10)},
+    "rows": {"layout": "linear", "rows": (3, 8)},
+    "columns": {"layout": "linear", "columns": (1, 8)},
+    "transposed_rows": {"layout": "transposed", "rows": (3, 8)},
 }
 
 
@@ -275,10 +275,7 @@ def layer_and_input(kind, dtype=torch.float32):
 def trained_layer(kind, dtype=torch.float32, **options):
     """(factors, optimizer, module) after some steps; the module holds W, A and B."""
     module, _ = layer_and_input(kind, dtype)
-    layout = {"layout": kind.rstrip("123d") if kind.startswith("conv") else kind} | OPTIONS.get(kind, {})
-    if "rows" in layout or "columns" in layout:
-        layout.setdefault("layout", "linear")
-        layout["layout"] = layout["layout"] if layout["layout"] in ("transposed", "linear") else "linear"
+    layout = OPTIONS.get(kind, {"layout": "conv" if kind.startswith("conv") else kind})
     W = module.weight
     d1 = W.shape[1:] if layout["layout"] == "conv" else (9,) if kind == "embedding" else (7,)
     module.A, module.B = nn.Parameter(torch.randn(5, 3) / 3), nn.Parameter(torch.randn(3, *d1) / 3)
@@ -341,6 +338,10 @@ def test_hooks_under_autocast_keep_their_precision():
     with optimizer.base_weights(method="hooks"), torch.autocast("cpu", dtype=torch.bfloat16):
         found = module(x)
     assert found.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moved = module(x)
+    expected = moved.float() - (x @ optimizer.displacement("q").product().mT).detach()
+    assert torch.equal(found, expected.bfloat16())
     assert torch.allclose(found.float(), pristine(x), atol=0.1)
 
 
@@ -357,6 +358,73 @@ def test_a_layer_that_hooks_do_not_know_is_refused():
     train(optimizer, module, 1)
     with pytest.raises(RuntimeError, match=r"q: what a Own with the layout 'linear' computes.*keep_base"):
         optimizer.base_weights(method="hooks").__enter__()
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's: what a subclass computes is its own."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 4
+
+
+@pytest.mark.parametrize("module", [Scaled(9, 5), nn.Embedding(9, 5, max_norm=1.0)])
+def test_layers_that_compute_something_of_their_own_are_refused(module):
+    module.requires_grad_(False)
+    module.A, module.B = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(3, 9))
+    triple = LoRATriple((module, "weight"), (module, "A"), (module, "B"), name="q", layout="embedding")
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [triple], lr=0.1)
+    train(optimizer, module, 1)
+    with pytest.raises(RuntimeError, match=r"q: what a \w+ with the layout 'embedding' computes.*no classes made from"):
+        optimizer.base_weights(method="hooks").__enter__()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_cast_within_gets_its_moved_weights_back(dtype):
+    """Its W is another tensor then, which is looked up."""
+    _, optimizer, module = trained_layer("linear", dtype, keep_base="cpu")
+    moved = module.weight.clone()
+    with optimizer.base_weights():
+        module.double()
+        module.to(dtype)
+    assert torch.equal(module.weight, moved)
+
+
+def test_a_source_in_the_dtype_it_was_is_found_after_a_cast():
+    stored, _, W0 = trained()
+    twin = nn.Linear(7, 5, bias=False).requires_grad_(False)
+    twin.weight.copy_(W0)
+    twin.A, twin.B = nn.Parameter(stored.A.detach().clone()), nn.Parameter(stored.B.detach().clone())
+    triple = LoRATriple((twin, "weight"), (twin, "A"), (twin, "B"), name="q")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+    train(optimizer, twin, 1)
+    twin.bfloat16()
+    with optimizer.base_weights(source={"W": W0}):
+        assert torch.equal(twin.weight, W0.bfloat16())
+
+
+def test_a_step_that_fails_before_anything_moved_fixes_no_base():
+    stored = strategies.make("linear", dtype=torch.float32)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple()], lr=0.1, keep_base="cpu")
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    stored.W.copy_(torch.randn(5, 7))
+    W0 = stored.W.clone()
+    train(optimizer, stored, 1)
+    with optimizer.base_weights():
+        assert torch.equal(stored.W, W0)
+
+
+@pytest.mark.parametrize("action", ["base_weights", "state_dict", "load_state_dict"])
+def test_a_merged_branch_is_refused(action):
+    _, optimizer, module = trained_layer("linear")
+    state = optimizer.state_dict()
+    module.merged = True
+    with pytest.raises(RuntimeError, match="q: the branch is merged into W"):
+        {
+            "base_weights": lambda: optimizer.base_weights().__enter__(),
+            "state_dict": optimizer.state_dict,
+            "load_state_dict": lambda: optimizer.load_state_dict(state),
+        }[action]()
 
 
 def test_all_layers_that_can_not_are_named_at_once_and_none_is_changed():

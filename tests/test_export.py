@@ -140,6 +140,19 @@ def test_merged_weights_are_W_with_the_branch_rounded_once(layout, dtype):
     assert close(run.stored.matrix(merged).double(), effective(run), torch.finfo(dtype).eps)
 
 
+def test_merged_weights_of_slices_of_one_weight_hold_all_branches():
+    W = torch.randn(15, 7)
+    factors = [[torch.randn(5, 2, requires_grad=True), torch.randn(2, 7, requires_grad=True)] for _ in range(3)]
+    triples = [
+        LoRATriple(W, A, B, scaling=S, name=name, rows=(5 * i, 5 * i + 5))
+        for i, (name, (A, B)) in enumerate(zip("qkv", factors, strict=True))
+    ]
+    optimizer = deltaopt.DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
+    dense = W + S * torch.cat([(A @ B).detach() for A, B in factors])
+    for merged in deltaopt.merged_weights(optimizer).values():
+        assert close(merged, dense, 1e-6)
+
+
 def test_merged_weights_leave_what_does_not_move_as_it_is():
     run = Run("rows")
     run.step()

@@ -1,6 +1,9 @@
 """save and load: a file is whole or as it was, and a file that is not whole is refused."""
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +53,18 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, name):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=f"{name} can not be read, it was cut off"):
             load(path)
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next_save(tmp_path):
+    """Of this machine and for this file; a process that runs may still be writing."""
+    path = tmp_path / "state.pt"
+    node, gone = platform.node(), subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [f".state.pt.{node}.{gone.pid}.abc.part", f".state.pt.{node}.{os.getppid()}.abc.part", ".other.part"]
+    for name in left:
+        (tmp_path / name).write_bytes(b"half")
+    save({"n": 1}, path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*left[1:], "state.pt"])
 
 
 def test_code_in_a_file_is_not_run(tmp_path):

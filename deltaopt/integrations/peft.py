@@ -60,8 +60,10 @@ def save_adapter(
     at `start_step`, as at LoRA's usual start. Biases, `modules_to_save` and trained tokens are written as PEFT writes
     them.
 
-    After PiSSA, OLoRA, CorDA and LoRA-GA, which change the base, the adapter is for the base before that. The weight
-    of an embedding that is a target is not written: after ``resize_token_embeddings`` save the resized base too.
+    It counts from the base of the optimizer: after `DeltaLoRAOptimizer.rebase` that is another weight than the pristine
+    one, and a warning says so. After PiSSA, OLoRA, CorDA and LoRA-GA, which change the base, the adapter is for the
+    base before that. The weight of an embedding that is a target is not written: after ``resize_token_embeddings``
+    save the resized base too.
 
     Files of the same names are replaced, other files in the folder stay. A process that is killed while it writes
     leaves the old adapter, the new one, or a folder without ``adapter_config.json``. With several processes, call it
@@ -97,6 +99,7 @@ def save_adapter(
     accounts = [account for account in accounts if account[0].adapter == adapter]
     _refuse_to_save(model, accounts, adapter)
     exported = export_adapter(optimizer, rank, from_pristine=True)
+    _warn_of_other_bases(accounts)
     changes = [LayerChange(triple.layer, exported[triple.label], triple.scaling) for triple, _ in accounts]
     write_adapter(model, adapter, changes, directory)
     return {triple.label: exported[triple.label].error for triple, _ in accounts}
@@ -177,6 +180,17 @@ def _refuse_to_save(model: nn.Module, accounts: list[tuple[PeftTriple, Ledger]],
     ]
     if found:
         raise ValueError("this adapter can not be saved (nothing was written):\n  " + "\n  ".join(found))
+
+
+def _warn_of_other_bases(accounts: list[tuple[PeftTriple, Ledger]]) -> None:
+    others = [triple.label for triple, ledger in accounts if ledger.rebased]
+    if others:
+        warnings.warn(
+            f"the base of {len(others)} layers ({others[0]}, ..) is what their weights were at rebase() or "
+            "without_ledger(), or when this optimizer was built on weights that another one had moved. This adapter is "
+            "right on those weights, and not on the pristine ones",
+            stacklevel=3,
+        )
 
 
 def _adapters(module: BaseTunerLayer) -> set[str]:

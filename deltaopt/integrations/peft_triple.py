@@ -59,6 +59,10 @@ class PeftTriple(LoRATriple):
         """Whether A and B are the start that PEFT has taken out of W: by PiSSA, CorDA, OLoRA or LoRA-GA."""
         return self._subtracts() and self._is_at_its_start()
 
+    def has_moved(self) -> bool:
+        """Whether an earlier optimizer has moved W: its mark is still on the layer."""
+        return SaveGuard.watches(self.layer)
+
     def weight_moves(self) -> None:
         """From now on PEFT's own save of the adapter leaves something out."""
         self._guard.watch(self.layer)
@@ -102,7 +106,8 @@ class PeftTriple(LoRATriple):
             return []
         return [
             f"init_lora_weights={self._start!r} takes the start of A and B out of W, but what that was is not known: "
-            "the adapter was trained before the optimizer was built, or rebase() was called. Load the optimizer's "
+            "the adapter was trained before the optimizer was built (with rank 1 it can not be told), or rebase() was "
+            "called. Load the optimizer's "
             "state that was saved with the adapter, or save all weights, merge_and_unload().save_pretrained(directory)"
         ]
 
@@ -113,12 +118,14 @@ class PeftTriple(LoRATriple):
 
     @torch.no_grad()
     def _is_at_its_start(self) -> bool:
-        """Whether the columns of A are orthogonal, as at all of these starts; for rank 1 it can not be told.
+        """Whether the columns of A are orthogonal, as at all of these starts. For rank 1 nothing can be told.
 
         Those of a trained adapter that was loaded are not. PEFT then takes its own new start out of W, or none.
         """
         stored = self.stored()
         A = self.factor_matrices(stored)[0].float()
+        if A.shape[-1] == 1:
+            return False
         lengths = A.norm(dim=-2)
         cosines = A.mT @ A / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp_min(1e-30)
         cosines.diagonal(dim1=-2, dim2=-1).zero_()

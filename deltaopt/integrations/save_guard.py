@@ -29,6 +29,11 @@ class SaveGuard:
         _remove(layer)
         layer.register_state_dict_pre_hook(self)
 
+    @staticmethod
+    def watches(layer: nn.Module) -> bool:
+        """Whether W of this layer is known to have moved."""
+        return any(isinstance(hook, SaveGuard) for hook in layer._state_dict_pre_hooks.values())
+
     def leave(self, layer: nn.Module) -> None:
         """W of this layer, as it is, is the base."""
         if _remove(layer):
