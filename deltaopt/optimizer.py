@@ -287,7 +287,8 @@ class DeltaLoRAOptimizer(Optimizer):
     def rebase(self) -> None:
         """Take every W as it is now as its base: after it was loaded, merged or pruned by hand.
 
-        The displacement begins at zero, a copy of the base (`keep_base`) is taken anew before the next move.
+        The displacement begins at zero, a copy of the base (`keep_base`) is taken anew before the next move. Adapters
+        that are exported later are for this base, not for the pristine weights.
         """
         self._refuse_at_base("rebase()")
         self._delta.settle()
@@ -412,7 +413,7 @@ class DeltaLoRAOptimizer(Optimizer):
         from which and the base W can be rebuilt.
 
         Raises:
-            RuntimeError: in `base_weights`.
+            RuntimeError: if a branch is merged, or in `base_weights`.
         """
         self._refuse_at_base("state_dict()")
         self._look_up()

@@ -962,3 +962,53 @@ def test_only_the_layers_that_moved_have_a_hook(tmp_path):
         model.save_pretrained(tmp_path)
     optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does in prepare()
     quiet(lambda: model.save_pretrained(tmp_path))
+
+
+OTHER_BASE = "the base of 2 layers .* is what their weights were at rebase"
+
+
+def test_an_optimizer_on_weights_that_another_has_moved_does_not_take_them_for_pristine(tmp_path, run):
+    """A cell of a notebook that is run twice. The first one's state, loaded, says what the base is."""
+    model, first = run
+    second = DeltaLoRAOptimizer.for_model(model, AdamW, lr=2e-2)
+    second.load_state_dict(first.state_dict())
+    save_adapter(model, second, tmp_path / "resumed")
+    third = trained(model, inputs(7))
+    with pytest.warns(UserWarning, match=OTHER_BASE):
+        save_adapter(model, third, tmp_path / "third")
+
+
+@pytest.mark.parametrize("way", ["rebase", "without_ledger"])
+def test_an_adapter_for_another_base_than_the_pristine_one_is_saved_with_a_warning(tmp_path, run, way):
+    model, optimizer = run
+    base, x = copy.deepcopy(model).unload(), inputs(7)
+    if way == "rebase":
+        optimizer.rebase()
+    else:
+        optimizer.load_state_dict(deltaopt.without_ledger(optimizer.state_dict()))
+    train(model, optimizer, x)
+    with pytest.warns(UserWarning, match=OTHER_BASE):
+        save_adapter(model, optimizer, tmp_path / "adapter")
+    served = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.allclose(served(x), model(x), atol=1e-5)
+    again = DeltaLoRAOptimizer.for_model(model, AdamW, lr=2e-2)
+    again.load_state_dict(optimizer.state_dict())  # the state knows it too
+    with pytest.warns(UserWarning, match=OTHER_BASE):
+        save_adapter(model, again, tmp_path / "again")
+
+
+def test_the_start_of_a_pissa_of_rank_1_can_not_be_told(tmp_path):
+    model = get_peft_model(mlp(7, 5, 4), LoraConfig(r=1, target_modules=["0"], init_lora_weights="pissa"))
+    optimizer = trained(model, inputs(7))
+    assert_refused(tmp_path, model, optimizer, "with rank 1 it can not be told")
+
+
+def test_hooks_are_refused_for_a_weight_with_other_users():
+    model = mlp(6, 6, 6)
+    model[1].weight = model[0].weight
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    optimizer = trained(model, inputs(6), allow_tied=True)
+    with pytest.raises(RuntimeError, match=r"model\.0: its W is used in another place too"):
+        optimizer.base_weights(method="hooks").__enter__()
+    with optimizer.base_weights():
+        pass
