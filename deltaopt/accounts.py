@@ -136,19 +136,18 @@ class Accounts:
         self._refuse_not_finite()
         rounded = []
         for (triple, ledger), follow in zip(self, follows, strict=True):
-            if ledger.end is None or not follow:
+            before, (_, A, B) = ledger.beside(triple).end, branch_of(triple).cloned()
+            if before is None or not follow or all(map(torch.equal, before, (A, B))):
                 continue
-            _, A_now, B_now = branch_of(triple).cloned()
-            (A, B), ledger.end = ledger.beside(triple).end or (A_now, B_now), (A_now, B_now)
-            if torch.equal(A, A_now) and torch.equal(B, B_now):
-                continue
-            base = self._find_base(triple, ledger.base) if ledger.base is not None and ledger.lost is None else None
-            if base is not None:
+            ledger.end = A, B
+            in_16_bits = triple.W.element_size() == 2
+            base = self._find_base(triple, ledger.base) if ledger.base is not None and in_16_bits else None
+            if base is not None and ledger.lost is None:
                 triple.moved_part(triple.W).copy_(base)
                 add_terms_(triple, triple.W, ledger.displacement())
                 continue
-            add_terms_(triple, triple.W, [Term(ledger.coef, A_now, B_now), Term(-ledger.coef, A, B)])
-            rounded += [triple.label] if triple.W.element_size() == 2 else []
+            add_terms_(triple, triple.W, [Term(ledger.coef, A, B), Term(-ledger.coef, *before)])
+            rounded += [triple.label] if in_16_bits else []
         if rounded:
             warnings.warn(
                 f"the 16-bit W of {len(rounded)} layers ({rounded[0]}, ..) was moved back at once, from where rounding "

@@ -327,8 +327,8 @@ class DeltaLoRAOptimizer(Optimizer):
         W += coef * (A_now B_now - A B), with A and B as the last move left them: after `load_best_model_at_end`, an
         averaged adapter, or a step of an engine that this optimizer did not see. It is right for factors of the time
         since `update_ratio` last changed, the last `restart` and `start_step`; for older ones load that checkpoint with
-        its optimizer state. Where `update_ratio` is 0 now, W stays. With `keep_base`, W is base + displacement, rounded
-        once; else a 16-bit W keeps the roundings of its way, and a warning says so.
+        its optimizer state. Where `update_ratio` is 0 now, W stays. A 16-bit W becomes base + displacement, rounded
+        once, if `keep_base` has kept its base; else it keeps the roundings of its way, and a warning says so.
 
         Without it a change of A and B from outside is no step: W stays, and the next step's delta counts from there.
 

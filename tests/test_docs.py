@@ -42,7 +42,7 @@ def train(model, optimizer, scheduler=None, steps=1):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page(page, tmp_path, capsys):
+def test_the_code_of_a_page(page, tmp_path):
     names = {
         "torch": torch,
         "DeltaLoRAOptimizer": DeltaLoRAOptimizer,

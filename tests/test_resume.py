@@ -37,7 +37,6 @@ from tests.models import (
 pytestmark = [
     # PEFT asks transformers models by a name that transformers has renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # The Trainer saves the adapter alone, which is what these tests resume from.
     # What torch says of a checkpoint of one process, which is what these tests write.
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
 ]
