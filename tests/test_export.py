@@ -36,7 +36,7 @@ def test_the_base_and_the_exported_adapter_are_the_trained_weight(layout, dtype,
         run.happen(event)
     found = deltaopt.export_adapter(run.optimizer)["q"]
     assert found.error == 0.0
-    assert close(base(run) + found.product().double(), effective(run), 40 * torch.finfo(dtype).eps)
+    assert close(base(run) + found.product().double(), effective(run), 8 * torch.finfo(dtype).eps * run.size())
 
 
 @pytest.mark.parametrize(("zero_A", "start_step", "rank"), [(True, 0, 3), (False, 0, 6), (True, 2, 6), (True, 99, 3)])

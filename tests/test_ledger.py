@@ -80,6 +80,11 @@ class Run:
     def displacement(self):
         return self.optimizer.displacement("q").product().double()
 
+    def size(self):
+        """Of the terms, which may be much larger than their sum: what rounding in one dtype is relative to."""
+        terms = self.optimizer.accounts()[0].ledger.displacement()
+        return max(1.0, sum(abs(t.coef) * float((t.A.double() @ t.B.double()).norm()) for t in terms))
+
     def moved(self):
         return (self.stored.matrix(self.stored.W.double()) - self.stored.matrix(self.W0.double())).contiguous()
 

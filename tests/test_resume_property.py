@@ -100,7 +100,7 @@ def test_from_the_base_and_the_adapter_to_rounding(layout, dtype, seed, start_st
     eps = torch.finfo(dtype).eps
     for ours, theirs in zip(tensors(run), tensors(twin), strict=True):
         assert close(theirs, ours, 40 * eps)
-    assert close(twin.displacement(), run.asked, 40 * eps)
+    assert close(twin.displacement(), run.asked, 8 * eps * run.size())
     again = resumed(twin, whole=False)  # a checkpoint of the resumed run, on the base once more
     assert close(again.stored.W, run.stored.W, 40 * eps)
 
