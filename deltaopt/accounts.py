@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -66,8 +66,7 @@ class Accounts:
             ledger = Ledger()
             ledger.rebased = triple.has_moved()
             if triple.took_from_base():
-                start = branch_of(triple)
-                ledger.origin = Term(start.coef, start.A.clone(), start.B.clone())
+                ledger.origin = branch_of(triple).cloned()
             self._accounts.append(Account(triple, ledger))
             if self._kept is not None:
                 self._kept.keep(triple)
@@ -157,11 +156,9 @@ class Accounts:
                 stacklevel=4,
             )
 
-    @contextmanager
-    def at_base(self, source: BaseSource | None, method: str | None) -> Iterator[None]:
+    def at_base(self, source: BaseSource | None, method: str | None) -> AbstractContextManager[None]:
         """See `DeltaLoRAOptimizer.base_weights`."""
-        with at_base(self.triples, self.ledgers, self._kept, source, method):
-            yield
+        return at_base(self.triples, self.ledgers, self._kept, source, method)
 
     def records(self) -> list[dict[str, Any]]:
         """What a checkpoint keeps of each ledger."""
@@ -182,7 +179,7 @@ class Accounts:
                     kept.keep(resumption.triple)  # W is the base
             self._accounts = [Account(resumption.triple, resumption.carry_out()) for resumption in decided]
             for triple, ledger in self:
-                if ledger.base is not None:
+                if ledger.moved:
                     triple.weight_moves()
                 else:
                     triple.weight_rests()
@@ -198,7 +195,7 @@ class Accounts:
         kept = self._kept
         if kept is None:
             return
-        missing = [t.label for t, ledger in self if ledger.base is not None and kept.find(t, ledger.base) is None]
+        missing = [t.label for t, ledger in self if ledger.base and kept.find(t, ledger.base) is None]
         if missing:
             warnings.warn(
                 f"keep_base: the W of {len(missing)} layers ({missing[0]}, ..) had moved before this optimizer was "
