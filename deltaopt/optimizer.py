@@ -274,9 +274,8 @@ class DeltaLoRAOptimizer(Optimizer):
                 raise it.
             ValueError, TypeError: for other arguments than these.
         """
-        self._refuse_at_base("base_weights()")
+        self._between_steps("base_weights()")
         self._look_up()
-        self._delta.settle()
         self._at_base = True
         try:
             with self._accounts.at_base(source, method):
@@ -290,8 +289,7 @@ class DeltaLoRAOptimizer(Optimizer):
         The displacement begins at zero, a copy of the base (`keep_base`) is taken anew before the next move. Adapters
         that are exported later are for this base, not for the pristine weights.
         """
-        self._refuse_at_base("rebase()")
-        self._delta.settle()
+        self._between_steps("rebase()")
         self._accounts.rebase()
 
     def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
@@ -310,9 +308,8 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: if a factor is NaN or infinite. Nothing is changed then.
             RuntimeError: if a branch is merged, or in `base_weights`.
         """
-        self._refuse_at_base("restart()")
+        self._between_steps("restart()")
         self._look_up()
-        self._delta.settle()
         self._accounts.fold(reinit if reinit is not None else lora_start(generator))
         for triple in self.triples:
             for factor in (triple.A, triple.B):
@@ -336,16 +333,14 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: if a factor is NaN or infinite. Nothing is changed then.
             RuntimeError: if a branch is merged, or in `base_weights`.
         """
-        self._refuse_at_base("resync()")
+        self._between_steps("resync()")
         self._look_up()
-        self._delta.settle()
         ratios = [group.ratio_at(self._step_count) for group in self._groups]
         self._accounts.resync(r > 0 for group, r in zip(self._groups, ratios, strict=True) for _ in group.triples)
 
     def accounts(self) -> list[Account]:
         """Each triple with the ledger of its W, for export and analysis."""
-        self._refuse_at_base("reading the ledgers")
-        self._delta.settle()
+        self._between_steps("reading the ledgers")
         return list(self._accounts)
 
     # The inner optimizer's own lists and dicts, always: `load_state_dict` makes new ones, and a scheduler
@@ -415,9 +410,8 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: if a branch is merged, or in `base_weights`.
         """
-        self._refuse_at_base("state_dict()")
+        self._between_steps("state_dict()")
         self._look_up()
-        self._delta.settle()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = add_record(self._inner.state_dict(), self._groups, self._step_count, self.skipped_updates)
@@ -441,11 +435,10 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             WeightMismatchError: a ValueError that names the layers whose W, A or B do not belong to the state.
             ValueError: if the state is of other triples, of a plain optimizer, of another schema, or damaged.
-            RuntimeError: in `base_weights`. In each case nothing is changed.
+            RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
-        self._refuse_at_base("load_state_dict()")
+        self._between_steps("load_state_dict()")
         self._look_up()
-        self._delta.settle()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -462,8 +455,7 @@ class DeltaLoRAOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_at_base("copying and pickling")
-        self._delta.settle()
+        self._between_steps("copying and pickling")
         return {
             "inner": self._inner,
             "groups": self._groups,
@@ -542,6 +534,11 @@ class DeltaLoRAOptimizer(Optimizer):
                 "and update_ratio: capture forward and backward only"
             )
         return stored
+
+    def _between_steps(self, what: str) -> None:
+        """Before `what`: nobody is in `base_weights`, and the ledgers know of every step."""
+        self._refuse_at_base(what)
+        self._delta.settle()
 
     def _refuse_at_base(self, what: str) -> None:
         if self._at_base:

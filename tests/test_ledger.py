@@ -182,17 +182,31 @@ def test_a_name_that_is_not_there():
         Run().optimizer.displacement("k")
 
 
-def wide(update_ratio, rank=8, width=300):
+def wide(update_ratio, rank=8, width=300, **options):
     A = torch.zeros(width, rank, dtype=torch.float64, requires_grad=True)
     B = torch.randn(rank, width, dtype=torch.float64, requires_grad=True)
     W = torch.randn(width, width, dtype=torch.float64)
-    return DeltaLoRAOptimizer(AdamW, [(W, A, B)], lr=0.01, update_ratio=update_ratio), W, A, B
+    return DeltaLoRAOptimizer(AdamW, [(W, A, B)], lr=0.01, update_ratio=update_ratio, **options), W, A, B
 
 
 def noisy_step(optimizer, *factors):
     for factor in factors:
         factor.grad = torch.randn_like(factor)
     optimizer.step()
+
+
+def lost(**options):
+    """(optimizer, W, W before) of a run whose displacement is not known any more."""
+    optimizer, W, A, B = wide(lambda step: 1.0 + step / 50, **options)
+    W0 = W.clone()
+
+    def train():
+        for _ in range(24):
+            noisy_step(optimizer, A, B)
+
+    with pytest.warns(RuntimeWarning, match="not known as low-rank terms"):
+        train()
+    return optimizer, W, W0
 
 
 def test_a_ratio_that_changes_every_step_is_given_up_with_one_warning():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, WeightMismatchError
 from deltaopt.fingerprint import SAMPLES, sampled_positions
 from tests import strategies
-from tests.test_ledger import EVENTS, Run, S, close
+from tests.test_ledger import EVENTS, Run, S, close, lost
 
 AdamW = torch.optim.AdamW
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float64])
@@ -175,17 +175,7 @@ def test_a_cast_weight_is_refused_with_both_dtypes():
 
 def test_a_lost_displacement_can_not_rebuild_W():
     """And with W in the checkpoint it need not."""
-    W0 = torch.randn(300, 300)
-    W, A, B = W0.clone(), torch.zeros(300, 8, requires_grad=True), torch.randn(8, 300, requires_grad=True)
-    optimizer = DeltaLoRAOptimizer(AdamW, [(W, A, B)], lr=0.1, update_ratio=lambda step: 1 + step / 50)
-
-    def train():
-        for _ in range(24):
-            A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
-            optimizer.step()
-
-    with pytest.warns(RuntimeWarning, match="not known as low-rank terms"):
-        train()
+    optimizer, W, W0 = lost()
     state = optimizer.state_dict()
     optimizer.load_state_dict(state)
     moved = W.clone()
