@@ -6,7 +6,7 @@ from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.resume import WeightMismatchError
-from deltaopt.state import without_ledger
+from deltaopt.state import without_compensation, without_ledger
 from deltaopt.triple import LoRATriple
 
 __version__ = "0.1.0"
@@ -22,5 +22,6 @@ __all__ = [
     "merged_weights",
     "other_parameters",
     "save",
+    "without_compensation",
     "without_ledger",
 ]

@@ -10,12 +10,22 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaopt.base import PLACES, BaseSource, KeptBase, at_base
+from deltaopt.base import PLACES, BaseSource, KeptBase, Pristine, at_base, not_in_source
 from deltaopt.fingerprint import Fingerprint
-from deltaopt.ledger import Ledger, add_terms_, branch_of, displacement_of, warn_of_lost, weight_fingerprint
+from deltaopt.ledger import (
+    Ledger,
+    add_terms_,
+    branch_of,
+    displacement_of,
+    full_part,
+    warn_of_lost,
+    weight_fingerprint,
+)
 from deltaopt.lowrank import LowRank, Term, joined
 from deltaopt.resume import plan, warn_of_what_was_done
+from deltaopt.rounding import cut_off
 from deltaopt.triple import LoRATriple
+from deltaopt.writing import Write
 
 Reinit: TypeAlias = Callable[[LoRATriple], object]
 
@@ -110,8 +120,8 @@ class Accounts:
             triple.weight_rests()
 
     @torch.no_grad()
-    def fold(self, reinit: Reinit) -> None:
-        """Let `reinit` start A and B afresh, and add every branch as it was before to its W."""
+    def fold(self, reinit: Reinit, write: Write) -> None:
+        """Let `reinit` start A and B afresh, and `write` add every branch as it was before to its W."""
         self._refuse_not_finite()
         branches = [branch_of(triple).cloned() for triple in self.triples]
         kept = [(factor, factor.clone()) for triple in self.triples for factor in (triple.A, triple.B)]
@@ -125,13 +135,13 @@ class Accounts:
         self.open(self.ledgers)
         known = [ledger for ledger in self.ledgers if not ledger.lost]
         for (triple, ledger), branch in zip(self, branches, strict=True):
-            add_terms_(triple, triple.W, [branch])
+            write.terms_(triple, ledger, [branch])
             ledger.beside(triple).fold(branch.coef, (branch.A, branch.B))
         warn_of_lost(known, stacklevel=4)
 
     @torch.no_grad()
-    def resync(self, follows: Iterable[bool]) -> None:
-        """Move every W that `follows` by coef times the change of the product since its last move."""
+    def resync(self, follows: Iterable[bool], write: Write) -> None:
+        """Let `write` move every W that `follows` by coef times the change of the product since its last move."""
         self._refuse_not_finite()
         rounded = []
         for (triple, ledger), follow in zip(self, follows, strict=True):
@@ -139,14 +149,14 @@ class Accounts:
             if before is None or not follow or all(map(torch.equal, before, (A, B))):
                 continue
             ledger.end = A, B
-            in_16_bits = triple.W.element_size() == 2
-            base = self._find_base(triple, ledger.base) if ledger.base is not None and in_16_bits else None
+            in_steps = triple.W.element_size() == 2 and write.rounding.of(triple.W.dtype) != "compensated"
+            base = self._find_base(triple, ledger.base) if ledger.base is not None and in_steps else None
             if base is not None and ledger.lost is None:
                 triple.moved_part(triple.W).copy_(base)
-                add_terms_(triple, triple.W, ledger.displacement())
+                write.terms_(triple, ledger, ledger.displacement())
                 continue
-            add_terms_(triple, triple.W, [Term(ledger.coef, A, B), Term(-ledger.coef, *before)])
-            rounded += [triple.label] if in_16_bits else []
+            write.terms_(triple, ledger, [Term(ledger.coef, A, B), Term(-ledger.coef, *before)])
+            rounded += [triple.label] if in_steps else []
         if rounded:
             warnings.warn(
                 f"the 16-bit W of {len(rounded)} layers ({rounded[0]}, ..) was moved back at once, from where rounding "
@@ -164,29 +174,85 @@ class Accounts:
         """What a checkpoint keeps of each ledger."""
         return [ledger.record(triple) for triple, ledger in self]
 
-    def resumption(self, records: Mapping[str, Any]) -> Callable[[], None]:
+    def compensations(self, write: Write) -> list[Tensor | None]:
+        """What a checkpoint keeps of each compensation; zeros before the first move, as a template for loading."""
+        return [write.compensation(triple, ledger, triple.W) for triple, ledger in self]
+
+    def residual(self, name: str, source: BaseSource | None) -> Tensor:
+        """See `DeltaLoRAOptimizer.residual`."""
+        triple, ledger = self.find(name)
+        part = triple.moved_part(triple.W).detach()
+        dtype = torch.promote_types(part.dtype, torch.float32)
+        if ledger.base is None:
+            return triple.part_matrix(torch.zeros_like(part, dtype=dtype))
+        base = self._find_base(triple, ledger.base)
+        if source is not None and (base := Pristine(source).find(triple, ledger.base)) is None:
+            raise ValueError(not_in_source(triple, ledger.base))
+        if base is None and ledger.compensation_of(part) is not None:
+            return triple.part_matrix(part - full_part(triple, ledger))
+        if base is None:
+            raise RuntimeError(
+                f"{name}: what rounding did is known with W from before its first move only: hand it in, "
+                'residual(name, source=...), or build the optimizer with keep_base="cpu"'
+            )
+        asked = base.to(part.device, torch.float64, copy=True)
+        add_terms_(triple, asked, displacement_of(triple, ledger))
+        return triple.part_matrix((part - asked).to(dtype))
+
+    def resumption(
+        self, records: Mapping[str, Any], compensations: Mapping[str, Tensor], write: Write
+    ) -> Callable[[], None]:
         """Check a loaded state against the weights; what is returned carries the loading out.
+
+        Args:
+            records: of the saved ledgers, by the triples' names.
+            compensations: that were saved, by the triples' names.
+            write: how W's are written that are rebuilt.
 
         Raises:
             ValueError, WeightMismatchError: see `deltaopt.resume.plan`. Nothing was changed.
         """
         kept = self._kept
-        decided = plan(self.triples, self.ledgers, records, self._find_base)
+        decided = plan(self.triples, self.ledgers, records, compensations, self._find_base)
 
         def carry_out() -> None:
             for resumption in decided:
                 if kept is not None and resumption.rebuild and resumption.base is None:
                     kept.keep(resumption.triple)  # W is the base
-            self._accounts = [Account(resumption.triple, resumption.carry_out()) for resumption in decided]
+            self._accounts = [Account(resumption.triple, resumption.carry_out(write)) for resumption in decided]
             for triple, ledger in self:
                 if ledger.moved:
                     triple.weight_moves()
                 else:
                     triple.weight_rests()
-            warn_of_what_was_done(decided)
+            self._compensate(write, [account for account, r in zip(self, decided, strict=True) if not r.rebuild])
+            warn_of_what_was_done(decided, write)
             self._warn_of_bases_not_kept()
 
         return carry_out
+
+    def _compensate(self, write: Write, left_alone: Iterable[Account]) -> None:
+        """Find out what had been cut off from W's of which a checkpoint does not tell."""
+        missing = []
+        for triple, ledger in left_alone:
+            part = triple.moved_part(triple.W)
+            if write.rounding.of(part.dtype) != "compensated" or ledger.base is None or ledger.compensation is not None:
+                continue
+            base = self._find_base(triple, ledger.base) if ledger.lost is None else None
+            if base is None:
+                missing.append(triple.label)
+                continue
+            full = base.to(part.device, torch.float32, copy=True)
+            add_terms_(triple, full, displacement_of(triple, ledger))
+            ledger.kept_compensation(part).copy_(cut_off(part, full))
+        if missing:
+            warnings.warn(
+                f"what rounding had cut off from the 16-bit W of {len(missing)} layers ({missing[0]}, ..) is not in "
+                "the state, and without a copy of the base (keep_base) it can not be computed: it starts at zero, so "
+                "each element is off by half a spacing of its values at most, once",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _find_base(self, triple: LoRATriple, base: Fingerprint) -> Tensor | None:
         return self._kept.find(triple, base) if self._kept is not None else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltaopt.files import load
 from deltaopt.fingerprint import Fingerprint
 from deltaopt.hooks import hook_problem, subtract_from_output
-from deltaopt.ledger import Ledger, add_terms_, displacement_of
+from deltaopt.ledger import Ledger, add_terms_, displacement_of, full_part
 from deltaopt.lowrank import joined
 from deltaopt.triple import LoRATriple
 
@@ -110,7 +110,9 @@ def at_base(
                 undo.callback(subtract_from_output(triple, joined(terms)).remove)
             elif terms:
                 undo.callback(_put, triple, triple.moved_part(triple.W).detach().clone())
-                add_terms_(triple, triple.W, terms, -1.0)
+                part = full_part(triple, ledger)
+                add_terms_(triple, part, terms, -1.0)
+                _put(triple, part)
         yield
 
 
@@ -127,18 +129,19 @@ def _base_of(
     assert ledger.base is not None
     ways = 'hand in the pristine weights, base_weights(source=...), or build the optimizer with keep_base="cpu"'
     if method != "hooks":
+        found = None
         if pristine is not None:
             found = pristine.find(triple, ledger.base)
             if found is None:
-                return "", _not_in_source(triple, ledger.base)
+                return "", not_in_source(triple, ledger.base)
             if kept is not None and kept.find(triple, ledger.base) is None:
                 kept.keep(triple, found)
-            return found, None
-        if kept is not None:
+        elif kept is not None:
             found = kept.find(triple, ledger.base)
-            if found is not None:
-                return found, None
-        if triple.W.dtype in (torch.float32, torch.float64):
+        if found is not None:
+            return found, None
+        W = triple.W
+        if W.element_size() > 2 or ledger.compensation_of(triple.moved_part(W)) is not None:
             return "computed", ledger.lost and f"{ledger.lost}; or {ways}"
     if method == "copy":
         return "", (
@@ -149,7 +152,8 @@ def _base_of(
     return "hooks", problem and f"{problem}; {ways}"
 
 
-def _not_in_source(triple: LoRATriple, base: Fingerprint) -> str:
+def not_in_source(triple: LoRATriple, base: Fingerprint) -> str:
+    """The sentence for a W that `Pristine` does not find."""
     return (
         f"no tensor of the source, taken as {base.dtype}, is what this W of {tuple(triple.W.shape)} was before its "
         "first move: hand in the checkpoint that the fine-tuning began from, as the model stores it"

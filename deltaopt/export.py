@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltaopt.ledger import add_terms_, branch_of, whole_change
+from deltaopt.ledger import add_terms_, branch_of, full_part, whole_change
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
 
@@ -20,8 +20,8 @@ def export_adapter(
     the trained W and its branch give. It is exact, to the rounding of the factors: with a constant `update_ratio` of
     rank 2r at most, and r where the product at `start_step` was zero, as at LoRA's usual start.
 
-    A 16-bit W that was rounded to nearest has not moved as far as it was asked to; what is exported is what was
-    asked for.
+    What is exported is what W was asked to move by. A 16-bit W did so in the mean only with stochastic rounding, whose
+    noise is left out, and hardly with rounding to nearest.
 
     Args:
         optimizer: after training.
@@ -60,12 +60,14 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     Raises:
         RuntimeError: in `base_weights`.
     """
-    triples = [triple for triple, _ in optimizer.accounts()]
+    accounts = optimizer.accounts()
     merged = {}
-    for triple in triples:
+    for triple, _ in accounts:
         W = triple.W.detach().clone()
-        for other in triples:
+        for other, ledger in accounts:
             if other.W.data_ptr() == triple.W.data_ptr():  # rows or columns of one fused weight
-                add_terms_(other, W, [branch_of(other)])
+                part = full_part(other, ledger)
+                add_terms_(other, part, [branch_of(other)])
+                other.moved_part(W).copy_(part)
         merged[triple.label] = W
     return merged

@@ -14,14 +14,14 @@ import base64
 import ctypes
 import warnings
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from deltaopt.fingerprint import Fingerprint, whole_hash
 from deltaopt.lowrank import LowRank, Term, joined
-from deltaopt.rounding import add_to_weight_
+from deltaopt.rounding import NoiseFactors, add_product_, lifted
 from deltaopt.tensors import FLOATS
 from deltaopt.triple import LoRATriple, Stored
 
@@ -38,6 +38,13 @@ def rank_bound(c: int, d: int, r: int) -> int:
     return max(c * d // (c + d), 4 * r, SMALL_RANK)
 
 
+class Compensation(NamedTuple):
+    """What rounding has cut off from a 16-bit W: `bits` (int16, as the part of W that moves) beside a W of `dtype`."""
+
+    bits: Tensor
+    dtype: torch.dtype
+
+
 class Ledger:
     """The account of one W.
 
@@ -50,6 +57,7 @@ class Ledger:
         base: the fingerprint of W before its first move; None until then.
         origin: what the start of A and B had taken out of the pristine weight (PiSSA, OLoRA); None if nothing.
         lost: why the displacement is not known any more; None while it is.
+        compensation: with compensated rounding, what was cut off from W so far, to be added the next time.
         rebased: whether the base is known to be another weight than the pristine one: after `rebase`, or where W had
             moved when it was registered.
     """
@@ -61,12 +69,14 @@ class Ledger:
         self.base: Fingerprint | None = None
         self.origin: Term | None = None
         self.lost: str | None = None
+        self.compensation: Compensation | None = None
         self.rebased = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the closed terms."""
-        return sum(term.A.nbytes + term.B.nbytes for term in self.terms)
+        """Bytes of the closed terms, and of the compensation."""
+        compensation = self.compensation.bits.nbytes if self.compensation is not None else 0
+        return sum(term.A.nbytes + term.B.nbytes for term in self.terms) + compensation
 
     @property
     def moved(self) -> bool:
@@ -87,6 +97,23 @@ class Ledger:
         """This ledger, where the triple's W is now: models are moved and cast between steps."""
         stored = triple.stored()
         return self.to(stored.W.device, stored.compute_dtype())
+
+    def compensation_of(self, part: Tensor) -> Tensor | None:
+        """What was cut off from `part`, the part of W that moves, if that is known."""
+        held = self.compensation
+        if held is None or held.dtype != part.dtype or held.bits.shape != part.shape:
+            return None  # W was cast or replaced since
+        if held.bits.device != part.device:
+            self.compensation = held = Compensation(held.bits.to(part.device), held.dtype)
+        return held.bits
+
+    def kept_compensation(self, part: Tensor) -> Tensor:
+        """What was cut off from `part`, to be written; zero at first."""
+        bits = self.compensation_of(part)
+        if bits is None:
+            bits = torch.zeros_like(part, dtype=torch.int16)
+            self.compensation = Compensation(bits, part.dtype)
+        return bits
 
     def extend(self, coef: float, start: Factors, before: Factors | None) -> None:
         """Enter that a move began which does not just go on; where it comes to is then kept in `end`.
@@ -279,15 +306,39 @@ def factor_fingerprint(factor: Tensor) -> Fingerprint:
 
 
 @torch.no_grad()
-def add_terms_(triple: LoRATriple, W: Tensor, terms: list[Term], coef: float = 1.0) -> None:
-    """The part of W that `triple` moves += coef * the sum of the terms, computed in float64 and rounded once.
+def add_terms_(
+    triple: LoRATriple,
+    part: Tensor,
+    terms: list[Term],
+    coef: float = 1.0,
+    noise: NoiseFactors | None = None,
+    compensation: Tensor | None = None,
+) -> None:
+    """Part += coef * the sum of the terms, computed in float64 and rounded once.
 
     Terms may be much larger than their sum: an anchor takes most of the running product away again.
+
+    Args:
+        triple: whose layout it is.
+        part: the part of W that moves, or a tensor of its shape and order of strides; written in place.
+        terms: of `triple`.
+        coef: what multiplies all of them.
+        noise: see `deltaopt.rounding.add_product_`.
+        compensation: see there; as `part`.
     """
     if not terms:
         return
-    total = joined(term.to(W.device, torch.float64) for term in terms)
-    add_to_weight_(triple, W, total.A, total.B, coef)
+    total = joined(term.to(part.device, torch.float64) for term in terms)
+    kept = None if compensation is None else triple.part_matrix(compensation)
+    add_product_(triple.part_matrix(part), total.A, triple.columns_of(triple.W, total.B), coef, noise, kept)
+
+
+@torch.no_grad()
+def full_part(triple: LoRATriple, ledger: Ledger) -> Tensor:
+    """A copy of the part of W that moves; with what compensated rounding has cut off, in float32, where it has."""
+    part = triple.moved_part(triple.W).detach()
+    compensation = ledger.compensation_of(part)
+    return part.clone() if compensation is None else lifted(part, compensation)
 
 
 def _is_zero(term: Term) -> bool:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deltaopt.accounts import Account, Accounts, Reinit, lora_start
@@ -42,6 +42,7 @@ from deltaopt.state import (
 )
 from deltaopt.triple import LoRATriple, Stored, check_triples
 from deltaopt.update import BufferKind, FactoredDelta, Move
+from deltaopt.writing import Rounding, checked_rounding
 
 
 class DeltaLoRAOptimizer(Optimizer):
@@ -71,6 +72,13 @@ class DeltaLoRAOptimizer(Optimizer):
             and returns it. Default 2.0. With 0 the optimizer is its inner optimizer, bit for bit.
         start_step: K, the number of calls of `step()` that leave W alone. Default 0.
         scaling: s of plain tuples: what their branch multiplies A @ B by. Default 1.0.
+        rounding: how a 16-bit W is written; the sum is always formed in float32. ``"stochastic"``: rounded up or
+            down at random so that the mean is right, no memory. ``"compensated"``: rounded to nearest, and what was
+            cut off is kept for the next step, 2 bytes for each element; W then follows a float32 W. ``"nearest"``
+            loses what is small beside the spacing of W's values, which is most of it. ``"auto"``, the default, is
+            ``"stochastic"``. A W in float32 or float64 is rounded to nearest whatever this is.
+        rounding_seed: of the noise of stochastic rounding, the same on every rank. Default 0. The global generator is
+            not touched.
         keep_base: ``"cpu"`` or ``"device"`` keeps a copy of every W from before its first move, there or beside W,
             for `base_weights`. Default None: no copy, no memory.
         **inner_kwargs: ``lr``, ``weight_decay``, .. for an inner class.
@@ -99,6 +107,7 @@ class DeltaLoRAOptimizer(Optimizer):
     _step_supports_amp_scaling = False
 
     _delta: FactoredDelta
+    _rounding: Rounding
 
     def __init__(
         self,
@@ -109,6 +118,8 @@ class DeltaLoRAOptimizer(Optimizer):
         update_ratio: UpdateRatio = 2.0,
         start_step: int = 0,
         scaling: float = 1.0,
+        rounding: str = "auto",
+        rounding_seed: int = 0,
         keep_base: str | None = None,
         **inner_kwargs: Any,
     ) -> None:
@@ -118,6 +129,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 "add_param_group for more triples"
             )
         settings = Settings(update_ratio, start_step, scaling)
+        rounds = checked_rounding(rounding, rounding_seed)
         groups, options = parse_triples(triples, settings)
         check_triples([triple for group in groups for triple in group.triples])
         if isinstance(inner, Optimizer):
@@ -130,7 +142,7 @@ class DeltaLoRAOptimizer(Optimizer):
             )
         self._settings = settings
         accounts = Accounts((triple for group in groups for triple in group.triples), keep_base)
-        self._become(inner, groups, accounts, step_count=0, skipped_updates=0)
+        self._become(inner, groups, accounts, rounds, step_count=0, skipped_updates=0)
         self._remember([triple.stored() for triple in self.triples])  # checked above
         self._look_up()
 
@@ -193,7 +205,7 @@ class DeltaLoRAOptimizer(Optimizer):
         loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
         if moves:
             self._accounts.open(move.ledger for move in moves)
-            self._delta.apply_(self._guard)  # W_{t+1}
+            self._delta.apply_(self._guard, self._rounding.during("move", self._step_count))  # W_{t+1}
 
         self._step_count += counts
         return loss
@@ -228,7 +240,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """Bytes held beside the inner optimizer's state: 3 r (c + d) numbers for each triple, and the ledgers.
 
         A ledger has r (c + d) numbers for each term; with a constant `update_ratio` that is one, or none where the
-        product at `start_step` was zero. Copies of the base (`keep_base`) are counted too.
+        product at `start_step` was zero. What compensated rounding keeps (2 c d bytes) and copies of the base
+        (`keep_base`) are counted too.
         """
         return self._delta.nbytes + self._accounts.nbytes
 
@@ -249,6 +262,29 @@ class DeltaLoRAOptimizer(Optimizer):
         self._delta.settle()
         return self._accounts.displacement(name)
 
+    def residual(self, name: str, source: BaseSource | None = None) -> Tensor:
+        """What rounding did to a W: where it is, minus where it was asked to be.
+
+        Computed anew, in float64, from W, the base and the displacement; for looking at, not for every step.
+
+        Args:
+            name: of the triple.
+            source: pristine weights, as for `base_weights`. Default: the copy of `keep_base`; with compensated rounding
+                what was cut off, which needs no base.
+
+        Returns:
+            (c, d), or (e, c, d) for experts, in float32 (float64 for a float64 W), as W's matrix is: zero to rounding
+            for float32 and float64; within half a spacing of W's values with compensated rounding; a mean of zero with
+            stochastic rounding; most of minus the displacement with rounding to nearest.
+
+        Raises:
+            KeyError: if there is no such triple.
+            ValueError: if W's base is not in `source`.
+            RuntimeError: if there is no base at hand, or the displacement is not known any more; in `base_weights`.
+        """
+        self._between_steps("residual()")
+        return self._accounts.residual(name, source)
+
     @contextmanager
     def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
         """Within it every W is what it was before its first move; after it, what it is now, bit for bit.
@@ -258,9 +294,10 @@ class DeltaLoRAOptimizer(Optimizer):
 
         1. `source`: exact;
         2. the copy of `keep_base`: exact;
-        3. a float32 or float64 W: W minus its displacement, equal to rounding;
-        4. a 16-bit W stays, and a hook takes displacement @ x off its layer's output. What rounding did to W while it
-           moved stays in it.
+        3. a float32 or float64 W: W minus its displacement, equal to rounding; so for a 16-bit W with compensated
+           rounding, which is as good as float32;
+        4. another 16-bit W stays, and a hook takes displacement @ x off its layer's output. What rounding did to W
+           while it moved stays in it.
 
         Args:
             source: pristine weights: a state_dict, a model, a file, or a folder of .safetensors files. A tensor is
@@ -310,7 +347,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         self._between_steps("restart()")
         self._look_up()
-        self._accounts.fold(reinit if reinit is not None else lora_start(generator))
+        write = self._rounding.during("restart", self._step_count)
+        self._accounts.fold(reinit if reinit is not None else lora_start(generator), write)
         for triple in self.triples:
             for factor in (triple.A, triple.B):
                 factor.grad = None
@@ -325,7 +363,8 @@ class DeltaLoRAOptimizer(Optimizer):
         averaged adapter, or a step of an engine that this optimizer did not see. It is right for factors of the time
         since `update_ratio` last changed, the last `restart` and `start_step`; for older ones load that checkpoint with
         its optimizer state. Where `update_ratio` is 0 now, W stays. A 16-bit W becomes base + displacement, rounded
-        once, if `keep_base` has kept its base; else it keeps the roundings of its way, and a warning says so.
+        once, if `keep_base` has kept its base; else it keeps the roundings of its way, and a warning says so. With
+        compensated rounding it is as good as float32.
 
         Without it a change of A and B from outside is no step: W stays, and the next step's delta counts from there.
 
@@ -336,7 +375,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._between_steps("resync()")
         self._look_up()
         ratios = [group.ratio_at(self._step_count) for group in self._groups]
-        self._accounts.resync(r > 0 for group, r in zip(self._groups, ratios, strict=True) for _ in group.triples)
+        follows = [r > 0 for group, r in zip(self._groups, ratios, strict=True) for _ in group.triples]
+        self._accounts.resync(follows, self._rounding.during("resync", self._step_count))
 
     def accounts(self) -> list[Account]:
         """Each triple with the ledger of its W, for export and analysis."""
@@ -403,7 +443,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """The inner optimizer's state, and under the key "deltaopt" what is needed to go on.
 
         That is the settings, in each param group, and the ledger of each W, in the state of its A: a string with the
-        anchors and with fingerprints of W, A and B. It holds tensors, numbers, strings, lists and dicts only, so it
+        anchors and with fingerprints of W, A and B. With compensated rounding what was cut off is there too, as large
+        as the W's: see `deltaopt.without_compensation`. It holds tensors, numbers, strings, lists and dicts only, so it
         loads with ``weights_only=True``. It holds neither W nor A nor B: save the whole model with it, or the adapter,
         from which and the base W can be rebuilt.
 
@@ -414,8 +455,17 @@ class DeltaLoRAOptimizer(Optimizer):
         self._look_up()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = add_record(self._inner.state_dict(), self._groups, self._step_count, self.skipped_updates)
-        state_dict = add_ledgers(state_dict, self._inner, self._accounts.triples, self._accounts.records())
+        accounts = self._accounts
+        state_dict = add_record(
+            self._inner.state_dict(), self._groups, self._step_count, self.skipped_updates, self._rounding.seed
+        )
+        state_dict = add_ledgers(
+            state_dict,
+            self._inner,
+            accounts.triples,
+            accounts.records(),
+            accounts.compensations(self._rounding.during("move", self._step_count)),
+        )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -430,7 +480,9 @@ class DeltaLoRAOptimizer(Optimizer):
 
         As with other optimizers the saved options replace the present ones, `update_ratio` and `start_step`
         among them. A callable `update_ratio` is code and not saved: where the saved run or this one has a
-        callable, this one's `update_ratio` stays.
+        callable, this one's `update_ratio` stays. So does this one's `rounding`, with the saved seed: what compensated
+        rounding had cut off is taken from the state, or computed where `keep_base` has the base, or starts at zero with
+        a warning.
 
         Raises:
             WeightMismatchError: a ValueError that names the layers whose W, A or B do not belong to the state.
@@ -444,11 +496,16 @@ class DeltaLoRAOptimizer(Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         record, inner_state = split_record(state_dict)
         check_record(record, self._groups)
-        ledgers, inner_state = split_ledgers(inner_state)
-        resume = self._accounts.resumption(ledgers) if record["ledgers"] else self._accounts.rebase
+        ledgers, compensations, inner_state = split_ledgers(inner_state)
+        rounding = self._rounding._replace(seed=record["rounding_seed"])
+        write = rounding.during("resume", record["step_count"])
+        resume = self._accounts.rebase
+        if record["ledgers"]:
+            resume = self._accounts.resumption(ledgers, compensations, write)
         self._inner.load_state_dict(inner_state)
         resume()
         restore_settings(record, self._groups)
+        self._rounding = rounding
         self._step_count = int(record["step_count"])
         self._guard = FiniteGuard(record["skipped_updates"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -461,13 +518,15 @@ class DeltaLoRAOptimizer(Optimizer):
             "groups": self._groups,
             "accounts": self._accounts,
             "settings": self._settings,
+            "rounding": self._rounding,
             "step_count": self._step_count,
             "skipped_updates": self.skipped_updates,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
-        self._become(state["inner"], state["groups"], state["accounts"], state["step_count"], state["skipped_updates"])
+        names = ("inner", "groups", "accounts", "rounding", "step_count", "skipped_updates")
+        self._become(*(state[name] for name in names))
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
@@ -482,12 +541,14 @@ class DeltaLoRAOptimizer(Optimizer):
         inner: Optimizer,
         groups: list[DeltaGroup],
         accounts: Accounts,
+        rounding: Rounding,
         step_count: int,
         skipped_updates: int,
     ) -> None:
         self._inner = inner
         self._groups = groups
         self._accounts = accounts
+        self._rounding = rounding
         self._at_base = False
         self._step_count = step_count
         self._guard = FiniteGuard(skipped_updates)

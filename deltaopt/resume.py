@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from deltaopt.fingerprint import Fingerprint, whole_hash
-from deltaopt.ledger import Ledger, SavedLedger, add_terms_, displacement_of, factor_fingerprint, weight_fingerprint
+from deltaopt.ledger import Ledger, SavedLedger, displacement_of, factor_fingerprint, weight_fingerprint
 from deltaopt.triple import LoRATriple
+from deltaopt.writing import Write
 
 _rebuilt_for: dict[int, int] = {}
 """Hash of all of a W that was rebuilt -> the hash that was saved of the one it was rebuilt for. They differ by
@@ -33,28 +34,37 @@ FindBase: TypeAlias = Callable[[LoRATriple, Fingerprint], Tensor | None]
 
 
 class Resumption(NamedTuple):
-    """What loading a state does to one triple: its ledger, whether W is rebuilt from it, and on which base."""
+    """What loading a state does to one triple: its ledger, whether W is rebuilt from it, and on which base.
+
+    A W that is left alone gets the compensation of its rounding that was saved, if one was.
+    """
 
     triple: LoRATriple
     saved: SavedLedger
     rebuild: bool
     base: Tensor | None = None
+    compensation: Tensor | None = None
 
     @torch.no_grad()
-    def carry_out(self) -> Ledger:
-        """Rebuild W if need be; returns the ledger to go on with."""
-        ledger = self.saved.placed(self.triple)
+    def carry_out(self, write: Write) -> Ledger:
+        """Let `write` rebuild W if need be; returns the ledger to go on with."""
+        ledger, part = self.saved.placed(self.triple), self.triple.moved_part(self.triple.W)
         if self.rebuild:
-            W = self.triple.W
             if self.base is not None:
-                self.triple.moved_part(W).copy_(self.base)
-            add_terms_(self.triple, W, displacement_of(self.triple, ledger))
-            _rebuilt_for[whole_hash(self.triple.moved_part(W))] = _saved_hash(self.saved)
+                part.copy_(self.base)
+            write.terms_(self.triple, ledger, displacement_of(self.triple, ledger))
+            _rebuilt_for[whole_hash(part)] = _saved_hash(self.saved)
+        elif self.compensation is not None and write.rounding.of(part.dtype) == "compensated":
+            ledger.kept_compensation(part).copy_(self.compensation)
         return ledger
 
 
 def plan(
-    triples: Sequence[LoRATriple], ledgers: Sequence[Ledger], records: Mapping[str, Any], find_base: FindBase
+    triples: Sequence[LoRATriple],
+    ledgers: Sequence[Ledger],
+    records: Mapping[str, Any],
+    compensations: Mapping[str, Tensor],
+    find_base: FindBase,
 ) -> list[Resumption]:
     """Compare each W, A and B with the fingerprints that were saved, and decide; changes nothing.
 
@@ -62,6 +72,7 @@ def plan(
         triples: as registered now.
         ledgers: of these, as they are now.
         records: of the saved ledgers, by the triples' names.
+        compensations: that were saved, by the triples' names.
         find_base: what the base is taken from where W was moved from it by this optimizer.
 
     Raises:
@@ -79,7 +90,8 @@ def plan(
     decided, found = [], []
     for triple, present in zip(triples, ledgers, strict=True):
         saved = _parsed(triple, records[triple.label])
-        resumption, problems = _decide(triple, present, saved, find_base)
+        kept = _checked_compensation(triple, compensations.get(triple.label))
+        resumption, problems = _decide(triple, present, saved, kept, find_base)
         decided.append(resumption)
         found += [f"{triple.label}: {problem}" for problem in problems]
     if found:
@@ -94,7 +106,7 @@ def plan(
     return decided
 
 
-def warn_of_what_was_done(decided: Sequence[Resumption]) -> None:
+def warn_of_what_was_done(decided: Sequence[Resumption], write: Write) -> None:
     """Say where W was not what was saved nor the base, and where 16 bits were rebuilt: roundings are in no ledger."""
     replaced = [r.triple.label for r in decided if r.base is not None]
     if replaced:
@@ -104,7 +116,8 @@ def warn_of_what_was_done(decided: Sequence[Resumption]) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
-    rounded = [r.triple.label for r in decided if r.rebuild and r.triple.W.element_size() == 2]
+    in_steps = [r.triple for r in decided if r.rebuild and r.triple.W.element_size() == 2]
+    rounded = [triple.label for triple in in_steps if write.rounding.of(triple.W.dtype) != "compensated"]
     if rounded:
         warnings.warn(
             f"the 16-bit W of {len(rounded)} layers ({rounded[0]}, ..) was rebuilt as base + displacement, rounded "
@@ -136,9 +149,20 @@ def _check_shapes(ledger: Ledger, expected: list[list[int]]) -> None:
             raise ValueError("a term that is not finite")
 
 
+def _checked_compensation(triple: LoRATriple, kept: Any) -> Tensor | None:
+    shape = triple.moved_part(triple.W).shape
+    if kept is None or (isinstance(kept, Tensor) and kept.dtype == torch.int16 and kept.shape == shape):
+        return kept
+    told = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
+    raise ValueError(
+        f"{triple.label}: its saved compensation is damaged, expected torch.int16 of shape {tuple(shape)}, got {told}. "
+        "Take another checkpoint, or load deltaopt.without_compensation(state)"
+    )
+
+
 @torch.no_grad()
 def _decide(
-    triple: LoRATriple, present: Ledger, saved: SavedLedger, find_base: FindBase
+    triple: LoRATriple, present: Ledger, saved: SavedLedger, compensation: Tensor | None, find_base: FindBase
 ) -> tuple[Resumption, list[str]]:
     """(what to do, why it can not be done)."""
     stored = triple.stored()
@@ -149,8 +173,13 @@ def _decide(
         if here != saved.now[letter]:
             found.append(f"{letter} {_told(here, saved.now[letter])}")
     W, ledger = weight_fingerprint(triple, stored).record(), saved.ledger
-    if _is_what_was_saved(triple.moved_part(stored.W), W, saved):
-        return Resumption(triple, saved, rebuild=False), found
+    part = triple.moved_part(stored.W)
+    match = _what_is_there(part, W, saved)
+    if match == "rebuilt":  # in other bits than were saved, by this optimizer if it knows what it cut off
+        here_kept = present.compensation_of(part)
+        compensation = here_kept if here_kept is not None else compensation
+    if match is not None:
+        return Resumption(triple, saved, rebuild=False, compensation=compensation), found
     problem, base = None, None
     if ledger.base is None:
         problem = _told(W, saved.now["W"])
@@ -171,16 +200,18 @@ def _decide(
     return Resumption(triple, saved, rebuild=True, base=base), found
 
 
-def _is_what_was_saved(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> bool:
-    """Whether W, with the fingerprint given, is the one of the saved run, or was rebuilt for it before."""
+def _what_is_there(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> str | None:
+    """Whether W, with this fingerprint, is the one that was "saved", or was "rebuilt" for it before, or neither."""
     if any(W[key] != saved.now["W"][key] for key in ("shape", "dtype")):
-        return False
+        return None
     if saved.whole is None and W["hash"] == saved.now["W"]["hash"]:
-        return True
+        return "saved"
     if saved.whole is None and not _rebuilt_for:
-        return False
+        return None
     whole = whole_hash(part)
-    return whole == saved.whole or _rebuilt_for.get(whole) == _saved_hash(saved)
+    if whole == saved.whole:
+        return "saved"
+    return "rebuilt" if _rebuilt_for.get(whole) == _saved_hash(saved) else None
 
 
 def _saved_hash(saved: SavedLedger) -> int:

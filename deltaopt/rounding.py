@@ -1,15 +1,23 @@
-"""Writing a float32 or float64 result into W, rounded once.
+"""Adding a product to W in float32 or float64 and rounding the sum into W's dtype, once.
 
-A weight in the dtype of the computation takes the product in one `torch.addmm_`. Another one, as of 16
-bits, is lifted to it in blocks of rows of bounded size, so that the sum is rounded once, to nearest, and no dense
-copy of W is made.
+A weight in the dtype of the computation takes the product in one `torch.addmm_`. One of 16 bits is lifted in blocks of
+rows of bounded size, so that the sum is exact to float32 and no dense copy of W is made. Then it is rounded
+
+- to nearest, which loses every update that is small beside the spacing of W's values;
+- stochastically: up with the probability of the fraction that is cut off, which keeps the mean;
+- with compensation: to nearest, and what was cut off is kept and added the next time. Both halves together
+  are W in float32.
+
+Rounding works on the bits of float32. Those of bfloat16 are its upper half. Below float16's smallest normal number,
+2^-14, its values stay 2^-24 apart while those of float32 draw closer: there 2^-14 is added, so that the spacing is
+right, and taken off again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,41 +27,194 @@ from deltaopt.triple import LoRATriple
 BLOCK_ELEMENTS = 1 << 20
 """Elements of W that are lifted at a time: 4 MiB in float32."""
 
-
-def add_to_weight_(triple: LoRATriple, W: Tensor, U: Tensor, V: Tensor, coef: float) -> None:
-    """The part of W that `triple` moves += coef * U @ V, with U (c, k) and V (k, d) as `triple` has its factors."""
-    add_product_(triple.weight_matrix(W), U, triple.columns_of(W, V), coef)
+NoiseFactors: TypeAlias = "tuple[Tensor, Tensor]"
+"""R (c, 1) and C (1, d), or (e, c, 1) and (e, 1, d): see deltaopt.noise."""
 
 
-def add_product_(W: Tensor, U: Tensor, V: Tensor, coef: float) -> None:
-    """W += coef * U @ V, computed in the dtype of U and V and rounded once, to nearest, into W's.
+class Grid(NamedTuple):
+    """How the values of a 16-bit dtype lie among those of float32."""
+
+    cut: int
+    """Bits of float32 below the last one of the dtype."""
+    largest: float
+    subnormal: float
+    """Below this the spacing stays, and that of float32 does not; 0 where both do the same."""
+
+
+GRIDS = {
+    torch.bfloat16: Grid(16, torch.finfo(torch.bfloat16).max, 0.0),
+    torch.float16: Grid(13, torch.finfo(torch.float16).max, torch.finfo(torch.float16).smallest_normal),
+}
+
+
+def add_to_weight_(
+    triple: LoRATriple,
+    W: Tensor,
+    U: Tensor,
+    V: Tensor,
+    coef: float,
+    noise: NoiseFactors | None = None,
+    compensation: Tensor | None = None,
+) -> None:
+    """The part of W that `triple` moves += coef * U @ V, with U (c, k) and V (k, d) as `triple` has its factors.
+
+    `compensation` has the shape of that part. For the others see `add_product_`.
+    """
+    if compensation is not None:
+        compensation = triple.part_matrix(compensation)
+    add_product_(triple.weight_matrix(W), U, triple.columns_of(W, V), coef, noise, compensation)
+
+
+def add_product_(
+    W: Tensor,
+    U: Tensor,
+    V: Tensor,
+    coef: float,
+    noise: NoiseFactors | None = None,
+    compensation: Tensor | None = None,
+) -> None:
+    """W += coef * U @ V, computed in the dtype of U and V and rounded once into W's.
+
+    With `noise` or `compensation` that is by way of float32. A sum beyond a 16-bit W's largest finite value becomes
+    that. A W in the dtype of U and V is always rounded to nearest.
 
     Args:
         W: (c, d) or (e, c, d), any strides, written in place.
-        U: (c, k) or (e, c, k).
+        U: (c, k) or (e, c, k), float32 or float64.
         V: (k, d) or (e, k, d).
         coef: the factor of the product.
+        noise: rounds stochastically.
+        compensation: of W's shape, int16: what was cut off before, in units of float32's last place. It is added, and
+            written in place.
     """
+    if not W.numel():
+        return
     if W.dtype != U.dtype:
-        _add_product_in_blocks_(W, U, V, coef)
+        _add_product_in_blocks_(W, U, V, coef, noise, compensation)
     elif W.dim() == 3:
         W.baddbmm_(U, V, alpha=coef)
     else:
         W.addmm_(U, V, alpha=coef)
 
 
-def _add_product_in_blocks_(W: Tensor, U: Tensor, V: Tensor, coef: float) -> None:
+def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:
+    """A 16-bit W in float32, with what was cut off; of W's shape."""
+    full = W.to(torch.float32)
+    if compensation is not None:
+        _restore_(full, compensation, GRIDS[W.dtype])
+    return full
+
+
+def cut_off(W: Tensor, full: Tensor) -> Tensor:
+    """The compensation, int16, of a 16-bit W that is `full` (float32) rounded to nearest; 0 where it is not that."""
+    grid = GRIDS[W.dtype]
+    rounded = full.clamp(-grid.largest, grid.largest)
+    compensation = torch.empty_like(W, dtype=torch.int16)
+    _round_and_keep_(rounded, torch.empty_like(rounded, dtype=torch.int32), compensation, grid)
+    return compensation.masked_fill_(rounded != W, 0)
+
+
+def _add_product_in_blocks_(
+    W: Tensor, U: Tensor, V: Tensor, coef: float, noise: NoiseFactors | None, compensation: Tensor | None
+) -> None:
     if W.dim() == 3:
-        for W_e, U_e, V_e in zip(W, U, V, strict=True):
-            _add_product_in_blocks_(W_e, U_e, V_e, coef)
+        for e, (W_e, U_e, V_e) in enumerate(zip(W, U, V, strict=True)):
+            noise_e = None if noise is None else (noise[0][e], noise[1][e])
+            compensation_e = None if compensation is None else compensation[e]
+            _add_product_in_blocks_(W_e, U_e, V_e, coef, noise_e, compensation_e)
         return
     if W.stride(0) < W.stride(1):  # a transposed view: blocks of its columns lie together in memory
         W, U, V = W.mT, V.mT, U.mT
-    rows = max(1, BLOCK_ELEMENTS // W.shape[1])
-    lifted = U.new_empty(min(rows, W.shape[0]), W.shape[1])
-    for W_rows, U_rows in zip(W.split(rows), U.split(rows), strict=True):
-        block = lifted[: W_rows.shape[0]]
-        W_rows.copy_(block.copy_(W_rows).addmm_(U_rows, V, alpha=coef))
+        noise = None if noise is None else (noise[1].mT, noise[0].mT)
+        compensation = None if compensation is None else compensation.mT
+    grid = GRIDS.get(W.dtype)
+    c, d = W.shape
+    rows = min(c, max(1, BLOCK_ELEMENTS // d))
+    sums = U.new_empty(rows, d)
+    if grid is None or (noise is None and compensation is None):
+        for W_rows, U_rows in zip(W.split(rows), U.split(rows), strict=True):
+            block = sums[: W_rows.shape[0]].copy_(W_rows).addmm_(U_rows, V, alpha=coef)
+            W_rows.copy_(block if grid is None else block.clamp_(-grid.largest, grid.largest))
+        return
+    full = sums if sums.dtype == torch.float32 else sums.to(torch.float32)
+    scratch = torch.empty_like(full, dtype=torch.int32)
+    for start in range(0, c, rows):
+        piece = slice(start, start + rows)
+        W_rows = W[piece]
+        x, bits = full[: W_rows.shape[0]].copy_(W_rows), scratch[: W_rows.shape[0]]
+        if compensation is not None:
+            _restore_(x, compensation[piece], grid)
+        total = x if sums is full else sums[: W_rows.shape[0]].copy_(x)
+        total.addmm_(U[piece], V, alpha=coef).clamp_(-grid.largest, grid.largest)
+        if total is not x:
+            x.copy_(total)
+        x.nan_to_num_(torch.nan)  # one NaN for all: to some, with all bits set, nothing can be added
+        if compensation is not None:
+            _round_and_keep_(x, bits, compensation[piece], grid)
+        elif noise is not None:
+            torch.mul(noise[0][piece], noise[1], out=bits)
+            _round_stochastically_(x, bits, grid)
+        W_rows.copy_(x)
+
+
+def _round_stochastically_(x: Tensor, noise: Tensor, grid: Grid) -> None:
+    """Round x to a neighbour on the grid: away from zero with the probability of the fraction that is cut off.
+
+    Args:
+        x: float32, no larger than the grid's largest; written in place.
+        noise: int32, whose upper bits are uniform; written over.
+        grid: of W's dtype.
+    """
+    noise.bitwise_right_shift_(32 - grid.cut).bitwise_and_((1 << grid.cut) - 1)
+    offset = _put_on_(x, grid)
+    x.view(torch.int32).add_(noise).bitwise_and_(-1 << grid.cut)
+    _take_off_(x, offset)
+
+
+def _round_and_keep_(x: Tensor, scratch: Tensor, compensation: Tensor, grid: Grid) -> None:
+    """Round x, float32, to the nearest value of the grid, and write what was cut off into `compensation`."""
+    exact = x if not grid.subnormal else x.clone()
+    offset = _put_on_(x, grid)
+    bits = torch.add(x.view(torch.int32), 1 << (grid.cut - 1), out=scratch).bitwise_and_(-1 << grid.cut)
+    if offset is None:
+        compensation.copy_(x.view(torch.int32).sub_(bits))
+        x.copy_(bits.view(torch.float32))
+        return
+    x.copy_(bits.view(torch.float32))
+    _take_off_(x, offset)
+    # What is kept counts from the rounded value, which is all there is to tell the spacing when it is added again.
+    offset = _offset(x, grid)
+    compensation.copy_(exact.add_(offset).view(torch.int32).sub_(offset.add_(x).view(torch.int32)))
+
+
+def _restore_(full: Tensor, compensation: Tensor, grid: Grid) -> None:
+    """Add to a W in float32 what was cut off from it."""
+    offset = _put_on_(full, grid)
+    if offset is None:
+        # Nothing is below a zero, unless somebody else has written it; its bits less something would be a NaN's.
+        compensation = compensation * full.ne(0.0)
+    full.view(torch.int32).add_(compensation)
+    _take_off_(full, offset)
+
+
+def _put_on_(x: Tensor, grid: Grid) -> Tensor | None:
+    """Bring the numbers below the grid's normal ones to where float32 is spaced as they are; returns what it added."""
+    if not grid.subnormal:
+        return None
+    offset = _offset(x, grid)
+    x += offset
+    return offset
+
+
+def _take_off_(x: Tensor, offset: Tensor | None) -> None:
+    """Undo `_put_on_`. A zero keeps its sign."""
+    if offset is not None:
+        x.sub_(offset).copysign_(offset)
+
+
+def _offset(x: Tensor, grid: Grid) -> Tensor:
+    """What `_put_on_` adds: the smallest normal number, or zero, with the sign of x."""
+    return torch.where(x.abs() < grid.subnormal, grid.subnormal, 0.0).copysign_(x)
 
 
 @contextmanager

@@ -14,23 +14,32 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.triple import LoRATriple
+from deltaopt.writing import checked_seed
 
-SCHEMA = 2
+SCHEMA = 3
 KEY = "deltaopt"
+COMPENSATION = f"{KEY}.compensation."
+"""In the state of a triple's A, followed by the name of the triple."""
 
 
 def add_record(
-    state_dict: dict[str, Any], groups: Sequence[DeltaGroup], step_count: int, skipped_updates: int
+    state_dict: dict[str, Any],
+    groups: Sequence[DeltaGroup],
+    step_count: int,
+    skipped_updates: int,
+    rounding_seed: int,
 ) -> dict[str, Any]:
     """The inner optimizer's state_dict with our record in each param group; the input is not changed."""
     record = {
         "schema": SCHEMA,
         "step_count": step_count,
         "skipped_updates": skipped_updates,
+        "rounding_seed": rounding_seed,
         "groups": [
             {
                 # As with LambdaLR, a callable is code and not state.
@@ -76,9 +85,13 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def add_ledgers(
-    state_dict: dict[str, Any], inner: Optimizer, triples: Sequence[LoRATriple], records: Sequence[dict[str, Any]]
+    state_dict: dict[str, Any],
+    inner: Optimizer,
+    triples: Sequence[LoRATriple],
+    records: Sequence[dict[str, Any]],
+    compensations: Sequence[Tensor | None],
 ) -> dict[str, Any]:
-    """`state_dict` with the record of each triple's ledger in the state of its A; the input is not changed."""
+    """`state_dict` with each triple's ledger and compensation in the state of its A; the input is not changed."""
     numbers = {
         id(p): number
         for group, saved in zip(inner.param_groups, state_dict["param_groups"], strict=True)
@@ -91,24 +104,33 @@ def add_ledgers(
     state = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
     for number, ledgers in of_factor.items():
         state[number] = {**state[number], KEY: _sealed(ledgers)}
+    for triple, compensation in zip(triples, compensations, strict=True):
+        if compensation is not None:
+            state[numbers[id(triple.A)]][COMPENSATION + triple.label] = compensation
     return {**state_dict, "state": state}
 
 
-def split_ledgers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the records of the ledgers by the triples' names, the state_dict without them); the input is not changed.
+def split_ledgers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Take out of a state_dict, which is not changed, what `add_ledgers` has put in.
+
+    Returns:
+        The records of the ledgers and the compensations, by the triples' names, and the state_dict without them.
 
     Raises:
         ValueError: if a ledger was edited or cut off.
     """
     state = dict(state_dict["state"])
     found: dict[str, Any] = {}
+    compensations: dict[str, Any] = {}
     for number, entries in state_dict["state"].items():
         if isinstance(entries, Mapping) and KEY in entries:
             found |= _opened(entries[KEY]) if entries[KEY] != "" else {}
-            state[number] = {key: value for key, value in entries.items() if key != KEY}
+            ours = [key for key in entries if isinstance(key, str) and key.startswith(COMPENSATION)]
+            compensations |= {key.removeprefix(COMPENSATION): entries[key] for key in ours}
+            state[number] = {key: value for key, value in entries.items() if key not in (KEY, *ours)}
             if not state[number]:  # made for the ledger: the inner optimizer had nothing there
                 del state[number]
-    return found, {**state_dict, "state": state}
+    return found, compensations, {**state_dict, "state": state}
 
 
 def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -125,8 +147,25 @@ def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:
         ValueError: if it is not such a state.
     """
     record, inner_state = split_record(state_dict)
-    _, inner_state = split_ledgers(inner_state)
+    *_, inner_state = split_ledgers(inner_state)
     return _with_record(inner_state, {**record, "ledgers": False})
+
+
+def without_compensation(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a state of `DeltaLoRAOptimizer` without what compensated rounding has cut off from each W.
+
+    That is as large as the W's. Beside an adapter it is of no use, since W and the compensation are rebuilt from the
+    base; beside the whole model a run resumes bit for bit with it. Without it the compensation is computed where the
+    optimizer has a copy of the base (`keep_base`), or starts at zero with a warning.
+
+    Args:
+        state_dict: what `DeltaLoRAOptimizer.state_dict` returned; it is not changed.
+    """
+    state = {
+        number: {key: value for key, value in entries.items() if not str(key).startswith(COMPENSATION)}
+        for number, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
 
 
 def _sealed(ledgers: dict[str, Any]) -> str:
@@ -154,6 +193,7 @@ def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
         found = _differences(record["groups"], groups)
         checked_count(record["step_count"], "step_count")
         checked_count(record["skipped_updates"], "skipped_updates")
+        checked_seed(record["rounding_seed"])
         if not isinstance(record["ledgers"], bool):
             raise TypeError(f"ledgers is {record['ledgers']!r}")
         for saved in record["groups"]:

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WAY_OUT = (
+    "Load the layer in 16 or 32 bits. (A folded mode, which never writes W and so takes quantized ones, is planned; "
+    "this version moves W in place only)"
+)
 
 
 def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
@@ -20,13 +24,12 @@ def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
     if not is_plain(tensor):
         return [
             f"{letter} is a {type(tensor).__module__}.{type(tensor).__qualname__}, expected a plain tensor or "
-            "Parameter: quantized, sharded and wrapped weights can not be moved in place. Load the "
-            "layer in 16 or 32 bits"
+            f"Parameter: quantized, sharded and wrapped weights can not be moved in place. {WAY_OUT}"
         ]
     if tensor.dtype not in FLOATS:
         return [
-            f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64 "
-            "(integer and packed weights can not be moved in place)"
+            f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64: integer, float8 and "
+            f"packed weights can not be moved in place. {WAY_OUT}"
         ]
     if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
         return [

@@ -182,6 +182,10 @@ class LoRATriple:
         """W, or the part of it that moves, in an order that does not depend on strides where it is all of W."""
         return W if self.rows is None and self.columns is None else self.weight_matrix(W)
 
+    def part_matrix(self, part: Tensor) -> Tensor:
+        """A tensor like `moved_part` as the (c, d) or (e, c, d) matrix that `weight_matrix` is."""
+        return LAYOUTS[self.layout].weight(part) if self.rows is None and self.columns is None else part
+
     def branch_problems(self) -> list[str]:
         """What is wrong now with the layer that holds the branch; looked at every step.
 

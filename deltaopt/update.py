@@ -15,10 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltaopt.fused import Addition, FusedWrites, fused_kernel
 from deltaopt.guard import FiniteGuard
 from deltaopt.ledger import Ledger, warn_of_lost
-from deltaopt.rounding import add_to_weight_, full_precision
+from deltaopt.noise import label_hashes
+from deltaopt.rounding import full_precision
 from deltaopt.triple import LoRATriple, Stored
+from deltaopt.writing import Write
 
 
 class BufferKind(NamedTuple):
@@ -74,15 +77,19 @@ class FactoredDelta:
             stack = kept.get(kind)
             if stack is None or not stack.serves(members):
                 self.settle()
-                stack = _Stack(kind, [move.ledger for move in members])
+                stack = _Stack(kind, members)
             self._stacks[kind] = stack
             stack.snapshot(members)
 
     @torch.no_grad()
-    def apply_(self, guard: FiniteGuard) -> None:
+    def apply_(self, guard: FiniteGuard, write: Write) -> None:
         """W += coef * (A'B' - AB) for every move of the snapshot, or for none if a factor is not finite.
 
         A W whose factors did not change keeps its bits.
+
+        Args:
+            guard: tells whether all factors are finite.
+            write: how the W's are written.
         """
         stacks = list(self._stacks.values())
         sizes = [stack.difference() for stack in stacks]
@@ -92,7 +99,7 @@ class FactoredDelta:
         for stack, size in zip(stacks, sizes, strict=True):
             applied = finite.to(size.device)
             with full_precision(size.device):
-                stack.add_to_weights_(size.gt(0) & applied)
+                stack.add_to_weights_(size.gt(0) & applied, write)
             self._entries += stack.account(applied)
         self.settle(wait=False)
 
@@ -112,9 +119,12 @@ class FactoredDelta:
 class _Stack:
     """U and V of the moves of one kind, and the factors that their last moves came to."""
 
-    def __init__(self, kind: BufferKind, ledgers: list[Ledger]) -> None:
-        self._ledgers = ledgers
+    def __init__(self, kind: BufferKind, members: Sequence[Move]) -> None:
+        self._ledgers = ledgers = [move.ledger for move in members]
         n, (*lead, c, r), d = len(ledgers), kind.A, kind.B[-1]
+        self._shape = *lead, c, d
+        self._known_hashes: Tensor | None = None
+        self._fused: FusedWrites | None = None
         self.U = torch.empty(n, *lead, c, 2 * r, dtype=kind.dtype, device=kind.device)
         self.V = torch.empty(n, *lead, 2 * r, d, dtype=kind.dtype, device=kind.device)
         self._A_new, self._A_old = self.U.split(r, dim=-1)
@@ -163,19 +173,43 @@ class _Stack:
         torch.sub(self._B_new, self._B_old, out=self._B_old)
         return torch.maximum(_size(self._A_new), _size(self._B_old))
 
-    def add_to_weights_(self, keep: Tensor) -> None:
+    def add_to_weights_(self, keep: Tensor, write: Write) -> None:
         """Add coef * U @ V to the W's that `keep`, (n,) bool on the device, names.
 
-        On a CPU the others are passed over. On a GPU `keep` is not known to the host: there the factors of
-        the others become +0 and the coefficient is made negative, as adding -0 leaves every bit as it is.
+        On a CPU the others are passed over, and in the kernel too. Elsewhere on a GPU, where `keep` is not known to the
+        host, the factors of the others become +0 and the coefficient is made negative, as adding -0 leaves every bit.
         """
+        rest = self._add_by_kernel_(keep, write)
+        if not rest:
+            return
         if _known_to_host(keep.device):
-            chosen, coefs = keep.tolist(), [move.coef for move in self._members]
+            kept = keep.tolist()
+            rest, coefs = [i for i in rest if kept[i]], [move.coef for move in self._members]
         else:
-            chosen, coefs = [True] * len(self._members), self._mask_(keep)
-        for move, (U, V), coef, moves in zip(self._members, self._pairs, coefs, chosen, strict=True):
-            if moves:
-                add_to_weight_(move.triple, move.stored.W, U, V, coef)
+            coefs = self._mask_(keep)
+        narrow = any(self._members[i].stored.W.element_size() == 2 for i in rest)
+        c, d = self._shape[-2:]
+        noises = write.noise(self._hashes(), c, d, keep.device) if narrow and write.stochastic else None
+        for i in rest:
+            move, (U, V) = self._members[i], self._pairs[i]
+            noise = None if noises is None else (noises[0][i], noises[1][i])
+            write.product_(move.triple, move.ledger, move.stored.W, U, V, coefs[i], noise)
+
+    def _add_by_kernel_(self, keep: Tensor, write: Write) -> list[int]:
+        """What `add_to_weights_` does, for the 16-bit W's where there is a kernel; returns which are left."""
+        kernel = fused_kernel(keep.device) if self.U.dtype == torch.float32 else None
+        narrow = [move.stored.W.element_size() == 2 for move in self._members]
+        if kernel is None or not any(narrow):
+            return list(range(len(narrow)))
+        if self._fused is None:
+            self._fused = FusedWrites(kernel)
+        additions = [
+            Addition(move.triple, move.ledger, move.stored.W, U, V, move.coef, hashes, place)
+            for place, (move, (U, V), hashes) in enumerate(zip(self._members, self._pairs, self._hashes(), strict=True))
+            if narrow[place]
+        ]
+        self._fused.add_(additions, keep, write)
+        return [i for i, fused in enumerate(narrow) if not fused]
 
     def account(self, applied: Tensor) -> list[_Entry]:
         """Keep the factors that the moves came to, if they were `applied` (0-d bool on the device).
@@ -236,6 +270,12 @@ class _Stack:
         self.U.masked_fill_(drop, 0.0)
         self.V.masked_fill_(drop, 0.0)
         return [-abs(move.coef) for move in self._members]
+
+    def _hashes(self) -> Tensor:
+        """Of each W's matrices, made once: they are text at first."""
+        if self._known_hashes is None:
+            self._known_hashes = label_hashes([move.triple.label for move in self._members], self._shape[:-2])
+        return self._known_hashes
 
     def _factors(self) -> tuple[Tensor, ...]:
         A, B = zip(*(move.factors() for move in self._members), strict=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from deltaopt import LoRATriple
 from deltaopt.ledger import Ledger
 from deltaopt.update import BufferKind, Move
+from deltaopt.writing import checked_rounding
 
 C, D, R = 5, 7, 3
 E = 2
@@ -122,6 +123,10 @@ def _packed_experts(new):
         lambda B: torch.stack([B[e * R : (e + 1) * R] for e in range(E)]),
         {"layout": "experts"},
     )
+
+
+AUTO = checked_rounding("auto", 0).during("move", 0)
+"""Writes W as an optimizer does in its first step when nothing else is asked for."""
 
 
 def move_of(triple: LoRATriple, coef: float) -> Move:

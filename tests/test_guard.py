@@ -98,7 +98,7 @@ def masked_update(monkeypatch, change, dtype=torch.float32):
     with torch.no_grad():
         change(stored)
     monkeypatch.setattr(update, "_known_to_host", lambda device: False)
-    delta.apply_(FiniteGuard())
+    delta.apply_(FiniteGuard(), strategies.AUTO)
     return stored, before
 
 
@@ -118,7 +118,7 @@ def test_masking_moves_what_changed_and_nothing_else(monkeypatch, dtype):
 
 def test_masking_makes_every_coefficient_negative(monkeypatch):
     """Whatever the sign of scaling: +0 times a negative number is -0, and adding that keeps every bit."""
-    from deltaopt import update
+    from deltaopt import update, writing
 
     stored = [strategies.make("linear", seed) for seed in range(2)]
     delta, coefs, dense = FactoredDelta(), (0.5, -0.5), []
@@ -128,8 +128,8 @@ def test_masking_makes_every_coefficient_negative(monkeypatch):
         for s in stored:
             s.A.mul_(1.5)
     monkeypatch.setattr(update, "_known_to_host", lambda device: False)
-    monkeypatch.setattr(update, "add_to_weight_", lambda triple, W, U, V, coef: dense.append((coef, U @ V)))
-    delta.apply_(FiniteGuard())
+    monkeypatch.setattr(writing, "add_to_weight_", lambda triple, W, U, V, coef, *_: dense.append((coef, U @ V)))
+    delta.apply_(FiniteGuard(), strategies.AUTO)
     for (used, product), coef, (_, A, B) in zip(dense, coefs, before, strict=True):
         assert used == -0.5
         assert torch.allclose(used * product, coef * 0.5 * A @ B, atol=1e-14)

@@ -435,14 +435,14 @@ def test_repr_names_the_triples_and_the_inner_optimizer():
 
 def conditions_of_the_product(monkeypatch):
     """What holds while the delta is added: a list of (autocast enabled, precision of float32 products)."""
-    from deltaopt import update
+    from deltaopt import writing
 
     seen = []
 
     def note(*args):
         seen.append((torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision))
 
-    monkeypatch.setattr(update, "add_to_weight_", note)
+    monkeypatch.setattr(writing, "add_to_weight_", note)
     return seen
 
 

@@ -17,8 +17,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(deltaopt.__path__, "deltaopt.")
 # A module may import from those that stand after it.
 ORDER = [
     *("integrations", "export", "optimizer", "inner", "state", "groups"),
-    *("accounts", "resume", "base", "hooks", "files", "update", "guard"),
-    *("ledger", "lowrank", "fingerprint", "rounding", "triple", "tensors", "layouts"),
+    *("accounts", "resume", "base", "hooks", "files", "update", "guard", "fused", "_triton"),
+    *("writing", "ledger", "lowrank", "fingerprint", "rounding", "noise", "triple", "tensors", "layouts"),
 ]
 
 
@@ -26,7 +26,8 @@ def imported(path):
     """The names of deltaopt's modules that a file imports at its top."""
     for node in ast.parse(path.read_text("utf8")).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deltaopt"):
-            yield node.module.split(".")[1]
+            _, *module = node.module.split(".")
+            yield from module[:1] or [name.name for name in node.names]
 
 
 def test_importing_it_imports_torch_and_nothing_else():

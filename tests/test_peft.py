@@ -447,8 +447,8 @@ def test_a_bf16_weight_moves_with_float32_adapters():
         train(model, optimizer, torch.randn(4, 7, dtype=torch.bfloat16))
         asked = RATIO * (layer.get_delta_weight("default").detach().double() - delta)
         assert not torch.equal(weight(layer).float(), W)
-        # Half a unit in the last place of bf16's 8 bits.
-        torch.testing.assert_close(weight(layer).double(), W + asked, rtol=2**-8, atol=1e-6)
+        # A unit in the last place of bf16's 8 bits: one of the two neighbours.
+        torch.testing.assert_close(weight(layer).double(), W + asked, rtol=2**-7, atol=1e-6)
 
 
 def test_w_is_found_again_after_a_conversion_of_the_model():

@@ -263,7 +263,7 @@ def test_a_ledger_that_no_run_has_written(damage):
     optimizer = build(stored)
     train(stored, optimizer, 3)
     state = optimizer.state_dict()
-    ledgers, _ = split_ledgers(state)
+    ledgers, _, _ = split_ledgers(state)
     (number,) = (n for n, entries in state["state"].items() if entries.get("deltaopt"))
     state["state"][number] = state["state"][number] | {"deltaopt": _sealed({"q": damaged(ledgers["q"], damage)})}
     refused(optimizer, state, "q: its saved ledger is damaged or incomplete")

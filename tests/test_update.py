@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ def move(stored, coef, seed, scale=1.0):
     delta = FactoredDelta()
     delta.snapshot([strategies.move_of(stored.triple(), coef)])
     jump(stored, seed, scale)
-    delta.apply_(FiniteGuard())
+    delta.apply_(FiniteGuard(), strategies.AUTO)
     return before, stored.matrices()
 
 
@@ -137,7 +138,7 @@ def test_invariant_to_the_order_of_rank_components(seed, order):
     with torch.no_grad():
         permuted.A.copy_(after[1][:, order])
         permuted.B.copy_(after[2][order])
-    delta.apply_(FiniteGuard())
+    delta.apply_(FiniteGuard(), strategies.AUTO)
     assert_close(permuted.W, plain.W)
 
 
@@ -158,7 +159,7 @@ def test_block_rows_move_as_their_own_triples(seed):
     with torch.no_grad():
         for part, rows in zip(parts, (top, bottom), strict=True):
             part.A.copy_(whole.A[rows])
-    delta.apply_(FiniteGuard())
+    delta.apply_(FiniteGuard(), strategies.AUTO)
     assert_close(fused - before[0], whole.A.detach() @ whole.B.detach() - before[1] @ before[2])
 
 
@@ -180,7 +181,7 @@ def test_transposition(seed):
     _, (W, A, B) = move(stored, 0.7, seed)
     turned.A.copy_(B.T)
     turned.B.copy_(A.T)
-    delta.apply_(FiniteGuard())
+    delta.apply_(FiniteGuard(), strategies.AUTO)
     assert_close(turned.W.T, W)
 
 
@@ -271,7 +272,7 @@ def test_is_lora_with_a_larger_alpha_for_a_constant_ratio(seed, ratio, inner):
     )
 
 
-def large(dtype, layout="linear", c=1500, d=1200, r=4, count=3):
+def large(dtype, layout="linear", c=1500, d=1200, r=4, count=3, **options):
     """`count` layers whose dense delta would stand out in a measurement of memory."""
     triples = []
     for i in range(count):
@@ -279,7 +280,7 @@ def large(dtype, layout="linear", c=1500, d=1200, r=4, count=3):
         A, B = torch.randn(c, r, requires_grad=True), torch.randn(r, d, requires_grad=True)
         A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
         triples.append(LoRATriple(W, A, B, name=str(i), layout=layout))
-    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=1e-3)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=1e-3, **options)
     optimizer.step()  # buffers are made in the first step that moves W
     return optimizer
 
@@ -291,12 +292,19 @@ def test_the_dense_delta_is_never_allocated():
         assert peak_allocation(optimizer.step, "cpu") < dense / 20
 
 
-def test_16_bit_weights_are_lifted_in_bounded_blocks():
-    from deltaopt.rounding import BLOCK_ELEMENTS
-
-    for layout in ("linear", "transposed"):
-        optimizer = large(torch.bfloat16, layout)
-        assert peak_allocation(optimizer.step, "cpu") < 4 * BLOCK_ELEMENTS + 400_000
+@pytest.mark.parametrize("layout", ["linear", "transposed"])
+@pytest.mark.parametrize(
+    ("rounding", "dtype", "buffers"),
+    [
+        *(("nearest", torch.bfloat16, 1), ("stochastic", torch.bfloat16, 2), ("compensated", torch.bfloat16, 4)),
+        *(("nearest", torch.float16, 1), ("stochastic", torch.float16, 5), ("compensated", torch.float16, 6)),
+    ],
+)
+def test_16_bit_weights_are_lifted_in_bounded_blocks(rounding, dtype, buffers, layout, monkeypatch):
+    """Each buffer is a block in float32 or int32; W itself would be five of them."""
+    monkeypatch.setattr("deltaopt.rounding.BLOCK_ELEMENTS", 1 << 18)
+    optimizer = large(dtype, layout, rounding=rounding)
+    assert peak_allocation(optimizer.step, "cpu") < 4 * buffers * (1 << 18) + 400_000
 
 
 def test_buffers_are_kept_from_step_to_step():

@@ -1,0 +1,86 @@
+"""Random bits for stochastic rounding: cheap, without a state, and the same wherever they are made.
+
+The noise of the element in row i and column j of a matrix is the upper bits of R_i * C_j mod 2^32, R and C being
+odd random numbers. Multiplying by an odd number permutes the odd numbers, so each product is uniform over them, and any
+two elements are independent of each other: every sum of rounding errors has the variance that independent noise
+would give it. It costs one multiplication for each element. (R_i + C_j is as cheap and pairwise independent too, but
+its errors line up into matrices of low rank: docs/method.md.)
+
+R and C come from a counter through a hash, so nothing is drawn from a generator: ranks of a job, devices, and a run
+that is resumed have the same noise, and a piece of a matrix has the piece of its noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WEYL = -0x61C88647  # 2^32 / golden ratio, as int32: multiples of it are spread evenly
+MIX = ((16, 0x7FEB352D), (15, -0x7B935975))
+LAST_SHIFT = 16
+
+EVENTS = ("move", "restart", "resync", "resume")
+
+
+class Keys(NamedTuple):
+    """What the noise of one event of the run is made from: two int32, for rows and for columns."""
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, seed: int, event: str, step: int) -> Keys:
+        """The keys of `event`, one of `EVENTS`, in step `step` of a run with the seed `seed`."""
+        keys = torch.tensor([0, WEYL], dtype=torch.int32)
+        for word in (seed, seed >> 32, EVENTS.index(event), step):
+            keys = mixed((keys ^ _int32(word)) + WEYL)
+        return cls(*keys.tolist())
+
+
+def label_hashes(labels: Sequence[str], lead: Sequence[int]) -> Tensor:
+    """(n, *lead) int32, one number for each matrix of the triples `labels`, of which one has `lead` matrices."""
+    hashes = torch.tensor([_int32(_label_hash(label)) for label in labels], dtype=torch.int32)
+    for e in lead:
+        hashes = hashes.unsqueeze(-1) + torch.arange(e, dtype=torch.int32)
+    return hashes
+
+
+def noise_factors(keys: Keys, hashes: Tensor, c: int, d: int) -> tuple[Tensor, Tensor]:
+    """R (.., c, 1) and C (.., 1, d), int32 and odd, for each of the matrices with the hashes (..)."""
+    R = _scrambled(hashes, keys.rows, c)
+    C = _scrambled(hashes, keys.columns, d)
+    return R.unsqueeze(-1), C.unsqueeze(-2)
+
+
+def _scrambled(hashes: Tensor, key: int, n: int) -> Tensor:
+    """(.., n) odd random numbers."""
+    start = mixed(hashes ^ key).unsqueeze(-1)
+    return mixed(start + torch.arange(n, dtype=torch.int32, device=hashes.device) * WEYL) | 1
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Each int32 scrambled, one-to-one: xor-shifts and odd multiplications."""
+    for shift, factor in MIX:
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, LAST_SHIFT)
+
+
+def _shifted(x: Tensor, shift: int) -> Tensor:
+    """A right shift that brings in zeros: that of int32 brings in the sign."""
+    return (x >> shift) & ((1 << (32 - shift)) - 1)
+
+
+def _label_hash(label: str) -> int:
+    """FNV-1a: the same in every process, as Python's own hash is not."""
+    value = 0x811C9DC5
+    for byte in label.encode():
+        value = ((value ^ byte) * 0x01000193) & 0xFFFFFFFF
+    return value
+
+
+def _int32(word: int) -> int:
+    """The lowest 32 bits of an int, as int32."""
+    return ((word & 0xFFFFFFFF) ^ (1 << 31)) - (1 << 31)

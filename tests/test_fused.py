@@ -1,0 +1,170 @@
+"""An optimizer whose 16-bit weights go through the kernel makes the weights it would make without it.
+
+On the CPU the kernel runs in Triton's interpreter. tests/test_triton.py has the kernel itself.
+"""
+
+import copy
+import types
+import warnings
+
+import pytest
+import torch
+
+from deltaopt import DeltaLoRAOptimizer, fused, update
+from deltaopt.fused import fused_kernel, works
+from tests import strategies
+
+pytest.importorskip("triton", reason="runs where Triton is installed")
+
+from deltaopt import _triton
+
+pytestmark = pytest.mark.skipif(
+    not _triton.is_available(torch.device("cpu")), reason="runs where Triton interprets (TRITON_INTERPRET=1, no CUDA)"
+)
+
+MODES = ["nearest", "stochastic", "compensated"]
+SGD = torch.optim.SGD
+
+
+@pytest.fixture
+def with_kernel(monkeypatch):
+    """Lets the optimizers of this test take the kernel, as on a GPU, and counts the batches that they make."""
+    made = []
+
+    class Batch(_triton.Batch):
+        def __init__(self, products):
+            made.append(len(products))
+            super().__init__(products)
+
+    kernel = types.SimpleNamespace(Batch=Batch, Product=_triton.Product)
+    monkeypatch.setattr(update, "fused_kernel", lambda device: kernel)
+    return made
+
+
+def gradients(stored, seed):
+    """Integers, as the factors are: their products are exact in float32, whatever the order of the sums."""
+    generator = torch.Generator().manual_seed(seed)
+    for s in stored:
+        for factor in (s.A, s.B):
+            factor.grad = torch.randint(-2, 3, factor.shape, generator=generator).to(factor)
+
+
+def layers(layouts, dtype, seed=0):
+    stored = [strategies.make(layout, seed + i, dtype, torch.float32) for i, layout in enumerate(layouts)]
+    with torch.no_grad():
+        for s in stored:
+            s.A.round_()
+            s.B.round_()
+    return stored
+
+
+def optimizer_of(stored, mode, **options):
+    triples = [s.triple(scaling=2.0**-9, name=str(i)) for i, s in enumerate(stored)]
+    return DeltaLoRAOptimizer(SGD, triples, lr=1.0, update_ratio=1.0, rounding=mode, **options)
+
+
+def run(stored, mode, steps=3, **options):
+    optimizer = optimizer_of(stored, mode, **options)
+    for t in range(steps):
+        gradients(stored, t)
+        optimizer.step()
+    return optimizer
+
+
+def kept(optimizer):
+    ledgers = [ledger for _, ledger in optimizer.accounts()]
+    return [None if ledger.compensation is None else ledger.compensation.bits for ledger in ledgers]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_every_layout_as_by_blocks(layout, dtype, mode, with_kernel, monkeypatch):
+    here, there = layers([layout] * 2, dtype), layers([layout] * 2, dtype)
+    first = run(here, mode)
+    batches = len(with_kernel)
+    monkeypatch.setattr(update, "fused_kernel", lambda device: None)
+    second = run(there, mode)
+    assert batches == len(with_kernel) >= 1
+    for a, b in zip(here, there, strict=True):
+        assert torch.equal(a.W.view(torch.int16), b.W.view(torch.int16))
+    for a, b in zip(kept(first), kept(second), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_batch_is_kept_while_its_tensors_are(with_kernel):
+    stored = layers(["linear", "linear"], torch.bfloat16)
+    optimizer = run(stored, "stochastic")
+    assert with_kernel == [2]
+    optimizer.groups[0].update_ratio = 0.5
+    gradients(stored, 9)
+    optimizer.step()
+    assert with_kernel == [2, 2]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known to the host", "not known"])
+def test_wide_weights_beside_narrow_ones(known, with_kernel, monkeypatch):
+    """Of one shape, so that they share buffers: one of each moves, one of each does not."""
+    monkeypatch.setattr(update, "_known_to_host", lambda device: known)
+    stored = layers(["linear"] * 4, torch.bfloat16)
+    for s in stored[2:]:
+        s.W = s.W.float()
+    before = copy.deepcopy(stored)
+    optimizer = optimizer_of(stored, "nearest")
+    gradients(stored, 0)
+    for s in stored[1::2]:
+        s.A.grad, s.B.grad = torch.zeros_like(s.A), torch.zeros_like(s.B)
+    optimizer.step()
+    assert with_kernel == [2]
+    for i, (s, old) in enumerate(zip(stored, before, strict=True)):
+        if i % 2:
+            assert torch.equal(s.W, old.W)
+            continue
+        delta = s.A.double() @ s.B.double() - old.A.double() @ old.B.double()
+        assert torch.equal(s.W, (old.W.double() + delta * 2.0**-9).to(s.W.dtype))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bad_factor_reaches_no_weight(mode, with_kernel, monkeypatch):
+    monkeypatch.setattr(update, "_known_to_host", lambda device: False)
+    stored = layers(["linear", "experts"], torch.bfloat16)
+    optimizer = run(stored, mode)
+    before = [s.W.clone() for s in stored], copy.deepcopy(kept(optimizer))
+    gradients(stored, 9)
+    stored[1].B.grad.flatten()[0] = torch.inf
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a LoRA factor became NaN or infinite")
+        optimizer.step()
+    assert optimizer.skipped_updates == 1
+    assert all(torch.equal(s.W, W) for s, W in zip(stored, before[0], strict=True))
+    assert mode != "compensated" or all(map(torch.equal, kept(optimizer), before[1]))
+
+
+def test_float64_factors_do_without_it(with_kernel):
+    stored = [strategies.make("linear", dtype=torch.bfloat16, factor_dtype=torch.float64)]
+    before = stored[0].W.clone()
+    run(stored, "stochastic")
+    assert with_kernel == []
+    assert not torch.equal(stored[0].W, before)
+
+
+def test_no_kernel_on_a_cpu():
+    assert fused_kernel(torch.device("cpu")) is None
+
+
+def test_a_kernel_is_tried_before_it_is_used():
+    assert works(_triton, torch.device("cpu"))
+
+    def fail(products):
+        raise RuntimeError("no C compiler")
+
+    broken = types.SimpleNamespace(Batch=fail, Product=_triton.Product)
+    with pytest.warns(RuntimeWarning, match=r"the kernel .* can not be used on cpu, .* slower: .*no C compiler"):
+        assert not works(broken, torch.device("cpu"))
+
+
+def test_without_triton_there_is_none(monkeypatch):
+    monkeypatch.setattr(_triton, "triton", None)
+    monkeypatch.setattr(fused, "_usable", {})
+    assert not _triton.is_available(torch.device("cuda"))
+    assert fused_kernel(torch.device("cuda")) is None

@@ -1,0 +1,119 @@
+"""The noise of stochastic rounding is uniform, independent where it matters, and a function of what names it."""
+
+import itertools
+
+import pytest
+import torch
+
+from deltaopt.noise import EVENTS, Keys, label_hashes, noise_factors
+
+CUT = 16
+GOLDEN_KEYS = Keys(66041136, -199653986)
+GOLDEN_FACTORS = [688246821, -350146335, -1980341299, -159589169]
+
+
+def noise(c, d, seed=0, event="move", step=0, label="q"):
+    """The upper bits of R C as the fraction of a spacing, (c, d) float64 in [0, 1)."""
+    R, C = noise_factors(Keys.of(seed, event, step), label_hashes([label], ())[0], c, d)
+    assert R.dtype == C.dtype == torch.int32
+    assert bool((R & 1).all())
+    assert bool((C & 1).all())
+    return (((R * C) >> CUT) & 0xFFFF).double() / 2**16
+
+
+def independent(c, d, seed):
+    return torch.rand(c, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sums_of_rows_and_columns(c, d, seed):
+    """As cheap, and pairwise independent too; but see below."""
+    generator = torch.Generator().manual_seed(seed)
+    R, C = torch.rand(c, 1, generator=generator), torch.rand(1, d, generator=generator)
+    return ((R + C) % 1.0).double()
+
+
+def test_it_is_uniform():
+    """Each of 64 bins of 2^22 numbers: a noise whose low bits alone vary, or that repeats, is off by hundreds."""
+    u = noise(2048, 2048)
+    counts = torch.histc(u.float(), bins=64, min=0, max=1).double()
+    expected = u.numel() / 64
+    assert float(((counts - expected).square() / expected).sum()) < 63 + 5 * (2 * 63) ** 0.5
+
+
+def test_each_element_is_uniform_over_the_steps():
+    samples = torch.stack([noise(4, 5, step=step) for step in range(4000)])
+    assert bool(((samples.mean(0) - 0.5).abs() < 4.5 * (1 / 12 / 4000) ** 0.5).all())
+    assert bool((((samples < 0.01).double().mean(0) - 0.01).abs() < 4.5 * (0.01 * 0.99 / 4000) ** 0.5).all())
+
+
+def test_two_elements_are_independent():
+    """In one row, in one column and across: no pair of events "rounds up" is correlated."""
+    up = torch.stack([noise(3, 3, step=step) < 0.3 for step in range(4000)]).double().flatten(1)
+    centred = (up - up.mean(0)) / up.std(0)
+    correlations = (centred.T @ centred / 4000)[~torch.eye(9, dtype=torch.bool)]
+    assert float(correlations.abs().max()) < 4.5 / 4000**0.5
+
+
+@pytest.mark.parametrize("fraction", ["constant", "rank one", "rows", "random"])
+def test_its_errors_do_not_line_up(fraction):
+    """The spectral norm of the rounding errors is that of independent noise, whatever is rounded.
+
+    For noise of the form R_i + C_j, pairwise independent as well, it is several times as large: an error of low rank.
+    """
+    n = 512
+    generator = torch.Generator().manual_seed(1)
+    row, column = torch.rand(n, 1, generator=generator), torch.rand(1, n, generator=generator)
+    f = {
+        "constant": torch.full((n, n), 0.3),
+        "rank one": 0.1 + 0.8 * row * column,
+        "rows": row.expand(n, n),
+        "random": torch.rand(n, n, generator=generator),
+    }[fraction].double()
+
+    def norm(u):
+        errors = (u < f).double() - f
+        return float(torch.linalg.matrix_norm(errors, 2) / errors.square().mean().sqrt())
+
+    usual = max(norm(independent(n, n, seed)) for seed in range(3))
+    assert max(norm(noise(n, n, seed=seed)) for seed in range(3)) < 1.05 * usual
+    assert min(norm(sums_of_rows_and_columns(n, n, seed)) for seed in range(3)) > 2.5 * usual
+
+
+def test_it_is_a_function_of_seed_event_step_and_label():
+    settings = [
+        {},
+        *({"seed": seed} for seed in (1, -1, 2**32, 2**40 + 1)),
+        *({"event": event} for event in EVENTS if event != "move"),
+        *({"step": step} for step in (1, 2, 10**6)),
+        *({"label": label} for label in ("k", "q.", "")),
+    ]
+    made = [noise(7, 6, **setting) for setting in settings]
+    again = [noise(7, 6, **setting) for setting in settings]
+    assert all(map(torch.equal, made, again))
+    for a, b in itertools.combinations(made, 2):
+        assert float((a == b).double().mean()) < 0.1
+
+
+def test_matrices_of_a_stack_have_noise_of_their_own():
+    R, C = noise_factors(Keys.of(0, "move", 0), label_hashes(["experts", "others"], (3,)), 4, 5)
+    assert R.shape == (2, 3, 4, 1)
+    assert C.shape == (2, 3, 1, 5)
+    assert len(set(R.flatten().tolist())) == R.numel()
+
+
+def test_it_does_not_touch_the_global_generator():
+    before = torch.get_rng_state()
+    noise(5, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_stays_the_same_in_later_versions():
+    """A run that is resumed has to go on with the noise it began with."""
+    assert Keys.of(2**33 + 5, "restart", 12) == GOLDEN_KEYS
+    R, C = noise_factors(GOLDEN_KEYS, label_hashes(["layer0.q"], ())[0], 2, 2)
+    assert R.flatten().tolist() + C.flatten().tolist() == GOLDEN_FACTORS
+
+
+def test_unknown_events_are_refused():
+    with pytest.raises(ValueError, match="not in tuple"):
+        Keys.of(0, "merge", 0)
