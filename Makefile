@@ -42,12 +42,14 @@ check: lint test
 
 benchmarks: .venv/.model
 	$(BIN)/python -m benchmarks.step_overhead
+	$(BIN)/python -m benchmarks.drift
 
 # On a CUDA machine, with what is installed there (torch, pytest, hypothesis): no virtual environment, no downloads.
 # The fine-tuning needs transformers and peft there too, and a folder of a model: make cuda MODEL=folder.
 cuda:
-	$(PYTHON) -m pytest -m cuda tests/test_cuda.py tests/test_step_overhead.py $(ARGS)
+	$(PYTHON) -m pytest -m cuda tests/test_cuda.py tests/test_triton.py tests/test_step_overhead.py $(ARGS)
 	$(PYTHON) -m benchmarks.step_overhead --device cuda
+	$(PYTHON) -m benchmarks.drift --device cuda
 	$(if $(MODEL),$(PYTHON) -m benchmarks.finetune --device cuda --model $(MODEL) --out benchmarks/results/finetune_cuda)
 
 clean:

@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from torch import Tensor, nn
 from benchmarks.machine import cpu_name
 from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.fused import Addition, FusedWrites, fused_kernel
+from deltaopt.ledger import Ledger
+from deltaopt.noise import label_hashes
+from deltaopt.writing import Rounding
 
 UPDATE_RATIO = 2.0
 SCALING = 1.0
@@ -59,7 +64,8 @@ SHAPES = (
     ("GPT-2 Medium q, v", 48, 1024, 1024, 4),
     ("4096 x 4096", 8, 4096, 4096, 16),
 )
-CASES = tuple(Case(*shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = tuple(Case(*shape, dtype) for shape in SHAPES for dtype in DTYPES)
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,11 @@ def inner_row(layers: Layers) -> Row:
     return Row(_inner(layers).step)
 
 
-def wrapped_row(layers: Layers) -> Row:
+def wrapped_row(layers: Layers, rounding: str = "auto") -> Row:
     triples = [LoRATriple(*layer, scaling=SCALING, name=str(i)) for i, layer in enumerate(layers)]
-    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, update_ratio=UPDATE_RATIO, lr=LEARNING_RATE)
+    optimizer = DeltaLoRAOptimizer(
+        torch.optim.AdamW, triples, update_ratio=UPDATE_RATIO, rounding=rounding, lr=LEARNING_RATE
+    )
     return Row(optimizer.step, lambda: optimizer.buffer_bytes)
 
 
@@ -128,6 +136,33 @@ def addmm_row(layers: Layers) -> Row:
     def run() -> None:
         for W, (U, V) in zip(layers.W, factors, strict=True):
             W.addmm_(U, V, alpha=1e-4)  # small: W is added to in every round and stays finite
+
+    return Row(run)
+
+
+def write_row(layers: Layers, rounding: str = "stochastic") -> Row:
+    """The products alone, of float32 factors that are ready, added and rounded as the optimizer does it.
+
+    On CUDA that is the fused kernel, elsewhere blocks of torch operations.
+    """
+    write = Rounding(rounding, 0).during("move", 0)
+    triples = [LoRATriple(*layer, name=str(i)) for i, layer in enumerate(layers)]
+    additions = [
+        Addition(triple, Ledger(), W, torch.cat([A, A], dim=1).detach(), torch.cat([B, B]).detach(), 1e-4, hashes, i)
+        for i, (triple, (W, A, B), hashes) in enumerate(
+            zip(triples, layers, label_hashes([triple.label for triple in triples], ()), strict=True)
+        )
+    ]
+    kernel = fused_kernel(layers.W[0].device)
+    if kernel is not None:
+        fused = FusedWrites(kernel)
+        keep = torch.ones(len(additions), dtype=torch.bool, device=layers.W[0].device)
+        return Row(lambda: fused.add_(additions, keep, write))
+
+    def run() -> None:
+        for triple, ledger, W, U, V, coef, hashes, _ in additions:
+            noise = write.noise(hashes, *W.shape, W.device) if write.stochastic else None
+            write.product_(triple, ledger, W, U, V, coef, noise)
 
     return Row(run)
 
@@ -145,7 +180,7 @@ def pass_row(layers: Layers) -> Row:
 def dense_row(layers: Layers) -> Row:
     """Public code's first pattern: clones of the factors, two dense products and their difference.
 
-    A bfloat16 W is added to as such code does it, with no cast: torch promotes the sum to float32 and rounds it.
+    A 16-bit W is added to as such code does it, with no cast: torch promotes the sum to float32 and rounds it.
     """
     inner = _inner(layers)
 
@@ -160,7 +195,7 @@ def dense_row(layers: Layers) -> Row:
 
 
 def product_row(layers: Layers) -> Row:
-    """Public code's second pattern: the dense product of before the step is kept. bfloat16 as in `dense_row`."""
+    """Public code's second pattern: the dense product of before the step is kept. 16 bits as in `dense_row`."""
     inner = _inner(layers)
 
     @torch.no_grad()
@@ -180,29 +215,53 @@ def _inner(layers: Layers) -> torch.optim.Optimizer:
 ROWS: dict[str, Callable[[Layers], Row]] = {
     "inner": inner_row,
     "wrapped": wrapped_row,
+    "nearest": partial(wrapped_row, rounding="nearest"),
+    "compensated": partial(wrapped_row, rounding="compensated"),
     "addmm": addmm_row,
+    "write": write_row,
+    "write_nearest": partial(write_row, rounding="nearest"),
+    "write_compensated": partial(write_row, rounding="compensated"),
     "pass": pass_row,
     "dense": dense_row,
     "product": product_row,
 }
 """What is measured. A further row needs an entry here, and one in `RATIOS` for each comparison."""
 
-PARTS = ("inner", "addmm", "pass")
+NARROW = ("nearest", "compensated", "write", "write_nearest", "write_compensated")
+"""The rows for 16-bit weights only: rounding changes nothing for the others."""
+
+PARTS = ("inner", "addmm", "pass", "write", "write_nearest", "write_compensated")
 """The rows that do a part of the step's work. Every other row does all of it: the tests compare its W with ours."""
 
 RATIOS: dict[str, Callable[[Mapping[str, float]], float]] = {
     "(wrapped - inner) / addmm": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["addmm"],
     "(wrapped - inner) / pass": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["pass"],
+    "write / addmm": lambda ms: ms["write"] / ms["addmm"],
+    "write / write_nearest": lambda ms: ms["write"] / ms["write_nearest"],
+    "write / pass": lambda ms: ms["write"] / ms["pass"],
+    "write_compensated / addmm": lambda ms: ms["write_compensated"] / ms["addmm"],
+    "write_compensated / pass": lambda ms: ms["write_compensated"] / ms["pass"],
     "(dense - inner) / (wrapped - inner)": lambda ms: (ms["dense"] - ms["inner"]) / (ms["wrapped"] - ms["inner"]),
     "(product - inner) / (wrapped - inner)": lambda ms: (ms["product"] - ms["inner"]) / (ms["wrapped"] - ms["inner"]),
 }
 """Formed from the times of one round, then summarised over the rounds."""
 
 
+def rows_of(case: Case) -> dict[str, Callable[[Layers], Row]]:
+    """What is measured for a case."""
+    return {name: row for name, row in ROWS.items() if case.dtype.itemsize == 2 or name not in NARROW}
+
+
+def ratios_of(case: Case) -> dict[str, Callable[[Mapping[str, float]], float]]:
+    """Those of the ratios whose rows are measured for a case."""
+    absent = ROWS.keys() - rows_of(case).keys()
+    return {name: ratio for name, ratio in RATIOS.items() if not absent & set(name.split(" / "))}
+
+
 def measure(case: Case, device: torch.device, rounds: int, seed: int = 0) -> dict[str, Any]:
     """Times and memory of every row for one case."""
     weights = make_weights(case, device)
-    rows = {name: build(make_layers(case, weights)) for name, build in ROWS.items()}
+    rows = {name: build(make_layers(case, weights)) for name, build in rows_of(case).items()}
     flush = torch.zeros(FLUSH_BYTES // 4, device=device)
     for _ in range(WARM_UP_ROUNDS):
         for row in rows.values():
@@ -216,7 +275,7 @@ def measure(case: Case, device: torch.device, rounds: int, seed: int = 0) -> dic
             | {"peak_extra_bytes": peaks[name], "buffer_bytes": row.buffer_bytes()}
             for name, row in rows.items()
         },
-        "ratios": {name: _spread([ratio(ms) for ms in times]) for name, ratio in RATIOS.items()},
+        "ratios": {name: _spread([ratio(ms) for ms in times]) for name, ratio in ratios_of(case).items()},
     }
 
 
@@ -278,11 +337,11 @@ def describe(device: torch.device, rounds: int) -> dict[str, Any]:
 
 def table(case: Case, result: Mapping[str, Any]) -> str:
     """One case for people: milliseconds, MiB, and the ratios under it; the spread is 10 % to 90 %."""
-    lines = [str(case), f"  {'row':<10}{'median ms':>11}{'spread':>19}{'peak extra MiB':>16}{'buffers MiB':>13}"]
+    lines = [str(case), f"  {'row':<18}{'median ms':>11}{'spread':>19}{'peak extra MiB':>16}{'buffers MiB':>13}"]
     for name, row in result["rows"].items():
         spread = f"{row['p10']:.2f} .. {row['p90']:.2f}"
         memory = f"{row['peak_extra_bytes'] / 2**20:>16.2f}{row['buffer_bytes'] / 2**20:>13.2f}"
-        lines.append(f"  {name:<10}{row['median']:>11.2f}{spread:>19}{memory}")
+        lines.append(f"  {name:<18}{row['median']:>11.2f}{spread:>19}{memory}")
     for name, ratio in result["ratios"].items():
         lines.append(f"  {name:<40}{ratio['median']:>8.2f}  ({ratio['p10']:.2f} .. {ratio['p90']:.2f})")
     return "\n".join(lines)

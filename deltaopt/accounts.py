@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaopt.base import PLACES, BaseSource, KeptBase, Pristine, at_base, not_in_source
+from deltaopt.base import PLACES, BaseSource, KeptBase, Pristine, at_base, base_by_compensation, not_in_source
 from deltaopt.fingerprint import Fingerprint
 from deltaopt.ledger import (
     Ledger,
@@ -188,7 +188,7 @@ class Accounts:
         base = self._find_base(triple, ledger.base)
         if source is not None and (base := Pristine(source).find(triple, ledger.base)) is None:
             raise ValueError(not_in_source(triple, ledger.base))
-        if base is None and ledger.compensation_of(part) is not None:
+        if base is None and base_by_compensation(triple, ledger) is not None:
             return triple.part_matrix(part - full_part(triple, ledger))
         if base is None:
             raise RuntimeError(
@@ -248,8 +248,8 @@ class Accounts:
         if missing:
             warnings.warn(
                 f"what rounding had cut off from the 16-bit W of {len(missing)} layers ({missing[0]}, ..) is not in "
-                "the state, and without a copy of the base (keep_base) it can not be computed: it starts at zero, so "
-                "each element is off by half a spacing of its values at most, once",
+                "the state, and without a copy of the base (keep_base) it can not be computed: it starts at zero, and "
+                "W goes on from its bits",
                 RuntimeWarning,
                 stacklevel=4,
             )

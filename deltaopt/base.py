@@ -110,10 +110,23 @@ def at_base(
                 undo.callback(subtract_from_output(triple, joined(terms)).remove)
             elif terms:
                 undo.callback(_put, triple, triple.moved_part(triple.W).detach().clone())
-                part = full_part(triple, ledger)
-                add_terms_(triple, part, terms, -1.0)
-                _put(triple, part)
+                add_terms_(triple, triple.moved_part(triple.W), terms, -1.0)
         yield
+
+
+@torch.no_grad()
+def base_by_compensation(triple: LoRATriple, ledger: Ledger) -> Tensor | None:
+    """A 16-bit W with what compensated rounding has cut off, minus its displacement, if that is what it was.
+
+    It is not where float32's own rounding shows (a zero), where W saturated, or where the compensation began later.
+    """
+    part = triple.moved_part(triple.W).detach()
+    if ledger.base is None or ledger.lost is not None or ledger.compensation_of(part) is None:
+        return None
+    full = full_part(triple, ledger)
+    add_terms_(triple, full, displacement_of(triple, ledger), -1.0)
+    found = full.to(part.dtype)
+    return found if Fingerprint(found).record() == ledger.base.record() else None
 
 
 @torch.no_grad()
@@ -138,10 +151,11 @@ def _base_of(
                 kept.keep(triple, found)
         elif kept is not None:
             found = kept.find(triple, ledger.base)
+        if found is None:
+            found = base_by_compensation(triple, ledger)
         if found is not None:
             return found, None
-        W = triple.W
-        if W.element_size() > 2 or ledger.compensation_of(triple.moved_part(W)) is not None:
+        if triple.W.element_size() > 2:
             return "computed", ledger.lost and f"{ledger.lost}; or {ways}"
     if method == "copy":
         return "", (

@@ -68,6 +68,7 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
             if other.W.data_ptr() == triple.W.data_ptr():  # rows or columns of one fused weight
                 part = full_part(other, ledger)
                 add_terms_(other, part, [branch_of(other)])
-                other.moved_part(W).copy_(part)
+                largest = torch.finfo(W.dtype).max
+                other.moved_part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)
         merged[triple.label] = W
     return merged

@@ -103,9 +103,13 @@ class Ledger:
         held = self.compensation
         if held is None or held.dtype != part.dtype or held.bits.shape != part.shape:
             return None  # W was cast or replaced since
-        if held.bits.device != part.device:
-            self.compensation = held = Compensation(held.bits.to(part.device), held.dtype)
-        return held.bits
+        bits = held.bits.to(part.device)
+        # A convolution's matrix has its columns in the order of memory, which channels_last changes.
+        if part.dim() > 2 and bits.stride() != torch.empty_like(part, dtype=torch.int16, device="meta").stride():
+            bits = torch.empty_like(part, dtype=torch.int16).copy_(bits)
+        if bits is not held.bits:
+            self.compensation = Compensation(bits, held.dtype)
+        return bits
 
     def kept_compensation(self, part: Tensor) -> Tensor:
         """What was cut off from `part`, to be written; zero at first."""

@@ -32,10 +32,10 @@ class Keys(NamedTuple):
     columns: int
 
     @classmethod
-    def of(cls, seed: int, event: str, step: int) -> Keys:
-        """The keys of `event`, one of `EVENTS`, in step `step` of a run with the seed `seed`."""
+    def of(cls, seed: int, event: str, step: int, repeat: int = 0) -> Keys:
+        """The keys of `event`, one of `EVENTS`, for the `repeat`-th time in step `step` of a run with this seed."""
         keys = torch.tensor([0, WEYL], dtype=torch.int32)
-        for word in (seed, seed >> 32, EVENTS.index(event), step):
+        for word in (seed, seed >> 32, EVENTS.index(event) + repeat * len(EVENTS), step):
             keys = mixed((keys ^ _int32(word)) + WEYL)
         return cls(*keys.tolist())
 

@@ -208,6 +208,7 @@ class DeltaLoRAOptimizer(Optimizer):
             self._delta.apply_(self._guard, self._rounding.during("move", self._step_count))  # W_{t+1}
 
         self._step_count += counts
+        self._repeats = 0
         return loss
 
     @property
@@ -295,7 +296,7 @@ class DeltaLoRAOptimizer(Optimizer):
         1. `source`: exact;
         2. the copy of `keep_base`: exact;
         3. a float32 or float64 W: W minus its displacement, equal to rounding; so for a 16-bit W with compensated
-           rounding, which is as good as float32;
+           rounding, if what comes out has the base's fingerprint: exact then;
         4. another 16-bit W stays, and a hook takes displacement @ x off its layer's output. What rounding did to W
            while it moved stays in it.
 
@@ -347,7 +348,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         self._between_steps("restart()")
         self._look_up()
-        write = self._rounding.during("restart", self._step_count)
+        write = self._rounding.during("restart", self._step_count, self._repeats)
+        self._repeats += 1
         self._accounts.fold(reinit if reinit is not None else lora_start(generator), write)
         for triple in self.triples:
             for factor in (triple.A, triple.B):
@@ -376,7 +378,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._look_up()
         ratios = [group.ratio_at(self._step_count) for group in self._groups]
         follows = [r > 0 for group, r in zip(self._groups, ratios, strict=True) for _ in group.triples]
-        self._accounts.resync(follows, self._rounding.during("resync", self._step_count))
+        self._accounts.resync(follows, self._rounding.during("resync", self._step_count, self._repeats))
+        self._repeats += 1
 
     def accounts(self) -> list[Account]:
         """Each triple with the ledger of its W, for export and analysis."""
@@ -551,6 +554,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rounding = rounding
         self._at_base = False
         self._step_count = step_count
+        self._repeats = 0  # restarts and resyncs since the last step
         self._guard = FiniteGuard(skipped_updates)
         self._delta = FactoredDelta()
         super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own

@@ -176,8 +176,7 @@ def _decide(
     part = triple.moved_part(stored.W)
     match = _what_is_there(part, W, saved)
     if match == "rebuilt":  # in other bits than were saved, by this optimizer if it knows what it cut off
-        here_kept = present.compensation_of(part)
-        compensation = here_kept if here_kept is not None else compensation
+        compensation = present.compensation_of(part)
     if match is not None:
         return Resumption(triple, saved, rebuild=False, compensation=compensation), found
     problem, base = None, None

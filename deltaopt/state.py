@@ -160,7 +160,11 @@ def without_compensation(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         state_dict: what `DeltaLoRAOptimizer.state_dict` returned; it is not changed.
+
+    Raises:
+        ValueError: if it is not such a state.
     """
+    split_record(state_dict)
     state = {
         number: {key: value for key, value in entries.items() if not str(key).startswith(COMPENSATION)}
         for number, entries in state_dict["state"].items()

@@ -31,9 +31,9 @@ class Rounding(NamedTuple):
             return "nearest"
         return "stochastic" if self.mode == "auto" else self.mode
 
-    def during(self, event: str, step: int) -> Write:
-        """Writes W in `event` of step `step`: another event has other noise."""
-        return Write(self, event, step)
+    def during(self, event: str, step: int, repeat: int = 0) -> Write:
+        """Writes W in `event` of step `step`, the `repeat`-th time there: another event has other noise."""
+        return Write(self, event, step, repeat)
 
 
 def checked_rounding(mode: object, seed: object) -> Rounding:
@@ -60,11 +60,12 @@ class Write(NamedTuple):
     rounding: Rounding
     event: str
     step: int
+    repeat: int = 0
 
     @property
     def keys(self) -> Keys:
         """Of its noise."""
-        return Keys.of(self.rounding.seed, self.event, self.step)
+        return Keys.of(self.rounding.seed, self.event, self.step, self.repeat)
 
     def product_(
         self,
@@ -102,6 +103,7 @@ class Write(NamedTuple):
     def compensation(self, triple: LoRATriple, ledger: Ledger, W: Tensor) -> Tensor | None:
         """What rounding has cut off from W so far, to be added and written again; None if this W is without."""
         if self.rounding.of(W.dtype) != "compensated":
+            ledger.compensation = None  # of a W that was cast since
             return None
         return ledger.kept_compensation(triple.moved_part(W))
 

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -261,6 +262,11 @@ def test_a_state_without_compensation():
     torch.testing.assert_close(twin.full(), run.full(), rtol=1e-6, atol=1e-8)
 
 
+def test_a_state_of_another_optimizer_has_no_compensation_to_leave_out():
+    with pytest.raises(ValueError, match="was not saved by a DeltaLoRAOptimizer"):
+        without_compensation(AdamW([torch.zeros(1, requires_grad=True)]).state_dict())
+
+
 def test_a_run_may_go_on_with_another_rounding():
     run = Run(rounding="stochastic").train(6)
     with pytest.warns(RuntimeWarning, match="it starts at zero"):
@@ -459,3 +465,74 @@ def test_a_compiled_step_moves_W_as_the_eager_one():
             do()
     assert torch.equal(eager.W, compiled.W)
     assert not torch.equal(eager.W, eager.W0)
+
+
+def test_a_compensation_that_began_later_does_not_make_a_base():
+    """After a resume without it: what it had cut off before is unknown, however many steps follow."""
+    run = Run(rounding="stochastic").train(20)
+    with pytest.warns(RuntimeWarning, match="it starts at zero"):
+        twin = run.twin(rounding="compensated")
+    twin.train(3).optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="the base can not be had"), twin.optimizer.base_weights(method="copy"):
+        pass
+    with pytest.raises(RuntimeError, match="what rounding did is known"):
+        twin.optimizer.residual("q0")
+
+
+def test_a_changed_memory_format_keeps_each_compensation_at_its_element():
+    stored = strategies.make("conv2d", dtype=torch.bfloat16, factor_dtype=torch.float32)
+    layer = torch.nn.Module()
+    layer.W = torch.nn.Parameter(stored.W, requires_grad=False)
+    triple = LoRATriple((layer, "W"), stored.A, stored.B, name="q", layout="conv")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1e-3, rounding="compensated")
+    W0 = layer.W.double()
+    for memory in (torch.contiguous_format, torch.channels_last):
+        layer.W.data = layer.W.data.contiguous(memory_format=memory)
+        stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+        optimizer.step()
+    ((triple, ledger),) = optimizer.accounts()
+    asked = optimizer.displacement("q")
+    exact = W0 + (asked.A.double() @ asked.B.double()).view_as(W0)
+    assert float((full_part(triple, ledger).double() - exact).abs().max()) < 1e-5
+
+
+def test_a_cast_to_float32_and_back_forgets_the_compensation():
+    layer = torch.nn.Linear(D, C, bias=False).requires_grad_(False).bfloat16()
+    A, B = torch.randn(C, R, requires_grad=True), torch.randn(R, D, requires_grad=True)
+    triple = LoRATriple((layer, "weight"), A, B, name="q")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1e-3, rounding="compensated")
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        layer.to(dtype)
+        ((_, ledger),) = optimizer.accounts()
+        if dtype == torch.float32:
+            assert ledger.compensation is not None
+        A.grad = torch.ones_like(A)
+        optimizer.step()
+        assert (ledger.compensation is None) == (dtype == torch.float32)
+
+
+def test_events_within_one_step_have_noise_of_their_own():
+    """An averaged adapter that is put in and taken out again and again: errors add up as a random walk, no faster."""
+    W, B = torch.ones(32, 32, dtype=torch.bfloat16), torch.ones(1, 32, requires_grad=True)
+    A = torch.zeros(32, 1, requires_grad=True)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], lr=1.0, update_ratio=1.0)
+    A.grad = torch.full_like(A, -1e-3)
+    optimizer.step()
+    first = W.clone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the 16-bit W of 1 layers .* was moved back at once")
+        for change in 30 * (1.3e-3, -1.3e-3):
+            A.data.add_(change)
+            optimizer.resync()
+    drift = (W.double() - first.double()) / torch.finfo(torch.bfloat16).eps
+    assert 0 < float(drift.square().mean().sqrt()) < 8  # 20 with one noise for all
+
+
+def test_merged_weights_saturate():
+    W = torch.full((2, 2), 65000.0, dtype=torch.float16)
+    A, B = torch.full((2, 1), 1e3, requires_grad=True), torch.full((1, 2), 10.0, requires_grad=True)
+    for mode in MODES:
+        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [(W.clone(), A, B)], lr=1.0, rounding=mode)
+        A.grad = torch.zeros_like(A)
+        optimizer.step()
+        assert bool((deltaopt.merged_weights(optimizer)["triple0"] == 65504).all())

@@ -9,11 +9,22 @@ import torch
 
 from benchmarks import step_overhead
 from benchmarks.memory import peak_allocation
-from benchmarks.step_overhead import PARTS, RATIOS, ROWS, Case, main, make_layers, make_weights
+from benchmarks.step_overhead import (
+    NARROW,
+    PARTS,
+    RATIOS,
+    ROWS,
+    Case,
+    main,
+    make_layers,
+    make_weights,
+    ratios_of,
+    rows_of,
+)
 
 MIB = 1 << 20
 NUMBERS = 64  # bytes of Python numbers, which become tensors in an expression
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TINY = tuple(Case("tiny", 3, 48, 40, 2, dtype) for dtype in DTYPES)
 
 
@@ -59,23 +70,29 @@ def test_peak_on_a_gpu():
     assert peak_allocation(nested, "cuda") == 12 * MIB
 
 
-def run_two_steps(name: str, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def run_two_steps(name: str, case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """All W and all factors after two calls of a row that has the weights for itself."""
-    layers = make_layers(case, make_weights(case, torch.device("cpu")))
+    layers = make_layers(case, make_weights(case, torch.device(device)))
     row = ROWS[name](layers)
     row.run()
     row.run()
     return torch.stack(layers.W).float(), torch.cat([factor.detach().flatten() for factor in layers.factors])
 
 
-@pytest.mark.parametrize("case", TINY, ids=str)
-@pytest.mark.parametrize("rival", sorted(ROWS.keys() - {*PARTS, "wrapped"}))
-def test_rival_does_our_work(rival, case, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize(
+    ("rival", "case"),
+    [(name, case) for case in TINY for name in rows_of(case) if name not in (*PARTS, "wrapped")],
+    ids=str,
+)
+def test_rival_does_our_work(rival, case, device, monkeypatch):
     monkeypatch.setattr(step_overhead, "LEARNING_RATE", 1e-2)  # far above the rounding of bfloat16
-    before = torch.stack(make_weights(case, torch.device("cpu"))).float()
-    (W, factors), (rival_W, rival_factors) = (run_two_steps(name, case) for name in ("wrapped", rival))
+    before = torch.stack(make_weights(case, torch.device(device))).float()
+    (W, factors), (rival_W, rival_factors) = (run_two_steps(name, case, device) for name in ("wrapped", rival))
     assert (W - before).abs().mean() > 5e-4
-    tolerance = {"rtol": 2**-7, "atol": 1e-5} if case.dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-7}
+    # Two steps, each rounded to one of two neighbours.
+    rounding = {torch.float32: 5e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}[case.dtype]
+    tolerance = {"rtol": 2 * rounding, "atol": 1e-7 if case.dtype == torch.float32 else 5e-5}
     torch.testing.assert_close(rival_W, W, **tolerance)
     assert torch.equal(rival_factors, factors)
 
@@ -100,9 +117,33 @@ def test_results_name_the_machine_and_the_settings(results):
 def test_results_hold_every_row_and_ratio(results):
     assert [entry["case"]["dtype"] for entry in results["cases"]] == [str(dtype) for dtype in DTYPES]
     for entry in results["cases"]:
-        assert list(entry["rows"]) == list(ROWS)
-        assert list(entry["ratios"]) == list(RATIOS)
+        case = Case(**entry["case"] | {"dtype": getattr(torch, entry["case"]["dtype"].removeprefix("torch."))})
+        assert list(entry["rows"]) == list(rows_of(case))
+        assert list(entry["ratios"]) == list(ratios_of(case))
         assert all(0 < row["p10"] <= row["median"] <= row["p90"] for row in entry["rows"].values())
+
+
+def test_rounding_is_measured_where_it_does_something():
+    wide, narrow = TINY[0], TINY[1]
+    assert ROWS.keys() - rows_of(wide).keys() == set(NARROW)
+    assert RATIOS.keys() - ratios_of(wide).keys() == {name for name in RATIOS if name.startswith("write")}
+    assert rows_of(narrow).keys() == ROWS.keys()
+    assert ratios_of(narrow).keys() == RATIOS.keys()
+
+
+@pytest.mark.parametrize("name", ["write", "write_nearest", "write_compensated"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("case", TINY[1:], ids=str)
+def test_a_write_adds_the_product(case, device, name):
+    layers = make_layers(case, make_weights(case, torch.device(device)))
+    before = torch.stack(layers.W).double()
+    row = ROWS[name](layers)
+    for _ in range(2):
+        row.run()
+    product = torch.stack([2 * A.double() @ B.double() for A, B in zip(layers.A, layers.B, strict=True)])
+    expected = before + 2 * 1e-4 * product
+    spacing = torch.finfo(case.dtype).eps * expected.abs()
+    assert bool(((torch.stack(layers.W).double() - expected).abs() <= 2.01 * spacing + 1e-7).all())
 
 
 def test_memory_columns(results):
