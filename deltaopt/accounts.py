@@ -185,8 +185,9 @@ class Accounts:
         dtype = torch.promote_types(part.dtype, torch.float32)
         if ledger.base is None:
             return triple.part_matrix(torch.zeros_like(part, dtype=dtype))
-        base = self._find_base(triple, ledger.base)
-        if source is not None and (base := Pristine(source).find(triple, ledger.base)) is None:
+        find = self._find_base if source is None else Pristine(source).find
+        base = find(triple, ledger.base)
+        if base is None and source is not None:
             raise ValueError(not_in_source(triple, ledger.base))
         if base is None and base_by_compensation(triple, ledger) is not None:
             return triple.part_matrix(part - full_part(triple, ledger))
