@@ -271,7 +271,7 @@ class DeltaLoRAOptimizer(Optimizer):
         Args:
             name: of the triple.
             source: pristine weights, as for `base_weights`. Default: the copy of `keep_base`; with compensated rounding
-                what was cut off, which needs no base.
+                what was cut off, if the base that follows from it has the base's fingerprint.
 
         Returns:
             (c, d), or (e, c, d) for experts, in float32 (float64 for a float64 W), as W's matrix is: zero to rounding
