@@ -1,8 +1,9 @@
 """The same sum as `deltaopt.rounding` for many 16-bit weights at once: W is read once, rounded once, and written once.
 
 Matrices of the same shape, dtype and strides share a launch. What differs between them (where they lie, the hash of
-their noise, their place in `keep`) is in a table on the device, so that a step copies nothing there and waits for
-nothing. Each program makes one tile of W. The product is summed in float32, without TF32.
+their noise, their place in `keep`) is in a table on the device, and their coefficients beside it, which are copied
+there only when they are other ones than before. Nothing waits for the device. Each program makes one tile of W. The
+product is summed in float32, without TF32.
 
 This is the only file that imports Triton. Where that is not installed, `is_available` says so and nothing else works.
 """
@@ -44,13 +45,12 @@ warps. The sizes are fixed, as a search for better ones would run the kernel on 
 
 
 class Product(NamedTuple):
-    """One matrix and what is added to it: W += coef * U @ V.
+    """One matrix and the factors of what is added to it: W += coef * U @ V.
 
     Attributes:
         W: (c, d), bfloat16 or float16, any strides, no two elements in the same place; written in place.
         U: (c, k), float32, any strides.
         V: (k, d), float32, any strides.
-        coef: the factor of the product.
         compensation: (c, d), int16, any strides: rounds with compensation (see `deltaopt.rounding`), written in place.
         hash: which noise the matrix gets, an int32 (see `deltaopt.noise.label_hashes`).
         place: its index in `keep`.
@@ -59,7 +59,6 @@ class Product(NamedTuple):
     W: Tensor
     U: Tensor
     V: Tensor
-    coef: float
     compensation: Tensor | None
     hash: int
     place: int
@@ -68,30 +67,29 @@ class Product(NamedTuple):
 class Batch:
     """Products of any shapes on one device, in a launch for each group of matrices that are alike.
 
-    It holds on to its tensors, whose addresses it has written down: when one is replaced, make another batch.
+    It has written down where its tensors lie, and does not hold on to them: keep them, or make another batch.
     """
 
     def __init__(self, products: Sequence[Product]) -> None:
-        alike: dict[_Likeness, list[Product]] = defaultdict(list)
-        for product in products:
+        alike: dict[_Likeness, dict[int, Product]] = defaultdict(dict)
+        for number, product in enumerate(products):
             if product.W.numel():
                 turned = product.W.stride(0) < product.W.stride(1)
                 product = _turned(product) if turned else product
-                alike[_Likeness.of(product, turned)].append(product)
+                alike[_Likeness.of(product, turned)][number] = product
         self.groups = [_Group(likeness, members) for likeness, members in alike.items()]
-        self._written = [t for p in products for t in (p.W, p.compensation) if t is not None]
 
-    def add_(self, keep: Tensor, keys: Keys | None) -> None:
-        """Add each product to its W.
+    def add_(self, coefs: Sequence[float], keep: Tensor, keys: Keys | None) -> None:
+        """Add each product to its W. Autograd is not told.
 
         Args:
+            coefs: the factor of each product.
             keep: (n,) bool, on the device. A W for whose place it is False is left as it is, not even read.
             keys: round stochastically, save where there is a compensation. None: to nearest.
         """
         with torch.cuda.device_of(keep):
             for group in self.groups:
-                group.add_(keep, keys)
-        torch.autograd.graph.increment_version(self._written)  # as any operation in place would
+                group.add_(coefs, keep, keys)
 
 
 def is_available(device: torch.device) -> bool:
@@ -112,48 +110,57 @@ class _Likeness(NamedTuple):
     k: int
     strides: tuple[int, ...]
     """Of W, U, V and the compensation."""
-    coef: float
     compensated: bool
     turned: bool
 
     @classmethod
     def of(cls, product: Product, turned: bool) -> _Likeness:
-        W, U, V, coef, compensation = product[:5]
+        W, U, V, compensation = product[:4]
         kept_strides = (0, 0) if compensation is None else compensation.stride()
         strides = (*W.stride(), *U.stride(), *V.stride(), *kept_strides)
         c, d = W.shape
-        return cls(W.dtype, c, d, U.shape[1], strides, float(coef), compensation is not None, turned)
+        return cls(W.dtype, c, d, U.shape[1], strides, compensation is not None, turned)
 
 
 class _Group:
     """Matrices that are alike, and how they are launched."""
 
-    def __init__(self, likeness: _Likeness, products: list[Product]) -> None:
+    def __init__(self, likeness: _Likeness, members: dict[int, Product]) -> None:
         self.likeness = likeness
-        self.products = products  # which must live as long as the table has their addresses
+        self.numbers = list(members)
+        products = list(members.values())
         rows = [[*_addresses(p), p.hash, p.place] for p in products]
-        self.table = torch.tensor(rows, dtype=torch.int64)
-        device = products[0].W.device
-        if device.type == "cuda":
-            self.table = self.table.pin_memory().to(device, non_blocking=True)
+        self.device = products[0].W.device
+        self.table = _sent(torch.tensor(rows, dtype=torch.int64), self.device)
+        self.known_coefs: list[float] = []
+        self.coefs: Tensor | None = None
         self.options = options(likeness, aligned=all(address % 16 == 0 for row in rows for address in row[:4]))
         tiles = [-(-n // self.options[tile]) for n, tile in ((likeness.c, "BLOCK_C"), (likeness.d, "BLOCK_D"))]
         self.programs = tiles[0] * tiles[1] * len(products)
 
-    def add_(self, keep: Tensor, keys: Keys | None) -> None:
-        _, c, d, k, strides, coef, compensated, turned = self.likeness
+    def add_(self, coefs: Sequence[float], keep: Tensor, keys: Keys | None) -> None:
+        _, c, d, k, strides, compensated, turned = self.likeness
+        mine = [coefs[number] for number in self.numbers]
+        if mine != self.known_coefs:
+            self.coefs = _sent(torch.tensor(mine, dtype=torch.float32), self.device)
+            self.known_coefs = mine
         stochastic = keys is not None and not compensated
         rows, columns = keys or (0, 0)
         if turned:
             rows, columns = columns, rows
         _add[(self.programs,)](
-            self.table, keep, c, d, k, *strides, coef, rows, columns, STOCHASTIC=stochastic, **self.options
+            self.table, self.coefs, keep, c, d, k, *strides, rows, columns, STOCHASTIC=stochastic, **self.options
         )
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
 def _turned(product: Product) -> Product:
     """The product in the transpose of its W: (U V)^T = V^T U^T."""
-    W, U, V, _, kept, *_ = product
+    W, U, V, kept, *_ = product
     return product._replace(W=W.mT, U=V.mT, V=U.mT, compensation=None if kept is None else kept.mT)
 
 
@@ -195,6 +202,7 @@ def _jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 @_jit(do_not_specialize=["row_key", "column_key"])
 def _add(
     table: tl.tensor,
+    coefs: tl.tensor,
     keep: tl.tensor,
     c: tl.tensor,
     d: tl.tensor,
@@ -207,7 +215,6 @@ def _add(
     V_1: tl.tensor,
     kept_0: tl.tensor,
     kept_1: tl.tensor,
-    coef: tl.tensor,
     row_key: tl.tensor,
     column_key: tl.tensor,
     STOCHASTIC: tl.constexpr,
@@ -226,6 +233,7 @@ def _add(
     tiles = tl.cdiv(c, BLOCK_C) * tiles_d
     program = tl.program_id(0)
     matrix = table + (program // tiles) * TABLE_COLUMNS
+    coef = tl.load(coefs + program // tiles)
     if not tl.load(keep + tl.load(matrix + 5)):
         return
     tile = program % tiles

@@ -51,7 +51,8 @@ def export_adapter(
 def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     """Each W with its branch added, W + scaling * A @ B, for a model without adapters.
 
-    The model is not changed. With PEFT, `model.merge_and_unload()` in the training process gives the same weights.
+    The model is not changed. With PEFT, `model.merge_and_unload()` in the training process gives these weights too, but
+    for rounding in 16 bits: what compensated rounding has cut off from W is added here, and PEFT does not know of it.
 
     Returns:
         By name of the triple: a tensor of W's shape and dtype, computed in float64 and rounded once. Triples of rows or

@@ -13,7 +13,7 @@ that is resumed have the same noise, and a piece of a matrix has the piece of it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 WEYL = -0x61C88647  # 2^32 / golden ratio, as int32: multiples of it are spread evenly
 MIX = ((16, 0x7FEB352D), (15, -0x7B935975))
 LAST_SHIFT = 16
+
+Int32 = TypeVar("Int32", int, Tensor)
+"""A tensor of int32, or a number that fits one."""
 
 EVENTS = ("move", "restart", "resync", "resume")
 
@@ -34,10 +37,13 @@ class Keys(NamedTuple):
     @classmethod
     def of(cls, seed: int, event: str, step: int, repeat: int = 0) -> Keys:
         """The keys of `event`, one of `EVENTS`, for the `repeat`-th time in step `step` of a run with this seed."""
-        keys = torch.tensor([0, WEYL], dtype=torch.int32)
-        for word in (seed, seed >> 32, EVENTS.index(event) + repeat * len(EVENTS), step):
-            keys = mixed((keys ^ _int32(word)) + WEYL)
-        return cls(*keys.tolist())
+        words = (seed, seed >> 32, EVENTS.index(event) + repeat * len(EVENTS), step)
+        rows, columns = 0, WEYL
+        for word in map(_int32, words):
+            rows = mixed(_int32((rows ^ word) + WEYL))
+            # Scrambled first: of one word for both, another seed would have the two keys the other way round.
+            columns = mixed(_int32((columns ^ mixed(_int32(word + WEYL))) + WEYL))
+        return cls(rows, columns)
 
 
 def label_hashes(labels: Sequence[str], lead: Sequence[int]) -> Tensor:
@@ -61,14 +67,15 @@ def _scrambled(hashes: Tensor, key: int, n: int) -> Tensor:
     return mixed(start + torch.arange(n, dtype=torch.int32, device=hashes.device) * WEYL) | 1
 
 
-def mixed(x: Tensor) -> Tensor:
+def mixed(x: Int32) -> Int32:
     """Each int32 scrambled, one-to-one: xor-shifts and odd multiplications."""
     for shift, factor in MIX:
-        x = (x ^ _shifted(x, shift)) * factor
+        product = (x ^ _shifted(x, shift)) * factor
+        x = _int32(product) if isinstance(product, int) else product  # tensors wrap around by themselves
     return x ^ _shifted(x, LAST_SHIFT)
 
 
-def _shifted(x: Tensor, shift: int) -> Tensor:
+def _shifted(x: Int32, shift: int) -> Int32:
     """A right shift that brings in zeros: that of int32 brings in the sign."""
     return (x >> shift) & ((1 << (32 - shift)) - 1)
 

@@ -106,12 +106,22 @@ def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:
 
 
 def cut_off(W: Tensor, full: Tensor) -> Tensor:
-    """The compensation, int16, of a 16-bit W that is `full` (float32) rounded to nearest; 0 where it is not that."""
+    """The compensation, int16, of a 16-bit W that is `full` (float32) rounded to nearest.
+
+    `full` may differ in its last bits from what was rounded, and so lie just on the far side of a tie from W: half a
+    spacing is kept there, the most that rounding to nearest cuts off. Where W is no rounding of `full`, nothing is.
+    """
     grid = GRIDS[W.dtype]
-    rounded = full.clamp(-grid.largest, grid.largest)
-    compensation = torch.empty_like(W, dtype=torch.int16)
-    _round_and_keep_(rounded, torch.empty_like(rounded, dtype=torch.int32), compensation, grid)
-    return compensation.masked_fill_(rounded != W, 0)
+    full, near = full.clamp(-grid.largest, grid.largest), W.to(torch.float32)
+    if grid.subnormal:
+        offset = _offset(near, grid)
+        exact, near = full + offset, near + offset
+    else:
+        exact = full
+    away = exact.view(torch.int32).long() - near.view(torch.int32).long()
+    half = 1 << (grid.cut - 1)
+    is_rounding = (away.abs() < 2 * half) & (full.signbit() == near.signbit()) & W.isfinite() & full.isfinite()
+    return away.clamp_(-half, half - 1).masked_fill_(~is_rounding, 0).to(torch.int16)
 
 
 def _add_product_in_blocks_(

@@ -40,7 +40,7 @@ def checked_rounding(mode: object, seed: object) -> Rounding:
     """A `Rounding` of what a user gave.
 
     Raises:
-        ValueError, TypeError: if there is no such mode, or the seed is not an int.
+        ValueError, TypeError: if there is no such mode, or the seed is not an int of 64 bits.
     """
     if mode not in MODES:
         raise ValueError(f"rounding is one of {', '.join(MODES)}, got {mode!r}")
@@ -51,6 +51,8 @@ def checked_seed(seed: object) -> int:
     """A seed as it came, or an error."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"rounding_seed is an int, the same on every rank, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"rounding_seed is at least 0 and below 2^64, got {seed}")
     return seed
 
 

@@ -4,14 +4,16 @@ On the CPU the kernel runs in Triton's interpreter. tests/test_triton.py has the
 """
 
 import copy
+import sys
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
 
 from deltaopt import DeltaLoRAOptimizer, fused, update
-from deltaopt.fused import fused_kernel, works
+from deltaopt.fused import fused_kernel, try_out
 from tests import strategies
 
 pytest.importorskip("triton", reason="runs where Triton is installed")
@@ -63,9 +65,10 @@ def optimizer_of(stored, mode, **options):
     return DeltaLoRAOptimizer(SGD, triples, lr=1.0, update_ratio=1.0, rounding=mode, **options)
 
 
-def run(stored, mode, steps=3, **options):
+def run(stored, mode, schedule=(1.0, 1.0, 1.0), **options):
     optimizer = optimizer_of(stored, mode, **options)
-    for t in range(steps):
+    for t, ratio in enumerate(schedule):
+        optimizer.groups[0].update_ratio = ratio
         gradients(stored, t)
         optimizer.step()
     return optimizer
@@ -82,10 +85,10 @@ def kept(optimizer):
 def test_every_layout_as_by_blocks(layout, dtype, mode, with_kernel, monkeypatch):
     here, there = layers([layout] * 2, dtype), layers([layout] * 2, dtype)
     first = run(here, mode)
-    batches = len(with_kernel)
+    assert len(with_kernel) == 1
     monkeypatch.setattr(update, "fused_kernel", lambda device: None)
     second = run(there, mode)
-    assert batches == len(with_kernel) >= 1
+    assert len(with_kernel) == 1
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a.W.view(torch.int16), b.W.view(torch.int16))
     for a, b in zip(kept(first), kept(second), strict=True):
@@ -99,7 +102,55 @@ def test_a_batch_is_kept_while_its_tensors_are(with_kernel):
     optimizer.groups[0].update_ratio = 0.5
     gradients(stored, 9)
     optimizer.step()
+    assert with_kernel == [2]
+    stored[0].W.data = stored[0].W.clone()
+    optimizer.step()
     assert with_kernel == [2, 2]
+
+
+def test_a_schedule_of_the_ratio_makes_one_batch(with_kernel, monkeypatch):
+    """And goes to the weights as it does without the kernel."""
+    here, there = layers(["linear", "experts"], torch.bfloat16), layers(["linear", "experts"], torch.bfloat16)
+    run(here, "stochastic", schedule=[2.0, 1.0, 0.5])
+    assert with_kernel == [1, len(here[1].W)]
+    monkeypatch.setattr(update, "fused_kernel", lambda device: None)
+    run(there, "stochastic", schedule=[2.0, 1.0, 0.5])
+    assert all(torch.equal(a.W, b.W) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["linear", "transposed", "experts", "columns"])
+def test_a_replaced_weight_is_not_held(layout, with_kernel):
+    """As after `model.cpu()`: what was on the device is freed at once, not at the next step."""
+    module = torch.nn.Module()
+    s = layers([layout], torch.bfloat16)[0]
+    module.W = torch.nn.Parameter(s.W, requires_grad=False)
+    triple = s.triple(scaling=2.0**-9)
+    triple._W = (module, "W")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=1.0, rounding="compensated")
+    gradients([s], 0)
+    optimizer.step()
+    gone = weakref.ref(s.W.untyped_storage())
+    module.W.data = s.W.clone()
+    s.W = None
+    assert gone() is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autograd_hears_of_the_write(mode, with_kernel):
+    """Through the Parameter that W is now, after an earlier one was replaced by one in the same place."""
+    module = torch.nn.Module()
+    s = layers(["transposed"], torch.bfloat16)[0]
+    module.W = torch.nn.Parameter(s.W, requires_grad=False)
+    triple = s.triple(scaling=2.0**-9)
+    triple._W = (module, "W")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=1.0, rounding=mode)
+    for t in range(2):
+        gradients([s], t)
+        before = module.W._version
+        optimizer.step()
+        assert module.W._version > before
+        module.W = torch.nn.Parameter(module.W.data, requires_grad=False)
+    assert len(with_kernel) == 1
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known to the host", "not known"])
@@ -152,15 +203,37 @@ def test_no_kernel_on_a_cpu():
     assert fused_kernel(torch.device("cpu")) is None
 
 
-def test_a_kernel_is_tried_before_it_is_used():
-    assert works(_triton, torch.device("cpu"))
+@pytest.mark.parametrize("failing", [None, *MODES])
+def test_each_rounding_is_tried_before_any_is_used(failing, monkeypatch):
+    """On what passes for a GPU here: the warning says what failed, once, and blocks take over."""
 
-    def fail(products):
-        raise RuntimeError("no C compiler")
+    class Batch(_triton.Batch):
+        def add_(self, coefs, keep, keys):
+            compensated = self.groups[0].likeness.compensated
+            if failing == ("compensated" if compensated else "nearest" if keys is None else "stochastic"):
+                raise RuntimeError("no C compiler")
+            super().add_(coefs, keep, keys)
 
-    broken = types.SimpleNamespace(Batch=fail, Product=_triton.Product)
-    with pytest.warns(RuntimeWarning, match=r"the kernel .* can not be used on cpu, .* slower: .*no C compiler"):
-        assert not works(broken, torch.device("cpu"))
+    monkeypatch.setattr(_triton, "Batch", Batch)
+    monkeypatch.setattr(_triton, "is_available", lambda device: True)
+    monkeypatch.setattr(fused, "_usable", {})
+    monkeypatch.setattr(fused, "try_out", lambda kernel, device: try_out(kernel, torch.device("cpu")))
+    device = torch.device("cuda", 0)
+    if failing is None:
+        assert fused_kernel(device) is _triton
+        return
+    with pytest.warns(RuntimeWarning, match=r"the kernel .* can not be used on cuda:0, .* slower: .*no C compiler"):
+        assert fused_kernel(device) is None
+    assert fused_kernel(device) is None
+
+
+def test_a_triton_that_can_not_be_imported_is_told_of(monkeypatch):
+    """An old one lacks names that the module takes from it."""
+    monkeypatch.setattr(fused, "_usable", {})
+    monkeypatch.delattr("deltaopt._triton")
+    monkeypatch.setitem(sys.modules, "deltaopt._triton", None)
+    with pytest.warns(RuntimeWarning, match=r"the kernel .* can not be used on cuda, .* slower"):
+        assert fused_kernel(torch.device("cuda")) is None
 
 
 def test_without_triton_there_is_none(monkeypatch):

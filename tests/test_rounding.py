@@ -254,8 +254,26 @@ def test_what_was_cut_off_is_found_from_the_full_weight(dtype):
     for row in range(5):
         add_(W[row : row + 1], full[row : row + 1], compensation=compensation[row : row + 1])
     assert torch.equal(cut_off(W, full), compensation)
-    other = torch.nextafter(W, torch.full_like(W, torch.inf))
-    assert not cut_off(other, full).any()  # not what rounding to nearest gives
+    for other in (torch.nextafter(W, torch.full_like(W, torch.inf)).nextafter(torch.full_like(W, torch.inf)), -W):
+        assert not cut_off(other, full).any()  # no rounding of it
+    assert not cut_off(W.fill_(torch.nan), full).any()
+    assert not cut_off(W.fill_(1.0), full.fill_(torch.inf)).any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20])
+@each_dtype
+def test_beyond_a_tie_half_a_spacing_was_cut_off(dtype, scale):
+    """As where the sum was made anew, in another order, and its last bit is another."""
+    W = torch.tensor([[1.5, -1.5]]).mul(scale).to(dtype)
+    half = spacing(W.double(), dtype) / 2
+    for away in (half, -half):
+        full = (W.double() + (1 + 2.0**-8) * away).float()
+        kept = cut_off(W, full)
+        assert bool(((lifted(W, kept).double() - (W.double() + away)).abs() <= half * 2.0**-11).all())
+        before = W.clone(), kept.clone()
+        add_(W, torch.zeros(1, 2), compensation=kept)
+        assert torch.equal(W, before[0])
+        assert torch.equal(kept, before[1])
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])

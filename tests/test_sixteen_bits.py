@@ -303,6 +303,28 @@ def test_the_base_of_a_compensated_weight_comes_back_bit_for_bit(dtype):
     assert torch.equal(run.full(), before)
 
 
+@pytest.mark.parametrize("what", ["zeros", "saturated"])
+def test_a_base_that_a_compensation_does_not_lead_back_to(what):
+    """A zero has no float32 neighbours a spacing away, and what saturated is gone: the base is asked for by name."""
+    run = Run(torch.float16, rounding="compensated", lr=1e-3 if what == "zeros" else 1.0)
+    run.W[:, ::2] = 0.0 if what == "zeros" else torch.finfo(torch.float16).max
+    run.optimizer.rebase()
+    base = run.W.clone()
+    run.train(30)
+    moved = run.W.clone()
+    with pytest.raises(RuntimeError, match=r"q0: .*source="), run.optimizer.base_weights():
+        pass
+    with pytest.raises(RuntimeError, match=r"q0: what rounding did is known .* source="):
+        run.optimizer.residual("q0")
+    with run.optimizer.base_weights(source={"w": base}):
+        assert torch.equal(run.W, base)
+    assert torch.equal(run.W, moved)
+    residual = run.optimizer.residual("q0", source={"w": base})
+    asked = run.asked()
+    exact = (moved.double() - base.double() - asked).float()
+    torch.testing.assert_close(residual, exact, rtol=1e-6, atol=1e-6 * float(asked.abs().max()))
+
+
 @each_dtype
 def test_the_residual(dtype):
     """Against its definition, from a kept copy, from pristine weights, and for compensation without any."""
@@ -433,6 +455,13 @@ def test_roundings_that_do_not_exist(mode, error):
 @pytest.mark.parametrize("seed", [1.5, "0", None, True])
 def test_seeds_that_are_no_ints(seed):
     with pytest.raises(TypeError, match="rounding_seed is an int, the same on every rank, got"):
+        Run(rounding_seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_of_more_than_64_bits(seed):
+    """Taken modulo 2^64 they would be another seed's twin."""
+    with pytest.raises(ValueError, match=r"rounding_seed is at least 0 and below 2\^64, got"):
         Run(rounding_seed=seed)
 
 
