@@ -78,7 +78,7 @@ class Accounts:
             if triple.took_from_base():
                 ledger.origin = branch_of(triple).cloned()
             self._accounts.append(Account(triple, ledger))
-            if self._kept is not None:
+            if self._kept is not None and not triple.weight_problems():
                 self._kept.keep(triple)
 
     def open(self, ledgers: Iterable[Ledger]) -> None:
@@ -109,7 +109,8 @@ class Accounts:
         """What the W of `name` was asked to move by."""
         triple, ledger = self.find(name)
         _, A, B = branch_of(triple)
-        return joined(displacement_of(triple, ledger) or [Term(0.0, A[..., :0], B[..., :0, :])])
+        folded = [Term(triple.folded * triple.scaling, A, B)] if triple.folded else []
+        return joined(displacement_of(triple, ledger) + folded or [Term(0.0, A[..., :0], B[..., :0, :])])
 
     def rebase(self) -> None:
         """Take every W as it is now as its base."""
@@ -120,9 +121,13 @@ class Accounts:
             triple.weight_rests()
 
     @torch.no_grad()
-    def fold(self, reinit: Reinit, write: Write) -> None:
-        """Let `reinit` start A and B afresh, and `write` add every branch as it was before to its W."""
-        self._refuse_not_finite()
+    def restart(self, reinit: Reinit, write: Write) -> None:
+        """Let `reinit` start A and B afresh, and `write` add every branch as it was before to its W.
+
+        A folded branch begins with (1 + lambda) s times its new product, of which W gives lambda s.
+        """
+        self.refuse_not_finite()
+        self._refuse_unwritable()
         branches = [branch_of(triple).cloned() for triple in self.triples]
         kept = [(factor, factor.clone()) for triple in self.triples for factor in (triple.A, triple.B)]
         try:
@@ -135,14 +140,18 @@ class Accounts:
         self.open(self.ledgers)
         known = [ledger for ledger in self.ledgers if not ledger.lost]
         for (triple, ledger), branch in zip(self, branches, strict=True):
-            write.terms_(triple, ledger, [branch])
-            ledger.beside(triple).fold(branch.coef, (branch.A, branch.B))
+            terms = [branch]
+            ledger.beside(triple).restart(branch.coef, (branch.A, branch.B))
+            if triple.folded:
+                terms.append(branch_of(triple)._replace(coef=-triple.folded * triple.scaling))
+                ledger.add(terms[-1])
+            write.terms_(triple, ledger, terms)
         warn_of_lost(known, stacklevel=4)
 
     @torch.no_grad()
     def resync(self, follows: Iterable[bool], write: Write) -> None:
         """Let `write` move every W that `follows` by coef times the change of the product since its last move."""
-        self._refuse_not_finite()
+        self.refuse_not_finite()
         rounded = []
         for (triple, ledger), follow in zip(self, follows, strict=True):
             before, (_, A, B) = ledger.beside(triple).end, branch_of(triple).cloned()
@@ -174,13 +183,18 @@ class Accounts:
         """What a checkpoint keeps of each ledger."""
         return [ledger.record(triple) for triple, ledger in self]
 
-    def compensations(self, write: Write) -> list[Tensor | None]:
-        """What a checkpoint keeps of each compensation; zeros before the first move, as a template for loading."""
-        return [write.compensation(triple, ledger, triple.W) for triple, ledger in self]
+    def compensations(self, write: Write, template: bool) -> list[Tensor | None]:
+        """What a checkpoint keeps of each compensation; with `template`, zeros where there is none yet."""
+        return [
+            write.compensation(triple, ledger, triple.W) if template or ledger.compensation is not None else None
+            for triple, ledger in self
+        ]
 
     def residual(self, name: str, source: BaseSource | None) -> Tensor:
         """See `DeltaLoRAOptimizer.residual`."""
         triple, ledger = self.find(name)
+        if problems := triple.weight_problems():
+            raise RuntimeError(f"{name}: {problems[0]}")
         part = triple.moved_part(triple.W).detach()
         dtype = torch.promote_types(part.dtype, torch.float32)
         if ledger.base is None:
@@ -272,7 +286,13 @@ class Accounts:
                 stacklevel=4,
             )
 
-    def _refuse_not_finite(self) -> None:
+    def _refuse_unwritable(self) -> None:
+        found = [f"{triple.label}: {problem}" for triple in self.triples for problem in triple.weight_problems()]
+        if found:
+            raise RuntimeError("these W can not be written (nothing was changed):\n  " + "\n  ".join(found))
+
+    def refuse_not_finite(self) -> None:
+        """Refuse factors that are NaN or infinite, before their product is added to W."""
         bad = [t.label for t, (_, A, B) in ((t, branch_of(t)) for t in self.triples) if not _finite(A, B)]
         if bad:
             raise ValueError(

@@ -59,9 +59,12 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
         columns of one weight get all of it, with all of their branches.
 
     Raises:
-        RuntimeError: in `base_weights`.
+        RuntimeError: if a W can not be read (quantized, offloaded), or in `base_weights`.
     """
     accounts = optimizer.accounts()
+    found = [f"{triple.label}: {problem}" for triple, _ in accounts for problem in triple.weight_problems()]
+    if found:
+        raise RuntimeError("these W can not be merged with their branch:\n  " + "\n  ".join(found))
     merged = {}
     for triple, _ in accounts:
         W = triple.W.detach().clone()

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from deltaopt.triple import LoRATriple, checked_scaling
+from deltaopt.scaling import checked_scaling
+from deltaopt.triple import LoRATriple
 
 UpdateRatio: TypeAlias = float | Callable[[int], float]
 TriplesInput: TypeAlias = Iterable[Any]

@@ -5,7 +5,7 @@ While coef = lambda s is constant, the moves telescope (docs/method.md):
     W[t] - W[K] = coef * (A[t] B[t] - A[K] B[K])
 
 so one anchor and the present product say all of it, whatever the number of steps. A changed coef, factors that were
-changed between two steps, and a fold of the branch into W each add a term.
+changed between two steps, and a restart, which adds the branch to W, each add a term.
 """
 
 from __future__ import annotations
@@ -134,7 +134,11 @@ class Ledger:
             self._close(-coef, start)
         self.coef = coef
 
-    def fold(self, scaling: float, branch: Factors) -> None:
+    def add(self, term: Term) -> None:
+        """Enter that W was asked to move by `term`, apart from the moves of steps."""
+        self._close(term.coef, (term.A, term.B))
+
+    def restart(self, scaling: float, branch: Factors) -> None:
         """Enter that scaling * A @ B of the branch was added to W, and that A and B start afresh."""
         if self.end is not None and all(map(torch.equal, self.end, branch)):
             scaling, self.end = self.coef + scaling, None
@@ -196,12 +200,12 @@ class Ledger:
             "lost": self.lost,
             "rebased": self.rebased,
             "base": None if self.base is None else self.base.record(),
-            "W": (now := weight_fingerprint(triple, stored).record()),
+            "W": (now := weight_record(triple, stored)),
             "whole": whole_hash(triple.moved_part(stored.W)) if self._hides(now) else None,
             **{letter: factor_fingerprint(getattr(stored, letter)).record() for letter in "AB"},
         }
 
-    def _hides(self, now: dict[str, Any]) -> bool:
+    def _hides(self, now: dict[str, Any] | None) -> bool:
         """Whether W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits."""
         return self.base is not None and self.base.record() == now
 
@@ -231,7 +235,9 @@ class SavedLedger:
             A, B = self.end
             self.ledger.end = _tensor_of(A), _tensor_of(B)
         self.whole = None if record["whole"] is None else int(record["whole"])
-        self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "WAB"}
+        self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "AB"}
+        W = record["W"]
+        self.W = None if W is None else Fingerprint.of_record(W).record()
 
     def placed(self, triple: LoRATriple) -> Ledger:
         """The ledger with its tensors where the triple's are, in the dtype of its computation."""
@@ -261,10 +267,10 @@ def displacement_of(triple: LoRATriple, ledger: Ledger) -> list[Term]:
 
 
 def branch_of(triple: LoRATriple) -> Term:
-    """Scaling * A @ B as it is now, in the dtype of the computation. To be read, not written."""
+    """What the branch adds now, branch_scaling * A @ B, in the dtype of the computation. To be read, not written."""
     stored = triple.stored()
     A, B = (factor.detach().to(stored.compute_dtype()) for factor in triple.factor_matrices(stored))
-    return Term(triple.scaling, A, B)
+    return Term(triple.branch_scaling, A, B)
 
 
 def whole_change(triple: LoRATriple, ledger: Ledger, from_pristine: bool = False) -> LowRank:
@@ -302,6 +308,11 @@ def _combined(terms: list[Term]) -> list[Term]:
 def weight_fingerprint(triple: LoRATriple, stored: Stored) -> Fingerprint:
     """Of the part of W that moves."""
     return Fingerprint(triple.moved_part(stored.W))
+
+
+def weight_record(triple: LoRATriple, stored: Stored) -> dict[str, Any] | None:
+    """What a checkpoint keeps to know W again; None of one that can not be read (quantized, offloaded)."""
+    return None if triple.weight_problems() else weight_fingerprint(triple, stored).record()
 
 
 def factor_fingerprint(factor: Tensor) -> Fingerprint:

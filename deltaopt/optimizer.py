@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, overload
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from deltaopt.accounts import Account, Accounts, Reinit, lora_start
 from deltaopt.base import BaseSource
+from deltaopt.folding import Folding, checked_weight_update, evaluated_once, refuse_folded, refuse_inner
 from deltaopt.groups import (
     DeltaGroup,
     ParamsInput,
@@ -79,6 +80,11 @@ class DeltaLoRAOptimizer(Optimizer):
             ``"stochastic"``. A W in float32 or float64 is rounded to nearest whatever this is.
         rounding_seed: of the noise of stochastic rounding, the same on every rank. Default 0. The global generator is
             not touched.
+        weight_update: ``"in_place"``, the default, moves W. ``"folded"`` comes to the same A, B and effective weights
+            without writing W: at step K it takes lambda s A_K B_K from W, which is nothing at LoRA's usual start with
+            K = 0, scales the branch by (1 + lambda) s from then on, and divides what reaches the gradients of A and B
+            by 1 + lambda. It needs a constant `update_ratio` and triples whose scaling can be set (those of
+            `find_triples` can), and takes quantized W's too, if the product at step K is zero. See docs/folded.md.
         keep_base: ``"cpu"`` or ``"device"`` keeps a copy of every W from before its first move, there or beside W,
             for `base_weights`. Default None: no copy, no memory.
         **inner_kwargs: ``lr``, ``weight_decay``, .. for an inner class.
@@ -120,6 +126,7 @@ class DeltaLoRAOptimizer(Optimizer):
         scaling: float = 1.0,
         rounding: str = "auto",
         rounding_seed: int = 0,
+        weight_update: str = "in_place",
         keep_base: str | None = None,
         **inner_kwargs: Any,
     ) -> None:
@@ -130,8 +137,11 @@ class DeltaLoRAOptimizer(Optimizer):
             )
         settings = Settings(update_ratio, start_step, scaling)
         rounds = checked_rounding(rounding, rounding_seed)
+        folding = Folding() if checked_weight_update(weight_update) == "folded" else None
         groups, options = parse_triples(triples, settings)
-        check_triples([triple for group in groups for triple in group.triples])
+        registered = [triple for group in groups for triple in group.triples]
+        refuse_folded(registered)
+        check_triples(registered, folding is not None)
         if isinstance(inner, Optimizer):
             refuse_unused(options, params, inner_kwargs)
         else:
@@ -140,9 +150,12 @@ class DeltaLoRAOptimizer(Optimizer):
             raise ValueError(
                 "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
             )
+        if folding is not None:
+            refuse_inner(inner)
+            folding.take_over(groups)
         self._settings = settings
-        accounts = Accounts((triple for group in groups for triple in group.triples), keep_base)
-        self._become(inner, groups, accounts, rounds, step_count=0, skipped_updates=0)
+        accounts = Accounts(registered, keep_base)
+        self._become(inner, groups, accounts, rounds, folding, step_count=0, skipped_updates=0)
         self._remember([triple.stored() for triple in self.triples])  # checked above
         self._look_up()
 
@@ -199,7 +212,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_at_base("step()")
         stored = self._look_up()
         counts = not is_state_initialisation(self._inner)
-        moves = self._moves(stored) if counts else []
+        moves = self._moves(stored) if counts else []  # of no W where the ratio is folded into the branch
 
         self._delta.snapshot(moves)  # A_t, B_t
         loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
@@ -227,6 +240,11 @@ class DeltaLoRAOptimizer(Optimizer):
         return [triple for group in self._groups for triple in group.triples]
 
     @property
+    def weight_update(self) -> str:
+        """How the weights are updated, "in_place" or "folded"."""
+        return "in_place" if self._folding is None else "folded"
+
+    @property
     def step_count(self) -> int:
         """How many calls of `step()` there have been; t in the algorithm."""
         return self._step_count
@@ -248,6 +266,8 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def displacement(self, name: str) -> LowRank:
         """How far a W was asked to move since its first move (or the last `rebase`), as low-rank factors.
+
+        With ``weight_update="folded"``, how far it would have moved in place; the branch has it.
 
         Args:
             name: of the triple.
@@ -291,7 +311,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """Within it every W is what it was before its first move; after it, what it is now, bit for bit.
 
         For the reference model of DPO or GRPO, or an evaluation of the base; with PEFT together with
-        ``model.disable_adapter()``, which leaves out the branch. W's bits come from the first of these that there is:
+        ``model.disable_adapter()``, which leaves out the branch. (A folded branch adds scaling * A @ B within it, as
+        beside a W that moves.) W's bits come from the first of these that there is:
 
         1. `source`: exact;
         2. the copy of `keep_base`: exact;
@@ -316,7 +337,10 @@ class DeltaLoRAOptimizer(Optimizer):
         self._look_up()
         self._at_base = True
         try:
-            with self._accounts.at_base(source, method):
+            with ExitStack() as stack:
+                stack.enter_context(self._accounts.at_base(source, method))
+                if self._folding is not None:
+                    stack.enter_context(self._folding.unfolded(self.triples))
                 yield
         finally:
             self._at_base = False
@@ -331,10 +355,11 @@ class DeltaLoRAOptimizer(Optimizer):
         self._accounts.rebase()
 
     def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
-        """Fold every branch into its W and start A and B afresh, as ReLoRA does: the total rank can grow.
+        """Add every branch to its W and start A and B afresh, as ReLoRA does: the total rank can grow.
 
-        W += scaling * A @ B, then A and B as LoRA starts them, with no gradients and no inner state. The effective
-        weight is as before, up to rounding. The ledgers go on, so that export and resume still count from the base.
+        W += what the branch adds, scaling * A @ B, then A and B as LoRA starts them, with no gradients and no inner
+        state. The effective weight is as before, up to rounding. The ledgers go on, so that export and resume still
+        count from the base.
 
         Args:
             reinit: gets each triple and writes its A and B in place, under `torch.no_grad`. Default: A zero, B uniform
@@ -344,13 +369,13 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Raises:
             ValueError: if a factor is NaN or infinite. Nothing is changed then.
-            RuntimeError: if a branch is merged, or in `base_weights`.
+            RuntimeError: if a branch is merged, a W can not be written (quantized), or in `base_weights`.
         """
         self._between_steps("restart()")
         self._look_up()
         write = self._rounding.during("restart", self._step_count, self._repeats)
         self._repeats += 1
-        self._accounts.fold(reinit if reinit is not None else lora_start(generator), write)
+        self._accounts.restart(reinit if reinit is not None else lora_start(generator), write)
         for triple in self.triples:
             for factor in (triple.A, triple.B):
                 factor.grad = None
@@ -369,6 +394,7 @@ class DeltaLoRAOptimizer(Optimizer):
         compensated rounding it is as good as float32.
 
         Without it a change of A and B from outside is no step: W stays, and the next step's delta counts from there.
+        With ``weight_update="folded"`` there is nothing to do: what W would move by is in the branch, which follows.
 
         Raises:
             ValueError: if a factor is NaN or infinite. Nothing is changed then.
@@ -419,6 +445,8 @@ class DeltaLoRAOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of everything that trains, as the inner optimizer does."""
         self._inner.zero_grad(set_to_none=set_to_none)
+        if self._folding is not None:
+            self._folding.look_up(self.triples)  # in a copy the factors are others
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, or triples, while training goes on.
@@ -436,8 +464,11 @@ class DeltaLoRAOptimizer(Optimizer):
             self._inner.add_param_group(param_group)
             return
         groups, options = parse_triples([param_group], self._settings, first=len(self.triples))
-        check_triples([*self.triples, *groups[0].triples])
+        refuse_folded(groups[0].triples)
+        check_triples([*self.triples, *groups[0].triples], self._folding is not None)
         refuse_weights(self.triples, options[0].get("params", ()))
+        if self._folding is not None:
+            self._folding.take_over([*self._groups, *groups])
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
         self._groups += groups
         self._accounts.add(groups[0].triples)
@@ -460,14 +491,19 @@ class DeltaLoRAOptimizer(Optimizer):
             pre_hook(self)
         accounts = self._accounts
         state_dict = add_record(
-            self._inner.state_dict(), self._groups, self._step_count, self.skipped_updates, self._rounding.seed
+            self._inner.state_dict(),
+            self._groups,
+            self._step_count,
+            self.skipped_updates,
+            self._rounding.seed,
+            self.weight_update,
         )
         state_dict = add_ledgers(
             state_dict,
             self._inner,
             accounts.triples,
             accounts.records(),
-            accounts.compensations(self._rounding.during("move", self._step_count)),
+            accounts.compensations(self._rounding.during("move", self._step_count), self._folding is None),
         )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -485,20 +521,22 @@ class DeltaLoRAOptimizer(Optimizer):
         among them. A callable `update_ratio` is code and not saved: where the saved run or this one has a
         callable, this one's `update_ratio` stays. So does this one's `rounding`, with the saved seed: what compensated
         rounding had cut off is taken from the state, or computed where `keep_base` has the base, or starts at zero with
-        a warning.
+        a warning. With ``weight_update="folded"`` the branches are scaled as they were in the saved run; they may have
+        been registered with their first scaling or, from an adapter that was saved in that run, with the later one.
 
         Raises:
             WeightMismatchError: a ValueError that names the layers whose W, A or B do not belong to the state.
-            ValueError: if the state is of other triples, of a plain optimizer, of another schema, or damaged.
+            ValueError: if the state is of other triples, of a plain optimizer, of the other `weight_update`, of another
+                schema, or damaged.
             RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
         self._between_steps("load_state_dict()")
-        self._look_up()
+        self._look_up(rescaled=True)
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         record, inner_state = split_record(state_dict)
-        check_record(record, self._groups)
+        check_record(record, self._groups, self.weight_update)
         ledgers, compensations, inner_state = split_ledgers(inner_state)
         rounding = self._rounding._replace(seed=record["rounding_seed"])
         write = rounding.during("resume", record["step_count"])
@@ -508,6 +546,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._inner.load_state_dict(inner_state)
         resume()
         restore_settings(record, self._groups)
+        if self._folding is not None:
+            self._folding.restore(self.triples, [t for group in record["groups"] for t in group["triples"]])
         self._rounding = rounding
         self._step_count = int(record["step_count"])
         self._guard = FiniteGuard(record["skipped_updates"])
@@ -522,13 +562,14 @@ class DeltaLoRAOptimizer(Optimizer):
             "accounts": self._accounts,
             "settings": self._settings,
             "rounding": self._rounding,
+            "folding": self._folding,
             "step_count": self._step_count,
             "skipped_updates": self.skipped_updates,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
-        names = ("inner", "groups", "accounts", "rounding", "step_count", "skipped_updates")
+        names = ("inner", "groups", "accounts", "rounding", "folding", "step_count", "skipped_updates")
         self._become(*(state[name] for name in names))
 
     def __repr__(self) -> str:
@@ -545,6 +586,7 @@ class DeltaLoRAOptimizer(Optimizer):
         groups: list[DeltaGroup],
         accounts: Accounts,
         rounding: Rounding,
+        folding: Folding | None,
         step_count: int,
         skipped_updates: int,
     ) -> None:
@@ -552,17 +594,29 @@ class DeltaLoRAOptimizer(Optimizer):
         self._groups = groups
         self._accounts = accounts
         self._rounding = rounding
+        self._folding = folding
         self._at_base = False
         self._step_count = step_count
         self._repeats = 0  # restarts and resyncs since the last step
         self._guard = FiniteGuard(skipped_updates)
         self._delta = FactoredDelta()
         super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own
+        if self._folding is not None:
+            with suppress(RuntimeError):  # as below; then `zero_grad` or `step` does it
+                self._folding.look_up(self.triples)
         # Not looked up here: in a copy of a model that holds its optimizer, modules are not complete yet.
         self._signatures: list[tuple[object, ...]] = []
 
     def _moves(self, stored: Sequence[Stored]) -> list[Move]:
-        """What this step will move: nothing before `start_step`, and nothing where the ratio is 0."""
+        """What this step will move: nothing before `start_step`, and nothing where the ratio is 0.
+
+        With ``weight_update="folded"`` never anything: the ratio goes into the branches, if it is time.
+        """
+        if self._folding is not None:
+            due = self._folding.due(self._groups, self._accounts.ledgers, self._step_count)
+            if due:
+                self._folding.begin(due, self._accounts, self._rounding.during("move", self._step_count))
+            return []
         ratios = [group.ratio_at(self._step_count) for group in self._groups]
         of_triples = [(t, r) for group, r in zip(self._groups, ratios, strict=True) for t in group.triples]
         return [
@@ -574,25 +628,39 @@ class DeltaLoRAOptimizer(Optimizer):
         ]
 
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
+        if closure is not None and any(triple.folded for triple in self.triples):
+            closure = evaluated_once(closure)
         with global_hooks_held():
             return self._inner.step() if closure is None else self._inner.step(closure)
 
     def _remember(self, stored: Sequence[Stored]) -> None:
         """Keep what tells a change of the tensors, and what holds until there is one."""
         self._signatures = [tensors.signature() for tensors in stored]
-        self._kinds = [BufferKind.of(t, tensors) for t, tensors in zip(self.triples, stored, strict=True)]
+        if self._folding is None:
+            self._kinds = [BufferKind.of(t, tensors) for t, tensors in zip(self.triples, stored, strict=True)]
 
-    def _look_up(self) -> list[Stored]:
-        """The tensors of all triples as they are now; after a change since the last step, with all checks again."""
+    def _look_up(self, rescaled: bool = False) -> list[Stored]:
+        """The tensors of all triples as they are now; after a change since the last step, with all checks again.
+
+        Args:
+            rescaled: folded branches may have another scaling than expected: it is about to be set.
+        """
         triples = self.triples
         stored = [triple.stored() for triple in triples]
         if self._signatures != [tensors.signature() for tensors in stored]:
-            check_triples(triples)
+            check_triples(triples, self._folding is not None)
             self._remember(stored)
-        problems = [f"{t.label}: {problem}" for t in triples for problem in t.branch_problems()]
+        rescaled &= self._folding is not None
+        problems = [
+            f"{t.label}: {problem}"
+            for t in triples
+            for problem in (t.merge_problems() if rescaled else t.branch_problems())
+        ]
         if problems:
             raise RuntimeError("W can not be moved now:\n  " + "\n  ".join(problems))
         check_membership(self._inner, triples, stored)
+        if self._folding is not None:
+            self._folding.look_up(triples)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, which would freeze the test t >= start_step "

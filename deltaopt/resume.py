@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.fingerprint import Fingerprint, whole_hash
-from deltaopt.ledger import Ledger, SavedLedger, displacement_of, factor_fingerprint, weight_fingerprint
+from deltaopt.ledger import Ledger, SavedLedger, displacement_of, factor_fingerprint, weight_record
 from deltaopt.triple import LoRATriple
 from deltaopt.writing import Write
 
@@ -150,8 +150,10 @@ def _check_shapes(ledger: Ledger, expected: list[list[int]]) -> None:
 
 
 def _checked_compensation(triple: LoRATriple, kept: Any) -> Tensor | None:
+    if kept is None:
+        return None
     shape = triple.moved_part(triple.W).shape
-    if kept is None or (isinstance(kept, Tensor) and kept.dtype == torch.int16 and kept.shape == shape):
+    if isinstance(kept, Tensor) and kept.dtype == torch.int16 and kept.shape == shape:
         return kept
     told = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
     raise ValueError(
@@ -172,7 +174,9 @@ def _decide(
         here = factor_fingerprint(factor).record()
         if here != saved.now[letter]:
             found.append(f"{letter} {_told(here, saved.now[letter])}")
-    W, ledger = weight_fingerprint(triple, stored).record(), saved.ledger
+    W, ledger = weight_record(triple, stored), saved.ledger
+    if W is None or saved.W is None:
+        return Resumption(triple, saved, rebuild=False), found + _format_problems(W, saved)
     part = triple.moved_part(stored.W)
     match = _what_is_there(part, W, saved)
     if match == "rebuilt":  # in other bits than were saved, by this optimizer if it knows what it cut off
@@ -181,9 +185,9 @@ def _decide(
         return Resumption(triple, saved, rebuild=False, compensation=compensation), found
     problem, base = None, None
     if ledger.base is None:
-        problem = _told(W, saved.now["W"])
+        problem = _told(W, saved.W)
     elif ledger.base.record() != W:
-        problem = f"{_told(W, saved.now['W'])}, and not what it was before its first move either"
+        problem = f"{_told(W, saved.W)}, and not what it was before its first move either"
         moved_from_it = present.base is not None and present.base.record() == ledger.base.record()
         if moved_from_it and W["dtype"] == ledger.base.dtype:
             base = find_base(triple, ledger.base)
@@ -201,9 +205,10 @@ def _decide(
 
 def _what_is_there(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> str | None:
     """Whether W, with this fingerprint, is the one that was "saved", or was "rebuilt" for it before, or neither."""
-    if any(W[key] != saved.now["W"][key] for key in ("shape", "dtype")):
+    assert saved.W is not None
+    if any(W[key] != saved.W[key] for key in ("shape", "dtype")):
         return None
-    if saved.whole is None and W["hash"] == saved.now["W"]["hash"]:
+    if saved.whole is None and W["hash"] == saved.W["hash"]:
         return "saved"
     if saved.whole is None and not _rebuilt_for:
         return None
@@ -214,7 +219,19 @@ def _what_is_there(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> str |
 
 
 def _saved_hash(saved: SavedLedger) -> int:
-    return int(saved.now["W"]["hash"]) if saved.whole is None else saved.whole
+    assert saved.W is not None
+    return int(saved.W["hash"]) if saved.whole is None else saved.whole
+
+
+def _format_problems(W: dict[str, Any] | None, saved: SavedLedger) -> list[str]:
+    """Of a W that could not be read when the state was saved, or can not now: both, and never moved, is as it was."""
+    if W is None and saved.W is None:
+        return []
+    here, then = ("can not be read", "could") if W is None else ("can be read", "could not")
+    return [
+        f"W {here} now (quantized or offloaded weights can not) and {then} when the state was saved: load the base in "
+        "the format it was trained in"
+    ]
 
 
 def _as_saved(factor: Tensor, dtype: str) -> Tensor:

@@ -10,6 +10,7 @@ Lightning's device moves and `torch.distributed.checkpoint`, all of which drop o
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.triple import LoRATriple
 from deltaopt.writing import checked_seed
 
-SCHEMA = 3
+SCHEMA = 4
 KEY = "deltaopt"
 COMPENSATION = f"{KEY}.compensation."
 """In the state of a triple's A, followed by the name of the triple."""
@@ -33,6 +34,7 @@ def add_record(
     step_count: int,
     skipped_updates: int,
     rounding_seed: int,
+    weight_update: str,
 ) -> dict[str, Any]:
     """The inner optimizer's state_dict with our record in each param group; the input is not changed."""
     record = {
@@ -40,6 +42,7 @@ def add_record(
         "step_count": step_count,
         "skipped_updates": skipped_updates,
         "rounding_seed": rounding_seed,
+        "weight_update": weight_update,
         "groups": [
             {
                 # As with LambdaLR, a callable is code and not state.
@@ -187,8 +190,8 @@ def _opened(sealed: str) -> dict[str, Any]:
     raise ValueError("a saved ledger was edited or cut off: its checksum differs. Take another checkpoint")
 
 
-def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
-    """Refuse a record of other triples, and a damaged one.
+def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup], weight_update: str) -> None:
+    """Refuse a record of other triples, of the other `weight_update`, and a damaged one.
 
     Raises:
         ValueError: naming each triple that differs, with what was saved and what is here.
@@ -200,12 +203,20 @@ def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
         checked_seed(record["rounding_seed"])
         if not isinstance(record["ledgers"], bool):
             raise TypeError(f"ledgers is {record['ledgers']!r}")
+        saved_mode = record["weight_update"]
         for saved in record["groups"]:
             checked_count(saved["start_step"], "start_step")
             if saved["update_ratio"] is not None:
                 checked_ratio(saved["update_ratio"], "update_ratio")
+            for triple in saved["triples"]:
+                checked_ratio(triple["folded"], "folded")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the saved record of triples is damaged or incomplete: {error!r}") from error
+    if saved_mode != weight_update:
+        raise ValueError(
+            f"the state was saved with weight_update={saved_mode!r}, this optimizer has {weight_update!r}: they differ "
+            "in what is in W and what in the branch. Build the optimizer as in the run that was saved"
+        )
     if found:
         raise ValueError(
             "the saved state belongs to other triples (register them as in the run that was saved):\n  "
@@ -225,9 +236,16 @@ def _differences(saved_groups: list[dict[str, Any]], groups: Sequence[DeltaGroup
         found += [
             f"{new['name']}: saved {_told(old)}, registered {_told(new)}"
             for old, new in zip(saved["triples"], here, strict=True)
-            if old != new
+            if not _are_one(old, new)
         ]
     return found
+
+
+def _are_one(saved: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether two records are of one triple. A folded branch may be registered with its present scaling."""
+    same = all(saved[key] == here[key] for key in ("name", "A", "B"))
+    as_now = math.isclose(saved["scaling"] * (1.0 + saved["folded"]), here["scaling"], rel_tol=1e-6)
+    return same and (saved["scaling"] == here["scaling"] or (saved["folded"] > 0 and as_now))
 
 
 def restore_settings(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
@@ -239,4 +257,5 @@ def restore_settings(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> No
 
 
 def _told(record: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {tuple(v) if isinstance(v, list) else v}" for key, v in record.items())
+    told = {key: value for key, value in record.items() if key != "folded"}
+    return ", ".join(f"{key} {tuple(v) if isinstance(v, list) else v}" for key, v in told.items())

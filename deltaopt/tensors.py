@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WAY_OUT = (
-    "Load the layer in 16 or 32 bits. (A folded mode, which never writes W and so takes quantized ones, is planned; "
-    "this version moves W in place only)"
+    'Take weight_update="folded", which does not write W where the product A @ B is zero at start_step, or load the '
+    "layer in 16 or 32 bits"
 )
 
 

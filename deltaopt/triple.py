@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import reduce
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaopt.layouts import LAYOUTS
-from deltaopt.tensors import is_plain, memory_overlaps, offload_problems, tensor_problems
+from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling
+from deltaopt.tensors import FLOATS, is_plain, memory_overlaps, offload_problems, tensor_problems
 
 TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
 """A tensor, or a module and the dotted name of an attribute that is looked up at every step."""
@@ -32,7 +32,7 @@ class Stored(NamedTuple):
 
     def compute_dtype(self) -> torch.dtype:
         """What products of the factors are computed in: float32, or float64 where one of the tensors is."""
-        return reduce(torch.promote_types, (t.dtype for t in self), torch.float32)
+        return reduce(torch.promote_types, (t.dtype for t in self if t.dtype in FLOATS), torch.float32)
 
 
 class LoRATriple:
@@ -45,13 +45,15 @@ class LoRATriple:
 
     Args:
         W: the frozen weight, float16, bfloat16, float32 or float64, ``requires_grad=False``,
-            stored as ``layout`` says.
+            stored as ``layout`` says. With ``weight_update="folded"`` any tensor, a packed one too, if it is never
+            written (see `DeltaLoRAOptimizer`).
         A: (c, r), trained. For ``layout="conv"`` (c, r, 1, ..) too; for stacks of experts (e, c, r),
             or (c, r * e) with the expert's index running fastest, as PEFT packs it.
         B: (r, d), trained. For ``layout="conv"`` (r, d1, *kernel) too; for stacks of experts
             (e, r, d), or (e * r, d) with the expert's index running slowest.
         scaling: what the branch multiplies A @ B by, alpha / r (or alpha / sqrt(r) in rsLoRA).
-            Finite and not zero. Default 1.0.
+            Finite and not zero. Default 1.0. With ``weight_update="folded"`` it has to be set, so say where the forward
+            pass takes it from: a 0-d tensor, or ``(module, "attribute.path")`` of a number or a 0-d tensor.
         name: names the layer in messages and in checkpoints. Default: its place in the list.
         layout: how W is stored: ``"linear"`` (c, d), the default; ``"transposed"`` (d, c), as in
             GPT-2's Conv1D; ``"embedding"`` (rows, width), where the branch is (A @ B) transposed;
@@ -60,6 +62,13 @@ class LoRATriple:
         rows: ``(start, stop)``: the branch belongs to these rows of the (c, d) matrix alone, as the
             query part of a fused query-key-value weight.
         columns: the same for its columns.
+        set_scaling: for ``weight_update="folded"`` where `scaling` is a plain number: called with what the branch has
+            to multiply A @ B by from then on.
+
+    Attributes:
+        scaling: s, as it was registered.
+        folded: the update_ratio that is folded into the branch, which then multiplies A @ B by
+            `branch_scaling` = (1 + folded) * scaling; 0.0 where W itself moves.
 
     Raises:
         ValueError: for an unknown layout, a bad ``rows`` or ``columns``, or a scaling that is zero or
@@ -79,16 +88,19 @@ class LoRATriple:
         W: TensorSource,
         A: TensorSource,
         B: TensorSource,
-        scaling: float = 1.0,
+        scaling: ScalingSource = 1.0,
         name: str | None = None,
         layout: str = "linear",
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
+        set_scaling: SetScaling | None = None,
     ) -> None:
         self._W, self._A, self._B = (_checked_source(s, letter) for s, letter in ((W, "W"), (A, "A"), (B, "B")))
         self._owners = list({id(s[0]): s[0] for s in (W, A, B) if isinstance(s, tuple)}.values())
         self.name = name
-        self.scaling = checked_scaling(scaling, self.label)
+        self._branch = BranchScaling(scaling, set_scaling, self.label)
+        self.scaling = self._branch.first
+        self.folded = 0.0
         if layout not in LAYOUTS:
             raise ValueError(f"{self.label}: layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
         self.layout = layout
@@ -160,6 +172,36 @@ class LoRATriple:
     def weight_rests(self) -> None:
         """Told when W as it is now is the base."""
 
+    @property
+    def branch_scaling(self) -> float:
+        """What the branch has to multiply A @ B by now."""
+        return self.scaling * (1.0 + self.folded)
+
+    def set_branch_scaling(self, value: float) -> None:
+        """Let the branch multiply A @ B by `value`."""
+        self._branch.set(value)
+
+    def keep_branch_scaling(self) -> None:
+        """Told after `set_branch_scaling` where it is meant to last."""
+
+    def scaling_problems(self) -> list[str]:
+        """Whether the branch multiplies by another number than `branch_scaling`, as far as that can be seen."""
+        try:
+            now = self._branch.differs_from(self.branch_scaling)
+        except AttributeError as error:
+            return [f"its scaling is not where it was registered: {error}"]
+        if now is None:
+            return []
+        return [
+            f"its scaling was {self.branch_scaling:g} when it was registered or last set and is {now:g} now: put it "
+            "back, or build the triple and the optimizer again"
+        ]
+
+    def folding_problems(self) -> list[str]:
+        """Why update_ratio can not be folded into this branch; see `deltaopt.folding`."""
+        problem = self._branch.problem()
+        return [problem] if problem is not None else []
+
     def weight_matrix(self, W: Tensor) -> Tensor:
         """W, or the part of it that moves, as a (c, d) or (e, c, d) view of its storage."""
         matrix = LAYOUTS[self.layout].weight(W)
@@ -187,10 +229,11 @@ class LoRATriple:
         return LAYOUTS[self.layout].weight(part) if self.rows is None and self.columns is None else part
 
     def branch_problems(self) -> list[str]:
-        """What is wrong now with the layer that holds the branch; looked at every step.
+        """What is wrong now with the layer that holds the branch; looked at every step."""
+        return self.merge_problems() or self.scaling_problems()
 
-        Layers of PEFT, loralib, torchtune and litgpt say in `merged` that the branch is in W already.
-        """
+    def merge_problems(self) -> list[str]:
+        """Whether the branch is in W already: layers of PEFT, loralib, torchtune and litgpt say so in `merged`."""
         if any(getattr(owner, "merged", False) for owner in self._owners):
             return [
                 "the branch is merged into W, so that what trains is not what W holds: unmerge it first "
@@ -198,9 +241,9 @@ class LoRATriple:
             ]
         return []
 
-    def problems(self) -> list[str]:
-        """What is wrong with the tensors of this triple, as sentences; empty when nothing is."""
-        W, A, B = stored = self.stored()
+    def weight_problems(self) -> list[str]:
+        """Why W can not be read as a matrix and written in place; empty if it can."""
+        W = self.W
         found = tensor_problems("W", W)
         module = self.weight_module()
         if module is not None:
@@ -210,6 +253,17 @@ class LoRATriple:
                     "W is computed anew each time it is read (a parametrization such as weight_norm), so an in-place "
                     "update would be lost: register the tensor it is made from, or remove the parametrization"
                 )
+        return found
+
+    def problems(self, folded: bool = False) -> list[str]:
+        """What is wrong with the tensors of this triple, as sentences; empty when nothing is.
+
+        Args:
+            folded: W need not be written, but the branch's scaling.
+        """
+        W, A, B = stored = self.stored()
+        unwritable = self.weight_problems()
+        found = self.folding_problems() if folded else [*unwritable]
         for letter, factor in (("A", A), ("B", B)):
             found += tensor_problems(letter, factor)
             if not factor.requires_grad:
@@ -217,17 +271,21 @@ class LoRATriple:
                     f"{letter} does not require grad, so no optimizer can train it: call "
                     f"{letter}.requires_grad_(True), or activate the adapter it belongs to"
                 )
-            if factor.device != W.device:
+            if factor.device != W.device and not unwritable:
                 found.append(f"{letter} is on {factor.device} and W on {W.device}: move them to one device")
         if W.requires_grad:
             found.append(
                 "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train "
                 "W itself and drop this triple"
             )
-        return found or self._shape_problems(stored) or self.branch_problems()
+        return found or self._shape_problems(stored, readable=not unwritable) or self.branch_problems()
 
-    def _shape_problems(self, stored: Stored) -> list[str]:
+    def _shape_problems(self, stored: Stored, readable: bool) -> list[str]:
         W, A, B = stored
+        if not readable:
+            A, B = self.factor_matrices(stored)
+            fits = A.dim() == B.dim() >= 2 and A.shape[-1] == B.shape[-2]
+            return [] if fits else [f"A {_shape(A)} and B {_shape(B)} have no product: expected (c, r) and (r, d)"]
         layout = LAYOUTS[self.layout]
         if W.dim() not in layout.ndim:
             return [
@@ -268,6 +326,7 @@ class LoRATriple:
             "A": list(A.shape),
             "B": list(B.shape),
             "scaling": self.scaling,
+            "folded": self.folded,
         }
 
     def __repr__(self) -> str:
@@ -277,27 +336,22 @@ class LoRATriple:
         )
 
 
-def check_triples(triples: Sequence[LoRATriple]) -> None:
+def check_triples(triples: Sequence[LoRATriple], folded: bool = False) -> None:
     """Refuse what can not be moved, all bad layers in one error.
+
+    Args:
+        triples: all of an optimizer.
+        folded: for ``weight_update="folded"``.
 
     Raises:
         ValueError: one line for each thing that is wrong, with the layer's name, what was
             expected, what came and what to do.
     """
-    found = [f"{t.label}: {problem}" for t in triples for problem in t.problems()]
+    found = [f"{t.label}: {problem}" for t in triples for problem in t.problems(folded)]
     if not found:
         found = [*_name_problems(triples), *_sharing_problems(triples)]
     if found:
         raise ValueError("these triples can not be used:\n  " + "\n  ".join(found))
-
-
-def checked_scaling(scaling: object, label: str) -> float:
-    """A scaling as a float, or an error that names the layer."""
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"{label}: scaling is a number (alpha / r), got {scaling!r}")
-    if not math.isfinite(scaling) or scaling == 0:
-        raise ValueError(f"{label}: scaling must be finite and not zero, got {scaling}")
-    return float(scaling)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -342,8 +396,10 @@ def _sharing_problems(triples: Sequence[LoRATriple]) -> list[str]:
     found = []
     by_storage: dict[int, list[tuple[str, str, Tensor]]] = {}
     for triple in triples:
-        matrix = triple.weight_matrix(triple.W)
-        for letter, tensor in (("W", matrix), ("A", triple.A), ("B", triple.B)):
+        tensors = [("A", triple.A), ("B", triple.B)]
+        if not triple.weight_problems():
+            tensors.insert(0, ("W", triple.weight_matrix(triple.W)))
+        for letter, tensor in tensors:
             neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
             for other_label, other_letter, other in neighbours:
                 shared_factor = letter != "W" and other is tensor

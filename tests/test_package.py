@@ -16,9 +16,9 @@ ROOT = Path(deltaopt.__file__).parent
 MODULES = [m.name for m in pkgutil.walk_packages(deltaopt.__path__, "deltaopt.")]
 # A module may import from those that stand after it.
 ORDER = [
-    *("integrations", "export", "optimizer", "inner", "state", "groups"),
+    *("integrations", "export", "optimizer", "folding", "inner", "state", "groups"),
     *("accounts", "resume", "base", "hooks", "files", "update", "guard", "fused", "_triton"),
-    *("writing", "ledger", "lowrank", "fingerprint", "rounding", "noise", "triple", "tensors", "layouts"),
+    *("writing", "ledger", "lowrank", "fingerprint", "rounding", "noise", "triple", "scaling", "tensors", "layouts"),
 ]
 
 

@@ -688,11 +688,13 @@ def quantized(bits: int, **options) -> nn.Module:
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, "Linear8bitLt"), (4, "Linear4bit")])
-def test_a_bitsandbytes_base_is_refused(bits, kind):
+def test_a_bitsandbytes_base_is_refused_in_place(bits, kind):
     base = nn.Sequential(quantized(bits))
     setattr(base, f"is_loaded_in_{bits}bit", True)
     model = get_peft_model(base, LoraConfig(r=3, target_modules=["0"]))
-    refused(model, f"base_model.model.0: it is a peft.tuners.lora.bnb.{kind} (a quantized base", "16 or 32 bits")
+    assert type(model.base_model.model[0]).__name__ == kind
+    ways = 'weight_update="folded"', "16 or 32 bits"
+    refused_by_the_optimizer(model, "base_model.model.0: W is a bitsandbytes", *ways)
 
 
 def test_a_packed_weight_that_says_it_is_bf16_is_refused():
@@ -702,7 +704,7 @@ def test_a_packed_weight_that_says_it_is_bf16_is_refused():
     assert layer.weight.is_floating_point()
     rows = layer.weight.shape[0]
     A, B = torch.randn(rows, 3, requires_grad=True), torch.randn(3, 1, requires_grad=True)
-    with pytest.raises(ValueError, match=r"(?s)packed: W is a bitsandbytes\S+Params4bit.*Load the layer in 16 or 32"):
+    with pytest.raises(ValueError, match=r"(?s)packed: W is a bitsandbytes\S+Params4bit.*load the layer in 16 or 32"):
         DeltaLoRAOptimizer(torch.optim.SGD, [LoRATriple(layer.weight, A, B, name="packed")], lr=0.1)
 
 

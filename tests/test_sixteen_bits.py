@@ -471,7 +471,7 @@ def test_seeds_of_more_than_64_bits(seed):
 def test_integer_and_float8_weights_are_refused_with_a_way_out(dtype):
     W = torch.zeros(C, D).to(dtype)
     A, B = torch.zeros(C, R, requires_grad=True), torch.zeros(R, D, requires_grad=True)
-    with pytest.raises(ValueError, match=rf"q: W has dtype {dtype}, expected .* 16 or 32 bits.*folded mode"):
+    with pytest.raises(ValueError, match=rf"q: W has dtype {dtype}, expected .*weight_update=.folded.*16 or 32 bits"):
         DeltaLoRAOptimizer(AdamW, [LoRATriple(W, A, B, name="q")], lr=1e-3)
 
 
@@ -480,7 +480,7 @@ def test_packed_weights_are_refused_with_a_way_out():
     bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed")
     layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_storage=torch.bfloat16)
     A, B = torch.zeros(32, R, requires_grad=True), torch.zeros(R, 64, requires_grad=True)
-    with pytest.raises(ValueError, match=r"q: W is a bitsandbytes.*Params4bit, .*16 or 32 bits.*folded mode"):
+    with pytest.raises(ValueError, match=r"q: W is a bitsandbytes.*Params4bit, .*weight_update=.folded.*16 or 32 bits"):
         DeltaLoRAOptimizer(AdamW, [LoRATriple(layer.weight, A, B, name="q")], lr=1e-3)
 
 

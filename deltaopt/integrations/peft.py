@@ -8,13 +8,14 @@ from __future__ import annotations
 import warnings
 
 from peft.tuners.lora import layer as lora
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from deltaopt.export import export_adapter
 from deltaopt.files import PathLike
 from deltaopt.integrations import tied_places
-from deltaopt.integrations.peft_save import LayerChange, configs_of, write_adapter
+from deltaopt.integrations.peft_alpha import Alphas
+from deltaopt.integrations.peft_save import LayerChange, configs_of, with_config, write_adapter
 from deltaopt.integrations.peft_triple import CONVOLUTIONS, PeftTriple, dropout_problems
 from deltaopt.integrations.save_guard import SaveGuard
 from deltaopt.ledger import Ledger
@@ -22,6 +23,8 @@ from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.triple import LoRATriple
 
 SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
+QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "awq", "eetq", "hqq", "aqlm", "inc")]
+"""PEFT's modules of layers on a quantized base, with the branch of lora.Linear."""
 
 
 def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
@@ -41,8 +44,10 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     if refused:
         raise ValueError("these PEFT layers can not be used:\n  " + "\n  ".join(refused))
     _warn_about_companions(layers, adapter)
-    start, guard = _start(model, adapter), SaveGuard()
-    return [PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard) for name, layer in layers]
+    start, guard, alphas = _start(model, adapter), SaveGuard(), Alphas(model, adapter)
+    return [
+        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard, alphas) for name, layer in layers
+    ]
 
 
 def save_adapter(
@@ -93,14 +98,14 @@ def save_adapter(
             f"optimizer is a DeltaLoRAOptimizer, got a {type(optimizer).__name__}: hand in the one that trains the "
             "model (accelerate wraps it: optimizer.optimizer)"
         )
-    model = _with_config(model)
+    model = with_config(model)
     accounts = _peft_accounts(optimizer)
     adapter = _adapter_to_save(model, sorted({triple.adapter for triple, _ in accounts}), adapter)
     accounts = [account for account in accounts if account[0].adapter == adapter]
     _refuse_to_save(model, accounts, adapter)
     exported = export_adapter(optimizer, rank, from_pristine=True)
     _warn_of_other_bases(accounts)
-    changes = [LayerChange(triple.layer, exported[triple.label], triple.scaling) for triple, _ in accounts]
+    changes = [LayerChange(triple.layer, exported[triple.label], triple.branch_scaling) for triple, _ in accounts]
     write_adapter(model, adapter, changes, directory)
     return {triple.label: exported[triple.label].error for triple, _ in accounts}
 
@@ -112,23 +117,6 @@ def _start(model: nn.Module, adapter: str) -> bool | str:
         if isinstance(configs, dict) and adapter in configs:
             return getattr(configs[adapter], "init_lora_weights", True)
     return True
-
-
-def _with_config(model: nn.Module) -> nn.Module:
-    """The model without what DistributedDataParallel and torch.compile put around it, and without PEFT's tuner."""
-    children = dict(model.named_children())
-    if "_orig_mod" in children:
-        return _with_config(children["_orig_mod"])
-    if isinstance(model, BaseTuner):
-        return _with_config(model.model)
-    if isinstance(getattr(model, "peft_config", None), dict):
-        return model
-    if "module" in children:
-        return _with_config(children["module"])
-    raise TypeError(
-        f"a {type(model).__name__} without a peft_config has no adapter to save: hand in the PeftModel, or the model "
-        "that add_adapter was called on"
-    )
 
 
 def _peft_accounts(optimizer: DeltaLoRAOptimizer) -> list[tuple[PeftTriple, Ledger]]:
@@ -200,11 +188,11 @@ def _adapters(module: BaseTunerLayer) -> set[str]:
 
 def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | None:
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if type(layer) not in SUPPORTED:
+    if type(layer) not in SUPPORTED and type(layer).__module__ not in QUANTIZED:
         supported = ", ".join(cls.__name__ for cls in SUPPORTED)
         return (
-            f"it is a {kind} (a quantized base, or another method than LoRA). W can be moved in lora.{supported} on "
-            "a base in 16 or 32 bits"
+            f"it is a {kind} (another method than LoRA, or an unknown base). W can be moved in lora.{supported}, and "
+            f'with weight_update="folded" the base may be quantized ({", ".join(QUANTIZED)})'
         )
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import save_file
@@ -113,7 +114,7 @@ def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> L
     names = _names(model)
     parameters = [change.rank for layer, change, _ in changes if isinstance(layer, lora.ParamWrapper)]
     ranks = {
-        _name_in_base(model, names[id(layer)]): change.rank
+        name_in_base(model, names[id(layer)]): change.rank
         for layer, change, _ in changes
         if not isinstance(layer, lora.ParamWrapper)
     }
@@ -164,7 +165,8 @@ def _is_embedding(model: nn.Module, name: str, layer: nn.Module) -> bool:
     return False
 
 
-def _name_in_base(model: nn.Module, name: str) -> str:
+def name_in_base(model: nn.Module, name: str) -> str:
+    """The name in the base model of a module of `model`."""
     name = name.removeprefix(PREFIX) if isinstance(model, PeftModel) else name
     return name.replace(".base_layer", "")  # of a module within one whose parameters are targets
 
@@ -175,6 +177,23 @@ def _names(model: nn.Module) -> dict[int, str]:
 
 def _base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def with_config(model: nn.Module) -> nn.Module:
+    """The model without what DistributedDataParallel and torch.compile put around it, and without PEFT's tuner."""
+    children = dict(model.named_children())
+    if "_orig_mod" in children:
+        return with_config(children["_orig_mod"])
+    if isinstance(model, BaseTuner):
+        return with_config(model.model)
+    if isinstance(getattr(model, "peft_config", None), dict):
+        return model
+    if "module" in children:
+        return with_config(children["module"])
+    raise TypeError(
+        f"a {type(model).__name__} without a peft_config has no adapter to save: hand in the PeftModel, or the model "
+        "that add_adapter was called on"
+    )
 
 
 def configs_of(model: Any) -> dict[str, LoraConfig]:

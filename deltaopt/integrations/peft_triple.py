@@ -6,6 +6,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
+from deltaopt.integrations.peft_alpha import Alphas
 from deltaopt.integrations.save_guard import SaveGuard
 from deltaopt.ledger import Ledger
 from deltaopt.triple import LoRATriple
@@ -27,6 +28,7 @@ class PeftTriple(LoRATriple):
         allow_dropout: see `find_triples`.
         start: ``init_lora_weights`` of the adapter's config.
         guard: of the model, for ``save_pretrained``.
+        alphas: of the adapter; default: of this layer alone, without a config.
     """
 
     def __init__(
@@ -37,12 +39,15 @@ class PeftTriple(LoRATriple):
         allow_dropout: bool = False,
         start: bool | str = True,
         guard: SaveGuard | None = None,
+        alphas: Alphas | None = None,
     ) -> None:
         self.layer = layer
         self.adapter = adapter
         self._allow_dropout = allow_dropout
         self._start = start
         self._guard = guard if guard is not None else SaveGuard()
+        self._alphas = alphas if alphas is not None else Alphas(layer, adapter)
+        self._alpha = layer.lora_alpha[adapter]
         embedding = isinstance(layer, lora.Embedding)
         A = f"lora_embedding_B.{adapter}" if embedding else f"lora_B.{adapter}.weight"
         B = f"lora_embedding_A.{adapter}" if embedding else f"lora_A.{adapter}.weight"
@@ -54,6 +59,7 @@ class PeftTriple(LoRATriple):
             name=name,
             layout=_layout(layer),
         )
+        self._first_scaling = self.scaling
 
     def took_from_base(self) -> bool:
         """Whether A and B are the start that PEFT has taken out of W: by PiSSA, CorDA, OLoRA or LoRA-GA."""
@@ -73,20 +79,47 @@ class PeftTriple(LoRATriple):
 
     def branch_problems(self) -> list[str]:
         """Merged, or rescaled or given dropout since it was registered."""
-        problems = self.change_problems()
-        return problems if problems or self._allow_dropout else dropout_problems(self.layer, self.adapter)
+        allowed = self._allow_dropout and not self.folded
+        return self.change_problems() or ([] if allowed else dropout_problems(self.layer, self.adapter))
 
     def change_problems(self) -> list[str]:
-        """Why W and scaling * A @ B are not what the layer computes with."""
-        if merged := super().branch_problems():
-            return merged
-        scaling = self.layer.scaling.get(self.adapter)
-        if scaling != self.scaling:
-            return [
-                f"its scaling was {self.scaling:g} when it was registered and is {scaling} now (set_scale, "
-                "scale_layer): build the optimizer again, or put the scaling back"
-            ]
-        return []
+        """Why W and branch_scaling * A @ B are not what the layer computes with."""
+        return self.merge_problems() or self.scaling_problems()
+
+    def scaling_problems(self) -> list[str]:
+        """Whether the layer's scaling is another one than `branch_scaling`."""
+        now = self.layer.scaling.get(self.adapter)
+        if now == self.branch_scaling:
+            return []
+        when = "folded" if self.folded else "registered"
+        return [
+            f"its scaling was {self.branch_scaling:g} when it was {when} and is {now} now (set_scale, scale_layer): "
+            "build the optimizer again, or put the scaling back"
+        ]
+
+    def set_branch_scaling(self, value: float) -> None:
+        """In the layer, with the alpha that it comes from."""
+        self.layer.scaling[self.adapter] = value
+        self._alphas.set(self.layer, float(f"{self._alpha * (value / self._first_scaling):.12g}"))
+
+    def keep_branch_scaling(self) -> None:
+        """The adapter's config gets this alpha, so that ``save_pretrained`` writes what the layer computes."""
+        self._alphas.follow()
+
+    def folding_problems(self) -> list[str]:
+        """Dropout or a bias in the branch, which W would not have and a folded branch does."""
+        found = []
+        if dropout_problems(self.layer, self.adapter):
+            found.append(
+                'it has lora_dropout, which weight_update="folded" would apply to what W moves by too: set '
+                'lora_dropout=0, or use weight_update="in_place" with allow_dropout=True'
+            )
+        if self.layer.lora_bias.get(self.adapter, False):
+            found.append(
+                'its branch has a bias (lora_bias=True), which weight_update="folded" would scale as well: use '
+                'weight_update="in_place"'
+            )
+        return found
 
     def pristine_problems(self, ledger: Ledger) -> list[str]:
         """Why the change of this layer since the pristine base is not known."""
@@ -149,6 +182,8 @@ def _weight_path(layer: lora.LoraLayer) -> str:
     while hasattr(inside, "base_layer"):
         depth, inside = depth + 1, inside.base_layer
     attribute = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
+    if not hasattr(inside, attribute):  # as in GPTQ and AWQ, which have packed tensors of other names
+        attribute = next(name for name, _ in [*inside.named_parameters(), *inside.named_buffers()] if name != "bias")
     return ".".join(["base_layer"] * depth + [attribute])
 
 
@@ -163,4 +198,4 @@ def _layout(layer: lora.LoraLayer) -> str:
         return "embedding"
     if isinstance(layer, CONVOLUTIONS):
         return "conv"
-    return "transposed" if layer.fan_in_fan_out else "linear"
+    return "transposed" if getattr(layer, "fan_in_fan_out", False) else "linear"

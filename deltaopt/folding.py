@@ -1,0 +1,257 @@
+"""Delta-LoRA with a constant ratio that never writes W after step K: ``weight_update="folded"``.
+
+While lambda = update_ratio is constant, the moves of W add up to the change of the product (docs/method.md):
+
+    W[t] + s A[t] B[t]  =  (W[K] - lambda s A[K] B[K])  +  (1 + lambda) s A[t] B[t]
+
+So at step K the constant is taken from W, once, and the branch is scaled by (1 + lambda) s from then on. That makes the
+gradients of A and B 1 + lambda times as large; a hook on each of them divides by it before anything sees them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from deltaopt.accounts import Accounts
+from deltaopt.groups import DeltaGroup
+from deltaopt.ledger import Ledger, branch_of
+from deltaopt.lowrank import Term
+from deltaopt.triple import LoRATriple
+from deltaopt.writing import Write
+
+MODES = ("in_place", "folded")
+
+
+class Due(NamedTuple):
+    """A triple into whose branch `ratio` is to be folded now, and the ledger of its W."""
+
+    triple: LoRATriple
+    ledger: Ledger
+    ratio: float
+
+
+class Folding:
+    """Folds the update_ratio of an optimizer's triples into their branches, and divides the factors' gradients.
+
+    A factor's hook obeys one of these objects, the last that took the factor over, while that one lives.
+    """
+
+    def take_over(self, groups: Sequence[DeltaGroup]) -> None:
+        """Divide the gradients of these groups' factors from now on.
+
+        Raises:
+            ValueError: if the ratio of a group is no constant, or if a factor is shared by groups that differ. Nothing
+                was changed.
+        """
+        refuse_changing_ratios(groups)
+        settings = {id(t): (g.update_ratio, g.start_step) for g in groups for t in g.triples}
+        _refuse_unequal({t: settings[id(t)] for g in groups for t in g.triples})
+        self._attach([triple for group in groups for triple in group.triples], taking_over=True)
+
+    def look_up(self, triples: Sequence[LoRATriple]) -> None:
+        """See that the hooks are on the factors there are now: a copy of a model is a new one.
+
+        Raises:
+            RuntimeError: if another optimizer has taken a factor over, or a gradient has come undivided.
+        """
+        self._attach(triples, taking_over=False)
+
+    def due(self, groups: Sequence[DeltaGroup], ledgers: Sequence[Ledger], step: int) -> list[Due]:
+        """What is to be folded at the start of step number `step`.
+
+        Raises:
+            ValueError: if a ratio that was folded has changed since.
+        """
+        refuse_changing_ratios(groups)
+        of_triples = [(triple, group.ratio_at(step)) for group in groups for triple in group.triples]
+        changed = [
+            f"{t.label} ({t.folded:g}, now {ratio:g})" for t, ratio in of_triples if t.folded not in (0.0, ratio)
+        ]
+        if changed:
+            raise ValueError(
+                f"update_ratio has changed since it was folded into the branch of {', '.join(changed)}: "
+                'weight_update="folded" is exact for a constant ratio only. Put update_ratio and start_step back, or '
+                'use weight_update="in_place"'
+            )
+        due = [
+            Due(triple, ledger, ratio)
+            for (triple, ratio), ledger in zip(of_triples, ledgers, strict=True)
+            if ratio != triple.folded
+        ]
+        if due:
+            _refuse_unequal(dict(of_triples))
+        return due
+
+    @torch.no_grad()
+    def begin(self, due: Sequence[Due], accounts: Accounts, write: Write) -> None:
+        """Take lambda s A B from each W that is due, where that is not zero, and scale the branch by (1 + lambda) s.
+
+        The effective weight is as before. This waits for the device, once in a run.
+
+        Raises:
+            RuntimeError: if a W that can not be written would have to be.
+            ValueError: if a factor is NaN or infinite. In both cases nothing was changed.
+        """
+        moving = []
+        for d in due:
+            scaling, A, B = branch_of(d.triple)
+            if bool(A.any()) and bool(B.any()):
+                moving.append((d, Term(-d.ratio * scaling, A, B)))
+        accounts.refuse_not_finite()
+        found = [f"{d.triple.label}: {problem}" for d, _ in moving for problem in d.triple.weight_problems()]
+        if found:
+            raise RuntimeError(
+                "the product A @ B is not zero at start_step, so update_ratio * scaling * A @ B has to be taken from W "
+                "once, and these can not be written (nothing was changed). Set start_step=0 and start from a zero "
+                "product, as LoRA's usual initialisation does:\n  " + "\n  ".join(found)
+            )
+        with ExitStack() as undo:
+            for triple, _, ratio in due:
+                undo.callback(_set, triple, triple.folded)
+                _set(triple, ratio)
+            undo.pop_all()
+        self._divide([triple for triple, *_ in due])
+        accounts.open(d.ledger for d, _ in moving)
+        for (triple, ledger, _), term in moving:
+            write.terms_(triple, ledger, [term])
+            ledger.beside(triple).add(term)
+
+    def restore(self, triples: Sequence[LoRATriple], records: Iterable[Mapping[str, Any]]) -> None:
+        """Scale the branches, and divide the gradients, as in the run that was saved."""
+        for triple, record in zip(triples, records, strict=True):
+            triple.scaling = record["scaling"]
+            _set(triple, record["folded"])
+        self._divide(triples)
+
+    @contextmanager
+    def unfolded(self, triples: Sequence[LoRATriple]) -> Iterator[None]:
+        """Within it every branch adds scaling * A @ B, as beside a W that moves."""
+        with ExitStack() as undo:
+            for triple in triples:
+                if triple.folded:
+                    undo.callback(triple.set_branch_scaling, triple.branch_scaling)
+                    triple.set_branch_scaling(triple.scaling)
+            yield
+
+    def _attach(self, triples: Iterable[LoRATriple], taking_over: bool) -> None:
+        for triple in triples:
+            for letter, factor in (("A", triple.A), ("B", triple.B)):
+                divisor = _divisors.get(factor)
+                if divisor is not None and divisor.owner() is self:
+                    continue
+                if divisor is None:
+                    divisor = _divisors[factor] = _Divisor()
+                    factor.register_hook(divisor)
+                elif divisor.owner() is not None and not taking_over:
+                    raise RuntimeError(
+                        f"{triple.label}: another optimizer was built on its {letter} since, and the gradients are "
+                        "divided for that one: step that one"
+                    )
+                if triple.folded and not taking_over and factor.grad is not None and bool(factor.grad.any()):
+                    raise RuntimeError(
+                        f"{triple.label}: the gradient of its {letter} was made before this optimizer, a copy, knew of "
+                        "the copied tensor, and is 1 + update_ratio times too large (nothing was changed): call "
+                        "optimizer.zero_grad() first, then backward()"
+                    )
+                divisor.owner, divisor.value = weakref.ref(self), 1.0 + triple.folded
+
+    def _divide(self, triples: Iterable[LoRATriple]) -> None:
+        """By what was folded; called when branches were scaled for good."""
+        for triple in triples:
+            triple.keep_branch_scaling()
+            for factor in (triple.A, triple.B):
+                _divisors[factor].value = 1.0 + triple.folded
+
+
+class _Divisor:
+    """A hook that divides what reaches one factor, while its owner lives."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self.owner: Callable[[], Folding | None] = lambda: None
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        return None if self.value == 1.0 or self.owner() is None else grad / self.value
+
+
+_divisors = WeakTensorKeyDictionary()
+"""The hook of each factor that ever had one: two hooks would divide twice."""
+
+
+def checked_weight_update(mode: object) -> str:
+    """A mode as it came, or an error."""
+    if mode not in MODES:
+        raise ValueError(f"weight_update is one of {', '.join(MODES)}, got {mode!r}")
+    return str(mode)
+
+
+def refuse_folded(triples: Iterable[LoRATriple]) -> None:
+    """Refuse triples that belong to an optimizer which has folded them: their `scaling` is not the branch's."""
+    found = [triple.label for triple in triples if triple.folded]
+    if found:
+        raise ValueError(
+            f"another optimizer has folded its update_ratio into the branch of {', '.join(found)}: make the triples "
+            "anew (find_triples, LoRATriple), with the scaling that the branch has now"
+        )
+
+
+def refuse_changing_ratios(groups: Iterable[DeltaGroup]) -> None:
+    """Refuse a callable update_ratio, which may change."""
+    if any(callable(group.update_ratio) for group in groups):
+        raise ValueError(
+            'weight_update="folded" needs a constant update_ratio, got a callable: what W was moved by is then no '
+            'multiple of the running product, and can not be folded into the branch. Use weight_update="in_place"'
+        )
+
+
+def refuse_inner(inner: Optimizer) -> None:
+    """Refuse an optimizer that evaluates the loss at several places within a step."""
+    if isinstance(inner, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times within a step, in which W of Delta-LoRA stays; a folded W goes "
+            'along with A and B. Use weight_update="in_place"'
+        )
+
+
+def evaluated_once(closure: Callable[[], float]) -> Callable[[], float]:
+    """The closure, which may be called once: see `refuse_inner`."""
+    calls = 0
+
+    def once() -> float:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError(
+                "the inner optimizer has called the closure a second time within a step, where W of Delta-LoRA stays "
+                'and a folded W goes along with A and B. Use weight_update="in_place"'
+            )
+        return closure()
+
+    return once
+
+
+def _set(triple: LoRATriple, ratio: float) -> None:
+    triple.folded = ratio
+    triple.set_branch_scaling(triple.branch_scaling)
+
+
+def _refuse_unequal(settings: Mapping[LoRATriple, object]) -> None:
+    """Refuse a factor of several triples that are not folded alike."""
+    users: dict[int, LoRATriple] = {}
+    for triple, setting in settings.items():
+        for letter, factor in (("A", triple.A), ("B", triple.B)):
+            other = users.setdefault(id(factor), triple)
+            if settings[other] != setting:
+                raise ValueError(
+                    f"{triple.label}: its {letter} is a factor of {other.label} too, which has another update_ratio or "
+                    "start_step, and its gradient can not be divided for both: give them the same, or use "
+                    'weight_update="in_place"'
+                )

@@ -1,0 +1,98 @@
+"""What a branch multiplies A @ B by: where the number is, so that it can be compared and set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+ScalingSource: TypeAlias = "float | Tensor | tuple[nn.Module, str]"
+"""A number, a 0-d tensor, or a module and the dotted name of an attribute that is one of these."""
+SetScaling: TypeAlias = Callable[[float], object]
+
+
+class BranchScaling:
+    """Where the scaling of one branch is.
+
+    Args:
+        source: the number itself, which can not be set; a 0-d tensor, or ``(module, "attribute.path")``, which the
+            forward pass multiplies by.
+        setter: sets the number in another way.
+        label: names the layer in messages.
+
+    Attributes:
+        first: what it was when this object was made.
+
+    Raises:
+        ValueError, TypeError, AttributeError: if it is no number, or one that is zero or not finite.
+    """
+
+    def __init__(self, source: ScalingSource, setter: SetScaling | None, label: str) -> None:
+        if isinstance(source, tuple) and not (
+            len(source) == 2 and isinstance(source[0], nn.Module) and isinstance(source[1], str)
+        ):
+            raise TypeError(f"{label}: scaling is a number, a 0-d tensor or (module, 'attribute.path'), got {source!r}")
+        if setter is not None and not callable(setter):
+            raise TypeError(f"{label}: set_scaling is a function of the new scaling, got {setter!r}")
+        self._source = source
+        self._setter = setter
+        self.first = checked_scaling(self._number(label), label)
+
+    def problem(self) -> str | None:
+        """Why it can not be set; None if it can."""
+        if self._setter is not None or isinstance(self._source, (Tensor, tuple)):
+            return None
+        return (
+            'its scaling is a number that can not be set, and weight_update="folded" has to multiply it by '
+            '1 + update_ratio: register where the forward pass takes it from, scaling=(module, "attribute") or a 0-d '
+            'tensor, or a function set_scaling=; or use weight_update="in_place"'
+        )
+
+    def differs_from(self, expected: float) -> float | None:
+        """What the branch multiplies by now, if that is known and is another number than `expected`."""
+        if not isinstance(self._source, (Tensor, tuple)):
+            return None
+        now = self._held()
+        value = float(now)
+        told = float(now.new_tensor(expected)) if isinstance(now, Tensor) else expected
+        return None if math.isclose(value, told, rel_tol=1e-12) else value
+
+    def set(self, value: float) -> None:
+        """Let the branch multiply by `value` from now on."""
+        if self._setter is not None:
+            self._setter(value)
+        elif isinstance(held := self._held(), Tensor):
+            held.detach().fill_(value)
+        elif isinstance(self._source, tuple):
+            module, path = self._source
+            owner, _, name = path.rpartition(".")
+            setattr(attrgetter(owner)(module) if owner else module, name, value)
+
+    def _held(self) -> Any:
+        if not isinstance(self._source, tuple):
+            return self._source
+        module, path = self._source
+        return attrgetter(path)(module)
+
+    def _number(self, label: str) -> Any:
+        held = self._held()
+        if not isinstance(held, Tensor):
+            return held
+        if held.dim() or held.requires_grad:
+            raise ValueError(
+                f"{label}: a scaling that is a tensor is 0-d and does not require grad, got shape "
+                f"{tuple(held.shape)}, requires_grad={held.requires_grad}"
+            )
+        return float(held)
+
+
+def checked_scaling(scaling: object, label: str) -> float:
+    """A scaling as a float, or an error that names the layer."""
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"{label}: scaling is a number (alpha / r), got {scaling!r}")
+    if not math.isfinite(scaling) or scaling == 0:
+        raise ValueError(f"{label}: scaling must be finite and not zero, got {scaling}")
+    return float(scaling)
