@@ -87,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--start-step", type=int, default=0, help="K: steps before W begins to follow")
     add("--target-modules", default="all-linear", help="layers that get an adapter, comma-separated names")
     add("--control", action="store_true", help="also train LoRA with alpha * (1 + update_ratio)")
+    add("--folded", action="store_true", help="also train Delta-LoRA with weight_update='folded', which leaves W alone")
     add("--seed", type=int, default=0, help="of weights, dropout and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--out", type=Path, default=Path("demo-out"), help="folder of results")
@@ -122,6 +123,8 @@ def methods_of(options: argparse.Namespace) -> list[Method]:
     if options.control:
         alpha = options.alpha * (1 + options.update_ratio)
         methods.append(Method(f"LoRA, alpha {alpha:g}", alpha, None))
+    if options.folded:
+        methods.append(Method("Delta-LoRA, folded", options.alpha, options.update_ratio, folded=True))
     return methods
 
 
@@ -178,7 +181,7 @@ def run_method(method: Method, folder: str, task: Task, batches: Batches, option
         torch.cuda.reset_peak_memory_stats(options.device)
     model = build_model(folder, len(task.labels), method.alpha, batches, options)
     optimizer = build_optimizer(model, method, options)
-    triples = find_triples(model)
+    triples = optimizer.triples if isinstance(optimizer, DeltaLoRAOptimizer) else find_triples(model)
     pretrained = report.weights_of(triples)
 
     run = Run(method)
@@ -186,7 +189,8 @@ def run_method(method: Method, folder: str, task: Task, batches: Batches, option
     run.layers = report.moves_of(triples, pretrained)
     run.state_bytes = state_bytes(optimizer)
     if isinstance(optimizer, DeltaLoRAOptimizer):
-        run.delta_error = report.delta_error(triples, pretrained, start, method.update_ratio or 0.0)
+        if not method.folded:
+            run.delta_error = report.delta_error(triples, pretrained, start, method.update_ratio or 0.0)
         run.buffer_bytes = optimizer.buffer_bytes
     if on_cuda:
         run.cuda_peak_bytes = torch.cuda.max_memory_allocated(options.device)
@@ -221,6 +225,7 @@ def build_optimizer(model: nn.Module, method: Method, options: argparse.Namespac
         lr=options.lr,
         update_ratio=method.update_ratio,
         start_step=options.start_step,
+        weight_update="folded" if method.folded else "in_place",
     )
 
 

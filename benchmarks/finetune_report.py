@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green")
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Method:
     name: str
     alpha: float
     update_ratio: float | None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ def weights_of(triples: Iterable[LoRATriple]) -> dict[str, Tensor]:
 
 
 def branches_of(triples: Iterable[LoRATriple]) -> dict[str, Tensor]:
-    """Every s A B, in float64 on the CPU."""
+    """What every branch adds, s A B, in float64 on the CPU."""
     branches = {}
     for t in triples:
         A, B = (factor.detach().cpu().double() for factor in t.factor_matrices(t.stored()))
-        branches[t.label] = t.scaling * A @ B
+        branches[t.label] = t.branch_scaling * A @ B
     return branches
 
 
@@ -184,6 +185,7 @@ def reading(runs: Sequence[Run], task: Task, start_step: int) -> str:
     texts = [
         moved(delta, start_step),
         larger_alpha(runs, start_step) if ratio and delta.delta_error is not None else "",
+        *(folded(run, delta) for run in runs if run.method.folded),
     ]
     texts.append(
         f"""Which method is better can not be read here. This is one seed on a small task, and with {len(task.test)}
@@ -201,6 +203,15 @@ def moved(delta: Run, start_step: int) -> str:
     their relative difference is {delta.delta_error:.0e}."""
 
 
+def folded(run: Run, delta: Run) -> str:
+    """What the folded run shows beside the one that moves W."""
+    apart = max(abs(a - b) for a, b in zip(run.losses, delta.losses, strict=True))
+    wrote = "was written once, at start_step" if mean(run, "weight") else "was never written"
+    return f"""{run.method.name}: W {wrote}, and the branch is scaled by (1 + lambda) s in its stead. It is the same
+    run as Delta-LoRA to rounding, which training makes more of: the losses of one step differ by {apart:.1e} at
+    most."""
+
+
 def larger_alpha(runs: Sequence[Run], start_step: int) -> str:
     """Why a constant lambda is no news to Adam."""
     delta = runs[1].method
@@ -210,15 +221,20 @@ def larger_alpha(runs: Sequence[Run], start_step: int) -> str:
         return f"""From step {start_step} on the layers computed with A B counted {factor:g} times, less a constant.
         With start_step = 0 and Adam, whose steps do not depend on the size of the gradients, that would be {same};
         because W followed only later, this run is not equal to it, but a larger alpha is still the first thing to
-        compare with{"" if len(runs) > 2 else " (--control)"}."""
+        compare with{"" if control(runs) else " (--control)"}."""
     seen = (
-        "The last column is that run: what separates it from Delta-LoRA is rounding, and Adam's eps."
-        if len(runs) > 2
+        "The third column is that run: what separates it from Delta-LoRA is rounding, and Adam's eps."
+        if control(runs)
         else "The option --control adds that run."
     )
     return f"""With a constant lambda from step 0 and Adam, whose steps do not depend on the size of the gradients,
     Delta-LoRA computes what {same} computes. Whatever separates the first two columns, a larger alpha would give as
     well. {seen} It is another method only where W follows later (--start-step) or lambda varies during training."""
+
+
+def control(runs: Sequence[Run]) -> bool:
+    """Whether LoRA with the larger alpha is among the runs."""
+    return sum(run.method.update_ratio is None for run in runs) > 1
 
 
 def mean(run: Run, what: str) -> float:
@@ -254,7 +270,7 @@ def draw(runs: Sequence[Run], path: Path, title: str) -> None:
 
 
 def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
-    for run, colour, style in zip(runs, COLOURS, ("-", "-", "--"), strict=False):
+    for run, colour, style in zip(runs, COLOURS, ("-", "-", "--", ":"), strict=False):
         window = max(1, len(run.losses) // 15)
         smooth = torch.tensor(run.losses).unfold(0, window, 1).mean(-1)
         axis.plot(range(1, len(run.losses) + 1), run.losses, color=colour, alpha=0.15)
@@ -264,7 +280,7 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
 
 
 def draw_accuracies(axis: Axes, runs: Sequence[Run]) -> None:
-    for run, colour, style in zip(runs, COLOURS, ("o-", "o-", "x--"), strict=False):
+    for run, colour, style in zip(runs, COLOURS, ("o-", "o-", "x--", "+:"), strict=False):
         steps, accuracies = zip(*run.accuracies, strict=True)
         axis.plot(steps, accuracies, style, color=colour, label=run.method.name)
     axis.set(title="test accuracy", xlabel="step")
@@ -274,7 +290,7 @@ def draw_accuracies(axis: Axes, runs: Sequence[Run]) -> None:
 def draw_layers(axis: Axes, runs: Sequence[Run], what: str, title: str) -> None:
     """One mark a layer: hollow for W itself, filled for W + s A B. Zeros have no place on the logarithmic axis."""
     names = [short(layer.name) for layer in runs[0].layers]
-    for run, colour, marker in zip(runs, COLOURS, "osD", strict=False):
+    for run, colour, marker in zip(runs, COLOURS, "osD^", strict=False):
         own, total = distances(run, what)
         label = f"W, {run.method.name}" + ("" if any(own) else ": 0, not drawn")
         axis.plot([v or math.nan for v in own], marker, color=colour, mfc="none", ms=6, label=label)

@@ -127,6 +127,29 @@ def wrapped_row(layers: Layers, rounding: str = "auto") -> Row:
     return Row(optimizer.step, lambda: optimizer.buffer_bytes)
 
 
+def backward_row(layers: Layers, folded: bool = False) -> Row:
+    """Plain LoRA's gradients as autograd brings them to the factors, and the inner step; or both of the folded mode.
+
+    The folded mode divides the gradients on their way, and its step looks at the factors before the inner step.
+    """
+    optimizer = _inner(layers)
+    if folded:
+        scaling = torch.tensor(SCALING)
+        triples = [LoRATriple(*layer, scaling=scaling, name=str(i)) for i, layer in enumerate(layers)]
+        optimizer = DeltaLoRAOptimizer(
+            torch.optim.AdamW, triples, update_ratio=UPDATE_RATIO, lr=LEARNING_RATE, weight_update="folded"
+        )
+    gradients = [factor.grad for factor in layers.factors]
+    optimizer.step()  # folds: W is written here and never after
+
+    def run() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(layers.factors, gradients)
+        optimizer.step()
+
+    return Row(run, lambda: optimizer.buffer_bytes if isinstance(optimizer, DeltaLoRAOptimizer) else 0)
+
+
 def addmm_row(layers: Layers) -> Row:
     """The products alone, of factors that are ready and in W's dtype: what the update costs at the least."""
     factors = [
@@ -214,6 +237,8 @@ def _inner(layers: Layers) -> torch.optim.Optimizer:
 
 ROWS: dict[str, Callable[[Layers], Row]] = {
     "inner": inner_row,
+    "lora": backward_row,
+    "folded": partial(backward_row, folded=True),
     "wrapped": wrapped_row,
     "nearest": partial(wrapped_row, rounding="nearest"),
     "compensated": partial(wrapped_row, rounding="compensated"),
@@ -230,10 +255,11 @@ ROWS: dict[str, Callable[[Layers], Row]] = {
 NARROW = ("nearest", "compensated", "write", "write_nearest", "write_compensated")
 """The rows for 16-bit weights only: rounding changes nothing for the others."""
 
-PARTS = ("inner", "addmm", "pass", "write", "write_nearest", "write_compensated")
-"""The rows that do a part of the step's work. Every other row does all of it: the tests compare its W with ours."""
+PARTS = ("inner", "lora", "folded", "addmm", "pass", "write", "write_nearest", "write_compensated")
+"""The rows that do a part of the step's work, or leave W alone. The others' W the tests compare with ours."""
 
 RATIOS: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "folded / lora": lambda ms: ms["folded"] / ms["lora"],
     "(wrapped - inner) / addmm": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["addmm"],
     "(wrapped - inner) / pass": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["pass"],
     "write / addmm": lambda ms: ms["write"] / ms["addmm"],

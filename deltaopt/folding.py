@@ -44,6 +44,12 @@ class Folding:
     A factor's hook obeys one of these objects, the last that took the factor over, while that one lives.
     """
 
+    def __init__(self) -> None:
+        self._own: dict[_Divisor, str] = {}
+
+    def __reduce__(self) -> tuple[type[Folding], tuple[()]]:
+        return Folding, ()  # a copy divides the gradients of copied factors, and has to find them first
+
     def take_over(self, groups: Sequence[DeltaGroup]) -> None:
         """Divide the gradients of these groups' factors from now on.
 
@@ -56,13 +62,22 @@ class Folding:
         _refuse_unequal({t: settings[id(t)] for g in groups for t in g.triples})
         self._attach([triple for group in groups for triple in group.triples], taking_over=True)
 
-    def look_up(self, triples: Sequence[LoRATriple]) -> None:
-        """See that the hooks are on the factors there are now: a copy of a model is a new one.
+    def attach(self, triples: Sequence[LoRATriple]) -> None:
+        """See that the hooks are on the factors there are now: those of a copy are new ones.
 
         Raises:
             RuntimeError: if another optimizer has taken a factor over, or a gradient has come undivided.
         """
         self._attach(triples, taking_over=False)
+
+    def check(self) -> None:
+        """Refuse to go on with factors that another optimizer has taken over."""
+        for divisor, name in self._own.items():
+            if divisor.owner() is not self:
+                raise RuntimeError(
+                    f"{name}: another optimizer was built on its factors since, and their gradients are divided for "
+                    "that one: step that one"
+                )
 
     def due(self, groups: Sequence[DeltaGroup], ledgers: Sequence[Ledger], step: int) -> list[Due]:
         """What is to be folded at the start of step number `step`.
@@ -142,19 +157,16 @@ class Folding:
             yield
 
     def _attach(self, triples: Iterable[LoRATriple], taking_over: bool) -> None:
+        if not taking_over:
+            self.check()
         for triple in triples:
             for letter, factor in (("A", triple.A), ("B", triple.B)):
                 divisor = _divisors.get(factor)
-                if divisor is not None and divisor.owner() is self:
-                    continue
                 if divisor is None:
                     divisor = _divisors[factor] = _Divisor()
                     factor.register_hook(divisor)
-                elif divisor.owner() is not None and not taking_over:
-                    raise RuntimeError(
-                        f"{triple.label}: another optimizer was built on its {letter} since, and the gradients are "
-                        "divided for that one: step that one"
-                    )
+                elif divisor in self._own:
+                    continue
                 if triple.folded and not taking_over and factor.grad is not None and bool(factor.grad.any()):
                     raise RuntimeError(
                         f"{triple.label}: the gradient of its {letter} was made before this optimizer, a copy, knew of "
@@ -162,6 +174,7 @@ class Folding:
                         "optimizer.zero_grad() first, then backward()"
                     )
                 divisor.owner, divisor.value = weakref.ref(self), 1.0 + triple.folded
+                self._own[divisor] = triple.label
 
     def _divide(self, triples: Iterable[LoRATriple]) -> None:
         """By what was folded; called when branches were scaled for good."""

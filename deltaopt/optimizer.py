@@ -445,8 +445,8 @@ class DeltaLoRAOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of everything that trains, as the inner optimizer does."""
         self._inner.zero_grad(set_to_none=set_to_none)
-        if self._folding is not None:
-            self._folding.look_up(self.triples)  # in a copy the factors are others
+        if self._folding is not None and not self._signatures:  # a copy that has not looked its factors up yet
+            self._folding.attach(self.triples)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, or triples, while training goes on.
@@ -603,7 +603,7 @@ class DeltaLoRAOptimizer(Optimizer):
         super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own
         if self._folding is not None:
             with suppress(RuntimeError):  # as below; then `zero_grad` or `step` does it
-                self._folding.look_up(self.triples)
+                self._folding.attach(self.triples)
         # Not looked up here: in a copy of a model that holds its optimizer, modules are not complete yet.
         self._signatures: list[tuple[object, ...]] = []
 
@@ -649,6 +649,8 @@ class DeltaLoRAOptimizer(Optimizer):
         stored = [triple.stored() for triple in triples]
         if self._signatures != [tensors.signature() for tensors in stored]:
             check_triples(triples, self._folding is not None)
+            if self._folding is not None:
+                self._folding.attach(triples)
             self._remember(stored)
         rescaled &= self._folding is not None
         problems = [
@@ -660,7 +662,7 @@ class DeltaLoRAOptimizer(Optimizer):
             raise RuntimeError("W can not be moved now:\n  " + "\n  ".join(problems))
         check_membership(self._inner, triples, stored)
         if self._folding is not None:
-            self._folding.look_up(triples)
+            self._folding.check()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, which would freeze the test t >= start_step "

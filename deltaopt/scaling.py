@@ -7,6 +7,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 ScalingSource: TypeAlias = "float | Tensor | tuple[nn.Module, str]"
@@ -52,13 +53,20 @@ class BranchScaling:
         )
 
     def differs_from(self, expected: float) -> float | None:
-        """What the branch multiplies by now, if that is known and is another number than `expected`."""
+        """What the branch multiplies by now, if that is another number than `expected`.
+
+        A plain number is not known to be the branch's, and a tensor on a device would have to be waited for.
+        """
         if not isinstance(self._source, (Tensor, tuple)):
             return None
         now = self._held()
+        tolerance = 1e-12
+        if isinstance(now, Tensor):
+            if now.device.type != "cpu":
+                return None
+            tolerance = max(tolerance, torch.finfo(now.dtype).eps)
         value = float(now)
-        told = float(now.new_tensor(expected)) if isinstance(now, Tensor) else expected
-        return None if math.isclose(value, told, rel_tol=1e-12) else value
+        return None if math.isclose(value, expected, rel_tol=tolerance) else value
 
     def set(self, value: float) -> None:
         """Let the branch multiply by `value` from now on."""
@@ -81,10 +89,10 @@ class BranchScaling:
         held = self._held()
         if not isinstance(held, Tensor):
             return held
-        if held.dim() or held.requires_grad:
+        if held.dim() or held.requires_grad or not held.is_floating_point():
             raise ValueError(
-                f"{label}: a scaling that is a tensor is 0-d and does not require grad, got shape "
-                f"{tuple(held.shape)}, requires_grad={held.requires_grad}"
+                f"{label}: a scaling that is a tensor is 0-d, of floating point, and does not require grad, got "
+                f"{held.dtype} of shape {tuple(held.shape)}, requires_grad={held.requires_grad}"
             )
         return float(held)
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from deltaopt import DeltaLoRAOptimizer
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ["sixteen-bits", "resume", "base-weights", "export", "restart"]
+PAGES = ["folded", "sixteen-bits", "resume", "base-weights", "export", "restart"]
 
 
 def load_base():

@@ -102,6 +102,23 @@ def test_delta_lora_from_step_0_equals_lora_with_a_larger_alpha(demo):
     assert abs(lora["losses"][-1] - control["losses"][-1]) > 1e-3  # alpha does matter here
 
 
+@pytest.mark.parametrize(("start", "wrote"), [("0", "was never written"), ("4", "was written once, at start_step")])
+def test_the_folded_run_is_the_same_one(demo, capsys, start, wrote):
+    lora, delta, control, folded = demo("--folded", "--control", "--start-step", start)["runs"]
+    assert folded["method"]["folded"]
+    torch.testing.assert_close(torch.tensor(folded["losses"]), torch.tensor(delta["losses"]), rtol=1e-4, atol=1e-5)
+    effective = [layer_values(run, "effective") for run in (folded, delta)]
+    torch.testing.assert_close(*effective, rtol=1e-3, atol=1e-5)
+    assert bool((layer_values(folded, "weight") == 0).all()) == (start == "0")
+    assert folded["delta_error"] is None
+    assert (folded["buffer_bytes"] == 0) == (start == "0")
+    assert folded["state_bytes"] == lora["state_bytes"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Delta-LoRA, folded: W {wrote}" in printed
+    assert ("third column is that run" in printed) == (start == "0")
+    assert len(control["losses"]) == 7
+
+
 def test_w_follows_only_after_start_step(demo, capsys):
     delta = demo("--start-step", "4")["runs"][1]
     assert delta["delta_error"] < 1e-4

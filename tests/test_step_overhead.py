@@ -131,6 +131,24 @@ def test_rounding_is_measured_where_it_does_something():
     assert ratios_of(narrow).keys() == RATIOS.keys()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_the_folded_row_folds_once_and_divides(device, monkeypatch):
+    """With SGD, which feels it: the factors go as far as a third of the gradients takes them, and W stays."""
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+    case = TINY[0]
+    ends = []
+    for name in ("lora", "folded"):
+        layers = make_layers(case, make_weights(case, torch.device(device)))
+        row = ROWS[name](layers)
+        W, start = torch.stack(layers.W), [factor.detach().clone() for factor in layers.factors]
+        row.run()
+        assert torch.equal(torch.stack(layers.W), W)
+        ends.append([factor.detach() - before for factor, before in zip(layers.factors, start, strict=True)])
+    for plain, folded in zip(*ends, strict=True):
+        torch.testing.assert_close(3 * folded, plain, rtol=1e-3, atol=1e-7)
+    assert row.buffer_bytes() == case.count * case.rank * (case.c + case.d) * 4  # the anchors of a start at random
+
+
 @pytest.mark.parametrize("name", ["write", "write_nearest", "write_compensated"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("case", TINY[1:], ids=str)

@@ -253,25 +253,6 @@ def test_gradients_of_weight_and_product_differ_with_dropout(seed):
     assert float((for_weight - for_product).norm() / for_weight.norm()) > 1e-2
 
 
-@given(strategies.seeds, st.floats(0.1, 3.0), st.sampled_from([torch.optim.Adam, torch.optim.NAdam]))
-def test_is_lora_with_a_larger_alpha_for_a_constant_ratio(seed, ratio, inner):
-    """From a zero product on the effective weight is that of scaling * (1 + ratio), up to the eps of Adam."""
-    delta, plain = strategies.make("linear", seed, zero_A=True), strategies.make("linear", seed, zero_A=True)
-    loss = strategies.problem(delta.W.shape)
-    optimizer = DeltaLoRAOptimizer(inner, [delta.triple()], update_ratio=ratio, lr=0.01, eps=1e-14)
-    control = inner([plain.A, plain.B], lr=0.01, eps=1e-14)
-    for t in range(20):
-        optimizer.zero_grad()
-        loss(delta.W + delta.A @ delta.B, t).backward()
-        optimizer.step()
-        control.zero_grad()
-        loss(plain.W + (1 + ratio) * plain.A @ plain.B, t).backward()
-        control.step()
-    assert_close(
-        delta.W + delta.A.detach() @ delta.B.detach(), plain.W + (1 + ratio) * (plain.A @ plain.B).detach(), 1e-8
-    )
-
-
 def large(dtype, layout="linear", c=1500, d=1200, r=4, count=3, **options):
     """`count` layers whose dense delta would stand out in a measurement of memory."""
     triples = []

@@ -1,0 +1,985 @@
+"""The folded mode follows the in-place one: the same factors, gradients and effective weights, with W left alone.
+
+What both are compared with in the end is `tests/reference.py`, as tests/test_conformance.py compares the in-place mode.
+"""
+
+import copy
+import gc
+import io
+import math
+import pickle
+import types
+import warnings
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import nn
+
+import deltaopt
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, WeightMismatchError
+from tests import reference, strategies
+from tests.test_conformance import INNERS, relative
+
+AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
+RATIO = 2.0
+# Muon computes in bfloat16, where a difference in the last bit of float64 may show as one of a thousandth.
+TOLERANCE = {"Muon": 2e-2}
+# What is left of a gradient of exactly zero decides about these: signs, and quotients of two tiny numbers.
+inners = st.sampled_from(sorted(INNERS))
+
+
+class Run:
+    """One layer of any layout, whose forward pass multiplies by a 0-d tensor; with microbatches and clipping."""
+
+    def __init__(
+        self,
+        mode,
+        layout="linear",
+        *,
+        seed=0,
+        inner=AdamW,
+        zero=True,
+        dtype=torch.float64,
+        triple=None,
+        s=0.5,
+        **options,
+    ):
+        self.stored = strategies.make(layout, seed, dtype, zero_A=zero)
+        self.W0, self.mode = self.stored.W.clone(), mode
+        self.scale = torch.tensor(s, dtype=dtype)
+        self.triple = LoRATriple(
+            self.stored.W, self.stored.A, self.stored.B, scaling=self.scale, name="q", **self.stored.options
+        )
+        self.loss = strategies.problem(self.stored.matrices()[0].shape, seed + 1)
+        self.options = {"lr": 0.02, "update_ratio": RATIO} | options
+        self.optimizer = DeltaLoRAOptimizer(inner, [self.triple], weight_update=mode, **self.options)
+        self.t, self.gradients = 0, []
+
+    @property
+    def factors(self):
+        return [self.stored.A, self.stored.B]
+
+    def effective(self):
+        s = self.stored
+        return s.matrix(s.W) + self.scale * (s.left(s.A) @ s.right(s.B))
+
+    def backward(self, micro=1):
+        self.optimizer.zero_grad()
+        for i in range(micro):
+            self.loss(self.effective(), micro * self.t + i).backward()
+        self.gradients.append([p.grad.clone() for p in self.factors])
+
+    def train(self, steps, micro=1, clip=None):
+        for _ in range(steps):
+            self.backward(micro)
+            if clip == "norm":
+                nn.utils.clip_grad_norm_(self.factors, 0.1)
+            elif clip == "value":
+                nn.utils.clip_grad_value_(self.factors, 0.02)
+            self.optimizer.step()
+            self.t += 1
+        return self
+
+    def ledger(self):
+        ((_, ledger),) = self.optimizer.accounts()
+        return ledger
+
+
+def both(steps=0, micro=1, clip=None, **options):
+    runs = Run("in_place", **options), Run("folded", **options)
+    for run in runs:
+        run.train(steps, micro, clip)
+    return runs
+
+
+def assert_follows(folded, in_place, tolerance=1e-10):
+    pairs = [*zip(folded.factors, in_place.factors, strict=True), (folded.effective(), in_place.effective())]
+    pairs += [pair for gs in zip(folded.gradients, in_place.gradients, strict=True) for pair in zip(*gs, strict=True)]
+    for now, expected in pairs:
+        assert float((now - expected).detach().norm()) <= tolerance * max(float(expected.detach().norm()), 1e-3)
+
+
+@given(
+    inners,
+    strategies.layouts,
+    strategies.seeds,
+    st.integers(0, 4),
+    st.floats(0.1, 8.0),
+    st.sampled_from([0.5, -1.3, 4.0]),
+    st.sampled_from([None, "norm", "value"]),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@example("AdamW_fused", "experts", 1, 2, 2.0, 0.5, "norm", 2, False)
+@example("SGD", "transposed_rows", 1, 0, 2.0, 0.5, "value", 3, True)
+def test_follows_the_in_place_mode(name, layout, seed, start, ratio, scaling, clip, micro, zero):
+    """Over inner optimizers, layouts, start_step, clipping and accumulation: also every gradient that they see."""
+    inner, options = INNERS[name]
+    stored = strategies.make(layout)
+    if name == "Muon" and not stored.A.dim() == stored.B.dim() == 2:
+        return
+    options = {"inner": inner, "layout": layout, "seed": seed, "zero": zero, "s": scaling} | options
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a LoRA factor became NaN or infinite")
+        in_place, folded = both(12, micro, clip, start_step=start, update_ratio=ratio, **options)
+    assume(float(in_place.effective().detach().norm()) < 1e3)  # a run that diverges makes much of the last bit
+    assert_follows(folded, in_place, TOLERANCE.get(name, 1e-9))
+
+
+@pytest.mark.parametrize("name", ["AdamW_foreach", "SGD", "Adafactor"])
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_follows_the_dense_loop(name, start, layout):
+    """The reference, over 100 steps: dense, float64, independent of the package."""
+    inner, options = INNERS[name]
+    run = Run("folded", layout, seed=3, inner=inner, zero=False, start_step=start, **options)
+    stored = copy.deepcopy(run.stored)
+    expected = reference.delta_lora(
+        stored.matrices()[0],
+        stored.A,
+        stored.B,
+        run.loss,
+        lambda params: inner(params, **options),
+        steps=100,
+        update_ratio=RATIO,
+        start_step=start,
+        scaling=0.5,
+        left=stored.left,
+        right=stored.right,
+    )
+    for t in range(100):
+        run.train(1)
+        product = stored.left(expected.A[t + 1]) @ stored.right(expected.B[t + 1])
+        assert relative(run.effective().detach(), expected.W[t + 1] + 0.5 * product) < 1e-11
+    assert relative(run.stored.A.detach(), expected.A[-1]) < 1e-11
+    moved = expected.W[-1] - run.stored.matrix(run.W0)
+    assert relative(run.optimizer.displacement("q").product(), moved) < 1e-10
+
+
+@pytest.mark.parametrize("inner", [AdamW, SGD])
+@pytest.mark.parametrize("start", [0, 5])
+def test_follows_in_float32_over_200_steps(inner, start):
+    in_place, folded = both(200, inner=inner, dtype=torch.float32, start_step=start, zero=start == 0)
+    assert_follows(folded, in_place, 1e-4)
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_w_is_never_written_from_a_zero_product(layout):
+    run = Run("folded", layout).train(5)
+    assert torch.equal(run.stored.W, run.W0)
+    assert float(run.scale) == 0.5 * (1 + RATIO)
+    assert run.optimizer.buffer_bytes == 0
+    assert not run.ledger().moved
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_w_is_written_once_from_another_one(layout):
+    """At step K, by lambda s A_K B_K, and only in the part of W that is the triple's."""
+    run = Run("folded", layout, zero=False, start_step=2).train(2)
+    assert torch.equal(run.stored.W, run.W0)
+    assert float(run.scale) == 0.5
+    _, A, B = run.stored.matrices()
+    expected = run.stored.matrix(run.W0) - RATIO * 0.5 * (A @ B)
+    run.train(1)
+    after = run.stored.W.clone()
+    torch.testing.assert_close(run.stored.matrix(after), expected, rtol=0, atol=1e-12)
+    untouched = after.clone()
+    run.stored.matrix(untouched).copy_(run.stored.matrix(run.W0)) if run.stored.W.dim() == 2 else untouched.copy_(
+        run.W0
+    )
+    assert torch.equal(untouched, run.W0)
+    run.train(3)
+    assert torch.equal(run.stored.W, after)
+
+
+def test_a_step_does_not_change_the_effective_weight_where_it_folds():
+    """With lr = 0, at step K: what is taken from W comes back by the branch."""
+    run = Run("folded", zero=False, start_step=0, lr=0.0)
+    before = run.effective().detach().clone()
+    run.train(1)
+    assert float(run.scale) == 0.5 * (1 + RATIO)
+    torch.testing.assert_close(run.effective().detach(), before, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("start", [0, 3, 50])
+def test_before_the_start_and_without_a_ratio_it_is_the_inner_optimizer(start):
+    """Bit for bit."""
+    plain, run = Run("folded", update_ratio=0.0), Run("folded", start_step=start)
+    for r in (plain, run):
+        r.train(start)
+    assert torch.equal(plain.stored.A, run.stored.A)
+    assert torch.equal(plain.stored.B, run.stored.B)
+    assert float(run.scale) == float(plain.train(3).scale) == 0.5
+
+
+def test_gradients_that_are_asked_for_are_divided_too():
+    in_place, folded = both(3)
+    found = [torch.autograd.grad(r.loss(r.effective(), 0), r.factors) for r in (folded, in_place)]
+    for now, expected in zip(*found, strict=True):
+        torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_that_are_not_zeroed_go_on_through_step_K():
+    in_place, folded = both(start_step=2, zero=False)
+    for run in (in_place, folded):
+        for t in range(6):
+            run.loss(run.effective(), t).backward()
+            run.optimizer.step()
+    assert_follows(folded, in_place)
+
+
+def test_a_closure_is_evaluated_once():
+    in_place, folded = both(start_step=1)
+    for run in (in_place, folded):
+        for t in range(4):
+            run.optimizer.step(lambda run=run, t=t: (run.backward(), run.loss(run.effective(), t))[1])
+    assert_follows(folded, in_place)
+
+
+class Twice(SGD):
+    def step(self, closure=None):
+        closure()
+        return super().step(closure)
+
+
+def test_an_optimizer_that_looks_elsewhere_within_a_step_is_refused():
+    run = Run("folded", inner=Twice, start_step=2)
+
+    def closure():
+        run.backward()
+        return 0.0
+
+    run.optimizer.step(closure)
+    run.optimizer.step(closure)  # nothing is folded before step K, so nothing differs
+    with pytest.raises(RuntimeError, match="called the closure a second time within a step"):
+        run.optimizer.step(closure)
+    with pytest.raises(ValueError, match=r"LBFGS evaluates the loss several times.*weight_update=\"in_place\""):
+        Run("folded", inner=torch.optim.LBFGS)
+
+
+# What the ledger, the exports and a restart say of it.
+
+
+def assert_agrees(folded, in_place, tolerance=1e-10):
+    """Everything that is told of the change of W, and what the layer is without it."""
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)  # noqa: E731
+    assert_follows(folded, in_place)
+    close(*(run.optimizer.displacement("q").product() for run in (folded, in_place)))
+    exported = [deltaopt.export_adapter(run.optimizer)["q"] for run in (folded, in_place)]
+    close(*(change.product() for change in exported))
+    assert exported[0].rank <= exported[1].rank
+    close(*(deltaopt.merged_weights(run.optimizer)["q"] for run in (folded, in_place)))
+    within = []
+    for run in (folded, in_place):
+        with run.optimizer.base_weights():
+            within.append((run.stored.W.clone(), run.effective().detach().clone()))
+    for now, expected in zip(*within, strict=True):
+        close(now, expected)
+    assert_follows(folded, in_place)
+
+
+@pytest.mark.parametrize(("start", "zero"), [(0, True), (0, False), (3, False), (20, False)])
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_what_is_told_of_the_change_agrees(layout, start, zero):
+    in_place, folded = both(8, layout=layout, start_step=start, zero=zero)
+    assert_agrees(folded, in_place)
+
+
+def test_the_base_comes_back_bit_for_bit_from_a_kept_copy():
+    run = Run("folded", zero=False, keep_base="cpu").train(4)
+    moved = run.stored.W.clone()
+    assert not torch.equal(moved, run.W0)
+    with run.optimizer.base_weights():
+        assert torch.equal(run.stored.W, run.W0)
+        assert float(run.scale) == 0.5
+    assert torch.equal(run.stored.W, moved)
+    assert float(run.scale) == 0.5 * (1 + RATIO)
+
+
+@pytest.mark.parametrize("zero", [True, False], ids=["zero product", "another product"])
+@pytest.mark.parametrize("start", [0, 4, 30])
+def test_a_restart_agrees(start, zero):
+    """Also where the new product is not zero, of which W gives lambda s then."""
+
+    @torch.no_grad()
+    def reinit(triple):
+        generator = torch.Generator().manual_seed(5)
+        triple.A.copy_(torch.randn(triple.A.shape, generator=generator, dtype=torch.float64) * (not zero))
+        triple.B.copy_(torch.randn(triple.B.shape, generator=generator, dtype=torch.float64))
+
+    in_place, folded = both(6, start_step=start, zero=False)
+    for _ in range(2):
+        before = folded.effective().detach().clone()
+        for run in (in_place, folded):
+            run.optimizer.restart(reinit)
+        if zero:
+            torch.testing.assert_close(folded.effective().detach(), before, rtol=1e-12, atol=1e-12)
+        assert_agrees(folded, in_place)
+        for run in (in_place, folded):
+            run.train(4)
+        assert_agrees(folded, in_place)
+
+
+def test_changed_factors_need_no_resync():
+    in_place, folded = both(8)
+    best = [p.detach().clone() for p in folded.factors]
+    for run in (in_place, folded):
+        run.train(5)
+        with torch.no_grad():
+            for p, before in zip(run.factors, best, strict=True):
+                p.copy_(before)
+    assert float((folded.effective() - in_place.effective()).detach().norm()) > 1e-3
+    in_place.optimizer.resync()
+    assert_agrees(folded, in_place)
+    folded.optimizer.resync()  # nothing to do
+    assert_agrees(folded, in_place)
+
+
+def test_rebase_counts_from_the_weight_that_is_there():
+    run = Run("folded", zero=False).train(5)
+    run.optimizer.rebase()
+    _, A, B = run.stored.matrices()
+    torch.testing.assert_close(run.optimizer.displacement("q").product(), RATIO * 0.5 * (A @ B))
+    change = deltaopt.export_adapter(run.optimizer)["q"].product()
+    torch.testing.assert_close(run.stored.W + change, run.effective().detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["auto", "nearest", "compensated"])
+def test_a_16_bit_weight_is_rounded_once(dtype, rounding):
+    stored = strategies.make("linear", dtype=dtype, factor_dtype=torch.float32)
+    W0, (_, A, B) = stored.W.clone(), stored.matrices()
+    triple = LoRATriple(stored.W, stored.A, stored.B, scaling=torch.tensor(0.5), name="q")
+    optimizer = DeltaLoRAOptimizer(AdamW, [triple], lr=1e-2, weight_update="folded", rounding=rounding, keep_base="cpu")
+    for _ in range(3):
+        stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+        optimizer.step()
+        optimizer.state_dict()
+    exact = W0.double() - RATIO * 0.5 * (A.double() @ B.double())
+    spacing = torch.finfo(dtype).eps * torch.maximum(exact.abs(), W0.double().abs())
+    assert bool(((stored.W.double() - exact).abs() <= spacing).all())
+    with optimizer.base_weights():
+        assert torch.equal(stored.W, W0)
+
+
+# State.
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resumed(run, state, factors, W, s=0.5):
+    """A fresh layer with these tensors and this scaling, which has loaded the state."""
+    twin = Run(run.mode, s=s, **run.options)
+    with torch.no_grad():
+        twin.stored.W.copy_(W)
+        for p, value in zip(twin.factors, factors, strict=True):
+            p.copy_(value)
+    twin.optimizer.load_state_dict(state)
+    twin.t, twin.gradients = run.t, list(run.gradients)
+    return twin
+
+
+@pytest.mark.parametrize("scaled", ["as at first", "as it was left"])
+@pytest.mark.parametrize("W", ["saved", "base"])
+@pytest.mark.parametrize(
+    ("start", "stop", "zero"), [(0, 4, True), (3, 6, False), (6, 6, False), (9, 4, False), (0, 0, True)]
+)
+def test_a_resumed_run_goes_on(start, stop, zero, W, scaled):
+    """Bit for bit with W as it was; from the base to rounding. The branch is scaled by the state."""
+    run = Run("folded", zero=zero, start_step=start).train(stop)
+    state, factors = saved(run.optimizer.state_dict()), [p.detach().clone() for p in run.factors]
+    s = 0.5 if scaled == "as at first" else float(run.scale)
+    twin = resumed(run, state, factors, run.stored.W if W == "saved" else run.W0, s)
+    assert float(twin.scale) == float(run.scale)
+    assert twin.optimizer.triples[0].scaling == 0.5
+    for r in (run, twin):
+        r.train(7)
+    assert_agrees(twin, run)
+    if W == "saved":
+        assert all(map(torch.equal, twin.factors, run.factors))
+
+
+def test_a_state_may_be_loaded_where_it_was_saved():
+    """As Accelerate does in `prepare`."""
+    run, twin = Run("folded", start_step=2, zero=False).train(4), Run("folded", start_step=2, zero=False).train(4)
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    for r in (run, twin):
+        r.train(3)
+    assert_agrees(run, twin, 1e-14)
+
+
+def test_an_older_state_takes_the_ratio_out_of_the_branch():
+    run = Run("folded", start_step=3, zero=False).train(2)
+    state, factors = saved(run.optimizer.state_dict()), [p.detach().clone() for p in run.factors]
+    run.train(4)
+    last = [p.detach().clone() for p in run.factors]
+    assert float(run.scale) == 1.5
+    with torch.no_grad():
+        run.stored.W.copy_(run.W0)
+        for p, value in zip(run.factors, factors, strict=True):
+            p.copy_(value)
+    run.optimizer.load_state_dict(state)
+    assert float(run.scale) == 0.5
+    run.t = 2
+    run.train(4)
+    assert all(map(torch.equal, run.factors, last))
+
+
+def test_a_scaling_that_a_checkpoint_of_the_model_holds():
+    """A buffer is loaded before the optimizer's state, so that it is ahead of what the optimizer knows."""
+    run = Run("folded").train(3)
+    state, factors = saved(run.optimizer.state_dict()), [p.detach().clone() for p in run.factors]
+    twin = Run("folded", **run.options)
+    twin.scale.copy_(run.scale)
+    with torch.no_grad():
+        for p, value in zip(twin.factors, factors, strict=True):
+            p.copy_(value)
+    with pytest.raises(RuntimeError, match=r"q: its scaling was 0\.5 when it was registered .* and is 1\.5 now"):
+        twin.optimizer.step()
+    twin.optimizer.load_state_dict(state)
+    twin.t, twin.gradients = 3, list(run.gradients)
+    assert_agrees(twin.train(2), run.train(2))
+
+
+@pytest.mark.parametrize("mode", ["in_place", "folded"])
+def test_a_state_of_the_other_mode_is_refused(mode):
+    run, other = Run(mode).train(2), Run("folded" if mode == "in_place" else "in_place")
+    with pytest.raises(ValueError, match=rf"saved with weight_update='{mode}', this optimizer has '{other.mode}'"):
+        other.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("damage", ["ratio", "type", "missing", "mode"])
+def test_a_damaged_record_is_refused(damage):
+    run = Run("folded").train(2)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    record = state["param_groups"][0]["deltaopt"]
+    triple = record["groups"][0]["triples"][0]
+    if damage == "missing":
+        del triple["folded"]
+    elif damage == "mode":
+        del record["weight_update"]
+    else:
+        triple["folded"] = {"ratio": -1.0, "type": "2"}[damage]
+    before = float(run.scale)
+    with pytest.raises(ValueError, match=r"damaged or incomplete|folded must be finite and not negative"):
+        run.optimizer.load_state_dict(state)
+    assert float(run.scale) == before
+
+
+def test_another_base_is_refused():
+    run = Run("folded").train(3)
+    with pytest.raises(WeightMismatchError, match="q: W has other contents than when the state was saved"):
+        resumed(run, run.optimizer.state_dict(), run.factors, run.W0 + 1e-3)
+
+
+# Copies, and more than one optimizer.
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.filterwarnings("ignore:backward hook .* on tensor will not be serialized:UserWarning")
+def test_a_copy_goes_on_as_the_original(copied):
+    run = Run("folded", start_step=2, zero=False).train(5)
+    loss, run.loss = run.loss, None
+    for function in ("matrix", "left", "right"):  # of lambdas, which are not pickled
+        setattr(run.stored, function, None)
+    parts = copied((run.stored, run.scale, run.triple, run.optimizer))
+    twin = object.__new__(Run)
+    twin.__dict__ |= run.__dict__ | dict(zip(("stored", "scale", "triple", "optimizer"), parts, strict=True))
+    twin.gradients = list(run.gradients)
+    for r in (run, twin):
+        r.loss = loss
+        for function in ("matrix", "left", "right"):
+            setattr(r.stored, function, lambda t: t)
+        r.train(4)
+    assert twin.stored.A is not run.stored.A
+    assert all(map(torch.equal, run.factors, twin.factors))
+    assert_follows(twin, run, 0.0)
+
+
+def test_gradients_from_before_a_copy_knew_of_its_factors_are_refused():
+    """Where the copy could not be told at once: its module was not complete."""
+    model = nn.Module()
+    model.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+    model.A, model.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
+    model.scaling = 0.5
+    triple = LoRATriple((model, "W"), (model, "A"), (model, "B"), scaling=(model, "scaling"), name="q")
+    model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+
+    def backward(m):
+        (m.W + m.scaling * m.A @ m.B).square().sum().backward()
+
+    backward(model)
+    model.optimizer.step()
+    twin = copy.deepcopy(model)
+    assert twin.scaling == 1.5
+    for m in (model, twin):
+        m.optimizer.zero_grad()
+        backward(m)
+    torch.testing.assert_close(twin.A.grad, model.A.grad)
+    fresh = copy.deepcopy(twin.optimizer._folding)
+    deltaopt.folding._divisors.pop(twin.A)
+    twin.optimizer._folding, twin.optimizer._signatures = fresh, []
+    with pytest.raises(RuntimeError, match=r"q: the gradient of its A .* optimizer\.zero_grad\(\) first"):
+        twin.optimizer.step()
+    twin.optimizer.zero_grad()
+    twin.optimizer.step()
+
+
+def test_a_later_optimizer_takes_the_factors_over():
+    """It begins with the scaling that it finds, and divides by its own ratio alone."""
+    first = Run("folded").train(3)
+    W, scale = first.stored.W, first.scale
+    twin = Run("folded", s=1.5)
+    with torch.no_grad():
+        for p, value in zip(twin.factors, first.factors, strict=True):
+            p.copy_(value)
+    twin.t, twin.loss = first.t, first.loss
+    twin.stored.W.copy_(W)
+    triple = LoRATriple(W, *first.factors, scaling=scale, name="q")
+    first_optimizer, first.optimizer = (
+        first.optimizer,
+        DeltaLoRAOptimizer(AdamW, [triple], weight_update="folded", **first.options),
+    )
+    first.gradients = []
+    for r in (first, twin):
+        r.train(4)
+    assert float(scale) == 1.5 * 3
+    assert_follows(first, twin)
+    with pytest.raises(RuntimeError, match=r"q: another optimizer was built on its factors since|q: its scaling was"):
+        first_optimizer.step()
+
+
+def test_without_its_optimizer_a_gradient_is_what_autograd_makes():
+    run = Run("folded").train(2)
+    run.backward()
+    divided = run.gradients[-1]
+    run.optimizer = run.triple = None
+    gc.collect()
+    for p in run.factors:
+        p.grad = None
+    run.loss(run.effective(), run.t).backward()
+    for p, expected in zip(run.factors, divided, strict=True):
+        torch.testing.assert_close(p.grad, 3 * expected)
+
+
+def test_triples_of_another_folded_run_are_refused():
+    run = Run("folded").train(2)
+    for mode in ("in_place", "folded"):
+        with pytest.raises(
+            ValueError, match="another optimizer has folded its update_ratio into the branch of q: make"
+        ):
+            DeltaLoRAOptimizer(AdamW, [run.triple], weight_update=mode)
+
+
+# Groups.
+
+
+def layer(name, seed, zero=True):
+    stored = strategies.make("linear", seed, zero_A=zero)
+    scale = torch.tensor(0.5, dtype=torch.float64)
+    return stored, scale, LoRATriple(stored.W, stored.A, stored.B, scaling=scale, name=name)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "added later"])
+def test_groups_of_several_ratios_and_starts(late):
+    outcomes = []
+    for mode in ("in_place", "folded"):
+        layers = [layer(str(i), i, zero=i != 2) for i in range(4)]
+        groups = [
+            {"triples": [layers[0][2]], "update_ratio": 0.0},
+            {"triples": [layers[1][2]], "update_ratio": 3.0, "lr": 0.01},
+            {"triples": [layers[2][2]], "start_step": 3},
+            {"triples": [layers[3][2]], "update_ratio": 1.0, "start_step": 1},
+        ]
+        optimizer = DeltaLoRAOptimizer(AdamW, groups[: 2 if late else 4], lr=0.02, weight_update=mode)
+        for t in range(8):
+            if late and t == 2:
+                for group in groups[2:]:
+                    optimizer.add_param_group(group)
+            optimizer.zero_grad()
+            for i, (stored, scale, _) in enumerate(layers):
+                loss = strategies.problem(stored.W.shape, i)
+                loss(stored.W + scale * (stored.A @ stored.B), t).backward()
+            optimizer.step()
+        outcomes.append([(s.W + scale * (s.A @ s.B)).detach() for s, scale, _ in layers])
+        if mode == "folded":
+            assert [float(scale) for _, scale, _ in layers] == [0.5, 2.0, 1.5, 1.0]
+    for now, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_factor_of_two_layers():
+    """Its gradient is divided once for both; where their ratios differ, it can not be."""
+    outcomes = []
+    for mode in ("in_place", "folded"):
+        (s, scale, triple), (other, scale_2, _) = layer("a", 0), layer("b", 1)
+        shared = LoRATriple(other.W, s.A, other.B, scaling=scale_2, name="b")
+        optimizer = DeltaLoRAOptimizer(AdamW, [triple, shared], lr=0.02, weight_update=mode)
+        for t in range(5):
+            optimizer.zero_grad()
+            loss = strategies.problem(s.W.shape)
+            (loss(s.W + scale * (s.A @ s.B), t) + loss(other.W + scale_2 * (s.A @ other.B), t)).backward()
+            optimizer.step()
+        outcomes.append([s.A.detach(), s.B.detach(), other.B.detach()])
+    for now, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("other", [{"update_ratio": 1.0}, {"start_step": 4}])
+def test_a_factor_of_layers_that_differ_is_refused(other):
+    (s, _, triple), (t, scale, _) = layer("a", 0), layer("b", 1)
+    shared = LoRATriple(t.W, s.A, t.B, scaling=scale, name="b")
+    groups = [{"triples": [triple], "params": [s.A, s.B]}, {"triples": [shared], **other}]
+    inner = AdamW([s.A, s.B, t.B])
+    with pytest.raises(ValueError, match="b: its A is a factor of a too, which has another update_ratio or start_step"):
+        DeltaLoRAOptimizer(
+            inner, [{k: v for k, v in g.items() if k != "params"} for g in groups], weight_update="folded"
+        )
+    groups[1] = {"triples": [shared]}
+    optimizer = DeltaLoRAOptimizer(
+        inner, [{"triples": [triple]}, {"triples": [shared]}], weight_update="folded", start_step=1
+    )
+    for name, value in other.items():
+        setattr(optimizer.groups[1], name, value)
+    optimizer.step()
+    with pytest.raises(ValueError, match="b: its A is a factor of a too"):
+        optimizer.step()
+
+
+# Where the scaling is.
+
+
+class Layer(nn.Module):
+    """As a library may write it: `how` says where the branch's scaling is."""
+
+    def __init__(self, how):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        new = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.weight = nn.Parameter(new(4, 6), requires_grad=False)
+        self.lora_B, self.lora_A = nn.Parameter(torch.zeros(4, 2, dtype=torch.float64)), nn.Parameter(new(2, 6))
+        self.rank, self.alpha, self.scaling, self.config = 2, 1.0, 0.5, types.SimpleNamespace(scaling=0.5)
+        if how == "buffer":
+            del self.scaling
+            self.register_buffer("scaling", torch.tensor(0.5, dtype=torch.float64))
+        self.how = how
+
+    def forward(self, x):
+        scaling = {"alpha": self.alpha / self.rank, "nested": self.config.scaling}.get(self.how, self.scaling)
+        return x @ self.weight.mT + scaling * (x @ self.lora_A.mT @ self.lora_B.mT)
+
+    def triple(self):
+        tensors = [(self, name) for name in ("weight", "lora_B", "lora_A")]
+        if self.how == "alpha":  # as in torchtune, where forward divides alpha by the rank
+            return LoRATriple(*tensors, scaling=0.5, name="q", set_scaling=self.set_scaling)
+        path = "config.scaling" if self.how == "nested" else "scaling"
+        return LoRATriple(*tensors, scaling=(self, path), name="q")
+
+    def set_scaling(self, scaling):
+        self.alpha = scaling * self.rank
+
+
+@pytest.mark.parametrize("how", ["number", "buffer", "nested", "alpha"])
+def test_the_scaling_is_set_where_the_layer_has_it(how):
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    outputs = []
+    for mode in ("in_place", "folded"):
+        module = Layer(how)
+        optimizer = DeltaLoRAOptimizer(AdamW, [module.triple()], lr=0.02, start_step=1, weight_update=mode)
+        for _ in range(5):
+            optimizer.zero_grad()
+            module(x).tanh().sum().backward()
+            optimizer.step()
+        outputs.append(module(x).detach())
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+    now = {"alpha": module.alpha / 2, "nested": module.config.scaling}.get(how, module.scaling)
+    assert float(now) == 1.5
+
+
+def test_loralib():
+    """`scaling` of its layers is a number that forward multiplies by."""
+    lora = pytest.importorskip("loralib", reason="runs where loralib is installed")
+    x = torch.randn(5, 6)
+    outputs = []
+    for mode in ("in_place", "folded"):
+        torch.manual_seed(0)
+        module = lora.Linear(6, 4, r=2, lora_alpha=3)
+        lora.mark_only_lora_as_trainable(module)
+        triple = LoRATriple(
+            *((module, n) for n in ("weight", "lora_B", "lora_A")), scaling=(module, "scaling"), name="q"
+        )
+        optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update=mode)
+        for _ in range(5):
+            optimizer.zero_grad()
+            module(x).tanh().sum().backward()
+            optimizer.step()
+        outputs.append(module(x).detach())
+        module.eval()  # loralib adds scaling * B @ A to the weight now
+        torch.testing.assert_close(module(x).detach(), outputs[-1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scaling_that_somebody_else_changes_is_refused():
+    run = Run("folded").train(2)
+    run.scale.fill_(0.5)
+    with pytest.raises(
+        RuntimeError, match=r"q: its scaling was 1\.5 when it was registered or last set and is 0\.5 now"
+    ):
+        run.optimizer.step()
+    module = Layer("number")
+    optimizer = DeltaLoRAOptimizer(AdamW, [module.triple()], weight_update="folded")
+    del module.scaling
+    with pytest.raises(RuntimeError, match=r"q: its scaling is not where it was registered: .*scaling"):
+        optimizer.step()
+
+
+# Refusals.
+
+
+def test_a_scaling_that_can_not_be_set_is_refused_with_the_ways_out():
+    stored = strategies.make("linear")
+    for triples in ([stored.triple(0.5, "q")], [(stored.W, stored.A, stored.B)]):
+        with pytest.raises(
+            ValueError, match=r"its scaling is a number that can not be set.*0-d tensor.*set_scaling=.*in_p"
+        ):
+            DeltaLoRAOptimizer(AdamW, triples, weight_update="folded")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "error", "message"),
+    [
+        (torch.ones(2), ValueError, r"q: a scaling that is a tensor is 0-d, .* got torch\.float32 of shape \(2,\)"),
+        (torch.tensor(2), ValueError, "of floating point, .* got torch.int64"),
+        (torch.tensor(1.0, requires_grad=True), ValueError, "does not require grad"),
+        (torch.tensor(0.0), ValueError, "q: scaling must be finite and not zero"),
+        (torch.tensor(math.nan), ValueError, "q: scaling must be finite and not zero"),
+        ((nn.Identity(), "scaling"), AttributeError, "scaling"),
+        ((nn.Identity(), 3), TypeError, "q: scaling is a number, a 0-d tensor or"),
+        (("layer", "scaling"), TypeError, "q: scaling is a number, a 0-d tensor or"),
+        ("2", TypeError, "q: scaling is a number"),
+    ],
+)
+def test_scalings_that_are_none(scaling, error, message):
+    stored = strategies.make("linear")
+    with pytest.raises(error, match=message):
+        LoRATriple(stored.W, stored.A, stored.B, scaling=scaling, name="q")
+    with pytest.raises(TypeError, match="q: set_scaling is a function of the new scaling, got 3"):
+        LoRATriple(stored.W, stored.A, stored.B, set_scaling=3, name="q")
+
+
+@pytest.mark.parametrize("mode", ["fold", None, "In_place", True])
+def test_modes_that_do_not_exist(mode):
+    with pytest.raises(ValueError, match="weight_update is one of in_place, folded, got"):
+        Run(mode)
+
+
+def test_a_changing_ratio_is_refused():
+    with pytest.raises(
+        ValueError, match=r"needs a constant update_ratio, got a callable: what W was moved by.*in_place"
+    ):
+        Run("folded", update_ratio=lambda t: 1.0)
+    run = Run("folded").train(2)
+    with pytest.raises(ValueError, match="needs a constant update_ratio"):
+        run.optimizer.add_param_group({"triples": [layer("k", 1)[2]], "update_ratio": lambda t: 1.0})
+    assert len(run.optimizer.groups) == 1
+    (group,) = run.optimizer.groups
+    for name, value in (
+        ("update_ratio", 1.0),
+        ("update_ratio", 0.0),
+        ("start_step", 9),
+        ("update_ratio", lambda t: 2.0),
+    ):
+        before = getattr(group, name), run.stored.A.detach().clone()
+        setattr(group, name, value)
+        with pytest.raises(ValueError, match=r"update_ratio has changed since it was folded .* q \(2, now|a callable"):
+            run.optimizer.step()
+        setattr(group, name, before[0])
+        assert torch.equal(run.stored.A, before[1])
+    run.train(1)
+
+
+def packed(stored):
+    """A W that can not be read as a matrix."""
+    stored.W = torch.randint(0, 255, (C_D // 2, 1), dtype=torch.uint8)
+    return stored
+
+
+C_D = strategies.C * strategies.D + 1
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_weight_that_can_not_be_written_needs_a_zero_product(start):
+    stored, scale = packed(strategies.make("linear", zero_A=start == 0)), torch.tensor(0.5)
+    triple = LoRATriple(stored.W, stored.A, stored.B, scaling=scale, name="q")
+    with pytest.raises(ValueError, match=r"q: W has dtype torch\.uint8, .*weight_update=\"folded\""):
+        DeltaLoRAOptimizer(SGD, [triple], lr=0.1)
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, start_step=start, weight_update="folded", keep_base="cpu")
+    W = stored.W.clone()
+
+    def step():
+        stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+        optimizer.step()
+
+    for _ in range(start):
+        step()
+    if start:
+        before = stored.A.detach().clone()
+        with pytest.raises(
+            RuntimeError, match=r"(?s)A @ B is not zero at start_step.*nothing was changed.*q: W has dtype"
+        ):
+            step()
+        assert float(scale) == 0.5
+        assert torch.equal(stored.A, before)
+        assert optimizer.step_count == start
+        return
+    step()
+    assert float(scale) == 1.5
+    assert torch.equal(stored.W, W)
+    optimizer.load_state_dict(saved(optimizer.state_dict()))
+    step()
+    for action in (optimizer.restart, lambda: deltaopt.merged_weights(optimizer), lambda: optimizer.residual("q")):
+        with pytest.raises(RuntimeError, match=r"q: W has dtype torch\.uint8"):
+            action()
+    with optimizer.base_weights():
+        assert float(scale) == 0.5
+    change = deltaopt.export_adapter(optimizer)["q"]
+    torch.testing.assert_close(change.product(), 1.5 * (stored.A @ stored.B).detach())
+
+
+def test_a_packed_weight_is_not_taken_for_a_plain_one_that_was_saved():
+    states = []
+    for pack in (False, True):
+        stored = strategies.make("linear", zero_A=True)
+        stored = packed(stored) if pack else stored
+        triple = LoRATriple(stored.W, stored.A, stored.B, scaling=torch.tensor(0.5), name="q")
+        states.append((DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded"), stored))
+    (plain, _), (quantized, _) = states
+    with pytest.raises(WeightMismatchError, match=r"q: W can not be read now .* and could when the state was saved"):
+        quantized.load_state_dict(plain.state_dict())
+    with pytest.raises(WeightMismatchError, match=r"q: W can be read now .* and could not when the state was saved"):
+        plain.load_state_dict(quantized.state_dict())
+
+
+def test_factors_without_a_product_are_refused_beside_a_packed_weight():
+    stored = packed(strategies.make("linear"))
+    B = stored.B.detach()[:2].clone().requires_grad_()
+    triple = LoRATriple(stored.W, stored.A, B, scaling=torch.tensor(1.0), name="q")
+    with pytest.raises(ValueError, match=r"q: A \(5, 3\) and B \(2, 7\) have no product"):
+        DeltaLoRAOptimizer(SGD, [triple], weight_update="folded")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_factor_that_is_not_finite_reaches_no_weight(value):
+    run = Run("folded", zero=False)
+    with torch.no_grad():
+        run.stored.B[0, 0] = value
+    with pytest.raises(ValueError, match="a factor of q is NaN or infinite"):
+        run.optimizer.step()
+    assert torch.equal(run.stored.W, run.W0)
+    assert float(run.scale) == 0.5
+
+
+def test_a_setter_that_fails_changes_nothing():
+    stored, other = strategies.make("linear"), strategies.make("linear", 1)
+    scale = torch.tensor(0.5, dtype=torch.float64)
+
+    def fail(value):
+        raise OSError("no such layer")
+
+    triples = [
+        LoRATriple(stored.W, stored.A, stored.B, scaling=scale, name="a"),
+        LoRATriple(other.W, other.A, other.B, scaling=0.5, set_scaling=fail, name="b"),
+    ]
+    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.1, weight_update="folded")
+    W = stored.W.clone()
+    with pytest.raises(OSError, match="no such layer"):
+        optimizer.step()
+    assert float(scale) == 0.5
+    assert [t.folded for t in triples] == [0.0, 0.0]
+    assert torch.equal(stored.W, W)
+
+
+# What it means: docs/method.md.
+
+
+def lora(alpha, seed=0, inner=AdamW, steps=200, groups=None, **options):
+    """Plain LoRA with this scaling of the branch."""
+    stored = strategies.make("linear", seed, zero_A=True)
+    loss = strategies.problem(stored.W.shape, seed + 1)
+    params = groups(stored) if groups else [stored.A, stored.B]
+    optimizer = inner(params, **options)
+    for t in range(steps):
+        optimizer.zero_grad()
+        loss(stored.W + alpha * (stored.A @ stored.B), t).backward()
+        optimizer.step()
+    return (stored.W + alpha * (stored.A @ stored.B)).detach()
+
+
+def delta_lora(mode="in_place", steps=200, **options):
+    return Run(mode, **options).train(steps).effective().detach()
+
+
+def apart(now, expected):
+    """Their distance beside the distance that training went."""
+    W0 = strategies.make("linear", 0).W
+    return float((now - expected).norm() / (expected - W0).norm())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("mode", ["in_place", "folded"])
+def test_with_adam_it_is_lora_with_a_larger_alpha(mode, weight_decay):
+    """Adam divides the scale of gradients out (eps -> 0), with decoupled weight decay too; SGD does not."""
+    options = {"lr": 0.02, "eps": 1e-30, "weight_decay": weight_decay}
+    assert apart(delta_lora(mode, **options), lora(0.5 * (1 + RATIO), **options)) < 1e-9
+    assert apart(delta_lora(mode, inner=SGD, lr=0.02), lora(1.5, inner=SGD, lr=0.02)) > 1e-2
+
+
+def test_with_adam_it_is_lora_plus_without_weight_decay():
+    """A learning rate of (1 + lambda) times the other's for the factor that starts at zero; with weight decay not."""
+
+    def plus(decay):
+        groups = lambda s: [{"params": [s.A], "lr": 0.02 * (1 + RATIO)}, {"params": [s.B]}]  # noqa: E731
+        return lora(0.5, groups=groups, lr=0.02, eps=1e-30, weight_decay=decay)
+
+    assert apart(delta_lora(lr=0.02, eps=1e-30, weight_decay=0.0), plus(0.0)) < 1e-9
+    assert apart(delta_lora(lr=0.02, eps=1e-30, weight_decay=0.1), plus(0.1)) > 1e-2
+
+
+def test_the_papers_control_is_another_thing():
+    """LoRA with three times the learning rate."""
+    options = {"eps": 1e-30, "weight_decay": 0.0}
+    assert apart(delta_lora(lr=0.02, **options), lora(0.5, lr=0.06, **options)) > 1e-2
+
+
+@pytest.mark.parametrize("beyond", ["a changing ratio", "a restart", "K > 0", "a gradient's scale"])
+def test_what_goes_beyond_a_larger_alpha(beyond):
+    """No constant alpha gives it: the change of the effective weight is not (1 + lambda) s A B, or A and B differ."""
+    options = {"lr": 0.02, "eps": 1e-30, "weight_decay": 0.0}
+    if beyond == "a changing ratio":
+        run = Run("in_place", **options | {"update_ratio": lambda t: 2.0 if t % 2 else 0.5}).train(60)
+    elif beyond == "a restart":
+        run = Run("in_place", **options).train(30)
+        run.optimizer.restart(generator=torch.Generator().manual_seed(0))
+        run.train(30)
+    elif beyond == "K > 0":
+        run = Run("in_place", start_step=20, **options).train(60)
+    else:
+        run = Run("in_place", **options | {"eps": 1e-2}).train(60)
+        assert apart(run.effective().detach(), lora(1.5, steps=60, lr=0.02, eps=1e-2, weight_decay=0.0)) > 1e-3
+        return
+    change = run.effective().detach() - run.W0
+    singular = torch.linalg.svdvals(change)
+    assert float(singular[strategies.R]) > 1e-3 * float(singular[0])  # of a rank above r, which no alpha makes
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = torch.linalg.svdvals(Run("in_place", **options).train(60).effective().detach() - run.W0)
+    assert float(plain[strategies.R]) < 1e-12 * float(plain[0])
