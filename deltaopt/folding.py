@@ -45,7 +45,7 @@ class Folding:
     """
 
     def __init__(self) -> None:
-        self._own: dict[_Divisor, str] = {}
+        self._own: set[_Divisor] = set()
 
     def __reduce__(self) -> tuple[type[Folding], tuple[()]]:
         return Folding, ()  # a copy divides the gradients of copied factors, and has to find them first
@@ -70,17 +70,17 @@ class Folding:
         """
         self._attach(triples, taking_over=False)
 
-    def check(self) -> None:
-        """Refuse to go on with factors that another optimizer has taken over."""
-        for divisor, name in self._own.items():
-            if divisor.owner() is not self:
-                raise RuntimeError(
-                    f"{name}: another optimizer was built on its factors since, and their gradients are divided for "
-                    "that one: step that one"
-                )
+    def check(self, triples: Sequence[LoRATriple]) -> None:
+        """As `attach`, at every step, for factors that were attached: looks only at who has them."""
+        if any(divisor.owner() is not self for divisor in self._own):
+            self._own.clear()
+            self.attach(triples)
 
-    def due(self, groups: Sequence[DeltaGroup], ledgers: Sequence[Ledger], step: int) -> list[Due]:
+    def due(self, groups: Sequence[DeltaGroup], ledgers: Sequence[Ledger], step: int, with_closure: bool) -> list[Due]:
         """What is to be folded at the start of step number `step`.
+
+        Triples without gradients, which this step leaves as they are, have time until there are some (a closure may
+        make them): where the model has replaced the tensors that were registered, there are none.
 
         Raises:
             ValueError: if a ratio that was folded has changed since.
@@ -99,7 +99,7 @@ class Folding:
         due = [
             Due(triple, ledger, ratio)
             for (triple, ratio), ledger in zip(of_triples, ledgers, strict=True)
-            if ratio != triple.folded
+            if ratio != triple.folded and (with_closure or triple.A.grad is not None or triple.B.grad is not None)
         ]
         if due:
             _refuse_unequal(dict(of_triples))
@@ -112,9 +112,12 @@ class Folding:
         The effective weight is as before. This waits for the device, once in a run.
 
         Raises:
-            RuntimeError: if a W that can not be written would have to be.
-            ValueError: if a factor is NaN or infinite. In both cases nothing was changed.
+            RuntimeError: if a W that can not be written would have to be, or a branch can not be folded (any more).
+            ValueError: if a factor is NaN or infinite. In all cases nothing was changed.
         """
+        found = [f"{d.triple.label}: {problem}" for d in due for problem in d.triple.folding_problems()]
+        if found:
+            raise RuntimeError("update_ratio can not be folded now (nothing was changed):\n  " + "\n  ".join(found))
         moving = []
         for d in due:
             scaling, A, B = branch_of(d.triple)
@@ -157,16 +160,20 @@ class Folding:
             yield
 
     def _attach(self, triples: Iterable[LoRATriple], taking_over: bool) -> None:
-        if not taking_over:
-            self.check()
         for triple in triples:
             for letter, factor in (("A", triple.A), ("B", triple.B)):
                 divisor = _divisors.get(factor)
                 if divisor is None:
                     divisor = _divisors[factor] = _Divisor()
-                    factor.register_hook(divisor)
-                elif divisor in self._own:
+                    _register_first(factor, divisor)
+                if divisor.owner() is self:
+                    self._own.add(divisor)
                     continue
+                if divisor.owner() is not None and not taking_over:
+                    raise RuntimeError(
+                        f"{triple.label}: another optimizer was built on its {letter} since, and the gradients are its "
+                        "own: step that one"
+                    )
                 if triple.folded and not taking_over and factor.grad is not None and bool(factor.grad.any()):
                     raise RuntimeError(
                         f"{triple.label}: the gradient of its {letter} was made before this optimizer, a copy, knew of "
@@ -174,7 +181,7 @@ class Folding:
                         "optimizer.zero_grad() first, then backward()"
                     )
                 divisor.owner, divisor.value = weakref.ref(self), 1.0 + triple.folded
-                self._own[divisor] = triple.label
+                self._own.add(divisor)
 
     def _divide(self, triples: Iterable[LoRATriple]) -> None:
         """By what was folded; called when branches were scaled for good."""
@@ -187,16 +194,44 @@ class Folding:
 class _Divisor:
     """A hook that divides what reaches one factor, while its owner lives."""
 
+    __torch_unserializable__ = True  # a factor that is saved leaves it behind, without a warning
+
     def __init__(self) -> None:
         self.value = 1.0
         self.owner: Callable[[], Folding | None] = lambda: None
 
     def __call__(self, grad: Tensor) -> Tensor | None:
-        return None if self.value == 1.0 or self.owner() is None else grad / self.value
+        if self.value == 1.0 or self.owner() is None:
+            return None
+        if grad.requires_grad:
+            raise RuntimeError(
+                "a second derivative through the gradients of A and B (create_graph=True) can not be had in the folded "
+                'mode, where only its first factor would be divided: use weight_update="in_place"'
+            )
+        return grad / self.value
 
 
 _divisors = WeakTensorKeyDictionary()
 """The hook of each factor that ever had one: two hooks would divide twice."""
+
+_nobody = Folding()
+
+
+def release(triples: Iterable[LoRATriple]) -> None:
+    """Leave the gradients of these triples as they are from now on: their optimizer moves W in place."""
+    for triple in triples:
+        for factor in (triple.A, triple.B):
+            divisor = _divisors.get(factor)
+            if divisor is not None:
+                divisor.owner, divisor.value = lambda: _nobody, 1.0
+
+
+def _register_first(factor: Tensor, hook: _Divisor) -> None:
+    """Register a hook that runs before those that are there: one that clamps shall see what it sees in place."""
+    handle = factor.register_hook(hook)
+    hooks: Any = factor._backward_hooks
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)
 
 
 def checked_weight_update(mode: object) -> str:

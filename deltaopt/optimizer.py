@@ -12,7 +12,14 @@ from torch.optim import Optimizer
 
 from deltaopt.accounts import Account, Accounts, Reinit, lora_start
 from deltaopt.base import BaseSource
-from deltaopt.folding import Folding, checked_weight_update, evaluated_once, refuse_folded, refuse_inner
+from deltaopt.folding import (
+    Folding,
+    checked_weight_update,
+    evaluated_once,
+    refuse_folded,
+    refuse_inner,
+    release,
+)
 from deltaopt.groups import (
     DeltaGroup,
     ParamsInput,
@@ -150,11 +157,13 @@ class DeltaLoRAOptimizer(Optimizer):
             raise ValueError(
                 "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
             )
+        accounts = Accounts(registered, keep_base)
         if folding is not None:
             refuse_inner(inner)
             folding.take_over(groups)
+        else:
+            release(registered)
         self._settings = settings
-        accounts = Accounts(registered, keep_base)
         self._become(inner, groups, accounts, rounds, folding, step_count=0, skipped_updates=0)
         self._remember([triple.stored() for triple in self.triples])  # checked above
         self._look_up()
@@ -212,7 +221,9 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_at_base("step()")
         stored = self._look_up()
         counts = not is_state_initialisation(self._inner)
-        moves = self._moves(stored) if counts else []  # of no W where the ratio is folded into the branch
+        moves = (
+            self._moves(stored, closure is not None) if counts else []
+        )  # of no W where the ratio is folded into the branch
 
         self._delta.snapshot(moves)  # A_t, B_t
         loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
@@ -467,9 +478,11 @@ class DeltaLoRAOptimizer(Optimizer):
         refuse_folded(groups[0].triples)
         check_triples([*self.triples, *groups[0].triples], self._folding is not None)
         refuse_weights(self.triples, options[0].get("params", ()))
+        self._inner.add_param_group(inner_groups(groups, options, ())[0])
         if self._folding is not None:
             self._folding.take_over([*self._groups, *groups])
-        self._inner.add_param_group(inner_groups(groups, options, ())[0])
+        else:
+            release(groups[0].triples)
         self._groups += groups
         self._accounts.add(groups[0].triples)
 
@@ -607,13 +620,13 @@ class DeltaLoRAOptimizer(Optimizer):
         # Not looked up here: in a copy of a model that holds its optimizer, modules are not complete yet.
         self._signatures: list[tuple[object, ...]] = []
 
-    def _moves(self, stored: Sequence[Stored]) -> list[Move]:
+    def _moves(self, stored: Sequence[Stored], with_closure: bool) -> list[Move]:
         """What this step will move: nothing before `start_step`, and nothing where the ratio is 0.
 
         With ``weight_update="folded"`` never anything: the ratio goes into the branches, if it is time.
         """
         if self._folding is not None:
-            due = self._folding.due(self._groups, self._accounts.ledgers, self._step_count)
+            due = self._folding.due(self._groups, self._accounts.ledgers, self._step_count, with_closure)
             if due:
                 self._folding.begin(due, self._accounts, self._rounding.during("move", self._step_count))
             return []
@@ -662,7 +675,7 @@ class DeltaLoRAOptimizer(Optimizer):
             raise RuntimeError("W can not be moved now:\n  " + "\n  ".join(problems))
         check_membership(self._inner, triples, stored)
         if self._folding is not None:
-            self._folding.check()
+            self._folding.check(triples)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, which would freeze the test t >= start_step "

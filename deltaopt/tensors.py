@@ -24,12 +24,12 @@ def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
     if not is_plain(tensor):
         return [
             f"{letter} is a {type(tensor).__module__}.{type(tensor).__qualname__}, expected a plain tensor or "
-            f"Parameter: quantized, sharded and wrapped weights can not be moved in place. {WAY_OUT}"
+            "Parameter: quantized, sharded and wrapped ones can not be read and written as a matrix"
         ]
     if tensor.dtype not in FLOATS:
         return [
             f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64: integer, float8 and "
-            f"packed weights can not be moved in place. {WAY_OUT}"
+            "packed ones can not be read and written as a matrix"
         ]
     if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
         return [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltaopt.layouts import LAYOUTS
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling
-from deltaopt.tensors import FLOATS, is_plain, memory_overlaps, offload_problems, tensor_problems
+from deltaopt.tensors import FLOATS, WAY_OUT, is_plain, memory_overlaps, offload_problems, tensor_problems
 
 TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
 """A tensor, or a module and the dotted name of an attribute that is looked up at every step."""
@@ -264,6 +264,8 @@ class LoRATriple:
         W, A, B = stored = self.stored()
         unwritable = self.weight_problems()
         found = self.folding_problems() if folded else [*unwritable]
+        if not folded and (not is_plain(W) or W.dtype not in FLOATS):
+            found[0] += f". {WAY_OUT}"
         for letter, factor in (("A", A), ("B", B)):
             found += tensor_problems(letter, factor)
             if not factor.requires_grad:

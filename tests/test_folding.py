@@ -214,6 +214,25 @@ def test_before_the_start_and_without_a_ratio_it_is_the_inner_optimizer(start):
     assert float(run.scale) == float(plain.train(3).scale) == 0.5
 
 
+def test_a_layer_without_gradients_is_folded_when_it_has_some():
+    """An expert that no token reached: until then the step leaves its factors as they are, and so nothing is due."""
+    outcomes = []
+    for mode in ("in_place", "folded"):
+        layers = [layer(str(i), i, zero=i == 0) for i in range(2)]
+        optimizer = DeltaLoRAOptimizer(SGD, [t for *_, t in layers], lr=0.1, momentum=0.9, weight_update=mode)
+        for t in range(6):
+            optimizer.zero_grad()
+            for i, (s, scale, _) in enumerate(layers):
+                if i == 0 or t in (2, 5):
+                    strategies.problem(s.W.shape, i)(s.W + scale * (s.A @ s.B), t).backward()
+            optimizer.step()
+            if mode == "folded":
+                assert [float(scale) for _, scale, _ in layers] == [1.5, 0.5 if t < 2 else 1.5]
+        outcomes.append([(s.W + scale * (s.A @ s.B)).detach() for s, scale, _ in layers])
+    for now, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_gradients_that_are_asked_for_are_divided_too():
     in_place, folded = both(3)
     found = [torch.autograd.grad(r.loss(r.effective(), 0), r.factors) for r in (folded, in_place)]
@@ -650,6 +669,8 @@ def test_a_factor_of_layers_that_differ_is_refused(other):
     )
     for name, value in other.items():
         setattr(optimizer.groups[1], name, value)
+    for factor in (s.A, s.B, t.B):
+        factor.grad = torch.ones_like(factor)
     optimizer.step()
     with pytest.raises(ValueError, match="b: its A is a factor of a too"):
         optimizer.step()
@@ -880,6 +901,7 @@ def test_factors_without_a_product_are_refused_beside_a_packed_weight():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_factor_that_is_not_finite_reaches_no_weight(value):
     run = Run("folded", zero=False)
+    run.backward()
     with torch.no_grad():
         run.stored.B[0, 0] = value
     with pytest.raises(ValueError, match="a factor of q is NaN or infinite"):
@@ -901,6 +923,8 @@ def test_a_setter_that_fails_changes_nothing():
     ]
     optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.1, weight_update="folded")
     W = stored.W.clone()
+    for s in (stored, other):
+        s.A.grad = torch.ones_like(s.A)
     with pytest.raises(OSError, match="no such layer"):
         optimizer.step()
     assert float(scale) == 0.5

@@ -44,9 +44,10 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     if refused:
         raise ValueError("these PEFT layers can not be used:\n  " + "\n  ".join(refused))
     _warn_about_companions(layers, adapter)
-    start, guard, alphas = _start(model, adapter), SaveGuard(), Alphas(model, adapter)
+    start, guard, alphas = _start(model, adapter), SaveGuard(), Alphas.within(model, adapter)
     return [
-        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard, alphas) for name, layer in layers
+        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard, alphas.get(id(layer)))
+        for name, layer in layers
     ]
 
 
@@ -199,6 +200,11 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
         return f"its branch is a LoRA variant ({variant}), which is not scaling * B @ A: use plain LoRA"
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         return "its convolution has groups, for which scaling * B @ A is no change of W: leave it out of target_modules"
+    if getattr(layer.get_base_layer(), "padding_mode", "zeros") != "zeros":
+        return (
+            f"its convolution has padding_mode={layer.get_base_layer().padding_mode!r} and PEFT's branch pads with "
+            "zeros, so that scaling * B @ A is no change of W: leave it out of target_modules"
+        )
     problems = [] if allow_dropout else dropout_problems(layer, adapter)
     return problems[0] if problems else None
 

@@ -19,43 +19,53 @@ class Alphas:
     PEFT computes a layer's scaling from ``lora_alpha`` and ``alpha_pattern`` of the config when it loads an adapter.
 
     Args:
-        model: a model whose adapters have been added.
+        model: the module with the ``peft_config`` that holds it.
         adapter: its name.
+
+    Attributes:
+        changed: whether a layer was given another alpha, of which the config does not know yet.
     """
+
+    @classmethod
+    def within(cls, model: nn.Module, adapter: str) -> dict[int, Alphas]:
+        """For the id of each layer that has a config above it, those of the outermost module that holds it.
+
+        A model may have several: PeftModels side by side in a module of the user's.
+        """
+        found: dict[int, Alphas] = {}
+        for module in model.modules():
+            configs = getattr(module, "peft_config", None)
+            if isinstance(configs, dict) and isinstance(configs.get(adapter), LoraConfig) and id(module) not in found:
+                of_module = cls(module, adapter)
+                found |= {id(inner): of_module for inner in module.modules()}
+        return found
 
     def __init__(self, model: nn.Module, adapter: str) -> None:
         self._adapter = adapter
-        self._config: LoraConfig | None = None
-        self._changed = False
-        try:
-            holder = with_config(model)
-        except TypeError:
-            return  # layers without a config: nobody saves them by it
+        self.changed = False
+        holder = with_config(model)
+        self._configs = configs_of(holder)
+        self._config = self._given = self._configs[adapter]
         self._layers = [
-            (name_in_base(holder, name), module)
+            (_key(name_in_base(holder, name), module), module)
             for name, module in holder.named_modules()
             if isinstance(module, lora.LoraLayer) and adapter in module.lora_alpha
         ]
         self._first = self._alphas()
-        if self._layers:
-            self._config = configs_of(holder)[adapter]
-            self._first_config = self._config.lora_alpha, copy.copy(self._config.alpha_pattern)
-
-    def set(self, layer: lora.LoraLayer, alpha: float) -> None:
-        """Give a layer another alpha; the config does not know of it yet."""
-        layer.lora_alpha[self._adapter] = int(alpha) if float(alpha).is_integer() else alpha
-        self._changed = True
+        self._first_config = self._config.lora_alpha, copy.copy(self._config.alpha_pattern)
 
     def follow(self) -> None:
         """Let the config say what the layers have."""
-        if self._config is None or not self._changed:
+        if not self.changed:
             return
-        self._changed = False
+        self.changed = False
+        if self._config is self._given:  # which may be the user's own, and serve other models
+            self._config = self._configs[self._adapter] = copy.copy(self._given)
         alphas = self._alphas()
         if alphas == self._first:
             self._config.lora_alpha, self._config.alpha_pattern = self._first_config
             return
-        # Entries for ``target_parameters`` PEFT takes for mistakes, so these have the common one.
+        # PEFT obeys entries for ``target_parameters``, but takes them for mistakes: the common one is best theirs.
         parameters = [layer.lora_alpha[self._adapter] for _, layer in self._layers if _is_parameter(layer)]
         common = parameters[0] if parameters else Counter(alphas.values()).most_common(1)[0][0]
         self._config.lora_alpha = common
@@ -64,6 +74,11 @@ class Alphas:
 
     def _alphas(self) -> dict[str, float]:
         return {name: layer.lora_alpha[self._adapter] for name, layer in self._layers}
+
+
+def _key(name: str, layer: lora.LoraLayer) -> str:
+    """What PEFT looks for in ``alpha_pattern``."""
+    return f"{name}.{layer.parameter_name}" if _is_parameter(layer) else name
 
 
 def _is_parameter(layer: nn.Module) -> bool:

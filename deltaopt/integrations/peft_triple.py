@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
@@ -28,7 +30,7 @@ class PeftTriple(LoRATriple):
         allow_dropout: see `find_triples`.
         start: ``init_lora_weights`` of the adapter's config.
         guard: of the model, for ``save_pretrained``.
-        alphas: of the adapter; default: of this layer alone, without a config.
+        alphas: of the adapter, if it has a config.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class PeftTriple(LoRATriple):
         self._allow_dropout = allow_dropout
         self._start = start
         self._guard = guard if guard is not None else SaveGuard()
-        self._alphas = alphas if alphas is not None else Alphas(layer, adapter)
+        self._alphas = alphas
         self._alpha = layer.lora_alpha[adapter]
         embedding = isinstance(layer, lora.Embedding)
         A = f"lora_embedding_B.{adapter}" if embedding else f"lora_B.{adapter}.weight"
@@ -89,7 +91,7 @@ class PeftTriple(LoRATriple):
     def scaling_problems(self) -> list[str]:
         """Whether the layer's scaling is another one than `branch_scaling`."""
         now = self.layer.scaling.get(self.adapter)
-        if now == self.branch_scaling:
+        if now is not None and math.isclose(now, self.branch_scaling, rel_tol=1e-9):  # PEFT makes it anew from alpha
             return []
         when = "folded" if self.folded else "registered"
         return [
@@ -99,16 +101,30 @@ class PeftTriple(LoRATriple):
 
     def set_branch_scaling(self, value: float) -> None:
         """In the layer, with the alpha that it comes from."""
+        alpha = float(f"{self._alpha * (value / self._first_scaling):.12g}")
         self.layer.scaling[self.adapter] = value
-        self._alphas.set(self.layer, float(f"{self._alpha * (value / self._first_scaling):.12g}"))
+        self.layer.lora_alpha[self.adapter] = int(alpha) if alpha.is_integer() else alpha
+        if self._alphas is not None:
+            self._alphas.changed = True
 
     def keep_branch_scaling(self) -> None:
         """The adapter's config gets this alpha, so that ``save_pretrained`` writes what the layer computes."""
-        self._alphas.follow()
+        if self._alphas is not None:
+            self._alphas.follow()
 
     def folding_problems(self) -> list[str]:
-        """Dropout or a bias in the branch, which W would not have and a folded branch does."""
+        """What W would do and a folded branch does not, or the other way round."""
         found = []
+        if self.tied:
+            found.append(
+                "its W is used in another place too, which would move with it and has no branch: use "
+                'weight_update="in_place"'
+            )
+        if getattr(self.layer.get_base_layer(), "max_norm", None) is not None:
+            found.append(
+                "its embedding has max_norm, which rewrites the rows of W in each forward pass, but not the branch's: "
+                'use weight_update="in_place"'
+            )
         if dropout_problems(self.layer, self.adapter):
             found.append(
                 'it has lora_dropout, which weight_update="folded" would apply to what W moves by too: set '
@@ -182,8 +198,9 @@ def _weight_path(layer: lora.LoraLayer) -> str:
     while hasattr(inside, "base_layer"):
         depth, inside = depth + 1, inside.base_layer
     attribute = layer.parameter_name if isinstance(layer, lora.ParamWrapper) else "weight"
-    if not hasattr(inside, attribute):  # as in GPTQ and AWQ, which have packed tensors of other names
-        attribute = next(name for name, _ in [*inside.named_parameters(), *inside.named_buffers()] if name != "bias")
+    if not hasattr(inside, attribute):  # as in GPTQ, AWQ and AQLM, which have packed tensors of other names
+        tensors = [*inside.named_parameters(), *inside.named_buffers()]
+        attribute = next(name for name, tensor in tensors if not tensor.is_floating_point())
     return ".".join(["base_layer"] * depth + [attribute])
 
 
