@@ -14,13 +14,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deltaopt.accounts import Accounts
+from deltaopt.distributed import is_sharded
 from deltaopt.groups import DeltaGroup
 from deltaopt.ledger import Ledger, branch_of
 from deltaopt.lowrank import Term
@@ -50,17 +52,9 @@ class Folding:
     def __reduce__(self) -> tuple[type[Folding], tuple[()]]:
         return Folding, ()  # a copy divides the gradients of copied factors, and has to find them first
 
-    def take_over(self, groups: Sequence[DeltaGroup]) -> None:
-        """Divide the gradients of these groups' factors from now on.
-
-        Raises:
-            ValueError: if the ratio of a group is no constant, or if a factor is shared by groups that differ. Nothing
-                was changed.
-        """
-        refuse_changing_ratios(groups)
-        settings = {id(t): (g.update_ratio, g.start_step) for g in groups for t in g.triples}
-        _refuse_unequal({t: settings[id(t)] for g in groups for t in g.triples})
-        self._attach([triple for group in groups for triple in group.triples], taking_over=True)
+    def take_over(self, triples: Sequence[LoRATriple]) -> None:
+        """Divide the gradients of these triples' factors from now on."""
+        self._attach(triples, taking_over=True)
 
     def attach(self, triples: Sequence[LoRATriple]) -> None:
         """See that the hooks are on the factors there are now: those of a copy are new ones.
@@ -164,8 +158,10 @@ class Folding:
             for letter, factor in (("A", triple.A), ("B", triple.B)):
                 divisor = _divisors.get(factor)
                 if divisor is None:
-                    divisor = _divisors[factor] = _Divisor()
+                    divisor = _Divisor()
                     _register_first(factor, divisor)
+                if is_sharded(factor):
+                    _follow_into_forward(triple, letter, divisor)
                 if divisor.owner() is self:
                     self._own.add(divisor)
                     continue
@@ -228,10 +224,41 @@ def release(triples: Iterable[LoRATriple]) -> None:
 
 def _register_first(factor: Tensor, hook: _Divisor) -> None:
     """Register a hook that runs before those that are there: one that clamps shall see what it sees in place."""
+    _divisors[factor] = hook
     handle = factor.register_hook(hook)
     hooks: Any = factor._backward_hooks
     for key in [key for key in hooks if key != handle.id]:
         hooks[key] = hooks.pop(key)
+
+
+class _Follower:
+    """A forward pre-hook that puts the hook of a sharded factor on what is in its place while the layer computes.
+
+    FSDP2 exchanges the factor for a whole parameter, always the same one, and brings that one's gradient to the shards
+    by itself, past the factor's own hooks.
+    """
+
+    def __init__(self, triple: LoRATriple, letter: str, divisor: _Divisor) -> None:
+        self._triple, self._letter, self._divisor = triple, letter, divisor
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        factor = getattr(self._triple, self._letter)
+        if factor.requires_grad and factor not in _divisors:
+            _register_first(factor, self._divisor)
+
+
+def _follow_into_forward(triple: LoRATriple, letter: str, divisor: _Divisor) -> None:
+    source = triple.factor_source(letter)
+    assert not isinstance(source, Tensor)  # refused otherwise
+    module, path = source
+    followed = _followed.setdefault(module, set())
+    if path not in followed:
+        followed.add(path)
+        module.register_forward_pre_hook(_Follower(triple, letter, divisor))
+
+
+_followed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""The names of the sharded factors that each module has a follower for."""
 
 
 def checked_weight_update(mode: object) -> str:
@@ -249,6 +276,12 @@ def refuse_folded(triples: Iterable[LoRATriple]) -> None:
             f"another optimizer has folded its update_ratio into the branch of {', '.join(found)}: make the triples "
             "anew (find_triples, LoRATriple), with the scaling that the branch has now"
         )
+
+
+def refuse_groups(groups: Sequence[DeltaGroup]) -> None:
+    """Refuse groups of which one's ratio is no constant, or that share a factor and differ."""
+    refuse_changing_ratios(groups)
+    _refuse_unequal({triple: (group.update_ratio, group.start_step) for group in groups for triple in group.triples})
 
 
 def refuse_changing_ratios(groups: Iterable[DeltaGroup]) -> None:

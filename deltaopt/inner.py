@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from deltaopt.distributed import gathered
 from deltaopt.groups import ParamsInput
 from deltaopt.triple import LoRATriple, Stored
 
@@ -112,7 +113,7 @@ def is_state_initialisation(inner: Optimizer) -> bool:
     if inner.state or not all(_is_zero(g.get("lr", 1.0)) for g in inner.param_groups):
         return False
     grads = [p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None]
-    return bool(grads) and not any(bool(grad.any()) for grad in grads)
+    return bool(grads) and not any(bool(gathered(grad).any()) for grad in grads)  # of shards ranks could disagree
 
 
 def _is_zero(lr: float | Tensor) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from deltaopt.distributed import gathered
 from deltaopt.fingerprint import Fingerprint, whole_hash
 from deltaopt.lowrank import LowRank, Term, joined
 from deltaopt.rounding import NoiseFactors, add_product_, lifted
@@ -269,6 +270,7 @@ def displacement_of(triple: LoRATriple, ledger: Ledger) -> list[Term]:
 def branch_of(triple: LoRATriple) -> Term:
     """What the branch adds now, branch_scaling * A @ B, in the dtype of the computation. To be read, not written."""
     stored = triple.stored()
+    stored = stored._replace(A=gathered(stored.A), B=gathered(stored.B))
     A, B = (factor.detach().to(stored.compute_dtype()) for factor in triple.factor_matrices(stored))
     return Term(triple.branch_scaling, A, B)
 
@@ -317,7 +319,7 @@ def weight_record(triple: LoRATriple, stored: Stored) -> dict[str, Any] | None:
 
 def factor_fingerprint(factor: Tensor) -> Fingerprint:
     """Of a factor, all of it."""
-    return Fingerprint(factor, whole=True)
+    return Fingerprint(gathered(factor), whole=True)
 
 
 @torch.no_grad()

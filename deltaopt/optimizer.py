@@ -17,6 +17,7 @@ from deltaopt.folding import (
     checked_weight_update,
     evaluated_once,
     refuse_folded,
+    refuse_groups,
     refuse_inner,
     release,
 )
@@ -160,7 +161,8 @@ class DeltaLoRAOptimizer(Optimizer):
         accounts = Accounts(registered, keep_base)
         if folding is not None:
             refuse_inner(inner)
-            folding.take_over(groups)
+            refuse_groups(groups)
+            folding.take_over(registered)
         else:
             release(registered)
         self._settings = settings
@@ -478,9 +480,11 @@ class DeltaLoRAOptimizer(Optimizer):
         refuse_folded(groups[0].triples)
         check_triples([*self.triples, *groups[0].triples], self._folding is not None)
         refuse_weights(self.triples, options[0].get("params", ()))
+        if self._folding is not None:
+            refuse_groups([*self._groups, *groups])
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
         if self._folding is not None:
-            self._folding.take_over([*self._groups, *groups])
+            self._folding.take_over(groups[0].triples)
         else:
             release(groups[0].triples)
         self._groups += groups

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from deltaopt.distributed import gathered
 from deltaopt.fingerprint import Fingerprint, whole_hash
 from deltaopt.ledger import Ledger, SavedLedger, displacement_of, factor_fingerprint, weight_record
 from deltaopt.triple import LoRATriple
@@ -170,7 +171,7 @@ def _decide(
     stored = triple.stored()
     found = []
     for letter in "AB":
-        factor = _as_saved(getattr(stored, letter).detach(), saved.now[letter]["dtype"])
+        factor = _as_saved(gathered(getattr(stored, letter)).detach(), saved.now[letter]["dtype"])
         here = factor_fingerprint(factor).record()
         if here != saved.now[letter]:
             found.append(f"{letter} {_told(here, saved.now[letter])}")

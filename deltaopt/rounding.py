@@ -40,6 +40,11 @@ class Grid(NamedTuple):
     subnormal: float
     """Below this the spacing stays, and that of float32 does not; 0 where both do the same."""
 
+    @property
+    def subnormal_bits(self) -> int:
+        """The bits of `subnormal` as a float32."""
+        return int(torch.tensor(self.subnormal, dtype=torch.float32).view(torch.int32))
+
 
 GRIDS = {
     torch.bfloat16: Grid(16, torch.finfo(torch.bfloat16).max, 0.0),
@@ -101,7 +106,7 @@ def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:
     """A 16-bit W in float32, with what was cut off; of W's shape."""
     full = W.to(torch.float32)
     if compensation is not None:
-        _restore_(full, compensation, GRIDS[W.dtype])
+        _restore_(full, compensation, torch.empty_like(full, dtype=torch.int32), GRIDS[W.dtype])
     return full
 
 
@@ -114,7 +119,7 @@ def cut_off(W: Tensor, full: Tensor) -> Tensor:
     grid = GRIDS[W.dtype]
     full, near = full.clamp(-grid.largest, grid.largest), W.to(torch.float32)
     if grid.subnormal:
-        offset = _offset(near, grid)
+        offset = _offset(near, torch.empty_like(near, dtype=torch.int32), grid)
         exact, near = full + offset, near + offset
     else:
         exact = full
@@ -148,43 +153,51 @@ def _add_product_in_blocks_(
         return
     full = sums if sums.dtype == torch.float32 else sums.to(torch.float32)
     scratch = torch.empty_like(full, dtype=torch.int32)
+    more = torch.empty_like(scratch) if grid.subnormal or compensation is not None else scratch
     for start in range(0, c, rows):
         piece = slice(start, start + rows)
         W_rows = W[piece]
-        x, bits = full[: W_rows.shape[0]].copy_(W_rows), scratch[: W_rows.shape[0]]
+        x, bits, marks = (t[: W_rows.shape[0]] for t in (full, scratch, more))
+        x.copy_(W_rows)
         if compensation is not None:
-            _restore_(x, compensation[piece], grid)
+            _restore_(x, compensation[piece], marks, grid)
         total = x if sums is full else sums[: W_rows.shape[0]].copy_(x)
         total.addmm_(U[piece], V, alpha=coef).clamp_(-grid.largest, grid.largest)
         if total is not x:
             x.copy_(total)
         x.nan_to_num_(torch.nan)  # one NaN for all: to some, with all bits set, nothing can be added
         if compensation is not None:
-            _round_and_keep_(x, bits, compensation[piece], grid)
+            _round_and_keep_(x, bits, marks, compensation[piece], grid)
         elif noise is not None:
             torch.mul(noise[0][piece], noise[1], out=bits)
-            _round_stochastically_(x, bits, grid)
+            _round_stochastically_(x, bits, marks, grid)
         W_rows.copy_(x)
 
 
-def _round_stochastically_(x: Tensor, noise: Tensor, grid: Grid) -> None:
+# Passes over a block of integers cost a tenth of comparisons, `where` and `copysign`, so those are made of bits here.
+
+SIGN, MAGNITUDE = -1 << 31, (1 << 31) - 1
+
+
+def _round_stochastically_(x: Tensor, noise: Tensor, marks: Tensor, grid: Grid) -> None:
     """Round x to a neighbour on the grid: away from zero with the probability of the fraction that is cut off.
 
     Args:
         x: float32, no larger than the grid's largest; written in place.
         noise: int32, whose upper bits are uniform; written over.
+        marks: int32, to be written over.
         grid: of W's dtype.
     """
     noise.bitwise_right_shift_(32 - grid.cut).bitwise_and_((1 << grid.cut) - 1)
-    offset = _put_on_(x, grid)
+    offset = _put_on_(x, marks, grid)
     x.view(torch.int32).add_(noise).bitwise_and_(-1 << grid.cut)
     _take_off_(x, offset)
 
 
-def _round_and_keep_(x: Tensor, scratch: Tensor, compensation: Tensor, grid: Grid) -> None:
+def _round_and_keep_(x: Tensor, scratch: Tensor, marks: Tensor, compensation: Tensor, grid: Grid) -> None:
     """Round x, float32, to the nearest value of the grid, and write what was cut off into `compensation`."""
     exact = x if not grid.subnormal else x.clone()
-    offset = _put_on_(x, grid)
+    offset = _put_on_(x, marks, grid)
     bits = torch.add(x.view(torch.int32), 1 << (grid.cut - 1), out=scratch).bitwise_and_(-1 << grid.cut)
     if offset is None:
         compensation.copy_(x.view(torch.int32).sub_(bits))
@@ -193,38 +206,49 @@ def _round_and_keep_(x: Tensor, scratch: Tensor, compensation: Tensor, grid: Gri
     x.copy_(bits.view(torch.float32))
     _take_off_(x, offset)
     # What is kept counts from the rounded value, which is all there is to tell the spacing when it is added again.
-    offset = _offset(x, grid)
+    offset = _offset(x, marks, grid)
     compensation.copy_(exact.add_(offset).view(torch.int32).sub_(offset.add_(x).view(torch.int32)))
 
 
-def _restore_(full: Tensor, compensation: Tensor, grid: Grid) -> None:
+def _restore_(full: Tensor, compensation: Tensor, marks: Tensor, grid: Grid) -> None:
     """Add to a W in float32 what was cut off from it."""
-    offset = _put_on_(full, grid)
+    offset = _put_on_(full, marks, grid)
+    bits = full.view(torch.int32)
     if offset is None:
         # Nothing is below a zero, unless somebody else has written it; its bits less something would be a NaN's.
-        compensation = compensation * full.ne(0.0)
-    full.view(torch.int32).add_(compensation)
+        torch.bitwise_and(bits, MAGNITUDE, out=marks).sub_(1).bitwise_right_shift_(31).bitwise_not_()
+        bits.add_(marks.bitwise_and_(compensation))
+        return
+    bits.add_(compensation)
     _take_off_(full, offset)
 
 
-def _put_on_(x: Tensor, grid: Grid) -> Tensor | None:
+def _put_on_(x: Tensor, marks: Tensor, grid: Grid) -> Tensor | None:
     """Bring the numbers below the grid's normal ones to where float32 is spaced as they are; returns what it added."""
     if not grid.subnormal:
         return None
-    offset = _offset(x, grid)
+    offset = _offset(x, marks, grid)
     x += offset
     return offset
 
 
 def _take_off_(x: Tensor, offset: Tensor | None) -> None:
-    """Undo `_put_on_`. A zero keeps its sign."""
+    """Undo `_put_on_`. A zero keeps its sign. The offset is written over."""
     if offset is not None:
-        x.sub_(offset).copysign_(offset)
+        x.sub_(offset)
+        x.view(torch.int32).bitwise_or_(offset.view(torch.int32).bitwise_and_(SIGN))
 
 
-def _offset(x: Tensor, grid: Grid) -> Tensor:
-    """What `_put_on_` adds: the smallest normal number, or zero, with the sign of x."""
-    return torch.where(x.abs() < grid.subnormal, grid.subnormal, 0.0).copysign_(x)
+def _offset(x: Tensor, marks: Tensor, grid: Grid) -> Tensor:
+    """What `_put_on_` adds: the smallest normal number where x is below it, else zero, with the sign of x.
+
+    It is made in `marks`, int32.
+    """
+    bits, smallest = x.view(torch.int32), grid.subnormal_bits
+    below = torch.bitwise_and(bits, MAGNITUDE, out=marks).sub_(smallest).bitwise_right_shift_(31)  # all bits, or none
+    return (
+        below.bitwise_and_(smallest).bitwise_xor_(bits).bitwise_and_(MAGNITUDE).bitwise_xor_(bits).view(torch.float32)
+    )
 
 
 @contextmanager

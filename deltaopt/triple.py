@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from deltaopt.distributed import is_sharded, local_part
 from deltaopt.layouts import LAYOUTS
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain, memory_overlaps, offload_problems, tensor_problems
@@ -150,6 +151,10 @@ class LoRATriple:
                 "was deleted or renamed, or the layer replaced. Register what is there now"
             ) from error
 
+    def factor_source(self, letter: str) -> TensorSource:
+        """What the factor A or B was registered as."""
+        return self._A if letter == "A" else self._B
+
     def weight_module(self) -> nn.Module | None:
         """The module whose attribute W is; None for a triple made of tensors."""
         if isinstance(self._W, Tensor):
@@ -267,7 +272,10 @@ class LoRATriple:
         if not folded and (not is_plain(W) or W.dtype not in FLOATS):
             found[0] += f". {WAY_OUT}"
         for letter, factor in (("A", A), ("B", B)):
-            found += tensor_problems(letter, factor)
+            if folded and is_sharded(factor):
+                found += self._sharded_problems(letter)
+            else:
+                found += tensor_problems(letter, factor)
             if not factor.requires_grad:
                 found.append(
                     f"{letter} does not require grad, so no optimizer can train it: call "
@@ -281,6 +289,14 @@ class LoRATriple:
                 "W itself and drop this triple"
             )
         return found or self._shape_problems(stored, readable=not unwritable) or self.branch_problems()
+
+    def _sharded_problems(self, letter: str) -> list[str]:
+        if not isinstance(self.factor_source(letter), Tensor):
+            return []
+        return [
+            f"{letter} is sharded and was registered as a tensor, so that what FSDP2 puts in its place in the forward "
+            f"pass is not known: register (module, {letter!r}), or use find_triples"
+        ]
 
     def _shape_problems(self, stored: Stored, readable: bool) -> list[str]:
         W, A, B = stored
@@ -401,13 +417,14 @@ def _sharing_problems(triples: Sequence[LoRATriple]) -> list[str]:
         tensors = [("A", triple.A), ("B", triple.B)]
         if not triple.weight_problems():
             tensors.insert(0, ("W", triple.weight_matrix(triple.W)))
-        for letter, tensor in tensors:
+        for letter, shared in tensors:
+            tensor = local_part(shared)
             neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
             for other_label, other_letter, other in neighbours:
-                shared_factor = letter != "W" and other is tensor
-                if not shared_factor and memory_overlaps(tensor, other):
+                shared_factor = letter != "W" and other is shared
+                if not shared_factor and memory_overlaps(tensor, local_part(other)):
                     found.append(_sharing_sentence(triple.label, letter, other_label, other_letter))
-            neighbours.append((triple.label, letter, tensor))
+            neighbours.append((triple.label, letter, shared))
     return found
 
 

@@ -653,17 +653,18 @@ def _worker(rank: int, init: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=WORLD)
     _data_parallel_equals_one_process_on_the_whole_batch(rank)
     for mode in MODES:
-        _sharded_factors_are_refused(mode)
+        _factors_that_are_sharded_too_late_are_refused(mode)
+    _sharded_factors_are_refused_in_place()
+    _a_product_that_is_not_zero_is_refused_beside_sharded_weights()
+    for way in SHARDED:
+        _sharded_factors_follow(rank, way)
     for start in STARTS:
         _factors_that_stay_whole_beside_sharded_weights(rank, start)
     dist.destroy_process_group()
 
 
 def test_data_parallel_and_fully_sharded_models(tmp_path):
-    """In processes of their own, started once: what each function that begins with an underscore says.
-
-    FSDP2's sharded factors are refused in either order; whole ones train beside a sharded W that is never written.
-    """
+    """In processes of their own, started once: what each function that begins with an underscore says."""
     torch.multiprocessing.spawn(_worker, (str(tmp_path / "init"),), nprocs=WORLD)
 
 
@@ -709,20 +710,102 @@ def shard(model: nn.Module, **options) -> None:
     fully_shard(model, **options)
 
 
-def _sharded_factors_are_refused(mode: str) -> None:
-    run = Run(mode, "zero")
-    shard(run.model)
-    with pytest.raises(ValueError, match=r"q_proj: (A|W) is a torch.distributed.tensor.DTensor"):
-        optimizer_for(run.model, weight_update=mode)
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
-    run = Run(mode, "later", start_step=0)  # the optimizer first
+
+def _factors_that_are_sharded_too_late_are_refused(mode: str) -> None:
+    run = Run(mode, "later", start_step=0)
     shard(run.model)
-    before = {name: p.full_tensor() for name, p in run.model.named_parameters()}
+    before = whole(run.model)
     loss_of(run.model, batches(1)[0]).backward()
-    with pytest.raises(ValueError, match=r"q_proj: (A|W) is a torch.distributed.tensor.DTensor"):
+    message = "q_proj: A is not among the parameters" if mode == "folded" else "q_proj: W is a .*DTensor"
+    with pytest.raises(ValueError, match=message):
         run.optimizer.step()
-    assert same({name: p.full_tensor() for name, p in run.model.named_parameters()}, before)
+    assert same(whole(run.model), before)
     assert scalings(run.model) == {FIRST_SCALING}
+
+
+def _sharded_factors_are_refused_in_place() -> None:
+    run = Run("in_place")
+    shard(run.model)
+    with pytest.raises(
+        ValueError, match=r"q_proj: W is a torch.distributed.tensor.DTensor.*Take weight_update=.folded"
+    ):
+        optimizer_for(run.model)
+    layer = next(iter(layers(run.model).values()))
+    W, A, B = layer.base_layer.weight, layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    triple = LoRATriple(W, A, B, scaling=torch.tensor(1.0), name="q")
+    with pytest.raises(ValueError, match=r"q: A is sharded and was registered as a tensor.*register \(module, 'A'\)"):
+        DeltaLoRAOptimizer(torch.optim.SGD, [triple], weight_update="folded")
+
+
+def _a_product_that_is_not_zero_is_refused_beside_sharded_weights() -> None:
+    run = Run("folded", "later", start_step=0)
+    shard(run.model)
+    optimizer = optimizer_for(run.model, weight_update="folded")
+    before = whole(run.model)
+    loss_of(run.model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match=r"the product A @ B is not zero at start_step.*\n.*is a .*DTensor"):
+        optimizer.step()
+    assert same(whole(run.model), before)
+    assert scalings(run.model) == {FIRST_SCALING}
+
+
+SHARDED: dict[str, dict] = {
+    "plain": {},
+    "not resharded after forward": {"reshard_after_forward": False},
+    "checkpointing": {},
+    "reentrant checkpointing": {},
+    "accumulation": {},
+}
+
+
+def _sharded_factors_follow(rank: int, way: str) -> None:
+    """FSDP2 brings gradients to the shards past the hooks of the sharded parameters."""
+
+    def new() -> Run:
+        run = Run("folded")
+        if "checkpointing" in way:
+            run.model.enable_input_require_grads()
+            run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": "reent" in way})
+            run.model.train()
+        shard(run.model, **SHARDED[way])
+        run.optimizer = optimizer_for(run.model, torch.optim.SGD, weight_update="folded", momentum=0.9, lr=0.05)
+        return run
+
+    micro = 2 if way == "accumulation" else 1
+
+    def train(run: Run, data: list[Tensor]) -> None:
+        for i, ids in enumerate(data):
+            last = i % micro == micro - 1
+            if isinstance(run.factors()[0], dist.tensor.DTensor):
+                run.model.set_requires_gradient_sync(last)
+                ids = ids.chunk(WORLD)[rank]
+            run.backward(ids, 1 / micro)
+            if last:
+                nn.utils.clip_grad_norm_(run.factors(), 0.05)
+                run.step()
+
+    run, alone = new(), Run("in_place")
+    alone.optimizer = optimizer_for(alone.model, torch.optim.SGD, momentum=0.9, lr=0.05)
+    train(run, batches(4))
+    state, trained = copy.deepcopy(run.optimizer.state_dict()), whole(run.model)
+    twin = new()
+    with torch.no_grad():
+        for name, p in twin.model.named_parameters():
+            p.copy_(dist.tensor.distribute_tensor(trained[name], p.device_mesh, p.placements))
+    twin.optimizer.load_state_dict(state)
+    for each in (run, twin):
+        train(each, batches(4, seed=2))
+    train(alone, batches(4) + batches(4, seed=2))
+    for sharded, resumed, p in zip(run.factors(), twin.factors(), alone.factors(), strict=True):
+        assert relative(sharded.full_tensor(), p) <= EXACT, way
+        assert torch.equal(sharded.full_tensor(), resumed.full_tensor()), way
+    assert scalings(run.model) == scalings(twin.model) == {FIRST_SCALING * (1 + RATIO)}
+    name = run.optimizer.triples[0].label
+    moved = [r.optimizer.displacement(name).product() for r in (run, alone)]
+    assert relative(*moved) <= EXACT
 
 
 def _factors_that_stay_whole_beside_sharded_weights(rank: int, start: str) -> None:

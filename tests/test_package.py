@@ -18,7 +18,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(deltaopt.__path__, "deltaopt.")
 ORDER = [
     *("integrations", "export", "optimizer", "folding", "inner", "state", "groups"),
     *("accounts", "resume", "base", "hooks", "files", "update", "guard", "fused", "_triton"),
-    *("writing", "ledger", "lowrank", "fingerprint", "rounding", "noise", "triple", "scaling", "tensors", "layouts"),
+    *("writing", "ledger", "lowrank", "fingerprint", "rounding", "noise", "triple"),
+    *("scaling", "tensors", "distributed", "layouts"),
 ]
 
 
