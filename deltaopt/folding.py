@@ -67,8 +67,8 @@ class Folding:
     def check(self, triples: Sequence[LoRATriple]) -> None:
         """As `attach`, at every step, for factors that were attached: looks only at who has them."""
         if any(divisor.owner() is not self for divisor in self._own):
-            self._own.clear()
             self.attach(triples)
+            self._own = {divisor for divisor in self._own if divisor.owner() is self}
 
     def due(self, groups: Sequence[DeltaGroup], ledgers: Sequence[Ledger], step: int, with_closure: bool) -> list[Due]:
         """What is to be folded at the start of step number `step`.

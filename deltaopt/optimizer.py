@@ -208,6 +208,8 @@ class DeltaLoRAOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One inner step on A and B, then W <- W + lambda s (A'B' - AB) once K steps have passed.
 
+        With ``weight_update="folded"`` the inner step alone; step number K first scales the branches.
+
         Args:
             closure: evaluates the model again and returns the loss; handed to the inner optimizer.
 
@@ -223,9 +225,9 @@ class DeltaLoRAOptimizer(Optimizer):
         self._refuse_at_base("step()")
         stored = self._look_up()
         counts = not is_state_initialisation(self._inner)
-        moves = (
-            self._moves(stored, closure is not None) if counts else []
-        )  # of no W where the ratio is folded into the branch
+        if counts and self._folding is not None:
+            self._fold(self._folding, closure is not None)  # once, at t = K: then the branch does what follows
+        moves = self._moves(stored) if counts and self._folding is None else []
 
         self._delta.snapshot(moves)  # A_t, B_t
         loss = self._inner_step(closure)  # A_{t+1}, B_{t+1}
@@ -624,16 +626,8 @@ class DeltaLoRAOptimizer(Optimizer):
         # Not looked up here: in a copy of a model that holds its optimizer, modules are not complete yet.
         self._signatures: list[tuple[object, ...]] = []
 
-    def _moves(self, stored: Sequence[Stored], with_closure: bool) -> list[Move]:
-        """What this step will move: nothing before `start_step`, and nothing where the ratio is 0.
-
-        With ``weight_update="folded"`` never anything: the ratio goes into the branches, if it is time.
-        """
-        if self._folding is not None:
-            due = self._folding.due(self._groups, self._accounts.ledgers, self._step_count, with_closure)
-            if due:
-                self._folding.begin(due, self._accounts, self._rounding.during("move", self._step_count))
-            return []
+    def _moves(self, stored: Sequence[Stored]) -> list[Move]:
+        """What this step will move: nothing before `start_step`, and nothing where the ratio is 0."""
         ratios = [group.ratio_at(self._step_count) for group in self._groups]
         of_triples = [(t, r) for group, r in zip(self._groups, ratios, strict=True) for t in group.triples]
         return [
@@ -643,6 +637,12 @@ class DeltaLoRAOptimizer(Optimizer):
             )
             if ratio > 0
         ]
+
+    def _fold(self, folding: Folding, with_closure: bool) -> None:
+        """Let the branches take up the ratio, if it is time; see `deltaopt.folding`."""
+        due = folding.due(self._groups, self._accounts.ledgers, self._step_count, with_closure)
+        if due:
+            folding.begin(due, self._accounts, self._rounding.during("move", self._step_count))
 
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
         if closure is not None and any(triple.folded for triple in self.triples):
