@@ -460,8 +460,10 @@ class DeltaLoRAOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of everything that trains, as the inner optimizer does."""
         self._inner.zero_grad(set_to_none=set_to_none)
-        if self._folding is not None and not self._signatures:  # a copy that has not looked its factors up yet
-            self._folding.attach(self.triples)
+        if self._folding is not None:
+            with suppress(RuntimeError):  # of what is wrong with the factors `step` tells
+                attach = self._folding.check if self._signatures else self._folding.attach  # a copy has none at first
+                attach(self.triples)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, or triples, while training goes on.
