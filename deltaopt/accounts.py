@@ -133,6 +133,7 @@ class Accounts:
         try:
             for triple in self.triples:
                 reinit(triple)
+            self.refuse_not_finite()
         except BaseException:
             for factor, before in kept:
                 factor.copy_(before)
@@ -291,9 +292,10 @@ class Accounts:
         if found:
             raise RuntimeError("these W can not be written (nothing was changed):\n  " + "\n  ".join(found))
 
-    def refuse_not_finite(self) -> None:
-        """Refuse factors that are NaN or infinite, before their product is added to W."""
-        bad = [t.label for t, (_, A, B) in ((t, branch_of(t)) for t in self.triples) if not _finite(A, B)]
+    def refuse_not_finite(self, triples: Iterable[LoRATriple] | None = None) -> None:
+        """Refuse factors, of all triples or of these, that are NaN or infinite, before their product is added to W."""
+        chosen = self.triples if triples is None else triples
+        bad = [t.label for t, (_, A, B) in ((t, branch_of(t)) for t in chosen) if not _finite(A, B)]
         if bad:
             raise ValueError(
                 f"a factor of {', '.join(bad)} is NaN or infinite, which would reach W (nothing was changed)"

@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +72,8 @@ class Folding:
     def due(self, groups: Sequence[DeltaGroup], ledgers: Sequence[Ledger], step: int, with_closure: bool) -> list[Due]:
         """What is to be folded at the start of step number `step`.
 
-        Triples without gradients, which this step leaves as they are, have time until there are some (a closure may
-        make them): where the model has replaced the tensors that were registered, there are none.
+        Triples made of tensors have time until these have gradients (a closure may make them), as this step leaves
+        them as they are until then: where the model has replaced its parameters, they never have any.
 
         Raises:
             ValueError: if a ratio that was folded has changed since.
@@ -93,7 +92,7 @@ class Folding:
         due = [
             Due(triple, ledger, ratio)
             for (triple, ratio), ledger in zip(of_triples, ledgers, strict=True)
-            if ratio != triple.folded and (with_closure or triple.A.grad is not None or triple.B.grad is not None)
+            if ratio != triple.folded and (with_closure or _is_in_use(triple))
         ]
         if due:
             _refuse_unequal(dict(of_triples))
@@ -109,7 +108,14 @@ class Folding:
             RuntimeError: if a W that can not be written would have to be, or a branch can not be folded (any more).
             ValueError: if a factor is NaN or infinite. In all cases nothing was changed.
         """
-        found = [f"{d.triple.label}: {problem}" for d in due for problem in d.triple.folding_problems()]
+        found = [
+            f"{d.triple.label}: {problem}"
+            for d in due
+            for problem in (
+                *d.triple.folding_problems(),
+                *d.triple.precision_problems(d.triple.scaling * (1.0 + d.ratio)),
+            )
+        ]
         if found:
             raise RuntimeError("update_ratio can not be folded now (nothing was changed):\n  " + "\n  ".join(found))
         moving = []
@@ -117,7 +123,7 @@ class Folding:
             scaling, A, B = branch_of(d.triple)
             if bool(A.any()) and bool(B.any()):
                 moving.append((d, Term(-d.ratio * scaling, A, B)))
-        accounts.refuse_not_finite()
+        accounts.refuse_not_finite([d.triple for d in due])
         found = [f"{d.triple.label}: {problem}" for d, _ in moving for problem in d.triple.weight_problems()]
         if found:
             raise RuntimeError(
@@ -129,12 +135,14 @@ class Folding:
             for triple, _, ratio in due:
                 undo.callback(_set, triple, triple.folded)
                 _set(triple, ratio)
+            accounts.open(d.ledger for d, _ in moving)
+            for (triple, ledger, _), term in moving:
+                write.terms_(triple, ledger, [term])
+                undo.callback(write.terms_, triple, ledger, [term._replace(coef=-term.coef)])
             undo.pop_all()
-        self._divide([triple for triple, *_ in due])
-        accounts.open(d.ledger for d, _ in moving)
         for (triple, ledger, _), term in moving:
-            write.terms_(triple, ledger, [term])
             ledger.beside(triple).add(term)
+        self._divide([triple for triple, *_ in due])
 
     def restore(self, triples: Sequence[LoRATriple], records: Iterable[Mapping[str, Any]]) -> None:
         """Scale the branches, and divide the gradients, as in the run that was saved."""
@@ -145,8 +153,11 @@ class Folding:
 
     @contextmanager
     def unfolded(self, triples: Sequence[LoRATriple]) -> Iterator[None]:
-        """Within it every branch adds scaling * A @ B, as beside a W that moves."""
+        """Within it every branch adds scaling * A @ B, as beside a W that moves, and gradients are whole."""
         with ExitStack() as undo:
+            for divisor in self._own:
+                undo.callback(setattr, divisor, "value", divisor.value)
+                divisor.value = 1.0
             for triple in triples:
                 if triple.folded:
                     undo.callback(triple.set_branch_scaling, triple.branch_scaling)
@@ -194,7 +205,7 @@ class _Divisor:
 
     def __init__(self) -> None:
         self.value = 1.0
-        self.owner: Callable[[], Folding | None] = lambda: None
+        self.owner: Callable[[], object | None] = lambda: None
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         if self.value == 1.0 or self.owner() is None:
@@ -210,16 +221,20 @@ class _Divisor:
 _divisors = WeakTensorKeyDictionary()
 """The hook of each factor that ever had one: two hooks would divide twice."""
 
-_nobody = Folding()
 
-
-def release(triples: Iterable[LoRATriple]) -> None:
-    """Leave the gradients of these triples as they are from now on: their optimizer moves W in place."""
+def release(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
+    """Leave the gradients of these triples as they are while `owner` lives, which moves W in place."""
     for triple in triples:
         for factor in (triple.A, triple.B):
             divisor = _divisors.get(factor)
             if divisor is not None:
-                divisor.owner, divisor.value = lambda: _nobody, 1.0
+                divisor.owner, divisor.value = weakref.ref(owner), 1.0
+
+
+def _is_in_use(triple: LoRATriple) -> bool:
+    """Whether the factors are known to be those that the model trains now."""
+    looked_up = not any(isinstance(triple.factor_source(letter), Tensor) for letter in "AB")
+    return looked_up or triple.A.grad is not None or triple.B.grad is not None
 
 
 def _register_first(factor: Tensor, hook: _Divisor) -> None:
@@ -238,27 +253,30 @@ class _Follower:
     by itself, past the factor's own hooks.
     """
 
-    def __init__(self, triple: LoRATriple, letter: str, divisor: _Divisor) -> None:
-        self._triple, self._letter, self._divisor = triple, letter, divisor
+    def __init__(self, triple: LoRATriple, letter: str, path: str) -> None:
+        self._triple, self._letter, self.path = triple, letter, path
+        self.divisor = _Divisor()
+        self._on: Callable[[], Tensor | None] = lambda: None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         factor = getattr(self._triple, self._letter)
-        if factor.requires_grad and factor not in _divisors:
-            _register_first(factor, self._divisor)
+        if factor.requires_grad and factor is not self._on() and not is_sharded(factor):
+            factor.register_hook(self._divide)
+            self._on = weakref.ref(factor)
+
+    def _divide(self, grad: Tensor) -> Tensor | None:
+        return self.divisor(grad)
 
 
 def _follow_into_forward(triple: LoRATriple, letter: str, divisor: _Divisor) -> None:
     source = triple.factor_source(letter)
     assert not isinstance(source, Tensor)  # refused otherwise
     module, path = source
-    followed = _followed.setdefault(module, set())
-    if path not in followed:
-        followed.add(path)
-        module.register_forward_pre_hook(_Follower(triple, letter, divisor))
-
-
-_followed: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-"""The names of the sharded factors that each module has a follower for."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Follower) and hook.path == path]
+    follower = hooks[0] if hooks else _Follower(triple, letter, path)
+    follower.divisor = divisor  # another one where the sharded parameter was replaced
+    if not hooks:
+        module.register_forward_pre_hook(follower)
 
 
 def checked_weight_update(mode: object) -> str:

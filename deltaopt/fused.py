@@ -61,6 +61,7 @@ class FusedWrites:
         kept = [write.compensation(addition.triple, addition.ledger, addition.W) for addition in additions]
         made_for = [_identity(addition, bits) for addition, bits in zip(additions, kept, strict=True)]
         if made_for != self._made_for:
+            self._made_for = []
             products = [list(_products(addition, bits)) for addition, bits in zip(additions, kept, strict=True)]
             self._counts = [len(matrices) for matrices in products]
             self._batch = self._kernel.Batch([self._kernel.Product(*p) for matrices in products for p in matrices])

@@ -158,17 +158,15 @@ class DeltaLoRAOptimizer(Optimizer):
             raise ValueError(
                 "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
             )
-        accounts = Accounts(registered, keep_base)
         if folding is not None:
             refuse_inner(inner)
             refuse_groups(groups)
-            folding.take_over(registered)
-        else:
-            release(registered)
+        accounts = Accounts(registered, keep_base)
         self._settings = settings
         self._become(inner, groups, accounts, rounds, folding, step_count=0, skipped_updates=0)
         self._remember([triple.stored() for triple in self.triples])  # checked above
         self._look_up()
+        self._take_over(registered)
 
     @classmethod
     def for_model(
@@ -423,8 +421,14 @@ class DeltaLoRAOptimizer(Optimizer):
         self._repeats += 1
 
     def accounts(self) -> list[Account]:
-        """Each triple with the ledger of its W, for export and analysis."""
+        """Each triple with the ledger of its W, for export and analysis.
+
+        Raises:
+            RuntimeError: in `base_weights`; or if a folded branch has another scaling than it was given.
+        """
         self._between_steps("reading the ledgers")
+        if self._folding is not None:
+            self._look_up()
         return list(self._accounts)
 
     # The inner optimizer's own lists and dicts, always: `load_state_dict` makes new ones, and a scheduler
@@ -487,10 +491,7 @@ class DeltaLoRAOptimizer(Optimizer):
         if self._folding is not None:
             refuse_groups([*self._groups, *groups])
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
-        if self._folding is not None:
-            self._folding.take_over(groups[0].triples)
-        else:
-            release(groups[0].triples)
+        self._take_over(groups[0].triples)
         self._groups += groups
         self._accounts.add(groups[0].triples)
 
@@ -592,6 +593,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._settings = state["settings"]
         names = ("inner", "groups", "accounts", "rounding", "folding", "step_count", "skipped_updates")
         self._become(*(state[name] for name in names))
+        with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
+            self._take_over(self.triples)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
@@ -622,9 +625,6 @@ class DeltaLoRAOptimizer(Optimizer):
         self._guard = FiniteGuard(skipped_updates)
         self._delta = FactoredDelta()
         super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own
-        if self._folding is not None:
-            with suppress(RuntimeError):  # as below; then `zero_grad` or `step` does it
-                self._folding.attach(self.triples)
         # Not looked up here: in a copy of a model that holds its optimizer, modules are not complete yet.
         self._signatures: list[tuple[object, ...]] = []
 
@@ -639,6 +639,13 @@ class DeltaLoRAOptimizer(Optimizer):
             )
             if ratio > 0
         ]
+
+    def _take_over(self, triples: Sequence[LoRATriple]) -> None:
+        """From now on these factors' gradients are divided for this optimizer, or for nobody."""
+        if self._folding is not None:
+            self._folding.take_over(triples)
+        else:
+            release(triples, self)
 
     def _fold(self, folding: Folding, with_closure: bool) -> None:
         """Let the branches take up the ratio, if it is time; see `deltaopt.folding`."""

@@ -118,6 +118,8 @@ def cut_off(W: Tensor, full: Tensor) -> Tensor:
     """
     grid = GRIDS[W.dtype]
     full, near = full.clamp(-grid.largest, grid.largest), W.to(torch.float32)
+    # Just below its smallest normal number float16 is spaced as above it; float32, in which is counted, twice as fine.
+    finer = (near.abs() == grid.subnormal) & near.ne(0.0)
     if grid.subnormal:
         offset = _offset(near, torch.empty_like(near, dtype=torch.int32), grid)
         exact, near = full + offset, near + offset
@@ -125,8 +127,15 @@ def cut_off(W: Tensor, full: Tensor) -> Tensor:
         exact = full
     away = exact.view(torch.int32).long() - near.view(torch.int32).long()
     half = 1 << (grid.cut - 1)
-    is_rounding = (away.abs() < 2 * half) & (full.signbit() == near.signbit()) & W.isfinite() & full.isfinite()
-    return away.clamp_(-half, half - 1).masked_fill_(~is_rounding, 0).to(torch.int16)
+    below = torch.where(finer, -2 * half - 1, -half)
+    is_rounding = (
+        (away < 2 * half)
+        & (away > below - half - finer * half)
+        & (full.signbit() == near.signbit())
+        & W.isfinite()
+        & full.isfinite()
+    )
+    return torch.maximum(away, below).clamp_(max=half - 1).masked_fill_(~is_rounding, 0).to(torch.int16)
 
 
 def _add_product_in_blocks_(
@@ -235,8 +244,8 @@ def _put_on_(x: Tensor, marks: Tensor, grid: Grid) -> Tensor | None:
 def _take_off_(x: Tensor, offset: Tensor | None) -> None:
     """Undo `_put_on_`. A zero keeps its sign. The offset is written over."""
     if offset is not None:
-        x.sub_(offset)
-        x.view(torch.int32).bitwise_or_(offset.view(torch.int32).bitwise_and_(SIGN))
+        magnitude = x.sub_(offset).view(torch.int32).bitwise_and_(MAGNITUDE)
+        magnitude.bitwise_or_(offset.view(torch.int32).bitwise_and_(SIGN))
 
 
 def _offset(x: Tensor, marks: Tensor, grid: Grid) -> Tensor:

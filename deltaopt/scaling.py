@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy, deepcopy
 from operator import attrgetter
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -26,9 +28,10 @@ class BranchScaling:
 
     Attributes:
         first: what it was when this object was made.
+        folded: the update_ratio that was folded into the branch since.
 
     Raises:
-        ValueError, TypeError, AttributeError: if it is no number, or one that is zero or not finite.
+        ValueError, TypeError: if it is no number, or one that is zero or not finite.
     """
 
     def __init__(self, source: ScalingSource, setter: SetScaling | None, label: str) -> None:
@@ -40,12 +43,39 @@ class BranchScaling:
             raise TypeError(f"{label}: set_scaling is a function of the new scaling, got {setter!r}")
         self._source = source
         self._setter = setter
-        self.first = checked_scaling(self._number(label), label)
+        self.folded = 0.0
+        try:
+            self.first = checked_scaling(self._number(label), label)
+        except AttributeError as error:
+            raise ValueError(f"{label}: its scaling is not where it was registered: {error}") from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BranchScaling:
+        if isinstance(self._setter, FunctionType) and self._setter.__closure__:
+            raise TypeError(
+                "set_scaling is a function with a closure, and a copy of it would set the scaling of the original's "
+                "layer: give a method of the layer, functools.partial(function, layer), or scaling=(module, "
+                "'attribute'), which are copied with it"
+            )
+        twin = copy(self)
+        memo[id(self)] = twin
+        twin._source, twin._setter = deepcopy((self._source, self._setter), memo)
+        return twin
 
     def problem(self) -> str | None:
         """Why it can not be set; None if it can."""
-        if self._setter is not None or isinstance(self._source, (Tensor, tuple)):
+        if self._setter is not None or isinstance(self._source, Tensor):
             return None
+        if isinstance(self._source, tuple):
+            module, path = self._source
+            owner, _, name = path.rpartition(".")
+            holder = type(attrgetter(owner)(module) if owner else module)
+            found = getattr(holder, name, None)
+            if not isinstance(found, property) or found.fset is not None:
+                return None
+            return (
+                f"its scaling is {path}, a property of {holder.__name__} that can not be set: register the attribute "
+                "that it is made from, or a function set_scaling="
+            )
         return (
             'its scaling is a number that can not be set, and weight_update="folded" has to multiply it by '
             '1 + update_ratio: register where the forward pass takes it from, scaling=(module, "attribute") or a 0-d '
@@ -67,6 +97,11 @@ class BranchScaling:
             tolerance = max(tolerance, torch.finfo(now.dtype).eps)
         value = float(now)
         return None if math.isclose(value, expected, rel_tol=tolerance) else value
+
+    def rounded(self, value: float) -> float:
+        """What the branch would multiply by after `value` is set: a tensor has a dtype."""
+        held = self._held() if self._setter is None and isinstance(self._source, (Tensor, tuple)) else None
+        return float(torch.tensor(value, dtype=held.dtype)) if isinstance(held, Tensor) else value
 
     def set(self, value: float) -> None:
         """Let the branch multiply by `value` from now on."""

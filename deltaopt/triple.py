@@ -99,9 +99,8 @@ class LoRATriple:
         self._W, self._A, self._B = (_checked_source(s, letter) for s, letter in ((W, "W"), (A, "A"), (B, "B")))
         self._owners = list({id(s[0]): s[0] for s in (W, A, B) if isinstance(s, tuple)}.values())
         self.name = name
-        self._branch = BranchScaling(scaling, set_scaling, self.label)
+        self._branch = BranchScaling(_registered_buffer(scaling, self._owners), set_scaling, self.label)
         self.scaling = self._branch.first
-        self.folded = 0.0
         if layout not in LAYOUTS:
             raise ValueError(f"{self.label}: layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
         self.layout = layout
@@ -178,6 +177,15 @@ class LoRATriple:
         """Told when W as it is now is the base."""
 
     @property
+    def folded(self) -> float:
+        """The update_ratio that is folded into the branch; of this triple and of its twins with another name."""
+        return self._branch.folded
+
+    @folded.setter
+    def folded(self, ratio: float) -> None:
+        self._branch.folded = ratio
+
+    @property
     def branch_scaling(self) -> float:
         """What the branch has to multiply A @ B by now."""
         return self.scaling * (1.0 + self.folded)
@@ -206,6 +214,16 @@ class LoRATriple:
         """Why update_ratio can not be folded into this branch; see `deltaopt.folding`."""
         problem = self._branch.problem()
         return [problem] if problem is not None else []
+
+    def precision_problems(self, scaling: float) -> list[str]:
+        """Whether the branch's scaling can not be set to this number in the precision that it computes with."""
+        rounded = self._branch.rounded(scaling)
+        if abs(rounded - scaling) <= torch.finfo(self.stored().compute_dtype()).eps * abs(scaling):
+            return []
+        return [
+            f"its scaling is a tensor in which (1 + update_ratio) * scaling = {scaling:g} is rounded to {rounded:g}: "
+            "keep it in the dtype of the computation"
+        ]
 
     def weight_matrix(self, W: Tensor) -> Tensor:
         """W, or the part of it that moves, as a (c, d) or (e, c, d) view of its storage."""
@@ -370,6 +388,16 @@ def check_triples(triples: Sequence[LoRATriple], folded: bool = False) -> None:
         found = [*_name_problems(triples), *_sharing_problems(triples)]
     if found:
         raise ValueError("these triples can not be used:\n  " + "\n  ".join(found))
+
+
+def _registered_buffer(scaling: ScalingSource, modules: Iterable[nn.Module]) -> ScalingSource:
+    """A tensor that is a buffer of one of these modules, by its name: `Module.to` replaces buffers."""
+    if isinstance(scaling, Tensor):
+        for module in modules:
+            for name, buffer in module.named_buffers():
+                if buffer is scaling:
+                    return module, name
+    return scaling
 
 
 def _shape(tensor: Tensor) -> str:

@@ -803,7 +803,7 @@ def test_a_scaling_that_can_not_be_set_is_refused_with_the_ways_out():
         (torch.tensor(1.0, requires_grad=True), ValueError, "does not require grad"),
         (torch.tensor(0.0), ValueError, "q: scaling must be finite and not zero"),
         (torch.tensor(math.nan), ValueError, "q: scaling must be finite and not zero"),
-        ((nn.Identity(), "scaling"), AttributeError, "scaling"),
+        ((nn.Identity(), "scaling"), ValueError, "q: its scaling is not where it was registered: .*scaling"),
         ((nn.Identity(), 3), TypeError, "q: scaling is a number, a 0-d tensor or"),
         (("layer", "scaling"), TypeError, "q: scaling is a number, a 0-d tensor or"),
         ("2", TypeError, "q: scaling is a number"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from weakref import WeakValueDictionary
 
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
@@ -45,35 +46,46 @@ class Alphas:
         self.changed = False
         holder = with_config(model)
         self._configs = configs_of(holder)
-        self._config = self._given = self._configs[adapter]
+        config = self._configs[adapter]
         self._layers = [
             (_key(name_in_base(holder, name), module), module)
             for name, module in holder.named_modules()
             if isinstance(module, lora.LoraLayer) and adapter in module.lora_alpha
         ]
         self._first = self._alphas()
-        self._first_config = self._config.lora_alpha, copy.copy(self._config.alpha_pattern)
+        self._first_config = config.lora_alpha, copy.copy(config.alpha_pattern)
 
     def follow(self) -> None:
         """Let the config say what the layers have."""
         if not self.changed:
             return
         self.changed = False
-        if self._config is self._given:  # which may be the user's own, and serve other models
-            self._config = self._configs[self._adapter] = copy.copy(self._given)
+        config = self._own_config()
         alphas = self._alphas()
         if alphas == self._first:
-            self._config.lora_alpha, self._config.alpha_pattern = self._first_config
+            config.lora_alpha, config.alpha_pattern = self._first_config
             return
         # PEFT obeys entries for ``target_parameters``, but takes them for mistakes: the common one is best theirs.
         parameters = [layer.lora_alpha[self._adapter] for _, layer in self._layers if _is_parameter(layer)]
         common = parameters[0] if parameters else Counter(alphas.values()).most_common(1)[0][0]
-        self._config.lora_alpha = common
+        config.lora_alpha = common
         # PEFT takes the keys for regular expressions that fit the end of a name, and for all of it with a "^".
-        self._config.alpha_pattern = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != common}
+        config.alpha_pattern = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != common}
+
+    def _own_config(self) -> LoraConfig:
+        """The adapter's config; a copy, once, of one that may be the user's own and serve other models."""
+        config = self._configs[self._adapter]
+        if _copies.get(id(config)) is not config:
+            config = self._configs[self._adapter] = copy.copy(config)
+            _copies[id(config)] = config
+        return config
 
     def _alphas(self) -> dict[str, float]:
         return {name: layer.lora_alpha[self._adapter] for name, layer in self._layers}
+
+
+_copies: WeakValueDictionary[int, LoraConfig] = WeakValueDictionary()
+"""The configs that were made here, by their ids."""
 
 
 def _key(name: str, layer: lora.LoraLayer) -> str:
