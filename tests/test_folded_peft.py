@@ -1220,3 +1220,24 @@ def test_triples_made_by_hand_in_a_peft_layer():
         return DeltaLoRAOptimizer(AdamW, [by_hand(twin.base_model.model[0])], lr=2e-2, update_ratio=RATIO, **options)
 
     assert_alike(*both(model, x, make=make), x)
+
+
+def test_several_searches_of_a_model_write_one_config(tmp_path):
+    """Triples of two `find_triples`, added in turn: what is saved is what the layers have in the end."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*[nn.Linear(6, 6) for _ in range(6)])
+    pristine = copy.deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=8, target_modules=r"\d"))
+    a, b = find_triples(model), find_triples(model)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, a[:2], lr=0.1, weight_update="folded")
+    x = torch.randn(5, 6)
+    for more in (b[2:4], a[4:], None):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        if more is not None:
+            optimizer.add_param_group({"triples": more})
+    assert model.peft_config["default"].lora_alpha == 24
+    assert not model.peft_config["default"].alpha_pattern
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(pristine, tmp_path)(x), model(x))

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import json
 import pickle
 
@@ -658,6 +659,7 @@ def _worker(rank: int, init: str) -> None:
     _a_product_that_is_not_zero_is_refused_beside_sharded_weights()
     for way in SHARDED:
         _sharded_factors_follow(rank, way)
+    _a_sharded_factor_that_was_replaced_is_followed(rank)
     for start in STARTS:
         _factors_that_stay_whole_beside_sharded_weights(rank, start)
     dist.destroy_process_group()
@@ -750,6 +752,33 @@ def _a_product_that_is_not_zero_is_refused_beside_sharded_weights() -> None:
         optimizer.step()
     assert same(whole(run.model), before)
     assert scalings(run.model) == {FIRST_SCALING}
+
+
+def _a_sharded_factor_that_was_replaced_is_followed(rank: int) -> None:
+    """FSDP2 keeps its unsharded parameter, with the hook of the first one, when ``assign=True`` replaces the shards."""
+    run = Run("folded")
+    shard(run.model)
+    run.optimizer = optimizer_for(run.model, weight_update="folded")
+    data = batches(2)
+    run.train(shares(data, rank))
+    del run.optimizer
+    gc.collect()
+    trained = {id(p) for p in run.factors()}
+    names = [name for name, p in run.model.named_parameters() if id(p) in trained]
+    run.model.load_state_dict({name: p.clone() for name, p in run.model.state_dict().items()}, assign=True)
+    for name, p in run.model.named_parameters():
+        p.requires_grad_(name in names)
+        if "lora_B" in name:
+            nn.init.zeros_(p)
+    run.optimizer = optimizer_for(run.model, torch.optim.SGD, weight_update="folded", lr=0.0)
+    run.backward(shares(data, rank)[0])
+    run.optimizer.step()
+    whole_ones = [p.grad.full_tensor() for p in run.factors()]
+    run.optimizer.zero_grad()
+    run.backward(shares(data, rank)[0])
+    for p, before in zip(run.factors(), whole_ones, strict=True):
+        # With a product of zero the branch is as it was, but for its scaling, by which the gradient is divided.
+        torch.testing.assert_close(p.grad.full_tensor(), before)
 
 
 SHARDED: dict[str, dict] = {

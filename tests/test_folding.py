@@ -1027,3 +1027,166 @@ def test_what_goes_beyond_a_larger_alpha(beyond):
         warnings.simplefilter("error")
         plain = torch.linalg.svdvals(Run("in_place", **options).train(60).effective().detach() - run.W0)
     assert float(plain[strategies.R]) < 1e-12 * float(plain[0])
+
+
+# What a review found.
+
+
+def test_gradients_within_base_weights_are_those_of_the_branch_there():
+    in_place, folded = both(3)
+    for run in (in_place, folded):
+        with run.optimizer.base_weights():
+            run.backward()
+    for now, expected in zip(folded.gradients[-1], in_place.gradients[-1], strict=True):
+        torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-12)
+    for run in (in_place, folded):
+        run.train(2)
+    assert_follows(folded, in_place)
+
+
+def test_a_buffer_that_is_replaced_is_still_the_scaling():
+    """As `Module.to` does with buffers."""
+    module = Layer("buffer")
+    tensors = [(module, name) for name in ("weight", "lora_B", "lora_A")]
+    triple = LoRATriple(*tensors, scaling=module.scaling, name="q")
+    before = module.scaling
+    module.to(torch.float32)
+    assert module.scaling is not before
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    module(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    assert float(module.scaling) == 1.5
+
+
+def test_a_setter_that_a_copy_would_share_is_not_copied():
+    module = Layer("alpha")
+    tensors = [(module, name) for name in ("weight", "lora_B", "lora_A")]
+    closure = LoRATriple(*tensors, scaling=0.5, name="q", set_scaling=lambda s: module.set_scaling(s))
+    with pytest.raises(TypeError, match="set_scaling is a function with a closure"):
+        copy.deepcopy(closure)
+    twin_module, twin = copy.deepcopy((module, module.triple()))
+    twin.set_branch_scaling(4.0)
+    assert (twin_module.alpha, module.alpha) == (8.0, 1.0)
+
+
+def test_a_property_that_can_not_be_set_is_refused_at_once():
+    class Fixed(Layer):
+        scaling = property(lambda self: 0.5, lambda self, value: None)
+
+    class ReadOnly(Fixed):
+        scaling = property(lambda self: 0.5)
+
+    module = Fixed("number")
+    module.__class__ = ReadOnly
+    with pytest.raises(ValueError, match="q: its scaling is scaling, a property of ReadOnly that can not be set"):
+        DeltaLoRAOptimizer(SGD, [module.triple()], weight_update="folded")
+
+
+def test_an_unnamed_triple_is_not_folded_twice():
+    stored, scale = strategies.make("linear"), torch.tensor(0.5, dtype=torch.float64)
+    triple = LoRATriple(stored.W, stored.A, stored.B, scaling=scale)
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    stored.A.grad = torch.ones_like(stored.A)
+    optimizer.step()
+    assert triple.branch_scaling == 1.5
+    with pytest.raises(ValueError, match="another optimizer has folded its update_ratio"):
+        DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+
+
+@pytest.mark.parametrize("mode", ["in_place", "folded"])
+def test_a_restart_with_a_product_that_is_not_finite_changes_nothing(mode):
+    run = Run(mode, zero=False).train(3)
+    before = run.stored.W.clone(), *(p.detach().clone() for p in run.factors)
+    with pytest.raises(ValueError, match="a factor of q is NaN or infinite"):
+        run.optimizer.restart(lambda triple: triple.A.fill_(math.nan))
+    assert all(map(torch.equal, before, (run.stored.W, *run.factors)))
+
+
+def test_an_export_of_a_branch_that_was_rescaled_is_refused():
+    run = Run("folded").train(2)
+    run.scale.fill_(0.5)
+    for action in (deltaopt.export_adapter, deltaopt.merged_weights):
+        with pytest.raises(RuntimeError, match="q: its scaling was"):
+            action(run.optimizer)
+
+
+def test_a_write_that_fails_at_step_K_is_undone(monkeypatch):
+    layers = [layer(str(i), i, zero=False) for i in range(3)]
+    optimizer = DeltaLoRAOptimizer(SGD, [t for *_, t in layers], lr=0.0, weight_update="folded")
+    for s, *_ in layers:
+        s.A.grad = torch.ones_like(s.A)
+    before = [s.W + scale * (s.A @ s.B).detach() for s, scale, _ in layers]
+    writes = []
+    whole = deltaopt.writing.add_terms_
+
+    def failing(triple, *args, **kwargs):
+        writes.append(triple.label)
+        if len(writes) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        whole(triple, *args, **kwargs)
+
+    monkeypatch.setattr(deltaopt.writing, "add_terms_", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert [float(scale) for _, scale, _ in layers] == [0.5] * 3
+    monkeypatch.undo()
+    optimizer.step()
+    assert [float(scale) for _, scale, _ in layers] == [1.5] * 3
+    for (s, scale, _), effective in zip(layers, before, strict=True):
+        torch.testing.assert_close(s.W + scale * (s.A @ s.B).detach(), effective)
+
+
+@pytest.mark.parametrize(("ratio", "refused"), [(1.7, True), (2.0, False)])
+def test_a_scaling_that_its_tensor_can_not_hold_is_refused(ratio, refused):
+    stored, scale = strategies.make("linear", dtype=torch.float32, zero_A=True), torch.tensor(0.5, dtype=torch.bfloat16)
+    triple = LoRATriple(stored.W, stored.A, stored.B, scaling=scale, name="q")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, update_ratio=ratio, weight_update="folded")
+    stored.A.grad = torch.ones_like(stored.A)
+    if refused:
+        with pytest.raises(
+            RuntimeError, match=r"q: its scaling is a tensor in which .* = 1\.35 is rounded to 1\.35156"
+        ):
+            optimizer.step()
+        assert float(scale) == 0.5
+        return
+    optimizer.step()
+    assert float(scale) == 1.5
+
+
+@pytest.mark.parametrize("fate", ["could not be built", "is gone"])
+def test_an_optimizer_in_place_that_is_no_more_leaves_the_first_one_alone(fate):
+    in_place, folded = both(2)
+    triple = LoRATriple(folded.stored.W, *folded.factors, scaling=folded.scale, name="q")
+    if fate == "could not be built":
+        with pytest.raises(ValueError, match="A is not among the parameters"):
+            DeltaLoRAOptimizer(SGD([folded.stored.B], lr=0.1), [triple])
+    else:
+        DeltaLoRAOptimizer(SGD, [triple], lr=0.1)
+        gc.collect()
+    for run in (in_place, folded):
+        run.train(2)
+    assert_follows(folded, in_place)
+
+
+def test_a_copy_keeps_its_divided_gradients():
+    """Plain tensors take theirs along."""
+    run = Run("folded").train(2)
+    run.backward()
+    A, optimizer = copy.deepcopy((run.stored.A, run.optimizer))
+    assert A.grad is not None
+    optimizer.state_dict()
+    optimizer.step()
+    run.optimizer.step()
+    assert torch.equal(A, run.stored.A)
+
+
+def test_a_factor_of_another_group_does_not_hold_up_a_fold():
+    """One that is NaN in layers whose ratio is 0 reaches no W."""
+    (s, scale, triple), (t, _, other) = layer("a", 0), layer("b", 1)
+    groups = [{"triples": [triple]}, {"triples": [other], "update_ratio": 0.0}]
+    optimizer = DeltaLoRAOptimizer(SGD, groups, lr=0.1, weight_update="folded")
+    with torch.no_grad():
+        t.A[0, 0] = math.nan
+    s.A.grad = torch.ones_like(s.A)
+    optimizer.step()
+    assert float(scale) == 1.5

@@ -260,6 +260,23 @@ def test_what_was_cut_off_is_found_from_the_full_weight(dtype):
     assert not cut_off(W.fill_(1.0), full.fill_(torch.inf)).any()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_was_cut_off_is_found_where_float16_becomes_subnormal(sign):
+    """Rounded up to 2^-14, a number was in float32 where it is spaced twice as fine as there."""
+    for part in (0.5, 0.5001, 0.6, 0.75, 0.9999, 1.0):
+        W = torch.full((1, 1), sign * (2.0**-14 - 2.0**-24), dtype=torch.float16)
+        full = W.float() + sign * part * 2.0**-24
+        kept = torch.zeros_like(W, dtype=torch.int16)
+        add_(W, full - W.float(), compensation=kept)
+        assert torch.equal(cut_off(W, full), kept)
+
+
+def test_below_a_zero_the_sign_stays():
+    """A number that is restored across zero has W's sign, as in the kernel."""
+    W, kept = torch.zeros(1, 2, dtype=torch.float16).mul_(torch.tensor([1.0, -1.0])), torch.full((1, 2), -1)
+    assert torch.equal(lifted(W, kept.to(torch.int16)).signbit(), torch.tensor([[False, True]]))
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0**-20])
 @each_dtype
 def test_beyond_a_tie_half_a_spacing_was_cut_off(dtype, scale):
