@@ -1241,3 +1241,74 @@ def test_several_searches_of_a_model_write_one_config(tmp_path):
     assert not model.peft_config["default"].alpha_pattern
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(pristine, tmp_path)(x), model(x))
+
+
+def test_a_config_that_is_unfolded_is_the_users_again(tmp_path):
+    """Its patterns too, which are regular expressions of the user's."""
+    plain, x = mlp(7, 5, 6, 4).double(), image(7)
+    model = adapted(plain, "0", "1", "2", zero=False, alpha_pattern={"[12]": 16})
+    given = dict(model.peft_config["default"].alpha_pattern)
+    optimizer = optimizer_of(model, start_step=2)
+    state, factors = state_of(optimizer), copy.deepcopy(model.state_dict())
+    train(model, optimizer, x, 3)
+    assert model.peft_config["default"].alpha_pattern != given
+    model.load_state_dict(factors)
+    optimizer.load_state_dict(state)
+    assert model.peft_config["default"].lora_alpha == ALPHA
+    assert model.peft_config["default"].alpha_pattern == given
+
+
+def test_the_common_alpha_is_that_of_a_parameter(tmp_path):
+    """Though more layers have another one: of patterns for parameters PEFT warns, which would be an error here."""
+    plain = nn.Sequential(Experts(3, 7, 5, False), nn.Linear(7, 6), nn.Linear(6, 4)).double()
+    model = adapted(plain, "1", "2", target_parameters=["0.up"])
+    ratios = [2.0 if triple.label.endswith("up") else 0.5 for triple in find_triples(model)]
+    train(model, grouped(model, ratios, weight_update="folded"), x := image(4, 7))
+    model.save_pretrained(tmp_path)
+    assert config_in(tmp_path)["lora_alpha"] == 3 * ALPHA
+    assert config_in(tmp_path)["alpha_pattern"] == {"^1": 1.5 * ALPHA, "^2": 1.5 * ALPHA}
+    assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
+
+
+def test_the_triples_of_pefts_tuner(tmp_path):
+    """Whose layers have other names than in the model that was adapted."""
+    plain, x = mlp(7, 5, 6, 4).double(), image(7)
+    model = adapted(plain, "0", "1", "2")
+    optimizer = grouped(model.base_model, [0.5, 0.0, 2.0], weight_update="folded")
+    train(model, optimizer, x)
+    model.save_pretrained(tmp_path)
+    assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_slightly_changed_scaling_is_refused(steps):
+    model, x = adapted(mlp(7, 5), "0"), image(7)
+    optimizer = folded(model, x, steps)
+    model.base_model.model[0].scaling["default"] *= 1 + 1e-6
+    output(model, x).sum().backward()
+    with pytest.raises(RuntimeError, match="its scaling was"):
+        optimizer.step()
+
+
+def test_an_embedding_that_rewrites_its_rows_is_refused():
+    model = adapted(nn.Sequential(nn.Embedding(9, 5, max_norm=1.0)), "0")
+    with pytest.raises(ValueError, match=r"its embedding has max_norm.*weight_update=\"in_place\""):
+        optimizer_of(model)
+
+
+@pytest.mark.parametrize(("ratio", "alpha"), [(1.0, 6), (0.1, 3.3)])
+def test_an_alpha_is_written_as_one_would(tmp_path, ratio, alpha):
+    """6 and not 6.0, 3.3 and not 3.3000000000000003."""
+    model = adapted(mlp(7, 5), "0", lora_alpha=3)
+    folded(model, image(7), update_ratio=ratio)
+    model.save_pretrained(tmp_path)
+    assert repr(config_in(tmp_path)["lora_alpha"]) == repr(alpha)
+
+
+def test_the_triples_of_a_part_of_a_model():
+    """Where no config is in sight, the layers alone are scaled."""
+    model, x = adapted(mlp(7, 5), "0"), image(7)
+    optimizer = optimizer_of(model.base_model.model[0])
+    train(model, optimizer, x, 2)
+    assert alphas(model) == [LARGER]
+    assert model.peft_config["default"].lora_alpha == ALPHA

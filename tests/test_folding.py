@@ -1190,3 +1190,216 @@ def test_a_factor_of_another_group_does_not_hold_up_a_fold():
     s.A.grad = torch.ones_like(s.A)
     optimizer.step()
     assert float(scale) == 1.5
+
+
+@pytest.mark.parametrize("without", [0, 1], ids=["A", "B"])
+def test_one_factor_with_a_gradient_is_enough(without):
+    in_place, folded = both(zero=False)
+    for run in (in_place, folded):
+        for _ in range(3):
+            run.backward()
+            run.factors[without].grad = None
+            run.optimizer.step()
+            run.t += 1
+    assert float(folded.scale) == 1.5
+    assert_follows(folded, in_place)
+
+
+def test_factors_that_were_taken_back_may_be_taken_over_again():
+    run = Run("folded").train(2)
+    for _ in range(2):
+        triple = LoRATriple(run.stored.W, *run.factors, scaling=run.scale, name="q")
+        other = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+        run.backward()
+        with pytest.raises(RuntimeError, match="q: another optimizer was built on its A since"):
+            run.optimizer.step()
+        del other, triple
+        gc.collect()
+        run.train(1)
+
+
+def test_gradients_of_a_copy_from_before_step_K_are_taken():
+    """Nothing is to be divided by yet, and the step that folds divides what comes after it."""
+    model = nn.Module()
+    model.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+    model.A, model.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
+    model.scaling = 0.5
+    triple = LoRATriple((model, "W"), (model, "A"), (model, "B"), scaling=(model, "scaling"), name="q")
+    model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    twin = copy.deepcopy(model)
+    for m in (model, twin):
+        for _ in range(2):
+            (m.W + m.scaling * m.A @ m.B).square().sum().backward()
+            m.optimizer.step()
+    assert twin.scaling == 1.5
+    assert torch.equal(twin.A, model.A)
+
+
+def test_a_second_factor_of_layers_that_differ_is_refused():
+    (s, _, triple), (t, scale, _) = layer("a", 0), layer("b", 1)
+    shared = LoRATriple(t.W, t.A, s.B, scaling=scale, name="b")
+    groups = [{"triples": [triple]}, {"triples": [shared], "update_ratio": 1.0}]
+    with pytest.raises(ValueError, match="b: its B is a factor of a too"):
+        DeltaLoRAOptimizer(AdamW([s.A, s.B, t.A]), groups, weight_update="folded")
+
+
+@pytest.mark.parametrize("scaling", [(), (nn.Identity(),), (nn.Identity(), "scaling", 1)])
+def test_a_scaling_is_a_module_and_one_path(scaling):
+    stored = strategies.make("linear")
+    with pytest.raises(TypeError, match="q: scaling is a number, a 0-d tensor or"):
+        LoRATriple(stored.W, stored.A, stored.B, scaling=scaling, name="q")
+
+
+def test_a_scaling_may_be_off_by_rounding_alone():
+    run = Run("folded").train(2)
+    run.scale.mul_(1 + 1e-13)
+    run.train(1)
+    run.scale.mul_(1 + 1e-9)
+    with pytest.raises(RuntimeError, match="q: its scaling was"):
+        run.optimizer.step()
+
+
+def test_a_function_is_called_where_there_is_a_tensor_too():
+    stored, scale, seen = strategies.make("linear", zero_A=True), torch.tensor(0.5), []
+    triple = LoRATriple(
+        *(stored.W, stored.A, stored.B), scaling=scale, set_scaling=lambda s: (seen.append(s), scale.fill_(s)), name="q"
+    )
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    stored.A.grad = torch.ones_like(stored.A)
+    optimizer.step()
+    assert seen == [1.5]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_state_has_a_compensation_where_the_weight_was_written(zero):
+    stored = strategies.make("linear", dtype=torch.bfloat16, factor_dtype=torch.float32, zero_A=zero)
+    triple = LoRATriple(stored.W, stored.A, stored.B, scaling=torch.tensor(0.5), name="q")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded", rounding="compensated")
+    stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+    optimizer.step()
+    kept = [key for state in optimizer.state_dict()["state"].values() for key in state if "compensation" in key]
+    assert kept == ([] if zero else ["deltaopt.compensation.q"])
+
+
+def test_a_state_of_nearly_the_same_scaling_is_refused():
+    run = Run("folded").train(2)
+    twin = Run("folded", s=1.5 * (1 + 1e-4))
+    with pytest.raises(ValueError, match="the saved state belongs to other triples"):
+        twin.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
+def test_other_factors_beside_a_packed_weight_are_refused():
+    stored = packed(strategies.make("linear", zero_A=True))
+    triple = LoRATriple(stored.W, stored.A, stored.B, scaling=torch.tensor(0.5), name="q")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    state = saved(optimizer.state_dict())
+    with torch.no_grad():
+        stored.B.add_(1.0)
+    with pytest.raises(WeightMismatchError, match="q: B has other contents than when the state was saved"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_later_group_that_differs_in_a_shared_factor_is_refused():
+    (s, _, triple), (t, scale, _) = layer("a", 0), layer("b", 1)
+    optimizer = DeltaLoRAOptimizer(AdamW([s.A, s.B, t.B]), [triple], weight_update="folded")
+    shared = LoRATriple(t.W, s.A, t.B, scaling=scale, name="b")
+    with pytest.raises(ValueError, match="b: its A is a factor of a too"):
+        optimizer.add_param_group({"triples": [shared], "update_ratio": 1.0})
+    assert len(optimizer.triples) == 1
+
+
+def test_a_group_that_is_added_takes_its_factors_over():
+    run, (*_, triple) = Run("folded", start_step=9).train(1), layer("k", 1)
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    taken = LoRATriple(run.stored.W, *run.factors, scaling=run.scale, name="q")
+    optimizer.add_param_group({"triples": [taken], "start_step": 9})
+    run.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="q: another optimizer was built on its A since"):
+        run.optimizer.step()
+
+
+def test_a_group_that_is_added_in_place_gets_whole_gradients():
+    run, (*_, triple) = Run("folded").train(2), layer("k", 1)
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1)
+    run.backward()
+    taken = LoRATriple(run.stored.W, *run.factors, scaling=run.scale, name="q")
+    optimizer.add_param_group({"triples": [taken]})
+    run.backward()
+    for divided, whole in zip(*run.gradients[-2:], strict=True):
+        torch.testing.assert_close(whole, divided * 3)
+
+
+@pytest.mark.parametrize("W", [{"dtype": torch.float8_e4m3fn}, {"device": "meta"}], ids=["float8", "meta"])
+def test_a_weight_that_is_never_read_may_be_anything(W):
+    stored, scale = strategies.make("linear", zero_A=True), torch.tensor(0.5)
+    triple = LoRATriple(stored.W.to(**W), stored.A, stored.B, scaling=scale, name="q")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+    optimizer.step()
+    assert float(scale) == 1.5
+    torch.testing.assert_close(optimizer.displacement("q").product(), (stored.A @ stored.B).detach())
+
+
+def test_factors_of_other_dimensions_are_refused_beside_a_packed_weight():
+    stored = packed(strategies.make("linear"))
+    A = stored.A.detach()[None].clone().requires_grad_()
+    triple = LoRATriple(stored.W, A, stored.B, scaling=torch.tensor(1.0), name="q")
+    with pytest.raises(ValueError, match=r"q: A \(1, 5, 3\) and B \(3, 7\) have no product"):
+        DeltaLoRAOptimizer(SGD, [triple], weight_update="folded")
+
+
+def test_a_copy_with_gradients_of_zero_is_not_refused():
+    """As `model.zero_grad(set_to_none=False)` leaves them."""
+    model = nn.Module()
+    model.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+    model.A, model.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
+    model.scaling = 0.5
+    triple = LoRATriple((model, "W"), (model, "A"), (model, "B"), scaling=(model, "scaling"), name="q")
+    model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    (model.W + model.scaling * model.A @ model.B).square().sum().backward()
+    model.optimizer.step()
+    twin = copy.deepcopy(model)
+    twin.A.grad, twin.B.grad = torch.zeros_like(twin.A), torch.zeros_like(twin.B)
+    twin.optimizer.step()
+    assert torch.equal(twin.A, model.A)
+
+
+def test_before_step_K_gradients_may_be_differentiated_again():
+    run = Run("folded", start_step=9).train(1)
+    grads = torch.autograd.grad(run.loss(run.effective(), 0), run.factors, create_graph=True)
+    assert all(grad.requires_grad for grad in grads)
+
+
+def test_a_second_closure_call_is_refused_where_one_layer_is_folded():
+    triples = [layer(name, i)[2] for i, name in enumerate("ab")]
+    groups = [{"triples": triples[:1]}, {"triples": triples[1:], "update_ratio": 0.0}]
+    optimizer = DeltaLoRAOptimizer(Twice, groups, lr=0.1, weight_update="folded")
+    with pytest.raises(RuntimeError, match="called the closure a second time within a step"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_in_place_a_changed_scaling_refuses_a_state():
+    run = Run("in_place").train(1)
+    state = run.optimizer.state_dict()
+    run.scale.fill_(1.5)
+    with pytest.raises(RuntimeError, match=r"q: its scaling was 0.5"):
+        run.optimizer.load_state_dict(state)
+
+
+def test_in_place_a_state_is_of_the_very_same_scaling():
+    run, twin = Run("in_place").train(2), Run("in_place", s=0.5 * (1 + 1e-8))
+    with pytest.raises(ValueError, match="the saved state belongs to other triples"):
+        twin.optimizer.load_state_dict(run.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_state_of_factors_of_another_shape_is_of_other_triples(factor):
+    s = strategies.make("linear")
+    state = DeltaLoRAOptimizer(SGD, [s.triple(name="q")]).state_dict()
+    if factor == "A":
+        s.W, s.A = torch.zeros(6, 7), torch.zeros(6, 3, requires_grad=True)
+    else:
+        s.W, s.B = torch.zeros(5, 8), torch.zeros(3, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="the saved state belongs to other triples"):
+        DeltaLoRAOptimizer(SGD, [s.triple(name="q")]).load_state_dict(state)

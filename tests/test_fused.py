@@ -241,3 +241,24 @@ def test_without_triton_there_is_none(monkeypatch):
     monkeypatch.setattr(fused, "_usable", {})
     assert not _triton.is_available(torch.device("cuda"))
     assert fused_kernel(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("other", [lambda W: W.as_strided((5, 7), (1, 5)), lambda W: W.view(torch.float16)])
+def test_a_batch_is_not_for_another_tensor_in_the_same_place(other, with_kernel):
+    stored = layers(["linear"], torch.bfloat16)
+    optimizer = run(stored, "nearest")
+    stored[0].W.data = other(stored[0].W.data)
+    gradients(stored, 9)
+    optimizer.step()
+    assert with_kernel == [1, 1]
+
+
+def test_a_batch_is_not_for_another_compensation(with_kernel):
+    stored = layers(["linear"], torch.bfloat16)
+    optimizer = run(stored, "compensated")
+    ((_, ledger),) = optimizer.accounts()
+    before, ledger.compensation = ledger.compensation, None
+    gradients(stored, 9)
+    optimizer.step()
+    assert with_kernel == [1, 1]
+    assert ledger.compensation.bits is not before.bits

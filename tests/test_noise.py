@@ -125,3 +125,8 @@ def test_it_stays_the_same_in_later_versions():
 def test_unknown_events_are_refused():
     with pytest.raises(ValueError, match="not in tuple"):
         Keys.of(0, "merge", 0)
+
+
+def test_each_time_in_a_step_has_keys_of_its_own():
+    made = [Keys.of(0, event, 3, repeat) for event in EVENTS for repeat in range(4)]
+    assert len(set(made)) == len(made)

@@ -307,3 +307,22 @@ def test_float32_beside_float64_factors_is_rounded_to_nearest():
     expected = (W.double() + 0.5 * (U @ V)).float()
     add_product_(W, U, V, 0.5, noise=noise_for(W))
     assert torch.equal(W, expected)
+
+
+@each_dtype
+def test_beyond_the_largest_value_nothing_is_cut_off(dtype):
+    W = torch.full((1, 1), torch.finfo(dtype).max, dtype=dtype)
+    assert not cut_off(W, W.float().nextafter(torch.tensor(torch.inf))).any()
+
+
+@each_dtype
+def test_from_the_value_beside_a_weight_nothing_was_cut_off(dtype):
+    W = torch.tensor([[1.5, -1.5, 2.0**-20, -(2.0**-20)]]).to(dtype)
+    for away in (torch.inf, -torch.inf):
+        assert not cut_off(W, W.nextafter(torch.full_like(W, away)).float()).any()
+
+
+@each_dtype
+def test_from_a_zero_of_the_other_sign_nothing_was_cut_off(dtype):
+    full = torch.tensor([[1e-9, -1e-9]])
+    assert not cut_off(torch.tensor([[-0.0, 0.0]], dtype=dtype), full).any()

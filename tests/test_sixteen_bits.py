@@ -565,3 +565,8 @@ def test_merged_weights_saturate():
         A.grad = torch.zeros_like(A)
         optimizer.step()
         assert bool((deltaopt.merged_weights(optimizer)["triple0"] == 65504).all())
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_the_first_and_the_last_seed_are_taken(seed):
+    Run(rounding_seed=seed)
