@@ -524,25 +524,31 @@ def test_a_copy_goes_on_as_the_original(copied):
     assert_follows(twin, run, 0.0)
 
 
-def test_gradients_from_before_a_copy_knew_of_its_factors_are_refused():
-    """Where the copy could not be told at once: its module was not complete."""
+def with_its_optimizer():
+    """A module that holds the optimizer of its factors, and is copied with it."""
     model = nn.Module()
     model.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
     model.A, model.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
     model.scaling = 0.5
     triple = LoRATriple((model, "W"), (model, "A"), (model, "B"), scaling=(model, "scaling"), name="q")
     model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    return model
 
-    def backward(m):
-        (m.W + m.scaling * m.A @ m.B).square().sum().backward()
 
-    backward(model)
+def backward_of(model):
+    (model.W + model.scaling * model.A @ model.B).square().sum().backward()
+
+
+def test_gradients_from_before_a_copy_knew_of_its_factors_are_refused():
+    """Where the copy could not be told at once: its module was not complete."""
+    model = with_its_optimizer()
+    backward_of(model)
     model.optimizer.step()
     twin = copy.deepcopy(model)
     assert twin.scaling == 1.5
     for m in (model, twin):
         m.optimizer.zero_grad()
-        backward(m)
+        backward_of(m)
     torch.testing.assert_close(twin.A.grad, model.A.grad)
     fresh = copy.deepcopy(twin.optimizer._folding)
     deltaopt.folding._divisors.pop(twin.A)
@@ -1220,16 +1226,11 @@ def test_factors_that_were_taken_back_may_be_taken_over_again():
 
 def test_gradients_of_a_copy_from_before_step_K_are_taken():
     """Nothing is to be divided by yet, and the step that folds divides what comes after it."""
-    model = nn.Module()
-    model.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
-    model.A, model.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
-    model.scaling = 0.5
-    triple = LoRATriple((model, "W"), (model, "A"), (model, "B"), scaling=(model, "scaling"), name="q")
-    model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    model = with_its_optimizer()
     twin = copy.deepcopy(model)
     for m in (model, twin):
         for _ in range(2):
-            (m.W + m.scaling * m.A @ m.B).square().sum().backward()
+            backward_of(m)
             m.optimizer.step()
     assert twin.scaling == 1.5
     assert torch.equal(twin.A, model.A)
@@ -1351,12 +1352,7 @@ def test_factors_of_other_dimensions_are_refused_beside_a_packed_weight():
 
 def test_a_copy_with_gradients_of_zero_is_not_refused():
     """As `model.zero_grad(set_to_none=False)` leaves them."""
-    model = nn.Module()
-    model.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
-    model.A, model.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
-    model.scaling = 0.5
-    triple = LoRATriple((model, "W"), (model, "A"), (model, "B"), scaling=(model, "scaling"), name="q")
-    model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    model = with_its_optimizer()
     (model.W + model.scaling * model.A @ model.B).square().sum().backward()
     model.optimizer.step()
     twin = copy.deepcopy(model)
