@@ -45,11 +45,13 @@ class Folding:
     A factor's hook obeys one of these objects, the last that took the factor over, while that one lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seen: bool = False) -> None:
         self._own: set[_Divisor] = set()
+        self._seen = seen
 
-    def __reduce__(self) -> tuple[type[Folding], tuple[()]]:
-        return Folding, ()  # a copy divides the gradients of copied factors, and has to find them first
+    def __reduce__(self) -> tuple[type[Folding], tuple[bool]]:
+        # A copy divides the gradients of copied factors, and has to find them first.
+        return Folding, (self._see_gradients(),)
 
     def take_over(self, triples: Sequence[LoRATriple]) -> None:
         """Divide the gradients of these triples' factors from now on."""
@@ -79,7 +81,7 @@ class Folding:
             ValueError: if a ratio that was folded has changed since.
         """
         refuse_changing_ratios(groups)
-        of_triples = [(triple, group.ratio_at(step)) for group in groups for triple in group.triples]
+        of_triples = _ratios(groups, step)
         changed = [
             f"{t.label} ({t.folded:g}, now {ratio:g})" for t, ratio in of_triples if t.folded not in (0.0, ratio)
         ]
@@ -144,12 +146,57 @@ class Folding:
             ledger.beside(triple).add(term)
         self._divide([triple for triple, *_ in due])
 
-    def restore(self, triples: Sequence[LoRATriple], records: Iterable[Mapping[str, Any]]) -> None:
-        """Scale the branches, and divide the gradients, as in the run that was saved."""
-        for triple, record in zip(triples, records, strict=True):
-            triple.scaling = record["scaling"]
-            _set(triple, record["folded"])
+    @contextmanager
+    def restored(self, triples: Sequence[LoRATriple], records: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+        """Scale the branches, and divide the gradients, as in the run that was saved.
+
+        If what is done within it fails, the branches are as before.
+        """
+        with ExitStack() as undo:
+            for triple, record in zip(triples, records, strict=True):
+                undo.callback(_set, triple, triple.folded, triple.scaling)
+                _set(triple, record["folded"], record["scaling"])
+            yield
+            undo.pop_all()
         self._divide(triples)
+
+    def refuse_undivided(self, triples: Iterable[LoRATriple]) -> None:
+        """Refuse gradients that did not come through the hooks, where a ratio was folded before they were made."""
+        if self._see_gradients():
+            return
+        found = [
+            triple.label
+            for triple in triples
+            if triple.folded and any(f.grad is not None and bool(f.grad.any()) for f in (triple.A, triple.B))
+        ]
+        if found:
+            raise RuntimeError(
+                f"{', '.join(found)}: its gradients did not come through backward() to A and B (torch.func.grad, or an "
+                "engine that copies them from other tensors), so they were not divided and are 1 + update_ratio times "
+                'too large (nothing was changed): use backward(), or weight_update="in_place"'
+            )
+
+    @contextmanager
+    def watching(self, groups: Sequence[DeltaGroup], step: int) -> Iterator[None]:
+        """Refuse an inner step within it that moves factors which never got a gradient, from step K on.
+
+        What a zeroth-order optimizer finds at A and B that it has moved a little, W of Delta-LoRA takes no part in.
+        """
+        if self._see_gradients():
+            yield
+            return
+        watched = [t for t, ratio in _ratios(groups, step) if ratio and t.A.grad is None and t.B.grad is None]
+        before = [(t, [factor.detach().clone() for factor in (t.A, t.B)]) for t in watched]
+        yield
+        if self._see_gradients():  # a closure has made them
+            return
+        found = [t.label for t, factors in before if not all(map(torch.equal, factors, (t.A, t.B)))]
+        if found:
+            raise RuntimeError(
+                f"{', '.join(found)}: the inner optimizer has changed its A and B, which got no gradients. One that "
+                "evaluates the loss at other A and B instead of using gradients leaves W of Delta-LoRA as it is "
+                'meanwhile, and a folded W goes along: use weight_update="in_place"'
+            )
 
     @contextmanager
     def unfolded(self, triples: Sequence[LoRATriple]) -> Iterator[None]:
@@ -163,6 +210,11 @@ class Folding:
                     undo.callback(triple.set_branch_scaling, triple.branch_scaling)
                     triple.set_branch_scaling(triple.scaling)
             yield
+
+    def _see_gradients(self) -> bool:
+        """Whether any gradient came through the hooks, ever: then they are where gradients come."""
+        self._seen = self._seen or any(divisor.called for divisor in self._own)
+        return self._seen
 
     def _attach(self, triples: Iterable[LoRATriple], taking_over: bool) -> None:
         for triple in triples:
@@ -206,8 +258,10 @@ class _Divisor:
     def __init__(self) -> None:
         self.value = 1.0
         self.owner: Callable[[], object | None] = lambda: None
+        self.called = False
 
     def __call__(self, grad: Tensor) -> Tensor | None:
+        self.called = True
         if self.value == 1.0 or self.owner() is None:
             return None
         if grad.requires_grad:
@@ -234,7 +288,7 @@ def release(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
 def _is_in_use(triple: LoRATriple) -> bool:
     """Whether the factors are known to be those that the model trains now."""
     looked_up = not any(isinstance(triple.factor_source(letter), Tensor) for letter in "AB")
-    return looked_up or triple.A.grad is not None or triple.B.grad is not None
+    return looked_up or any(f.grad is not None or _divisors[f].called for f in (triple.A, triple.B))
 
 
 def _register_first(factor: Tensor, hook: _Divisor) -> None:
@@ -337,7 +391,12 @@ def evaluated_once(closure: Callable[[], float]) -> Callable[[], float]:
     return once
 
 
-def _set(triple: LoRATriple, ratio: float) -> None:
+def _ratios(groups: Iterable[DeltaGroup], step: int) -> list[tuple[LoRATriple, float]]:
+    return [(triple, group.ratio_at(step)) for group in groups for triple in group.triples]
+
+
+def _set(triple: LoRATriple, ratio: float, scaling: float | None = None) -> None:
+    triple.scaling = triple.scaling if scaling is None else scaling
     triple.folded = ratio
     triple.set_branch_scaling(triple.branch_scaling)
 

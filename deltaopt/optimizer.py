@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, overload
 
 import torch
@@ -565,11 +565,13 @@ class DeltaLoRAOptimizer(Optimizer):
         resume = self._accounts.rebase
         if record["ledgers"]:
             resume = self._accounts.resumption(ledgers, compensations, write)
-        self._inner.load_state_dict(inner_state)
+        with ExitStack() as stack:
+            if self._folding is not None:
+                records = [t for group in record["groups"] for t in group["triples"]]
+                stack.enter_context(self._folding.restored(self.triples, records))
+            self._inner.load_state_dict(inner_state)
         resume()
         restore_settings(record, self._groups)
-        if self._folding is not None:
-            self._folding.restore(self.triples, [t for group in record["groups"] for t in group["triples"]])
         self._rounding = rounding
         self._step_count = int(record["step_count"])
         self._guard = FiniteGuard(record["skipped_updates"])
@@ -649,6 +651,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _fold(self, folding: Folding, with_closure: bool) -> None:
         """Let the branches take up the ratio, if it is time; see `deltaopt.folding`."""
+        folding.refuse_undivided(self.triples)
         due = folding.due(self._groups, self._accounts.ledgers, self._step_count, with_closure)
         if due:
             folding.begin(due, self._accounts, self._rounding.during("move", self._step_count))
@@ -656,7 +659,8 @@ class DeltaLoRAOptimizer(Optimizer):
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
         if closure is not None and any(triple.folded for triple in self.triples):
             closure = evaluated_once(closure)
-        with global_hooks_held():
+        watching = nullcontext() if self._folding is None else self._folding.watching(self._groups, self._step_count)
+        with watching, global_hooks_held():
             return self._inner.step() if closure is None else self._inner.step(closure)
 
     def _remember(self, stored: Sequence[Stored]) -> None:

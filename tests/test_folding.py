@@ -373,7 +373,7 @@ def test_a_16_bit_weight_is_rounded_once(dtype, rounding):
     triple = LoRATriple(stored.W, stored.A, stored.B, scaling=torch.tensor(0.5), name="q")
     optimizer = DeltaLoRAOptimizer(AdamW, [triple], lr=1e-2, weight_update="folded", rounding=rounding, keep_base="cpu")
     for _ in range(3):
-        stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+        (stored.A.sum() + stored.B.sum()).backward()
         optimizer.step()
         optimizer.state_dict()
     exact = W0.double() - RATIO * 0.5 * (A.double() @ B.double())
@@ -873,7 +873,7 @@ def test_a_weight_that_can_not_be_written_needs_a_zero_product(start):
     W = stored.W.clone()
 
     def step():
-        stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+        (stored.A.sum() + stored.B.sum()).backward()
         optimizer.step()
 
     for _ in range(start):
@@ -956,6 +956,125 @@ def test_a_setter_that_fails_changes_nothing():
     assert float(scale) == 0.5
     assert [t.folded for t in triples] == [0.0, 0.0]
     assert torch.equal(stored.W, W)
+
+
+@pytest.mark.parametrize("fails", ["in the second layer", "in the inner optimizer"])
+def test_a_state_that_can_not_be_set_changes_nothing(fails):
+    """Of a setter, and of a state that the inner optimizer refuses."""
+    scale = torch.tensor(0.5, dtype=torch.float64)
+    broken = []
+
+    def set_scaling(value):
+        if broken:
+            raise OSError("no such layer")
+
+    stored, other = strategies.make("linear", zero_A=True), strategies.make("linear", 1, zero_A=True)
+    triples = [
+        LoRATriple(stored.W, stored.A, stored.B, scaling=scale, name="a"),
+        LoRATriple(other.W, other.A, other.B, scaling=0.5, set_scaling=set_scaling, name="b"),
+    ]
+    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.1, weight_update="folded")
+    early, factors = optimizer.state_dict(), [[p.detach().clone() for p in (s.A, s.B)] for s in (stored, other)]
+    for _ in range(2):
+        (stored.W + scale * (stored.A @ stored.B)).square().sum().backward()
+        other.A.grad = torch.zeros_like(other.A)
+        optimizer.step()
+    assert [t.folded for t in triples] == [2.0, 2.0]
+    for s, (A, B) in zip((stored, other), factors, strict=True):
+        s.A.detach().copy_(A)
+        s.B.detach().copy_(B)
+    if fails == "in the second layer":
+        broken.append(True)
+        with pytest.raises(OSError, match="no such layer"):
+            optimizer.load_state_dict(early)
+    else:
+        early["param_groups"][0]["params"].append(99)
+        with pytest.raises(ValueError, match="parameter group"):
+            optimizer.load_state_dict(early)
+    assert float(scale) == 1.5
+    assert [t.folded for t in triples] == [2.0, 2.0]
+    assert optimizer.step_count == 2
+
+
+# Gradients that come past the hooks.
+
+
+def test_gradients_that_come_past_the_hooks_are_refused():
+    """torch.func.grad makes them so, and engines that copy gradients from other tensors: nothing divides those."""
+    run = Run("folded", zero=True)
+
+    def loss(A, B):
+        return run.loss(run.stored.W + run.scale * (A @ B), run.t)
+
+    for _ in range(2):
+        for factor, grad in zip(run.factors, torch.func.grad(loss, (0, 1))(*run.factors), strict=True):
+            factor.grad = grad.detach()
+        if run.t == 1:
+            before = [p.detach().clone() for p in run.factors]
+            with pytest.raises(RuntimeError, match=r"q: its gradients did not come through backward\(\).*not divided"):
+                run.optimizer.step()
+            assert all(map(torch.equal, before, run.factors))
+            assert run.optimizer.step_count == 1
+            return
+        run.optimizer.step()  # these were made before the ratio was folded, and are whole
+        run.t += 1
+
+
+class Unasked(SGD):
+    """Moves the factors without gradients, as zeroth-order optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(group["lr"])
+
+
+@pytest.mark.parametrize("registered", ["tensors", "modules"])
+@pytest.mark.parametrize("start", [0, 2])
+def test_an_inner_optimizer_that_needs_no_gradients_is_refused(registered, start):
+    stored = strategies.make("linear", zero_A=True)
+    holder = nn.Module()
+    holder.W, holder.A, holder.B = (nn.Parameter(t, t.requires_grad) for t in (stored.W, stored.A, stored.B))
+    holder.s = 0.5
+    triple = LoRATriple(holder.W, holder.A, holder.B, scaling=(holder, "s"), name="q")
+    if registered == "modules":
+        triple = LoRATriple((holder, "W"), (holder, "A"), (holder, "B"), scaling=(holder, "s"), name="q")
+    optimizer = DeltaLoRAOptimizer(Unasked, [triple], lr=0.1, weight_update="folded", start_step=start)
+    for _ in range(start):
+        optimizer.step()  # nothing is to be folded yet
+    with pytest.raises(RuntimeError, match="q: the inner optimizer has changed its A and B, which got no gradients"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_gradients_that_are_kept_elsewhere_are_divided(start):
+    """As engines do that accumulate in float32: a hook takes the gradient into `main_grad`, and `.grad` is None."""
+
+    class Main(SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = p.main_grad
+            super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = p.main_grad = None
+
+    def take(p):
+        p.main_grad, p.grad = p.grad, None
+
+    runs = both(inner=SGD, start_step=start), both(inner=Main, start_step=start)
+    for run in runs[1]:
+        for p in run.factors:
+            p.register_post_accumulate_grad_hook(take)
+    for run in (*runs[0], *runs[1]):
+        for t in range(5):
+            run.optimizer.zero_grad()
+            run.loss(run.effective(), t).backward()
+            run.optimizer.step()
+    assert float(runs[1][1].scale) == 1.5
+    assert_follows(runs[1][1], runs[0][0])
 
 
 # What it means: docs/method.md.
@@ -1276,7 +1395,7 @@ def test_a_state_has_a_compensation_where_the_weight_was_written(zero):
     stored = strategies.make("linear", dtype=torch.bfloat16, factor_dtype=torch.float32, zero_A=zero)
     triple = LoRATriple(stored.W, stored.A, stored.B, scaling=torch.tensor(0.5), name="q")
     optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded", rounding="compensated")
-    stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+    (stored.A.sum() + stored.B.sum()).backward()
     optimizer.step()
     kept = [key for state in optimizer.state_dict()["state"].values() for key in state if "compensation" in key]
     assert kept == ([] if zero else ["deltaopt.compensation.q"])
@@ -1336,7 +1455,7 @@ def test_a_weight_that_is_never_read_may_be_anything(W):
     stored, scale = strategies.make("linear", zero_A=True), torch.tensor(0.5)
     triple = LoRATriple(stored.W.to(**W), stored.A, stored.B, scaling=scale, name="q")
     optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
-    stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+    (stored.A.sum() + stored.B.sum()).backward()
     optimizer.step()
     assert float(scale) == 1.5
     torch.testing.assert_close(optimizer.displacement("q").product(), (stored.A @ stored.B).detach())
