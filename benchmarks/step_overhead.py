@@ -39,6 +39,8 @@ SCALING = 1.0
 COEF = UPDATE_RATIO * SCALING
 LEARNING_RATE = 1e-4
 WARM_UP_ROUNDS = 2
+TOKENS = 256
+"""Rows of the input of a whole training step; few, so that what the optimizer adds weighs more than in practice."""
 FLUSH_BYTES = 128 << 20
 """More than the last cache of the machines at hand (32 MiB of a CPU, 50 MiB of a GPU)."""
 
@@ -124,7 +126,7 @@ def wrapped_row(layers: Layers, rounding: str = "auto") -> Row:
     optimizer = DeltaLoRAOptimizer(
         torch.optim.AdamW, triples, update_ratio=UPDATE_RATIO, rounding=rounding, lr=LEARNING_RATE
     )
-    return Row(optimizer.step, lambda: optimizer.buffer_bytes)
+    return _keeping_row(optimizer.step, optimizer)
 
 
 def backward_row(layers: Layers, folded: bool = False) -> Row:
@@ -132,22 +134,32 @@ def backward_row(layers: Layers, folded: bool = False) -> Row:
 
     The folded mode divides the gradients on their way, and its step looks at the factors before the inner step.
     """
-    optimizer = _inner(layers)
-    if folded:
-        scaling = torch.tensor(SCALING)
-        triples = [LoRATriple(*layer, scaling=scaling, name=str(i)) for i, layer in enumerate(layers)]
-        optimizer = DeltaLoRAOptimizer(
-            torch.optim.AdamW, triples, update_ratio=UPDATE_RATIO, lr=LEARNING_RATE, weight_update="folded"
-        )
     gradients = [factor.grad for factor in layers.factors]
-    optimizer.step()  # folds: W is written here and never after
+    optimizer, _ = _lora(layers, folded)
 
     def run() -> None:
         optimizer.zero_grad()
         torch.autograd.backward(layers.factors, gradients)
         optimizer.step()
 
-    return Row(run, lambda: optimizer.buffer_bytes if isinstance(optimizer, DeltaLoRAOptimizer) else 0)
+    return _keeping_row(run, optimizer)
+
+
+def training_row(layers: Layers, folded: bool = False) -> Row:
+    """A whole training step of plain LoRA or of the folded mode: all layers of one input, backward, the step."""
+    optimizer, scaling = _lora(layers, folded)
+    W = layers.W[0]
+    generator = torch.Generator(W.device).manual_seed(2)
+    x = torch.randn(TOKENS, W.shape[1], generator=generator, device=W.device).requires_grad_()  # as within a network
+
+    def run() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        outputs = [x @ W.mT + scaling * (x @ B.mT @ A.mT) for W, A, B in layers]
+        torch.stack([output.square().mean() for output in outputs]).sum().backward()
+        optimizer.step()
+
+    return _keeping_row(run, optimizer)
 
 
 def addmm_row(layers: Layers) -> Row:
@@ -235,10 +247,29 @@ def _inner(layers: Layers) -> torch.optim.Optimizer:
     return torch.optim.AdamW(layers.factors, lr=LEARNING_RATE)
 
 
+def _lora(layers: Layers, folded: bool) -> tuple[torch.optim.Optimizer, Tensor]:
+    """The optimizer of plain LoRA or of the folded mode after its first step, and what the branches multiply by."""
+    scaling = torch.tensor(SCALING, device=layers.W[0].device)
+    optimizer = _inner(layers)
+    if folded:
+        triples = [LoRATriple(*layer, scaling=scaling, name=str(i)) for i, layer in enumerate(layers)]
+        optimizer = DeltaLoRAOptimizer(
+            torch.optim.AdamW, triples, update_ratio=UPDATE_RATIO, lr=LEARNING_RATE, weight_update="folded"
+        )
+    optimizer.step()  # folds: W is written here and never after
+    return optimizer, scaling
+
+
+def _keeping_row(run: Callable[[], object], optimizer: torch.optim.Optimizer) -> Row:
+    return Row(run, lambda: optimizer.buffer_bytes if isinstance(optimizer, DeltaLoRAOptimizer) else 0)
+
+
 ROWS: dict[str, Callable[[Layers], Row]] = {
     "inner": inner_row,
     "lora": backward_row,
     "folded": partial(backward_row, folded=True),
+    "training": training_row,
+    "folded_training": partial(training_row, folded=True),
     "wrapped": wrapped_row,
     "nearest": partial(wrapped_row, rounding="nearest"),
     "compensated": partial(wrapped_row, rounding="compensated"),
@@ -255,11 +286,18 @@ ROWS: dict[str, Callable[[Layers], Row]] = {
 NARROW = ("nearest", "compensated", "write", "write_nearest", "write_compensated")
 """The rows for 16-bit weights only: rounding changes nothing for the others."""
 
-PARTS = ("inner", "lora", "folded", "addmm", "pass", "write", "write_nearest", "write_compensated")
+WIDE = ("training", "folded_training")
+"""The rows for float32 weights only: others change the matrix products of the model, and nothing that is ours."""
+
+PARTS = (
+    *("inner", "lora", "folded", "training", "folded_training"),
+    *("addmm", "pass", "write", "write_nearest", "write_compensated"),
+)
 """The rows that do a part of the step's work, or leave W alone. The others' W the tests compare with ours."""
 
 RATIOS: dict[str, Callable[[Mapping[str, float]], float]] = {
     "folded / lora": lambda ms: ms["folded"] / ms["lora"],
+    "folded_training / training": lambda ms: ms["folded_training"] / ms["training"],
     "(wrapped - inner) / addmm": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["addmm"],
     "(wrapped - inner) / pass": lambda ms: (ms["wrapped"] - ms["inner"]) / ms["pass"],
     "write / addmm": lambda ms: ms["write"] / ms["addmm"],
@@ -275,7 +313,8 @@ RATIOS: dict[str, Callable[[Mapping[str, float]], float]] = {
 
 def rows_of(case: Case) -> dict[str, Callable[[Layers], Row]]:
     """What is measured for a case."""
-    return {name: row for name, row in ROWS.items() if case.dtype.itemsize == 2 or name not in NARROW}
+    absent = WIDE if case.dtype.itemsize == 2 else NARROW
+    return {name: row for name, row in ROWS.items() if name not in absent}
 
 
 def ratios_of(case: Case) -> dict[str, Callable[[Mapping[str, float]], float]]:
