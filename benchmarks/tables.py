@@ -1,0 +1,231 @@
+"""The tables of the pages, made from the results that are kept beside them.
+
+    python -m benchmarks.tables     # after a run: writes README.md and benchmarks/README.md anew between the marks
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; `TABLES` has the names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from benchmarks import drift
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
+
+TIMES = ("inner", "wrapped", "lora", "folded", "addmm", "pass", "dense", "product")
+TIMES_16 = ("nearest", "compensated", "write", "write_nearest", "write_compensated")
+TIMES_32 = ("training", "folded_training")
+RATIOS = (
+    "folded / lora",
+    "(wrapped - inner) / addmm",
+    "(wrapped - inner) / pass",
+    "(dense - inner) / (wrapped - inner)",
+    "(product - inner) / (wrapped - inner)",
+)
+RATIOS_16 = (
+    "write / addmm",
+    "write / write_nearest",
+    "write / pass",
+    "write_compensated / addmm",
+    "write_compensated / pass",
+)
+RATIOS_32 = ("folded_training / training",)
+MEMORY = (
+    *("inner", "wrapped", "nearest", "compensated", "lora", "folded", "training", "folded_training"),
+    *("addmm", "dense", "product"),
+)
+KEPT = ("wrapped", "compensated", "folded")
+
+Cell: TypeAlias = Callable[[Mapping[str, Any]], str]
+"""Of a case of `step_overhead`."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    first, *others = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
+    return "\n".join([first, "|" + "---|" * len(head), *others])
+
+
+def overhead(device: str) -> str:
+    """Times and ratios of `step_overhead`: those of all weights, of float32 alone and of 16 bits alone."""
+    found = _results(f"step_overhead_{device}")
+    if found is None:
+        return "Not measured yet."
+    s = found["settings"]
+    threads = f", {s['threads']} thread{'s' * (s['threads'] != 1)}" if s["device"] == "cpu" else ""
+    told = (
+        f"{s['device_name']}{threads}, {s['rounds']} rounds, torch {s['torch']}, Python {s['python']}, load "
+        f"{s['load_average']:.1f} at the start. Times in ms, median (10th .. 90th percentile)."
+    )
+    wide = [case for case in found["cases"] if _dtype(case) == "float32"]
+    narrow = [case for case in found["cases"] if _dtype(case) != "float32"]
+    tables = [
+        _cases(found["cases"], {name: partial(_spread, "rows", name, 1) for name in TIMES}),
+        _cases(
+            wide,
+            {name: partial(_spread, "rows", name, 1) for name in TIMES_32}
+            | {name: partial(_spread, "ratios", name, 3) for name in RATIOS_32},
+        ),
+        _cases(narrow, {name: partial(_spread, "rows", name, 1) for name in TIMES_16}),
+        _cases(found["cases"], {name: partial(_spread, "ratios", name, 2) for name in RATIOS}),
+        _cases(narrow, {name: partial(_spread, "ratios", name, 2) for name in RATIOS_16}),
+    ]
+    return "\n\n".join([told, *tables])
+
+
+def memory(device: str) -> str:
+    """What one call allocates at its worst moment, and what is kept from step to step, in MiB."""
+    found = _results(f"step_overhead_{device}")
+    if found is None:
+        return "Not measured yet."
+    peaks = {name: partial(_mebibytes, name, "peak_extra_bytes") for name in MEMORY}
+    kept = {f"kept by {name}": partial(_mebibytes, name, "buffer_bytes") for name in KEPT}
+    return _cases(found["cases"], peaks | kept)
+
+
+def costs() -> str:
+    """The short table of `step_overhead`: what a step costs here and in public code."""
+    found = _results("step_overhead_cpu")
+    assert found is not None
+    cells: dict[str, Cell] = {
+        "inner step": lambda case: f"{_median(case, 'inner'):.1f} ms",
+        "with deltaopt": lambda case: f"{_median(case, 'wrapped'):.1f} ms",
+        "folded mode": lambda case: f"{_median(case, 'folded') - _median(case, 'lora'):.1f} ms more",
+        "update / bare `addmm_` calls": partial(_spread, "ratios", "(wrapped - inner) / addmm", 2),
+        "dense pattern / ours": partial(_middle, "(dense - inner) / (wrapped - inner)"),
+        "kept product / ours": partial(_middle, "(product - inner) / (wrapped - inner)"),
+        "extra memory: ours, dense, kept product (MiB)": lambda case: ", ".join(
+            f"{_bytes(case, name, 'peak_extra_bytes') + _bytes(case, name, 'buffer_bytes'):.1f}"
+            for name in ("wrapped", "dense", "product")
+        ),
+    }
+    return _cases([case for case in found["cases"] if _dtype(case) != "float16"], cells)
+
+
+def kept(device: str) -> str:
+    """Every row of `drift`."""
+    found = _drifts(device)
+    if not found:
+        return "Not measured yet."
+    rows = [
+        drift.table_row(name, setting, found[setting])
+        for name, group in drift.settings().items()
+        for setting in group
+        if setting in found
+    ]
+    return "\n".join([drift.HEAD, *rows])
+
+
+def kept_at_the_reference() -> str:
+    """The short table of `drift`: the reference setting, and the same with equal factors for all roundings."""
+    found = _drifts("cpu")
+    names = {
+        "nearest": "nearest, as public code does",
+        "stochastic": "stochastic (default)",
+        "compensated": "compensated",
+    }
+    head = ("W", "rounding", "movement kept", "the same factors for all", "relative error")
+    rows = []
+    for dtype in ("bfloat16", "float16"):
+        for rounding, name in names.items():
+            run, equal = (
+                drift.summary(found[drift.Setting(rounding, dtype, feedback=feedback)]) for feedback in (True, False)
+            )
+            rows.append((dtype, name, _percent(run), _percent(equal), f"{run.error:.2g}"))
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "costs": costs,
+    "kept at the reference": kept_at_the_reference,
+    "step_overhead, 2 threads": partial(overhead, "cpu"),
+    "step_overhead, 1 thread": partial(overhead, "cpu_1_thread"),
+    "step_overhead, CUDA": partial(overhead, "cuda"),
+    "memory": partial(memory, "cpu"),
+    "memory, CUDA": partial(memory, "cuda"),
+    "drift": partial(kept, "cpu"),
+    "drift, CUDA": partial(kept, "cuda"),
+}
+
+
+def filled(page: str) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        KeyError: if it asks for a table that there is not.
+    """
+    return re.sub(
+        r"(<!-- table: ([^>]*) -->\n).*?(\n<!-- end of table -->)",
+        lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> None:
+    """Fill all pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
+def _results(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _drifts(device: str) -> dict[drift.Setting, Any]:
+    entries = [(entry["setting"], entry) for entry in (_results(f"drift_{device}") or {"results": []})["results"]]
+    return {drift.Setting(**{**s, "shapes": tuple(map(tuple, s["shapes"]))}): entry for s, entry in entries}
+
+
+def _cases(cases: Iterable[Mapping[str, Any]], cells: Mapping[str, Cell]) -> str:
+    rows = [[_layers(case), _dtype(case), *(cell(case) for cell in cells.values())] for case in cases]
+    return table(["layers", "W", *cells], rows)
+
+
+def _layers(case: Mapping[str, Any]) -> str:
+    c = case["case"]
+    shape = f"{c['count']} of {c['c']} x {c['d']}, r {c['rank']}"
+    return shape if c["name"] in shape else f"{c['name']}: {shape}"
+
+
+def _dtype(case: Mapping[str, Any]) -> str:
+    return str(case["case"]["dtype"]).removeprefix("torch.")
+
+
+def _median(case: Mapping[str, Any], row: str) -> float:
+    return float(case["rows"][row]["median"])
+
+
+def _middle(ratio: str, case: Mapping[str, Any]) -> str:
+    return f"{case['ratios'][ratio]['median']:.1f}"
+
+
+def _spread(kind: str, name: str, digits: int, case: Mapping[str, Any]) -> str:
+    found = case[kind][name]
+    return f"{found['median']:.{digits}f} ({found['p10']:.{digits}f} .. {found['p90']:.{digits}f})"
+
+
+def _bytes(case: Mapping[str, Any], row: str, what: str) -> float:
+    return float(case["rows"][row][what]) / 2**20
+
+
+def _mebibytes(row: str, what: str, case: Mapping[str, Any]) -> str:
+    return f"{_bytes(case, row, what):.2f}" if row in case["rows"] else ""
+
+
+def _percent(summary: drift.Summary) -> str:
+    digits = drift.decimals(100 * summary.standard_error)
+    return f"{100 * summary.kept:.{digits}f} ± {100 * summary.standard_error:.{digits}f} %"
+
+
+if __name__ == "__main__":
+    main()
