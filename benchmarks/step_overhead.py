@@ -180,24 +180,24 @@ def write_row(layers: Layers, rounding: str = "stochastic") -> Row:
 
     On CUDA that is the fused kernel, elsewhere blocks of torch operations.
     """
-    write = Rounding(rounding, 0).during("move", 0)
+    rounds = Rounding(rounding, 0)
     triples = [LoRATriple(*layer, name=str(i)) for i, layer in enumerate(layers)]
+    hashes = label_hashes([triple.label for triple in triples], ())
     additions = [
-        Addition(triple, Ledger(), W, torch.cat([A, A], dim=1).detach(), torch.cat([B, B]).detach(), 1e-4, hashes, i)
-        for i, (triple, (W, A, B), hashes) in enumerate(
-            zip(triples, layers, label_hashes([triple.label for triple in triples], ()), strict=True)
-        )
+        Addition(triple, Ledger(), W, torch.cat([A, A], dim=1).detach(), torch.cat([B, B]).detach(), 1e-4, hash, i)
+        for i, (triple, (W, A, B), hash) in enumerate(zip(triples, layers, hashes, strict=True))
     ]
     kernel = fused_kernel(layers.W[0].device)
     if kernel is not None:
         fused = FusedWrites(kernel)
         keep = torch.ones(len(additions), dtype=torch.bool, device=layers.W[0].device)
-        return Row(lambda: fused.add_(additions, keep, write))
+        return Row(lambda: fused.add_(additions, keep, rounds.during("move", 0)))
 
     def run() -> None:
-        for triple, ledger, W, U, V, coef, hashes, _ in additions:
-            noise = write.noise(hashes, *W.shape, W.device) if write.stochastic else None
-            write.product_(triple, ledger, W, U, V, coef, noise)
+        write = rounds.during("move", 0)
+        noises = write.noise(hashes, *layers.W[0].shape, layers.W[0].device) if write.stochastic else None
+        for i, (triple, ledger, W, U, V, coef, *_) in enumerate(additions):
+            write.product_(triple, ledger, W, U, V, coef, noises and (noises[0][i], noises[1][i]))
 
     return Row(run)
 

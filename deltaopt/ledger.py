@@ -22,7 +22,7 @@ from torch import Tensor
 from deltaopt.distributed import gathered
 from deltaopt.fingerprint import Fingerprint, whole_hash
 from deltaopt.lowrank import LowRank, Term, joined
-from deltaopt.rounding import NoiseFactors, add_product_, lifted
+from deltaopt.rounding import NoiseFactors, Scratch, add_product_, lifted
 from deltaopt.tensors import FLOATS
 from deltaopt.triple import LoRATriple, Stored
 
@@ -330,6 +330,7 @@ def add_terms_(
     coef: float = 1.0,
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Part += coef * the sum of the terms, computed in float64 and rounded once.
 
@@ -342,12 +343,13 @@ def add_terms_(
         coef: what multiplies all of them.
         noise: see `deltaopt.rounding.add_product_`.
         compensation: see there; as `part`.
+        scratch: see there.
     """
     if not terms:
         return
     total = joined(term.to(part.device, torch.float64) for term in terms)
     kept = None if compensation is None else triple.part_matrix(compensation)
-    add_product_(triple.part_matrix(part), total.A, triple.columns_of(triple.W, total.B), coef, noise, kept)
+    add_product_(triple.part_matrix(part), total.A, triple.columns_of(triple.W, total.B), coef, noise, kept, scratch)
 
 
 @torch.no_grad()

@@ -31,6 +31,21 @@ NoiseFactors: TypeAlias = "tuple[Tensor, Tensor]"
 """R (c, 1) and C (1, d), or (e, c, 1) and (e, 1, d): see deltaopt.noise."""
 
 
+class Scratch:
+    """Memory for blocks of W, used for one W after another: touching fresh pages takes as long as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def block(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Numbers, whatever they are, of the shape of `like`: where the last block of this name and dtype was."""
+        key, n = (name, dtype, like.device), like.numel()
+        kept = self._kept.get(key)
+        if kept is None or kept.numel() < n:
+            kept = self._kept[key] = torch.empty(n, dtype=dtype, device=like.device)
+        return kept[:n].view(like.shape)
+
+
 class Grid(NamedTuple):
     """How the values of a 16-bit dtype lie among those of float32."""
 
@@ -60,6 +75,7 @@ def add_to_weight_(
     coef: float,
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """The part of W that `triple` moves += coef * U @ V, with U (c, k) and V (k, d) as `triple` has its factors.
 
@@ -67,7 +83,7 @@ def add_to_weight_(
     """
     if compensation is not None:
         compensation = triple.part_matrix(compensation)
-    add_product_(triple.weight_matrix(W), U, triple.columns_of(W, V), coef, noise, compensation)
+    add_product_(triple.weight_matrix(W), U, triple.columns_of(W, V), coef, noise, compensation, scratch)
 
 
 def add_product_(
@@ -77,6 +93,7 @@ def add_product_(
     coef: float,
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
     """W += coef * U @ V, computed in the dtype of U and V and rounded once into W's.
 
@@ -91,11 +108,12 @@ def add_product_(
         noise: rounds stochastically.
         compensation: of W's shape, int16: what was cut off before, in units of float32's last place. It is added, and
             written in place.
+        scratch: memory to compute in, which the next call may use again. Default: memory of its own.
     """
     if not W.numel():
         return
     if W.dtype != U.dtype:
-        _add_product_in_blocks_(W, U, V, coef, noise, compensation)
+        _add_product_in_blocks_(W, U, V, coef, noise, compensation, scratch or Scratch())
     elif W.dim() == 3:
         W.baddbmm_(U, V, alpha=coef)
     else:
@@ -106,7 +124,8 @@ def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:
     """A 16-bit W in float32, with what was cut off; of W's shape."""
     full = W.to(torch.float32)
     if compensation is not None:
-        _restore_(full, compensation, torch.empty_like(full, dtype=torch.int32), GRIDS[W.dtype])
+        marks = torch.empty_like(full, dtype=torch.int32)
+        _restore_(full, compensation.to(torch.int32), marks, GRIDS[W.dtype])
     return full
 
 
@@ -139,51 +158,57 @@ def cut_off(W: Tensor, full: Tensor) -> Tensor:
 
 
 def _add_product_in_blocks_(
-    W: Tensor, U: Tensor, V: Tensor, coef: float, noise: NoiseFactors | None, compensation: Tensor | None
+    W: Tensor,
+    U: Tensor,
+    V: Tensor,
+    coef: float,
+    noise: NoiseFactors | None,
+    compensation: Tensor | None,
+    scratch: Scratch,
 ) -> None:
     if W.dim() == 3:
         for e, (W_e, U_e, V_e) in enumerate(zip(W, U, V, strict=True)):
             noise_e = None if noise is None else (noise[0][e], noise[1][e])
             compensation_e = None if compensation is None else compensation[e]
-            _add_product_in_blocks_(W_e, U_e, V_e, coef, noise_e, compensation_e)
+            _add_product_in_blocks_(W_e, U_e, V_e, coef, noise_e, compensation_e, scratch)
         return
     if W.stride(0) < W.stride(1):  # a transposed view: blocks of its columns lie together in memory
         W, U, V = W.mT, V.mT, U.mT
         noise = None if noise is None else (noise[1].mT, noise[0].mT)
         compensation = None if compensation is None else compensation.mT
     grid = GRIDS.get(W.dtype)
-    c, d = W.shape
-    rows = min(c, max(1, BLOCK_ELEMENTS // d))
-    sums = U.new_empty(rows, d)
-    if grid is None or (noise is None and compensation is None):
-        for W_rows, U_rows in zip(W.split(rows), U.split(rows), strict=True):
-            block = sums[: W_rows.shape[0]].copy_(W_rows).addmm_(U_rows, V, alpha=coef)
-            W_rows.copy_(block if grid is None else block.clamp_(-grid.largest, grid.largest))
-        return
-    full = sums if sums.dtype == torch.float32 else sums.to(torch.float32)
-    scratch = torch.empty_like(full, dtype=torch.int32)
-    more = torch.empty_like(scratch) if grid.subnormal or compensation is not None else scratch
-    for start in range(0, c, rows):
+    rows = max(1, BLOCK_ELEMENTS // W.shape[1])
+    for start in range(0, W.shape[0], rows):
         piece = slice(start, start + rows)
-        W_rows = W[piece]
-        x, bits, marks = (t[: W_rows.shape[0]] for t in (full, scratch, more))
-        x.copy_(W_rows)
+        W_rows, U_rows = W[piece], U[piece]
+        if grid is None or (noise is None and compensation is None):
+            total = scratch.block("sum", W_rows, U.dtype).copy_(W_rows).addmm_(U_rows, V, alpha=coef)
+            W_rows.copy_(total if grid is None else total.clamp_(-grid.largest, grid.largest))
+            continue
+        x = scratch.block("sum", W_rows, torch.float32).copy_(W_rows)
+        bits = scratch.block("bits", W_rows, torch.int32)
+        marks = scratch.block("marks", W_rows, torch.int32) if grid.subnormal or compensation is not None else bits
         if compensation is not None:
-            _restore_(x, compensation[piece], marks, grid)
-        total = x if sums is full else sums[: W_rows.shape[0]].copy_(x)
-        total.addmm_(U[piece], V, alpha=coef).clamp_(-grid.largest, grid.largest)
-        if total is not x:
+            _restore_(x, bits.copy_(compensation[piece]), marks, grid)
+        total = x if U.dtype == x.dtype else scratch.block("sum", W_rows, U.dtype).copy_(x)
+        total.addmm_(U_rows, V, alpha=coef)
+        if compensation is not None:
+            x.copy_(total.clamp_(-grid.largest, grid.largest)).nan_to_num_(torch.nan)
+            exact = scratch.block("exact", W_rows, torch.float32).copy_(x) if grid.subnormal else x
+            _round_and_keep_(x, exact, bits, marks, compensation[piece], grid)
+        else:
+            assert noise is not None
             x.copy_(total)
-        x.nan_to_num_(torch.nan)  # one NaN for all: to some, with all bits set, nothing can be added
-        if compensation is not None:
-            _round_and_keep_(x, bits, marks, compensation[piece], grid)
-        elif noise is not None:
-            torch.mul(noise[0][piece], noise[1], out=bits)
-            _round_stochastically_(x, bits, marks, grid)
+            if grid.subnormal:
+                x.nan_to_num_(torch.nan)
+            _round_stochastically_(x, torch.mul(noise[0][piece], noise[1], out=bits), marks, grid)
+            x.clamp_(-grid.largest, grid.largest)
         W_rows.copy_(x)
 
 
 # Passes over a block of integers cost a tenth of comparisons, `where` and `copysign`, so those are made of bits here.
+# To a NaN with all bits set nothing can be added, or it becomes a number. A lifted float16 may be such, and what
+# `clamp_` returns; of a lifted bfloat16 the lower half is 0, and sums leave it.
 
 SIGN, MAGNITUDE = -1 << 31, (1 << 31) - 1
 
@@ -192,7 +217,7 @@ def _round_stochastically_(x: Tensor, noise: Tensor, marks: Tensor, grid: Grid) 
     """Round x to a neighbour on the grid: away from zero with the probability of the fraction that is cut off.
 
     Args:
-        x: float32, no larger than the grid's largest; written in place.
+        x: float32, written in place. What is beyond the grid's largest value stays so, or becomes infinite.
         noise: int32, whose upper bits are uniform; written over.
         marks: int32, to be written over.
         grid: of W's dtype.
@@ -203,9 +228,19 @@ def _round_stochastically_(x: Tensor, noise: Tensor, marks: Tensor, grid: Grid) 
     _take_off_(x, offset)
 
 
-def _round_and_keep_(x: Tensor, scratch: Tensor, marks: Tensor, compensation: Tensor, grid: Grid) -> None:
-    """Round x, float32, to the nearest value of the grid, and write what was cut off into `compensation`."""
-    exact = x if not grid.subnormal else x.clone()
+def _round_and_keep_(
+    x: Tensor, exact: Tensor, scratch: Tensor, marks: Tensor, compensation: Tensor, grid: Grid
+) -> None:
+    """Round x to the nearest value of the grid, and write what was cut off into `compensation`.
+
+    Args:
+        x: float32, no larger than the grid's largest; written in place.
+        exact: a copy of it, where the grid is subnormal somewhere; written over.
+        scratch: int32, to be written over.
+        marks: int32, to be written over.
+        compensation: int16, to be written.
+        grid: of W's dtype.
+    """
     offset = _put_on_(x, marks, grid)
     bits = torch.add(x.view(torch.int32), 1 << (grid.cut - 1), out=scratch).bitwise_and_(-1 << grid.cut)
     if offset is None:
@@ -219,16 +254,16 @@ def _round_and_keep_(x: Tensor, scratch: Tensor, marks: Tensor, compensation: Te
     compensation.copy_(exact.add_(offset).view(torch.int32).sub_(offset.add_(x).view(torch.int32)))
 
 
-def _restore_(full: Tensor, compensation: Tensor, marks: Tensor, grid: Grid) -> None:
-    """Add to a W in float32 what was cut off from it."""
+def _restore_(full: Tensor, kept: Tensor, marks: Tensor, grid: Grid) -> None:
+    """Add to a W in float32 what was cut off from it: `kept`, int32."""
     offset = _put_on_(full, marks, grid)
     bits = full.view(torch.int32)
     if offset is None:
         # Nothing is below a zero, unless somebody else has written it; its bits less something would be a NaN's.
         torch.bitwise_and(bits, MAGNITUDE, out=marks).sub_(1).bitwise_right_shift_(31).bitwise_not_()
-        bits.add_(marks.bitwise_and_(compensation))
+        bits.add_(marks.bitwise_and_(kept))
         return
-    bits.add_(compensation)
+    bits.add_(kept)
     _take_off_(full, offset)
 
 

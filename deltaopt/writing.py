@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaopt.ledger import Ledger, add_terms_
 from deltaopt.lowrank import Term
 from deltaopt.noise import Keys, label_hashes, noise_factors
-from deltaopt.rounding import NoiseFactors, add_to_weight_
+from deltaopt.rounding import NoiseFactors, Scratch, add_to_weight_
 from deltaopt.triple import LoRATriple
 
 MODES = ("auto", "nearest", "stochastic", "compensated")
@@ -33,7 +33,7 @@ class Rounding(NamedTuple):
 
     def during(self, event: str, step: int, repeat: int = 0) -> Write:
         """Writes W in `event` of step `step`, the `repeat`-th time there: another event has other noise."""
-        return Write(self, event, step, repeat)
+        return Write(self, event, step, repeat, Scratch())
 
 
 def checked_rounding(mode: object, seed: object) -> Rounding:
@@ -62,7 +62,8 @@ class Write(NamedTuple):
     rounding: Rounding
     event: str
     step: int
-    repeat: int = 0
+    repeat: int
+    scratch: Scratch
 
     @property
     def keys(self) -> Keys:
@@ -82,7 +83,7 @@ class Write(NamedTuple):
         """The part of W that `triple` moves += coef * U @ V; `noise` is used if this W takes it."""
         if self.rounding.of(W.dtype) != "stochastic":
             noise = None
-        add_to_weight_(triple, W, U, V, coef, noise, self.compensation(triple, ledger, W))
+        add_to_weight_(triple, W, U, V, coef, noise, self.compensation(triple, ledger, W), self.scratch)
 
     def terms_(self, triple: LoRATriple, ledger: Ledger, terms: list[Term]) -> None:
         """The part of W that `triple` moves += the sum of the terms, computed in float64."""
@@ -91,7 +92,8 @@ class Write(NamedTuple):
         if self.rounding.of(part.dtype) == "stochastic":
             *lead, c, d = triple.part_matrix(part).shape
             noise = self.noise(label_hashes([triple.label], lead)[0], c, d, part.device)
-        add_terms_(triple, part, terms, noise=noise, compensation=self.compensation(triple, ledger, triple.W))
+        kept = self.compensation(triple, ledger, triple.W)
+        add_terms_(triple, part, terms, noise=noise, compensation=kept, scratch=self.scratch)
 
     @property
     def stochastic(self) -> bool:

@@ -226,11 +226,19 @@ def test_what_would_overflow_becomes_the_largest_value(dtype, mode):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @each_dtype
-def test_a_nan_stays_one(dtype, mode):
-    W = torch.tensor([[torch.nan, 1.0]], dtype=dtype)
-    add_(W, torch.tensor([[1.0, 1.0]]), **how(mode, W))
-    assert W.isnan().tolist() == [[True, False]]
+def test_a_nan_stays_one(dtype, wide, mode):
+    """Each of them, in the vectors of a long row and in what is left over of it."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    nans = values[values.isnan()]
+    for width in (1, 1003):
+        for seed, first in enumerate(range(0, nans.numel(), width if width > 1 else 97)):
+            W = torch.nn.functional.pad(nans[first : first + width].view(1, -1), (0, 1), value=1.0)
+            U, V = torch.ones(1, 1, dtype=wide), torch.full_like(W, 2.0**-9, dtype=wide)
+            add_product_(W, U, V, 1.0, **how(mode, W, seed))
+            assert bool(W[:, :-1].isnan().all())
+            assert not W[:, -1:].isnan()
 
 
 @each_dtype
