@@ -6,7 +6,7 @@ BIN := .venv/bin
 EXTRAS := demo test dev
 STAMPS := $(EXTRAS:%=.venv/.%)
 
-.PHONY: demo test lint check nightly benchmarks cuda clean
+.PHONY: demo test lint check nightly benchmarks cuda cuda-tests cuda-benchmarks clean
 
 # torch first and by pip, so that a CPU build is taken where one is at hand; extras build on it.
 .venv/.torch: constraints.txt
@@ -47,8 +47,12 @@ benchmarks: .venv/.model
 
 # On a CUDA machine, with what is installed there (torch, pytest, hypothesis): no virtual environment, no downloads.
 # The fine-tuning needs transformers and peft there too, and a folder of a model: make cuda MODEL=folder.
-cuda:
+cuda: cuda-tests cuda-benchmarks
+
+cuda-tests:
 	$(PYTHON) -m pytest -m cuda tests/test_cuda.py tests/test_triton.py tests/test_step_overhead.py $(ARGS)
+
+cuda-benchmarks:
 	$(PYTHON) -m benchmarks.step_overhead --device cuda
 	$(PYTHON) -m benchmarks.drift --device cuda
 	$(if $(MODEL),$(PYTHON) -m benchmarks.finetune --device cuda --model $(MODEL) --out benchmarks/results/finetune_cuda)

@@ -260,8 +260,8 @@ def _restore_(full: Tensor, kept: Tensor, marks: Tensor, grid: Grid) -> None:
     bits = full.view(torch.int32)
     if offset is None:
         # Nothing is below a zero, unless somebody else has written it; its bits less something would be a NaN's.
-        torch.bitwise_and(bits, MAGNITUDE, out=marks).sub_(1).bitwise_right_shift_(31).bitwise_not_()
-        bits.add_(marks.bitwise_and_(kept))
+        nonzero = torch.bitwise_and(bits, MAGNITUDE, out=marks).neg_().bitwise_right_shift_(31)  # all bits, or none
+        bits.add_(nonzero.bitwise_and_(kept))
         return
     bits.add_(kept)
     _take_off_(full, offset)
