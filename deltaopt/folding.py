@@ -25,6 +25,7 @@ from deltaopt.distributed import is_sharded
 from deltaopt.groups import DeltaGroup
 from deltaopt.ledger import Ledger, branch_of
 from deltaopt.lowrank import Term
+from deltaopt.scaling import holder_of
 from deltaopt.triple import LoRATriple
 from deltaopt.writing import Write
 
@@ -45,9 +46,9 @@ class Folding:
     A factor's hook obeys one of these objects, the last that took the factor over, while that one lives.
     """
 
-    def __init__(self, seen: bool = False) -> None:
+    def __init__(self, copied: bool = False) -> None:
         self._own: set[_Divisor] = set()
-        self._seen = seen
+        self._copied = copied  # from one that has seen gradients, which may have been copied too
 
     def __reduce__(self) -> tuple[type[Folding], tuple[bool]]:
         # A copy divides the gradients of copied factors, and has to find them first.
@@ -161,20 +162,28 @@ class Folding:
         self._divide(triples)
 
     def refuse_undivided(self, triples: Iterable[LoRATriple]) -> None:
-        """Refuse gradients that did not come through the hooks, where a ratio was folded before they were made."""
-        if self._see_gradients():
-            return
+        """Refuse gradients that did not come through their factor's hook, where a ratio was folded before."""
         found = [
             triple.label
             for triple in triples
-            if triple.folded and any(f.grad is not None and bool(f.grad.any()) for f in (triple.A, triple.B))
+            if triple.folded and any(self._is_past_the_hook(factor) for factor in (triple.A, triple.B))
         ]
         if found:
             raise RuntimeError(
-                f"{', '.join(found)}: its gradients did not come through backward() to A and B (torch.func.grad, or an "
-                "engine that copies them from other tensors), so they were not divided and are 1 + update_ratio times "
-                'too large (nothing was changed): use backward(), or weight_update="in_place"'
+                f"{', '.join(found)}: its gradients did not come through backward() to A and B (torch.func.grad, "
+                "per-sample gradients, gradients that are added to main_grad within backward(), or an engine that "
+                "copies them from other tensors), so they were not divided and are 1 + update_ratio times too large "
+                '(nothing was changed): use backward(), or weight_update="in_place"'
             )
+
+    def _is_past_the_hook(self, factor: Tensor) -> bool:
+        """Whether it has a gradient that no hook has divided, as far as can be told."""
+        # Opacus, and the fused gradients of Megatron and TransformerEngine: made within backward, beside the hooks.
+        if getattr(factor, "grad_sample", None) is not None or getattr(factor, "grad_added_to_main_grad", False):
+            return True
+        divisor = _divisor_of(factor)
+        called = self._copied or (divisor is not None and divisor.called)
+        return not called and factor.grad is not None and bool(factor.grad.any())
 
     @contextmanager
     def watching(self, groups: Sequence[DeltaGroup], step: int) -> Iterator[None]:
@@ -212,17 +221,17 @@ class Folding:
             yield
 
     def _see_gradients(self) -> bool:
-        """Whether any gradient came through the hooks, ever: then they are where gradients come."""
-        self._seen = self._seen or any(divisor.called for divisor in self._own)
-        return self._seen
+        """Whether any gradient came through the hooks, ever."""
+        return self._copied or any(divisor.called for divisor in self._own)
 
     def _attach(self, triples: Iterable[LoRATriple], taking_over: bool) -> None:
         for triple in triples:
             for letter, factor in (("A", triple.A), ("B", triple.B)):
-                divisor = _divisors.get(factor)
+                divisor = _divisor_of(factor)
                 if divisor is None:
                     divisor = _Divisor()
                     _register_first(factor, divisor)
+                divisor.label = f"{triple.label}: {letter}"
                 if is_sharded(factor):
                     _follow_into_forward(triple, letter, divisor)
                 if divisor.owner() is self:
@@ -235,9 +244,9 @@ class Folding:
                     )
                 if triple.folded and not taking_over and factor.grad is not None and bool(factor.grad.any()):
                     raise RuntimeError(
-                        f"{triple.label}: the gradient of its {letter} was made before this optimizer, a copy, knew of "
-                        "the copied tensor, and is 1 + update_ratio times too large (nothing was changed): call "
-                        "optimizer.zero_grad() first, then backward()"
+                        f"{triple.label}: the gradient of its {letter} was made while this optimizer had no hook on it "
+                        "(it was copied or converted, or another optimizer had it), and is 1 + update_ratio times too "
+                        "large (nothing was changed): call optimizer.zero_grad() first, then backward()"
                     )
                 divisor.owner, divisor.value = weakref.ref(self), 1.0 + triple.folded
                 self._own.add(divisor)
@@ -246,8 +255,9 @@ class Folding:
         """By what was folded; called when branches were scaled for good."""
         for triple in triples:
             triple.keep_branch_scaling()
-            for factor in (triple.A, triple.B):
-                _divisors[factor].value = 1.0 + triple.folded
+            for divisor in map(_divisor_of, (triple.A, triple.B)):
+                assert divisor is not None
+                divisor.value = 1.0 + triple.folded
 
 
 class _Divisor:
@@ -256,6 +266,7 @@ class _Divisor:
     __torch_unserializable__ = True  # a factor that is saved leaves it behind, without a warning
 
     def __init__(self) -> None:
+        self.label = ""
         self.value = 1.0
         self.owner: Callable[[], object | None] = lambda: None
         self.called = False
@@ -266,21 +277,35 @@ class _Divisor:
             return None
         if grad.requires_grad:
             raise RuntimeError(
-                "a second derivative through the gradients of A and B (create_graph=True) can not be had in the folded "
-                'mode, where only its first factor would be divided: use weight_update="in_place"'
+                f"{self.label}: a second derivative through its gradient (create_graph=True) can not be had in the "
+                'folded mode, where only its first factor would be divided: use weight_update="in_place"'
             )
         return grad / self.value
 
 
 _divisors = WeakTensorKeyDictionary()
-"""The hook of each factor that ever had one: two hooks would divide twice."""
+"""The hook of each factor that ever had one: two would divide twice.
+
+Its weak references do more. ``Module.to`` may exchange the inside of a parameter (that of FSDP2 always), and drop its
+hooks without a word; torch refuses that while there are weak references to it.
+"""
+
+
+def _divisor_of(factor: Tensor) -> _Divisor | None:
+    """The hook that divides what reaches this factor, or the whole parameter of FSDP2 in its place, if there is one."""
+    divisor: _Divisor | None = _divisors.get(factor)
+    if divisor is not None:
+        return divisor
+    hooks: Any = factor._backward_hooks or {}
+    followers = (getattr(hook, "__self__", None) for hook in hooks.values())
+    return next((follower.divisor for follower in followers if isinstance(follower, _Follower)), None)
 
 
 def release(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
     """Leave the gradients of these triples as they are while `owner` lives, which moves W in place."""
     for triple in triples:
         for factor in (triple.A, triple.B):
-            divisor = _divisors.get(factor)
+            divisor = _divisor_of(factor)
             if divisor is not None:
                 divisor.owner, divisor.value = weakref.ref(owner), 1.0
 
@@ -288,7 +313,9 @@ def release(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
 def _is_in_use(triple: LoRATriple) -> bool:
     """Whether the factors are known to be those that the model trains now."""
     looked_up = not any(isinstance(triple.factor_source(letter), Tensor) for letter in "AB")
-    return looked_up or any(f.grad is not None or _divisors[f].called for f in (triple.A, triple.B))
+    if looked_up or triple.A.grad is not None or triple.B.grad is not None:
+        return True
+    return any(divisor is not None and divisor.called for divisor in map(_divisor_of, (triple.A, triple.B)))
 
 
 def _register_first(factor: Tensor, hook: _Divisor) -> None:
@@ -304,7 +331,8 @@ class _Follower:
     """A forward pre-hook that puts the hook of a sharded factor on what is in its place while the layer computes.
 
     FSDP2 exchanges the factor for a whole parameter, always the same one, and brings that one's gradient to the shards
-    by itself, past the factor's own hooks.
+    by itself, past the factor's own hooks. It may do so before the layer computes, or only before the part of it does
+    that holds the factor.
     """
 
     def __init__(self, triple: LoRATriple, letter: str, path: str) -> None:
@@ -326,11 +354,13 @@ def _follow_into_forward(triple: LoRATriple, letter: str, divisor: _Divisor) -> 
     source = triple.factor_source(letter)
     assert not isinstance(source, Tensor)  # refused otherwise
     module, path = source
-    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Follower) and hook.path == path]
-    follower = hooks[0] if hooks else _Follower(triple, letter, path)
+    part, _ = holder_of(module, path)
+    hooks = [hook for m in (module, part) for hook in m._forward_pre_hooks.values()]
+    follower = next((h for h in hooks if isinstance(h, _Follower) and h.path == path), _Follower(triple, letter, path))
     follower.divisor = divisor  # another one where the sharded parameter was replaced
-    if not hooks:
-        module.register_forward_pre_hook(follower)
+    for place in dict.fromkeys((module, part)):
+        if follower not in place._forward_pre_hooks.values():
+            place.register_forward_pre_hook(follower)
 
 
 def checked_weight_update(mode: object) -> str:
@@ -358,11 +388,13 @@ def refuse_groups(groups: Sequence[DeltaGroup]) -> None:
 
 def refuse_changing_ratios(groups: Iterable[DeltaGroup]) -> None:
     """Refuse a callable update_ratio, which may change."""
-    if any(callable(group.update_ratio) for group in groups):
-        raise ValueError(
-            'weight_update="folded" needs a constant update_ratio, got a callable: what W was moved by is then no '
-            'multiple of the running product, and can not be folded into the branch. Use weight_update="in_place"'
-        )
+    for group in groups:
+        if callable(group.update_ratio):
+            raise ValueError(
+                f'{", ".join(triple.label for triple in group.triples)}: weight_update="folded" needs a constant '
+                f"update_ratio, got {group.update_ratio!r}: what W was moved by is then no multiple of the running "
+                'product, and can not be folded into the branch. Use weight_update="in_place"'
+            )
 
 
 def refuse_inner(inner: Optimizer) -> None:

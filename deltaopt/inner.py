@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from deltaopt.distributed import gathered
+from deltaopt.distributed import gathered, is_sharded
 from deltaopt.groups import ParamsInput
 from deltaopt.triple import LoRATriple, Stored
 
@@ -87,6 +87,13 @@ def check_membership(inner: Optimizer, triples: Sequence[LoRATriple], stored: Se
             for letter in "AB"
             if id(getattr(tensors, letter)) not in held
         ]
+    shards = any(is_sharded(p) for group in inner.param_groups for p in group["params"])
+    if shards and not any(is_sharded(factor) for tensors in stored for factor in (tensors.A, tensors.B)):
+        problems.append(
+            "its parameters are shards of FSDP2, and those of the layers are whole: a forward pass has put these in "
+            "their place and kept them, as one without gradients does for the outermost module. Call model.reshard() "
+            "first, and go on with this optimizer"
+        )
     raise ValueError(
         "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
         "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "

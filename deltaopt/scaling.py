@@ -66,15 +66,13 @@ class BranchScaling:
         if self._setter is not None or isinstance(self._source, Tensor):
             return None
         if isinstance(self._source, tuple):
-            module, path = self._source
-            owner, _, name = path.rpartition(".")
-            holder = type(attrgetter(owner)(module) if owner else module)
-            found = getattr(holder, name, None)
+            holder, name = holder_of(*self._source)
+            found = getattr(type(holder), name, None)
             if not isinstance(found, property) or found.fset is not None:
                 return None
             return (
-                f"its scaling is {path}, a property of {holder.__name__} that can not be set: register the attribute "
-                "that it is made from, or a function set_scaling="
+                f"its scaling is {self._source[1]}, a property of {type(holder).__name__} that can not be set: "
+                "register the attribute that it is made from, or a function set_scaling="
             )
         return (
             'its scaling is a number that can not be set, and weight_update="folded" has to multiply it by '
@@ -110,9 +108,7 @@ class BranchScaling:
         elif isinstance(held := self._held(), Tensor):
             held.detach().fill_(value)
         elif isinstance(self._source, tuple):
-            module, path = self._source
-            owner, _, name = path.rpartition(".")
-            setattr(attrgetter(owner)(module) if owner else module, name, value)
+            setattr(*holder_of(*self._source), value)
 
     def _held(self) -> Any:
         if not isinstance(self._source, tuple):
@@ -139,3 +135,9 @@ def checked_scaling(scaling: object, label: str) -> float:
     if not math.isfinite(scaling) or scaling == 0:
         raise ValueError(f"{label}: scaling must be finite and not zero, got {scaling}")
     return float(scaling)
+
+
+def holder_of(module: nn.Module, path: str) -> tuple[Any, str]:
+    """What has the attribute ``path`` of a module, and the attribute's own name there."""
+    owner, _, name = path.rpartition(".")
+    return (attrgetter(owner)(module) if owner else module), name

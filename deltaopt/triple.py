@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltaopt.distributed import is_sharded, local_part
 from deltaopt.layouts import LAYOUTS
-from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling
+from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain, memory_overlaps, offload_problems, tensor_problems
 
 TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
@@ -158,9 +158,8 @@ class LoRATriple:
         """The module whose attribute W is; None for a triple made of tensors."""
         if isinstance(self._W, Tensor):
             return None
-        module, path = self._W
-        owner, _, _ = path.rpartition(".")
-        return attrgetter(owner)(module) if owner else module
+        holder, _ = holder_of(*self._W)
+        return holder  # type: ignore[no-any-return]
 
     def took_from_base(self) -> bool:
         """Whether the start of A and B was taken out of W (PiSSA, OLoRA), so that W was not the pristine weight."""

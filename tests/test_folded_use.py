@@ -5,6 +5,8 @@ import copy
 import gc
 import json
 import pickle
+import re
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -660,6 +662,8 @@ def _worker(rank: int, init: str) -> None:
     for way in SHARDED:
         _sharded_factors_follow(rank, way)
     _a_sharded_factor_that_was_replaced_is_followed(rank)
+    _whole_parameters_that_were_kept_are_told_from_replaced_ones(rank)
+    _a_conversion_that_would_lose_the_hooks_is_refused()
     for start in STARTS:
         _factors_that_stay_whole_beside_sharded_weights(rank, start)
     dist.destroy_process_group()
@@ -706,10 +710,19 @@ def _data_parallel_equals_one_process_on_the_whole_batch(rank: int) -> None:
             assert scalings(run.model) == {FIRST_SCALING * (1 + RATIO)}
 
 
-def shard(model: nn.Module, **options) -> None:
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer, **options)
+def shard(model: nn.Module, parts: Callable[[nn.Module], Iterable[nn.Module]] | None = None, **options) -> None:
+    for part in model.base_model.model.model.layers if parts is None else list(parts(model)):
+        fully_shard(part, **options)
     fully_shard(model, **options)
+
+
+def linears(model: nn.Module) -> list[nn.Module]:
+    """Parts of the layers too, the factors among them."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def factors_of_one_layer(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if re.search(r"layers\.1\..*down_proj\.lora_.\.", name)]
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -787,6 +800,9 @@ SHARDED: dict[str, dict] = {
     "checkpointing": {},
     "reentrant checkpointing": {},
     "accumulation": {},
+    "every linear layer by itself": {"parts": linears},
+    "the factors of one layer by themselves": {"parts": factors_of_one_layer},
+    "one piece": {"parts": lambda model: []},
 }
 
 
@@ -835,6 +851,34 @@ def _sharded_factors_follow(rank: int, way: str) -> None:
     name = run.optimizer.triples[0].label
     moved = [r.optimizer.displacement(name).product() for r in (run, alone)]
     assert relative(*moved) <= EXACT
+
+
+def _whole_parameters_that_were_kept_are_told_from_replaced_ones(rank: int) -> None:
+    """The outermost module of FSDP2 keeps them after a forward pass, and a backward pass is not to come."""
+    run, twin = Run("folded"), Run("folded")
+    for r in (run, twin):
+        shard(r.model, lambda model: [])
+        r.optimizer = optimizer_for(r.model, torch.optim.SGD, weight_update="folded", lr=0.05)
+        r.train(shares(batches(2), rank))
+    with torch.no_grad():
+        loss_of(run.model, batches(1)[0])
+    with pytest.raises(ValueError, match=r"(?s)q_proj: A is not among.*are shards of FSDP2.*model\.reshard\(\) first"):
+        run.optimizer.state_dict()
+    run.optimizer.zero_grad()
+    run.model.reshard()
+    run.optimizer.state_dict()
+    for r in (run, twin):
+        r.train(shares(batches(2), rank))
+    assert same(whole(run.model), whole(twin.model))
+
+
+def _a_conversion_that_would_lose_the_hooks_is_refused() -> None:
+    """FSDP2 exchanges the inside of its parameters; torch refuses that while something refers to them weakly."""
+    run = Run("folded")
+    shard(run.model)
+    run.optimizer = optimizer_for(run.model, weight_update="folded")
+    with pytest.raises(RuntimeError, match="Couldn't swap"):
+        run.model.float()
 
 
 def _factors_that_stay_whole_beside_sharded_weights(rank: int, start: str) -> None:

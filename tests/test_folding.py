@@ -524,14 +524,15 @@ def test_a_copy_goes_on_as_the_original(copied):
     assert_follows(twin, run, 0.0)
 
 
-def with_its_optimizer():
+def with_its_optimizer(mode="folded"):
     """A module that holds the optimizer of its factors, and is copied with it."""
+    torch.manual_seed(0)
     model = nn.Module()
     model.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
     model.A, model.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
     model.scaling = 0.5
     triple = LoRATriple((model, "W"), (model, "A"), (model, "B"), scaling=(model, "scaling"), name="q")
-    model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    model.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update=mode)
     return model
 
 
@@ -552,11 +553,46 @@ def test_gradients_from_before_a_copy_knew_of_its_factors_are_refused():
     torch.testing.assert_close(twin.A.grad, model.A.grad)
     fresh = copy.deepcopy(twin.optimizer._folding)
     deltaopt.folding._divisors.pop(twin.A)
+    twin.A._backward_hooks.clear()
     twin.optimizer._folding, twin.optimizer._signatures = fresh, []
-    with pytest.raises(RuntimeError, match=r"q: the gradient of its A .* optimizer\.zero_grad\(\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"q: the gradient of its A .*no hook on it.* optimizer\.zero_grad\(\) first"
+    ):
         twin.optimizer.step()
     twin.optimizer.zero_grad()
     twin.optimizer.step()
+
+
+def test_a_converted_model_keeps_its_hooks():
+    runs = [with_its_optimizer(), with_its_optimizer("in_place")]
+    for model in runs:
+        backward_of(model)
+        model.optimizer.step()
+        model.optimizer.zero_grad()
+        model.double()
+        backward_of(model)
+    for factor, expected in zip((runs[0].A, runs[0].B), (runs[1].A, runs[1].B), strict=True):
+        assert factor.dtype == torch.float64
+        torch.testing.assert_close(factor.grad, expected.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_conversion_that_would_lose_the_hooks_is_refused(monkeypatch):
+    """By torch itself, which then exchanges the inside of parameters: without this, gradients would be undivided."""
+    model = with_its_optimizer()
+    backward_of(model)
+    model.optimizer.step()
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    with pytest.raises(RuntimeError, match="Couldn't swap"):
+        model.double()
+    monkeypatch.undo()
+    model.optimizer.zero_grad()
+    backward_of(model)
+    grad = model.A.grad
+    model.optimizer = None
+    gc.collect()
+    model.A.grad = None
+    backward_of(model)
+    torch.testing.assert_close(model.A.grad, 3 * grad)
 
 
 def test_a_later_optimizer_takes_the_factors_over():
@@ -598,7 +634,8 @@ def test_an_optimizer_whose_factors_were_taken_over_does_not_step(mode):
     del other, triple
     gc.collect()
     if mode == "folded":
-        with pytest.raises(RuntimeError, match="too large"):  # made for the other one, which is gone
+        match = "q: the gradient of its A was made while .* another optimizer had it"  # which is gone
+        with pytest.raises(RuntimeError, match=match):
             run.optimizer.step()
         run.train(1)
 
@@ -831,7 +868,8 @@ def test_modes_that_do_not_exist(mode):
 
 def test_a_changing_ratio_is_refused():
     with pytest.raises(
-        ValueError, match=r"needs a constant update_ratio, got a callable: what W was moved by.*in_place"
+        ValueError,
+        match=r"^q: weight_update=.folded. needs a constant update_ratio, got <function .*: what W .*in_place",
     ):
         Run("folded", update_ratio=lambda t: 1.0)
     run = Run("folded").train(2)
@@ -847,7 +885,9 @@ def test_a_changing_ratio_is_refused():
     ):
         before = getattr(group, name), run.stored.A.detach().clone()
         setattr(group, name, value)
-        with pytest.raises(ValueError, match=r"update_ratio has changed since it was folded .* q \(2, now|a callable"):
+        with pytest.raises(
+            ValueError, match=r"update_ratio has changed since it was folded .* q \(2, now|q: .*constant"
+        ):
             run.optimizer.step()
         setattr(group, name, before[0])
         assert torch.equal(run.stored.A, before[1])
@@ -1028,6 +1068,39 @@ class Unasked(SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 p.data.add_(group["lr"])
+
+
+def test_gradients_that_come_past_one_hook_are_refused():
+    """Though those of other layers came through theirs."""
+    stored = [layer(name, seed) for seed, name in enumerate("ab")]
+    triples = [triple for *_, triple in stored]
+    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.1, weight_update="folded")
+    for t in range(2):
+        optimizer.zero_grad()
+        for s, scale, triple in stored:
+            if triple.name == "a":
+                (s.W + scale * s.A @ s.B).square().sum().backward()
+            else:
+                s.A.grad, s.B.grad = torch.ones_like(s.A), torch.ones_like(s.B)
+        if t == 1:
+            with pytest.raises(RuntimeError, match=r"^b: its gradients did not come through backward\(\)"):
+                optimizer.step()
+            return
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("mark", "value"), [("grad_sample", torch.ones(1)), ("grad_added_to_main_grad", True)])
+def test_gradients_that_are_made_beside_the_hooks_are_refused(mark, value):
+    """By what libraries leave on a factor which make them within the backward pass: Opacus, Megatron's fused ones."""
+    run = Run("folded").train(1)
+    run.backward()
+    setattr(run.stored.B, mark, value)
+    with pytest.raises(
+        RuntimeError, match=r"q: its gradients .*per-sample gradients, .*main_grad .*nothing was changed"
+    ):
+        run.optimizer.step()
+    delattr(run.stored.B, mark)
+    run.train(1)
 
 
 @pytest.mark.parametrize("registered", ["tensors", "modules"])
