@@ -10,6 +10,8 @@ gradients of A and B 1 + lambda times as large; a hook on each of them divides b
 
 from __future__ import annotations
 
+import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +28,7 @@ from deltaopt.groups import DeltaGroup
 from deltaopt.ledger import Ledger, branch_of
 from deltaopt.lowrank import Term
 from deltaopt.scaling import holder_of
-from deltaopt.triple import LoRATriple
+from deltaopt.triple import LoRATriple, Stored
 from deltaopt.writing import Write
 
 MODES = ("in_place", "folded")
@@ -53,6 +55,12 @@ class Folding:
     def __reduce__(self) -> tuple[type[Folding], tuple[bool]]:
         # A copy divides the gradients of copied factors, and has to find them first.
         return Folding, (self._see_gradients(),)
+
+    def leave(self) -> None:
+        """Let gradients be as they are made, until `attach` or `check` takes the factors again."""
+        for divisor in self._own:
+            if divisor.owner() is self:
+                divisor.owner = _nobody
 
     def take_over(self, triples: Sequence[LoRATriple]) -> None:
         """Divide the gradients of these triples' factors from now on."""
@@ -92,11 +100,13 @@ class Folding:
                 'weight_update="folded" is exact for a constant ratio only. Put update_ratio and start_step back, or '
                 'use weight_update="in_place"'
             )
-        due = [
+        pending = [
             Due(triple, ledger, ratio)
             for (triple, ratio), ledger in zip(of_triples, ledgers, strict=True)
-            if ratio != triple.folded and (with_closure or _is_in_use(triple))
+            if ratio != triple.folded
         ]
+        in_use = {d.triple.scaling_place for d in pending if with_closure or _is_in_use(d.triple)}
+        due = [d for d in pending if d.triple.scaling_place in in_use]
         if due:
             _refuse_unequal(dict(of_triples))
         return due
@@ -138,6 +148,12 @@ class Folding:
             for triple, _, ratio in due:
                 undo.callback(_set, triple, triple.folded)
                 _set(triple, ratio)
+            unset = [f"{d.triple.label} ({d.triple.branch_scaling:g})" for d in due if d.triple.scaling_problems()]
+            if unset:
+                raise RuntimeError(
+                    f"the scaling of {', '.join(unset)} was set and is another one now (nothing was changed): does "
+                    "set_scaling set what scaling= reads?"
+                )
             accounts.open(d.ledger for d, _ in moving)
             for (triple, ledger, _), term in moving:
                 write.terms_(triple, ledger, [term])
@@ -161,12 +177,19 @@ class Folding:
             undo.pop_all()
         self._divide(triples)
 
-    def refuse_undivided(self, triples: Iterable[LoRATriple]) -> None:
-        """Refuse gradients that did not come through their factor's hook, where a ratio was folded before."""
+    def refuse_undivided(self, triples: Iterable[LoRATriple], stored: Iterable[Stored]) -> None:
+        """Refuse gradients that did not come through their factor's hook, where a ratio was folded before.
+
+        Args:
+            triples: of the optimizer.
+            stored: their tensors.
+        """
+        all_called = self._copied or all(divisor.called for divisor in self._own)
         found = [
             triple.label
-            for triple in triples
-            if triple.folded and any(self._is_past_the_hook(factor) for factor in (triple.A, triple.B))
+            for triple, (_, *factors) in zip(triples, stored, strict=True)
+            if triple.folded
+            and any(_is_made_beside_hooks(f) or (not all_called and _came_past_its_hook(f)) for f in factors)
         ]
         if found:
             raise RuntimeError(
@@ -175,15 +198,6 @@ class Folding:
                 "copies them from other tensors), so they were not divided and are 1 + update_ratio times too large "
                 '(nothing was changed): use backward(), or weight_update="in_place"'
             )
-
-    def _is_past_the_hook(self, factor: Tensor) -> bool:
-        """Whether it has a gradient that no hook has divided, as far as can be told."""
-        # Opacus, and the fused gradients of Megatron and TransformerEngine: made within backward, beside the hooks.
-        if getattr(factor, "grad_sample", None) is not None or getattr(factor, "grad_added_to_main_grad", False):
-            return True
-        divisor = _divisor_of(factor)
-        called = self._copied or (divisor is not None and divisor.called)
-        return not called and factor.grad is not None and bool(factor.grad.any())
 
     @contextmanager
     def watching(self, groups: Sequence[DeltaGroup], step: int) -> Iterator[None]:
@@ -249,6 +263,7 @@ class Folding:
                         "large (nothing was changed): call optimizer.zero_grad() first, then backward()"
                     )
                 divisor.owner, divisor.value = weakref.ref(self), 1.0 + triple.folded
+                divisor.scaling = triple.branch_scaling
                 self._own.add(divisor)
 
     def _divide(self, triples: Iterable[LoRATriple]) -> None:
@@ -257,7 +272,7 @@ class Folding:
             triple.keep_branch_scaling()
             for divisor in map(_divisor_of, (triple.A, triple.B)):
                 assert divisor is not None
-                divisor.value = 1.0 + triple.folded
+                divisor.value, divisor.scaling = 1.0 + triple.folded, triple.branch_scaling
 
 
 class _Divisor:
@@ -268,7 +283,8 @@ class _Divisor:
     def __init__(self) -> None:
         self.label = ""
         self.value = 1.0
-        self.owner: Callable[[], object | None] = lambda: None
+        self.scaling = 1.0  # of the branch with that value
+        self.owner: Callable[[], object | None] = _nobody
         self.called = False
 
     def __call__(self, grad: Tensor) -> Tensor | None:
@@ -281,6 +297,10 @@ class _Divisor:
                 'folded mode, where only its first factor would be divided: use weight_update="in_place"'
             )
         return grad / self.value
+
+
+def _nobody() -> None:
+    """Who owns a factor that nobody has taken."""
 
 
 _divisors = WeakTensorKeyDictionary()
@@ -301,6 +321,25 @@ def _divisor_of(factor: Tensor) -> _Divisor | None:
     return next((follower.divisor for follower in followers if isinstance(follower, _Follower)), None)
 
 
+def warn_of_folded(triples: Iterable[LoRATriple], stacklevel: int) -> None:
+    """Tell of branches that an earlier optimizer has scaled, where a new one would go on from there unawares."""
+    found = [
+        f"{triple.label} ({triple.scaling / divisor.value:g}, now {triple.scaling:g})"
+        for triple in triples
+        if (divisor := _divisor_of(triple.A)) is not None
+        and divisor.value != 1.0
+        and math.isclose(triple.scaling, divisor.scaling, rel_tol=1e-9)
+    ]
+    if found:
+        warnings.warn(
+            f"an earlier optimizer has folded its update_ratio into the scaling of {', '.join(found)}, and this one "
+            "counts from the larger scaling, so that the ratios multiply. Put the scaling back first (with PEFT: load "
+            "the adapter onto a new model), or load that optimizer's state into this one, if that is not meant",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
 def release(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
     """Leave the gradients of these triples as they are while `owner` lives, which moves W in place."""
     for triple in triples:
@@ -308,6 +347,18 @@ def release(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
             divisor = _divisor_of(factor)
             if divisor is not None:
                 divisor.owner, divisor.value = weakref.ref(owner), 1.0
+
+
+def _is_made_beside_hooks(factor: Tensor) -> bool:
+    """Whether Opacus, or the fused gradients of Megatron and TransformerEngine, have left their mark on it."""
+    return getattr(factor, "grad_sample", None) is not None or getattr(factor, "grad_added_to_main_grad", False)
+
+
+def _came_past_its_hook(factor: Tensor) -> bool:
+    """Whether it has a gradient, and none ever came through its hook. Waits for the device, if so."""
+    divisor = _divisor_of(factor)
+    called = divisor is not None and divisor.called
+    return not called and factor.grad is not None and bool(factor.grad.any())
 
 
 def _is_in_use(triple: LoRATriple) -> bool:
@@ -406,17 +457,23 @@ def refuse_inner(inner: Optimizer) -> None:
         )
 
 
-def evaluated_once(closure: Callable[[], float]) -> Callable[[], float]:
-    """The closure, which may be called once: see `refuse_inner`."""
+def evaluated_once(closure: Callable[[], float], triples: Iterable[LoRATriple]) -> Callable[[], float]:
+    """The closure, which may be called once, with A and B as they are now: see `refuse_inner`."""
     calls = 0
+    before = [(triple, factor, factor._version) for triple in triples for factor in (triple.A, triple.B)]
 
     def once() -> float:
         nonlocal calls
         calls += 1
-        if calls > 1:
+        moved = dict.fromkeys(triple.label for triple, factor, version in before if factor._version != version)
+        if calls > 1 or moved:
+            what = "called the closure a second time"
+            if moved:
+                what = f"called the closure after it had changed A or B of {', '.join(moved)}"
             raise RuntimeError(
-                "the inner optimizer has called the closure a second time within a step, where W of Delta-LoRA stays "
-                'and a folded W goes along with A and B. Use weight_update="in_place"'
+                f"the inner optimizer has {what} within a step, where W of Delta-LoRA stays and a folded W goes along "
+                "with A and B. These are left as the inner optimizer has them now: load a checkpoint, and use "
+                'weight_update="in_place"'
             )
         return closure()
 
@@ -434,14 +491,18 @@ def _set(triple: LoRATriple, ratio: float, scaling: float | None = None) -> None
 
 
 def _refuse_unequal(settings: Mapping[LoRATriple, object]) -> None:
-    """Refuse a factor of several triples that are not folded alike."""
-    users: dict[int, LoRATriple] = {}
+    """Refuse a factor, or a place of a scaling, that several triples share which are not folded alike."""
+    users: dict[object, LoRATriple] = {}
     for triple, setting in settings.items():
-        for letter, factor in (("A", triple.A), ("B", triple.B)):
-            other = users.setdefault(id(factor), triple)
+        for what, place in (
+            ("A is a factor", id(triple.A)),
+            ("B is a factor", id(triple.B)),
+            ("scaling is that", triple.scaling_place),
+        ):
+            other = users.setdefault(place, triple)
             if settings[other] != setting:
                 raise ValueError(
-                    f"{triple.label}: its {letter} is a factor of {other.label} too, which has another update_ratio or "
-                    "start_step, and its gradient can not be divided for both: give them the same, or use "
+                    f"{triple.label}: its {what} of {other.label} too, which has another update_ratio or start_step, "
+                    "and can not be divided or set for both: give them the same, or use "
                     'weight_update="in_place"'
                 )

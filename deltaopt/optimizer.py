@@ -20,6 +20,7 @@ from deltaopt.folding import (
     refuse_groups,
     refuse_inner,
     release,
+    warn_of_folded,
 )
 from deltaopt.groups import (
     DeltaGroup,
@@ -224,7 +225,7 @@ class DeltaLoRAOptimizer(Optimizer):
         stored = self._look_up()
         counts = not is_state_initialisation(self._inner)
         if counts and self._folding is not None:
-            self._fold(self._folding, closure is not None)  # once, at t = K: then the branch does what follows
+            self._fold(self._folding, stored, closure is not None)  # once, at t = K: then the branch does what follows
         moves = self._moves(stored) if counts and self._folding is None else []
 
         self._delta.snapshot(moves)  # A_t, B_t
@@ -469,6 +470,16 @@ class DeltaLoRAOptimizer(Optimizer):
                 attach = self._folding.check if self._signatures else self._folding.attach  # a copy has none at first
                 attach(self.triples)
 
+    def release(self) -> None:
+        """Let go of A and B, so that an optimizer of another kind may train them: their gradients are whole then.
+
+        That is of use with ``weight_update="folded"``, whose hooks stay while this optimizer exists, and after
+        `start_step`; the branches keep their scaling. Another DeltaLoRAOptimizer takes the factors over by itself. The
+        next `zero_grad` or `step` of this one takes them again.
+        """
+        if self._folding is not None:
+            self._folding.leave()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, or triples, while training goes on.
 
@@ -644,21 +655,22 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _take_over(self, triples: Sequence[LoRATriple]) -> None:
         """From now on these factors' gradients are divided for this optimizer, or for nobody."""
+        warn_of_folded(triples, stacklevel=3)
         if self._folding is not None:
             self._folding.take_over(triples)
         else:
             release(triples, self)
 
-    def _fold(self, folding: Folding, with_closure: bool) -> None:
+    def _fold(self, folding: Folding, stored: Sequence[Stored], with_closure: bool) -> None:
         """Let the branches take up the ratio, if it is time; see `deltaopt.folding`."""
-        folding.refuse_undivided(self.triples)
+        folding.refuse_undivided(self.triples, stored)
         due = folding.due(self._groups, self._accounts.ledgers, self._step_count, with_closure)
         if due:
             folding.begin(due, self._accounts, self._rounding.during("move", self._step_count))
 
     def _inner_step(self, closure: Callable[[], float] | None) -> float | None:
         if closure is not None and any(triple.folded for triple in self.triples):
-            closure = evaluated_once(closure)
+            closure = evaluated_once(closure, self.triples)
         watching = nullcontext() if self._folding is None else self._folding.watching(self._groups, self._step_count)
         with watching, global_hooks_held():
             return self._inner.step() if closure is None else self._inner.step(closure)

@@ -43,6 +43,7 @@ class BranchScaling:
             raise TypeError(f"{label}: set_scaling is a function of the new scaling, got {setter!r}")
         self._source = source
         self._setter = setter
+        self._label = label
         self.folded = 0.0
         try:
             self.first = checked_scaling(self._number(label), label)
@@ -50,11 +51,11 @@ class BranchScaling:
             raise ValueError(f"{label}: its scaling is not where it was registered: {error}") from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BranchScaling:
-        if isinstance(self._setter, FunctionType) and self._setter.__closure__:
+        if isinstance(self._setter, FunctionType):
             raise TypeError(
-                "set_scaling is a function with a closure, and a copy of it would set the scaling of the original's "
-                "layer: give a method of the layer, functools.partial(function, layer), or scaling=(module, "
-                "'attribute'), which are copied with it"
+                f"{self._label}: set_scaling is a plain function, which knows its layer by itself, so that a copy "
+                "would set the scaling of the original's layer: give a method of the layer, "
+                "functools.partial(function, layer), or scaling=(module, 'attribute'), which are copied with it"
             )
         twin = copy(self)
         memo[id(self)] = twin
@@ -79,6 +80,19 @@ class BranchScaling:
             '1 + update_ratio: register where the forward pass takes it from, scaling=(module, "attribute") or a 0-d '
             'tensor, or a function set_scaling=; or use weight_update="in_place"'
         )
+
+    def place(self) -> object:
+        """Where the number is, the same for branches that share it; None for a plain number."""
+        if isinstance(held := self._held(), Tensor):
+            return id(held)
+        if isinstance(self._source, tuple):
+            holder, name = holder_of(*self._source)
+            return id(holder), name
+        return None
+
+    def tensor(self) -> Tensor | None:
+        """The tensor itself, where it was registered so."""
+        return self._source if isinstance(self._source, Tensor) else None
 
     def differs_from(self, expected: float) -> float | None:
         """What the branch multiplies by now, if that is another number than `expected`.

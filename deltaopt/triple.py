@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from copy import copy
 from functools import reduce
 from operator import attrgetter
@@ -36,6 +37,13 @@ class Stored(NamedTuple):
         return reduce(torch.promote_types, (t.dtype for t in self if t.dtype in FLOATS), torch.float32)
 
 
+class _Kinds(NamedTuple):
+    """Dtype and device of a scaling and of a factor: a cast or a move changes both."""
+
+    scaling: str
+    factor: str
+
+
 class LoRATriple:
     """A frozen weight W and the two factors of the LoRA branch beside it.
 
@@ -54,7 +62,7 @@ class LoRATriple:
             (e, r, d), or (e * r, d) with the expert's index running slowest.
         scaling: what the branch multiplies A @ B by, alpha / r (or alpha / sqrt(r) in rsLoRA).
             Finite and not zero. Default 1.0. With ``weight_update="folded"`` it has to be set, so say where the forward
-            pass takes it from: a 0-d tensor, or ``(module, "attribute.path")`` of a number or a 0-d tensor.
+            pass takes it from: ``(module, "attribute.path")`` of a number or a 0-d tensor, or the 0-d tensor itself.
         name: names the layer in messages and in checkpoints. Default: its place in the list.
         layout: how W is stored: ``"linear"`` (c, d), the default; ``"transposed"`` (d, c), as in
             GPT-2's Conv1D; ``"embedding"`` (rows, width), where the branch is (A @ B) transposed;
@@ -64,7 +72,7 @@ class LoRATriple:
             query part of a fused query-key-value weight.
         columns: the same for its columns.
         set_scaling: for ``weight_update="folded"`` where `scaling` is a plain number: called with what the branch has
-            to multiply A @ B by from then on.
+            to multiply A @ B by from then on. It sets the scaling of this branch alone.
 
     Attributes:
         scaling: s, as it was registered.
@@ -106,6 +114,7 @@ class LoRATriple:
         self.layout = layout
         self.rows = _checked_slice(rows, f"{self.label}: rows")
         self.columns = _checked_slice(columns, f"{self.label}: columns")
+        self._registered_kinds = self._kinds()
         self.tied = False  # whether W is known to have other users, which `find_triples` finds
 
     @property
@@ -209,10 +218,32 @@ class LoRATriple:
             "back, or build the triple and the optimizer again"
         ]
 
+    @property
+    def scaling_place(self) -> object:
+        """Equal for triples whose branches take their scaling from one place."""
+        place = self._branch.place()
+        return id(self._branch) if place is None else place
+
     def folding_problems(self) -> list[str]:
         """Why update_ratio can not be folded into this branch; see `deltaopt.folding`."""
         problem = self._branch.problem()
-        return [problem] if problem is not None else []
+        if problem is not None:
+            return [problem]
+        before, now = self._registered_kinds, self._kinds()
+        if before is None or now is None or before.factor == now.factor or before.scaling != now.scaling:
+            return []
+        return [
+            f"its scaling was registered as a tensor, and stayed {now.scaling} when A became {now.factor} from "
+            f'{before.factor}: a buffer is replaced then. Register (module, "name") of it, or build the triple and the '
+            "optimizer after the conversion"
+        ]
+
+    def _kinds(self) -> _Kinds | None:
+        """Of a scaling that was registered as a tensor, and of A beside it."""
+        scaling = self._branch.tensor()
+        with suppress(RuntimeError):  # of an A that is not there `problems` tells
+            return None if scaling is None else _Kinds(_kind(scaling), _kind(self.A))
+        return None
 
     def precision_problems(self, scaling: float) -> list[str]:
         """Whether the branch's scaling can not be set to this number in the precision that it computes with."""
@@ -397,6 +428,10 @@ def _registered_buffer(scaling: ScalingSource, modules: Iterable[nn.Module]) -> 
                 if buffer is scaling:
                     return module, name
     return scaling
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} on {tensor.device}"
 
 
 def _shape(tensor: Tensor) -> str:

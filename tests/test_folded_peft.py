@@ -1172,7 +1172,10 @@ def test_a_second_optimizer_goes_on_from_the_present_scaling(inner, mode):
     """The first one still lives, and does not divide the second one's gradients, nor step."""
     model, x = adapted(mlp(7, 5, 4), "0", "1"), image(7)
     first = folded(model, x, inner=inner)
-    second = optimizer_of(model, inner, update_ratio=0.5, weight_update=mode)
+    with pytest.warns(
+        UserWarning, match=r"an earlier optimizer .*model\.0 \(2\.5, now 6\.25\), .* the ratios multiply"
+    ):
+        second = optimizer_of(model, inner, update_ratio=0.5, weight_update=mode)
     other = adapted(mlp(7, 5, 4), "0", "1", lora_alpha=LARGER)
     other.load_state_dict(model.state_dict())
     reference = optimizer_of(other, inner, update_ratio=0.5, weight_update="in_place")
@@ -1192,7 +1195,8 @@ def test_the_adapter_of_a_second_optimizer(tmp_path):
     plain, x = mlp(7, 5, 4).double(), image(7)
     model = adapted(plain, "0", "1")
     folded(model, x)
-    second = folded(model, x, update_ratio=0.5)
+    with pytest.warns(UserWarning, match="an earlier optimizer has folded"):
+        second = folded(model, x, update_ratio=0.5)
     save_adapter(model, second, tmp_path)
     assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
 

@@ -1212,7 +1212,8 @@ def test_an_optimizer_in_place_that_is_built_later_gets_whole_gradients(start):
     run.optimizer.zero_grad()
     loss_of(run.model, batches(1)[0]).backward()
     divided = [p.grad.clone() for p in run.factors()]
-    later = optimizer_for(run.model, torch.optim.SGD, lr=0.05, weight_update="in_place")
+    with pytest.warns(UserWarning, match=r"an earlier optimizer .*q_proj \(2, now 3\.4\)"):
+        later = optimizer_for(run.model, torch.optim.SGD, lr=0.05, weight_update="in_place")
     later.zero_grad()
     loss_of(run.model, batches(1)[0]).backward()
     for p, grad in zip(run.factors(), divided, strict=True):

@@ -3,6 +3,7 @@
 What both are compared with in the end is `tests/reference.py`, as tests/test_conformance.py compares the in-place mode.
 """
 
+import contextlib
 import copy
 import gc
 import io
@@ -10,6 +11,7 @@ import math
 import pickle
 import types
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -595,6 +597,13 @@ def test_a_conversion_that_would_lose_the_hooks_is_refused(monkeypatch):
     torch.testing.assert_close(model.A.grad, 3 * grad)
 
 
+def goes_on():
+    """What a second optimizer on the same factors says."""
+    return pytest.warns(
+        UserWarning, match=r"an earlier optimizer has folded .* q \(0\.5, now 1\.5\), .* ratios multiply"
+    )
+
+
 def test_a_later_optimizer_takes_the_factors_over():
     """It begins with the scaling that it finds, and divides by its own ratio alone."""
     first = Run("folded").train(3)
@@ -606,10 +615,9 @@ def test_a_later_optimizer_takes_the_factors_over():
     twin.t, twin.loss = first.t, first.loss
     twin.stored.W.copy_(W)
     triple = LoRATriple(W, *first.factors, scaling=scale, name="q")
-    first_optimizer, first.optimizer = (
-        first.optimizer,
-        DeltaLoRAOptimizer(AdamW, [triple], weight_update="folded", **first.options),
-    )
+    first_optimizer = first.optimizer
+    with goes_on():
+        first.optimizer = DeltaLoRAOptimizer(AdamW, [triple], weight_update="folded", **first.options)
     first.gradients = []
     for r in (first, twin):
         r.train(4)
@@ -624,7 +632,8 @@ def test_an_optimizer_whose_factors_were_taken_over_does_not_step(mode):
     """Not at the second attempt either: the gradients are whole, or divided for the other one."""
     run = Run("folded").train(2)
     triple = LoRATriple(run.stored.W, *run.factors, scaling=run.scale, name="q")
-    other = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update=mode)
+    with goes_on():
+        other = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update=mode)
     before = [p.detach().clone() for p in run.factors]
     for _ in range(2):
         run.backward()
@@ -1256,12 +1265,19 @@ def test_a_buffer_that_is_replaced_is_still_the_scaling():
     assert float(module.scaling) == 1.5
 
 
+def sets_a_layer_of_its_own(scaling):
+    """As one at the top of a script does, with no closure."""
+
+
 def test_a_setter_that_a_copy_would_share_is_not_copied():
     module = Layer("alpha")
     tensors = [(module, name) for name in ("weight", "lora_B", "lora_A")]
-    closure = LoRATriple(*tensors, scaling=0.5, name="q", set_scaling=lambda s: module.set_scaling(s))
-    with pytest.raises(TypeError, match="set_scaling is a function with a closure"):
-        copy.deepcopy(closure)
+    for function in (lambda s: module.set_scaling(s), sets_a_layer_of_its_own):
+        triple = LoRATriple(*tensors, scaling=0.5, name="q", set_scaling=function)
+        with pytest.raises(
+            TypeError, match=r"q: set_scaling is a plain function.* functools\.partial\(function, layer\)"
+        ):
+            copy.deepcopy(triple)
     twin_module, twin = copy.deepcopy((module, module.triple()))
     twin.set_branch_scaling(4.0)
     assert (twin_module.alpha, module.alpha) == (8.0, 1.0)
@@ -1359,7 +1375,8 @@ def test_an_optimizer_in_place_that_is_no_more_leaves_the_first_one_alone(fate):
         with pytest.raises(ValueError, match="A is not among the parameters"):
             DeltaLoRAOptimizer(SGD([folded.stored.B], lr=0.1), [triple])
     else:
-        DeltaLoRAOptimizer(SGD, [triple], lr=0.1)
+        with goes_on():
+            DeltaLoRAOptimizer(SGD, [triple], lr=0.1)
         gc.collect()
     for run in (in_place, folded):
         run.train(2)
@@ -1407,7 +1424,8 @@ def test_factors_that_were_taken_back_may_be_taken_over_again():
     run = Run("folded").train(2)
     for _ in range(2):
         triple = LoRATriple(run.stored.W, *run.factors, scaling=run.scale, name="q")
-        other = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+        with goes_on():
+            other = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
         run.backward()
         with pytest.raises(RuntimeError, match="q: another optimizer was built on its A since"):
             run.optimizer.step()
@@ -1517,7 +1535,8 @@ def test_a_group_that_is_added_in_place_gets_whole_gradients():
     optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1)
     run.backward()
     taken = LoRATriple(run.stored.W, *run.factors, scaling=run.scale, name="q")
-    optimizer.add_param_group({"triples": [taken]})
+    with goes_on():
+        optimizer.add_param_group({"triples": [taken]})
     run.backward()
     for divided, whole in zip(*run.gradients[-2:], strict=True):
         torch.testing.assert_close(whole, divided * 3)
@@ -1591,3 +1610,169 @@ def test_a_state_of_factors_of_another_shape_is_of_other_triples(factor):
         s.W, s.B = torch.zeros(5, 8), torch.zeros(3, 8, requires_grad=True)
     with pytest.raises(ValueError, match="the saved state belongs to other triples"):
         DeltaLoRAOptimizer(SGD, [s.triple(name="q")]).load_state_dict(state)
+
+
+# One place of a scaling for several branches, and tensors that a conversion leaves behind.
+
+
+def of_one_scaling(how):
+    """Two layers whose forward passes multiply by the same number."""
+    model = nn.Module()
+    model.scale = 0.5
+    if how == "tensor":
+        model.scale = torch.tensor(0.5, dtype=torch.float64)
+    stored = [strategies.make("linear", seed, zero_A=True) for seed in range(2)]
+    scaling = model.scale if how == "tensor" else (model, "scale")
+    triples = [LoRATriple(s.W, s.A, s.B, scaling=scaling, name=name) for s, name in zip(stored, "ab", strict=True)]
+    return model, stored, triples
+
+
+@pytest.mark.parametrize("how", ["tensor", "attribute"])
+@pytest.mark.parametrize("other", [{"update_ratio": 1.0}, {"start_step": 3}])
+def test_a_scaling_of_layers_that_differ_is_refused(how, other):
+    model, _, (first, second) = of_one_scaling(how)
+    groups = [{"triples": [first]}, {"triples": [second], **other}]
+    match = (
+        "b: its scaling is that of a too, which has another update_ratio or start_step, and can not be .* set for both"
+    )
+    with pytest.raises(ValueError, match=match):
+        DeltaLoRAOptimizer(SGD, groups, lr=0.1, weight_update="folded")
+    optimizer = DeltaLoRAOptimizer(SGD, [first], lr=0.1, weight_update="folded")
+    with pytest.raises(ValueError, match=match):
+        optimizer.add_param_group(groups[1])
+    assert float(model.scale) == 0.5
+
+
+@pytest.mark.parametrize("how", ["tensor", "attribute"])
+def test_layers_of_one_scaling_are_folded_together(how):
+    """Also one that has no gradients yet."""
+    ends = []
+    for mode in ("in_place", "folded"):
+        model, stored, triples = of_one_scaling(how)
+        optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.05, weight_update=mode)
+        for t in range(6):
+            optimizer.zero_grad()
+            effective = [s.W + model.scale * s.A @ s.B for s in stored]
+            sum(w.square().mean() for w in effective[: 1 + (t > 2)]).backward()
+            optimizer.step()
+        assert float(model.scale) == (1.5 if mode == "folded" else 0.5)
+        ends.append([w.detach() for s in stored for w in (s.A, s.B, s.W + model.scale * s.A @ s.B)])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_buffer_that_a_conversion_left_behind_is_refused(steps):
+    """The factors are converted in their place, and a buffer is another one then."""
+    layer = nn.Module()
+    layer.W = nn.Parameter(torch.randn(4, 6), requires_grad=False)
+    layer.A, layer.B = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.randn(2, 6))
+    layer.register_buffer("scaling", torch.tensor(0.5))
+    triple = LoRATriple(layer.W, layer.A, layer.B, scaling=layer.scaling, name="q")
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+
+    def step():
+        optimizer.zero_grad()
+        (layer.W + layer.scaling * layer.A @ layer.B).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(steps):
+        step()
+    layer.double()
+    before = layer.A.detach().clone()
+    match = r"q: its scaling .* stayed torch.float32 on cpu when A became torch.float64 on cpu .*Register \(module,"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=match):
+            step()
+    assert torch.equal(layer.A, before)
+    assert layer.scaling == (1.5 if steps else 0.5)
+    triple = LoRATriple(layer.W, layer.A, layer.B, scaling=(layer, "scaling"), name="q")
+    with goes_on() if steps else contextlib.nullcontext():
+        optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    step()
+
+
+# Inner optimizers and libraries that do other things.
+
+
+class Sharpness(SGD):
+    """SAM as it is usually written: from gradients that are there it goes uphill, asks once, and comes back."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        old = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(p.grad, alpha=0.1)
+        with torch.enable_grad():
+            loss = closure()
+        for p, kept in zip(parameters, old, strict=True):
+            p.copy_(kept)
+        super().step()
+        return loss
+
+
+def test_a_closure_that_is_called_elsewhere_is_refused():
+    run = Run("folded", inner=Sharpness, lr=0.01)
+    run.backward()
+    match = (
+        r"the inner optimizer has called the closure after it had changed A or B of q within a step.*load a checkpoint"
+    )
+    with pytest.raises(RuntimeError, match=match):
+        run.optimizer.step(lambda: pytest.fail("it was evaluated"))
+    in_place = Run("in_place", inner=Sharpness, lr=0.01)
+    in_place.backward()
+    in_place.optimizer.step(in_place.backward)  # W stays, as it should
+
+
+def test_a_setter_that_sets_something_else_is_refused():
+    layer = nn.Module()
+    layer.scaling = 0.5
+    stored = strategies.make("linear", zero_A=True)
+    triple = LoRATriple(
+        stored.W,
+        stored.A,
+        stored.B,
+        scaling=(layer, "scaling"),
+        name="q",
+        set_scaling=partial(setattr, layer, "scalign"),
+    )
+    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    stored.A.grad = torch.ones_like(stored.A)
+    before = stored.A.detach().clone()
+    match = (
+        r"the scaling of q \(1\.5\) was set and is another one now \(nothing was changed\): does set_scaling set what"
+    )
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=match):
+            optimizer.step()
+    assert torch.equal(stored.A, before)
+    assert (triple.folded, triple.branch_scaling, optimizer.step_count) == (0.0, 0.5, 0)
+
+
+def test_released_factors_have_whole_gradients_until_they_are_taken_again():
+    run = Run("folded").train(2)
+    run.backward()
+    divided = run.gradients[-1]
+    run.optimizer.release()
+    for p in run.factors:
+        p.grad = None
+    run.loss(run.effective(), run.t).backward()
+    for p, grad in zip(run.factors, divided, strict=True):
+        torch.testing.assert_close(p.grad, 3 * grad)
+    with pytest.raises(RuntimeError, match="q: the gradient of its A was made while this optimizer had no hook on it"):
+        run.optimizer.step()
+    run.backward()
+    for now, grad in zip(run.gradients[-1], divided, strict=True):
+        torch.testing.assert_close(now, grad)
+    assert run.scale == 1.5
+    Run("in_place").train(1).optimizer.release()
+
+
+def test_a_scaling_that_was_put_back_is_not_warned_of():
+    run = Run("folded").train(2)
+    run.scale.fill_(0.5)
+    triple = LoRATriple(run.stored.W, *run.factors, scaling=run.scale, name="q")
+    run.optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1, weight_update="folded")
+    run.train(2)
+    assert run.scale == 1.5
