@@ -340,7 +340,7 @@ def warn_of_folded(triples: Iterable[LoRATriple], stacklevel: int) -> None:
         )
 
 
-def release(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
+def leave_whole(triples: Iterable[LoRATriple], owner: Optimizer) -> None:
     """Leave the gradients of these triples as they are while `owner` lives, which moves W in place."""
     for triple in triples:
         for factor in (triple.A, triple.B):

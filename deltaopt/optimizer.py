@@ -16,10 +16,10 @@ from deltaopt.folding import (
     Folding,
     checked_weight_update,
     evaluated_once,
+    leave_whole,
     refuse_folded,
     refuse_groups,
     refuse_inner,
-    release,
     warn_of_folded,
 )
 from deltaopt.groups import (
@@ -659,7 +659,7 @@ class DeltaLoRAOptimizer(Optimizer):
         if self._folding is not None:
             self._folding.take_over(triples)
         else:
-            release(triples, self)
+            leave_whole(triples, self)
 
     def _fold(self, folding: Folding, stored: Sequence[Stored], with_closure: bool) -> None:
         """Let the branches take up the ratio, if it is time; see `deltaopt.folding`."""
