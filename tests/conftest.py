@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("tests.support")
+
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
 settings.register_profile("default", max_examples=25, **common)
 settings.register_profile("nightly", **{**common, "max_examples": 1000, "derandomize": False})

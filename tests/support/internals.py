@@ -1,0 +1,97 @@
+"""The only place in the tests that names what the package keeps for itself.
+
+A test that has to look behind the public interface calls a function of this file. When the package is rebuilt, this
+file is adapted and the tests stay.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, folding, update
+from deltaopt.ledger import Ledger, full_part
+from deltaopt.update import BufferKind, FactoredDelta, Move
+from deltaopt.writing import checked_rounding
+
+AUTO = checked_rounding("auto", 0).during("move", 0)
+"""Writes W as an optimizer does in its first step when nothing else is asked for."""
+
+
+def move_of(triple: LoRATriple, coef: float) -> Move:
+    """One update of one triple, as the optimizer makes it."""
+    now = triple.stored()
+    return Move(triple, now, coef, BufferKind.of(triple, now), Ledger())
+
+
+def ledger_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Ledger:
+    return optimizer.accounts()[index].ledger
+
+
+def terms_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> list[Any]:
+    """The low-rank terms that the ledger keeps, without those of the last move."""
+    return ledger_of(optimizer, index).terms
+
+
+def has_moved(optimizer: DeltaLoRAOptimizer, index: int = 0) -> bool:
+    """Whether W of this triple was ever moved."""
+    return ledger_of(optimizer, index).moved
+
+
+def compensation_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Tensor | None:
+    """The bits that rounding cut off from a 16-bit W, or None where nothing is kept."""
+    kept = ledger_of(optimizer, index).compensation
+    return None if kept is None else kept.bits
+
+
+def full_weight(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Tensor:
+    """The part of W that moves, with what rounding cut off from it."""
+    triple, ledger = optimizer.accounts()[index]
+    return full_part(triple, ledger)
+
+
+def pending_entries(optimizer: DeltaLoRAOptimizer) -> list[Any]:
+    """Ledger updates whose outcome the device has not reported yet."""
+    return optimizer._delta._entries
+
+
+def new_delta() -> FactoredDelta:
+    return FactoredDelta()
+
+
+def outcome_unknown_to_host(patch: pytest.MonkeyPatch, arrived: bool | None = None) -> None:
+    """Take the path of a GPU, where the host learns later whether a step was applied.
+
+    Args:
+        patch: undoes it.
+        arrived: whether a report counts as arrived; None asks the device.
+    """
+    patch.setattr(update, "_known_to_host", lambda device: False)
+    if arrived is not None:
+        patch.setattr(update._Entry, "arrived", lambda self: arrived)
+
+
+def arrivals(patch: pytest.MonkeyPatch, arrived: Any) -> None:
+    """Let `arrived()` answer whether the report of a step has arrived."""
+    patch.setattr(update._Entry, "arrived", lambda self: arrived())
+
+
+def use_kernel(patch: pytest.MonkeyPatch, kernel: Any) -> None:
+    """Let optimizers write 16-bit weights by this kernel, or by blocks of torch operations where it is None."""
+    patch.setattr(update, "fused_kernel", lambda device: kernel)
+
+
+def kernel_for(device: torch.device) -> Any:
+    """The kernel that optimizers take on this device, or None."""
+    return update.fused_kernel(device)
+
+
+def forget_hooks(optimizer: DeltaLoRAOptimizer, *factors: Tensor) -> None:
+    """Lose the hooks of these factors, as a copy does that was made before its module was complete."""
+    fresh = copy.deepcopy(optimizer._folding)
+    for factor in factors:
+        folding._divisors.pop(factor)
+        factor._backward_hooks.clear()
+    optimizer._folding, optimizer._signatures = fresh, []
