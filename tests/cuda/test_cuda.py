@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from benchmarks.memory import peak_allocation
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, update
-from tests.conformance.test_conformance import RATIO, SCALING, wrapped_run
-from tests.support import strategies
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from tests.support import internals, strategies
 from tests.support.compare import relative
-from tests.support.strategies import INNERS
+from tests.support.runs import SCALING, LayerRun
+from tests.support.strategies import INNERS, LAYOUTS, ROUNDINGS, RULES
 
 pytestmark = pytest.mark.cuda
 
-AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
+RATIO = 0.7
 
 
 def on_cuda(layout="linear", seed=3, dtype=torch.float32, factor_dtype=None):
     return strategies.make(layout, seed=seed, dtype=dtype, factor_dtype=factor_dtype, device="cuda")
 
 
-def layers(count=3, c=512, d=384, r=4, dtype=torch.float32):
+def triples_on_cuda(count=3, c=512, d=384, r=4, dtype=torch.float32):
     triples = []
     for i in range(count):
         A, B = (torch.randn(s, device="cuda", requires_grad=True) for s in ((c, r), (r, d)))
@@ -32,26 +32,34 @@ def layers(count=3, c=512, d=384, r=4, dtype=torch.float32):
 CLOSE = {"SGD": 1e-10, "AdamW_foreach": 1e-10, "AdamW_fused": 1e-10, "AdamW_capturable": 1e-4, "Adafactor": 1e-10}
 
 
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CLOSE)
-def test_follows_the_cpu_in_float64(name, layout):
+@pytest.mark.parametrize("rule", RULES)
+def test_follows_the_cpu_in_float64(rule, name, layout):
     """The CPU run is the one compared with the dense reference."""
-    inner, options = INNERS.get(name, (AdamW, {"lr": 0.01, "capturable": True}))
-    here, there = strategies.make(layout, seed=3), on_cuda(layout, dtype=torch.float64)
-    loss = strategies.problem(here.matrix(here.W).shape)
-    device_loss = lambda weight, t: loss(weight.cpu(), t)  # noqa: E731
-    for stored, fn in ((here, loss), (there, device_loss)):
-        own = options if stored is there else {k: v for k, v in options.items() if k != "capturable"}
-        optimizer = DeltaLoRAOptimizer(inner, [stored.triple(SCALING)], update_ratio=RATIO, start_step=3, **own)
-        wrapped_run(stored, optimizer, fn, 100)
-    for a, b in ((here.W, there.W), (here.A, there.A), (here.B, there.B)):
-        assert relative(b.detach().cpu(), a.detach()) < CLOSE[name]
+    inner, options = INNERS.get(name, (torch.optim.AdamW, {"lr": 0.01, "capturable": True}))
+    here, there = (
+        LayerRun(
+            rule,
+            layout,
+            seed=3,
+            inner=inner,
+            zero=False,
+            device=device,
+            update_ratio=RATIO,
+            start_step=3,
+            **{key: value for key, value in options.items() if device == "cuda" or key != "capturable"},
+        ).train(100, by_closure=True)
+        for device in ("cpu", "cuda")
+    )
+    for a, b in zip(here.tensors, there.tensors, strict=True):
+        assert relative(b.cpu(), a) < CLOSE[name]
 
 
 NARROW = [
     pytest.param(dtype, rounding, kernel, id=f"{dtype}-{rounding}-{'kernel' if kernel else 'blocks'}")
     for dtype in (torch.bfloat16, torch.float16)
-    for rounding in ("nearest", "stochastic", "compensated")
+    for rounding in ROUNDINGS
     for kernel in (True, False)
 ]
 WIDE = [pytest.param(torch.float32, "auto", True, id="torch.float32")]
@@ -63,21 +71,21 @@ def choose(monkeypatch):
 
     def chosen(kernel):
         if kernel:
-            assert update.fused_kernel(torch.device("cuda", torch.cuda.current_device())) is not None
+            assert internals.kernel_for(torch.device("cuda", torch.cuda.current_device())) is not None
         else:
-            monkeypatch.setattr(update, "fused_kernel", lambda device: None)
+            internals.use_kernel(monkeypatch, None)
 
     return chosen
 
 
 @pytest.mark.parametrize(("dtype", "rounding", "kernel"), WIDE + NARROW)
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_step_is_the_exact_sum_rounded_once(layout, dtype, rounding, kernel, choose):
     choose(kernel)
     stored = on_cuda(layout, dtype=dtype, factor_dtype=torch.float32)
     stored.A.grad, stored.B.grad = torch.randn_like(stored.A), torch.randn_like(stored.B)
     W, A, B = (t.double() for t in stored.matrices())
-    DeltaLoRAOptimizer(SGD, [stored.triple(SCALING)], update_ratio=RATIO, rounding=rounding, lr=0.1).step()
+    DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(SCALING)], update_ratio=RATIO, rounding=rounding, lr=0.1).step()
     W_new, A_new, B_new = (t.double() for t in stored.matrices())
     exact = W + RATIO * SCALING * (A_new @ B_new - A @ B)
     spacing = torch.finfo(dtype).eps * exact.abs()
@@ -86,7 +94,7 @@ def test_one_step_is_the_exact_sum_rounded_once(layout, dtype, rounding, kernel,
 
 
 @pytest.mark.parametrize(("dtype", "rounding", "kernel"), NARROW)
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_16_bit_weights_are_those_of_the_cpu(layout, dtype, rounding, kernel, choose):
     """Bit for bit, noise and compensation too: factors of integers, whose products every order of summing gives."""
     choose(kernel)
@@ -97,30 +105,30 @@ def test_16_bit_weights_are_those_of_the_cpu(layout, dtype, rounding, kernel, ch
             stored.A.round_()
             stored.B.round_()
         triple = stored.triple(2.0**-9, name="q")
-        optimizer = DeltaLoRAOptimizer(SGD, [triple], update_ratio=1.0, rounding=rounding, lr=1.0)
+        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], update_ratio=1.0, rounding=rounding, lr=1.0)
         for t in range(3):
             generator = torch.Generator().manual_seed(t)
             for factor in (stored.A, stored.B):
                 factor.grad = torch.randint(-2, 3, factor.shape, generator=generator).to(factor)
             optimizer.step()
-        kept = optimizer.accounts()[0].ledger.compensation
-        runs.append((stored.W.cpu(), torch.zeros(1) if kept is None else kept.bits.cpu()))
+        kept = internals.compensation_of(optimizer)
+        runs.append((stored.W.cpu(), torch.zeros(1) if kept is None else kept.cpu()))
     (W, kept), (W_there, kept_there) = runs
     assert torch.equal(W.view(torch.int16), W_there.view(torch.int16))
     assert torch.equal(kept, kept_there)
 
 
 def test_tf32_does_not_reach_the_delta():
-    exact, low = layers(1, c=1024, d=1024, r=16), layers(1, c=1024, d=1024, r=16)
+    exact, low = triples_on_cuda(1, c=1024, d=1024, r=16), triples_on_cuda(1, c=1024, d=1024, r=16)
     with torch.no_grad():
         for mine, other in zip((low[0].W, low[0].A, low[0].B), (exact[0].W, exact[0].A, exact[0].B), strict=True):
             mine.copy_(other)
         low[0].A.grad, low[0].B.grad = exact[0].A.grad.clone(), exact[0].B.grad.clone()
-    DeltaLoRAOptimizer(SGD, exact, lr=0.1).step()
+    DeltaLoRAOptimizer(torch.optim.SGD, exact, lr=0.1).step()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        DeltaLoRAOptimizer(SGD, low, lr=0.1).step()
+        DeltaLoRAOptimizer(torch.optim.SGD, low, lr=0.1).step()
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(exact[0].W, low[0].W)
@@ -130,7 +138,9 @@ def test_tf32_does_not_reach_the_delta():
 @pytest.mark.parametrize(("dtype", "rounding", "kernel"), WIDE + NARROW)
 def test_step_never_waits_for_the_device(dtype, rounding, kernel, choose):
     choose(kernel)
-    optimizer = DeltaLoRAOptimizer(SGD, layers(dtype=dtype), lr=0.1, momentum=0.9, rounding=rounding)
+    optimizer = DeltaLoRAOptimizer(
+        torch.optim.SGD, triples_on_cuda(dtype=dtype), lr=0.1, momentum=0.9, rounding=rounding
+    )
     optimizer.step()
     torch.cuda.synchronize()
     try:
@@ -144,7 +154,9 @@ def test_step_never_waits_for_the_device(dtype, rounding, kernel, choose):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_neither_does_the_first_move_nor_a_changed_ratio():
     """The fingerprint of the base is taken, and a term closed."""
-    optimizer = DeltaLoRAOptimizer(SGD, layers(), lr=0.1, momentum=0.9, start_step=1, update_ratio=lambda t: 1.0 + t)
+    optimizer = DeltaLoRAOptimizer(
+        torch.optim.SGD, triples_on_cuda(), lr=0.1, momentum=0.9, start_step=1, update_ratio=lambda t: 1.0 + t
+    )
     optimizer.step()
     torch.cuda.synchronize()
     try:
@@ -153,14 +165,14 @@ def test_neither_does_the_first_move_nor_a_changed_ratio():
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(optimizer.accounts()[0].ledger.terms) == 4
+    assert len(internals.terms_of(optimizer)) == 4
 
 
 @pytest.mark.filterwarnings("ignore:a LoRA factor became NaN")
 def test_the_ledger_knows_of_skipped_steps_and_outside_changes():
-    triples = layers()
+    triples = triples_on_cuda()
     starts = [t.W.double() for t in triples]
-    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=1e-3, update_ratio=1.5)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=1e-3, update_ratio=1.5)
     for t in range(12):
         with torch.no_grad():
             if t == 4:
@@ -177,11 +189,11 @@ def test_the_ledger_knows_of_skipped_steps_and_outside_changes():
         assert relative(W + found, triple.W.double()) < 1e-5
 
 
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_may_be_resumed_on_the_other_device(layout):
     """Fingerprints do not depend on the device, and a ledger is put where W is."""
     here, there = strategies.make(layout, seed=3), on_cuda(layout, dtype=torch.float64)
-    optimizers = [DeltaLoRAOptimizer(SGD, [s.triple(SCALING, name="q")], lr=0.1) for s in (here, there)]
+    optimizers = [DeltaLoRAOptimizer(torch.optim.SGD, [s.triple(SCALING, name="q")], lr=0.1) for s in (here, there)]
     W0 = there.W.clone()
     for _ in range(3):
         here.A.grad, here.B.grad = torch.ones_like(here.A), torch.ones_like(here.B)
@@ -200,9 +212,9 @@ def test_a_run_may_be_resumed_on_the_other_device(layout):
 
 @pytest.mark.parametrize("place", ["cpu", "device"])
 def test_a_kept_base_comes_back(place):
-    triples = layers(dtype=torch.bfloat16)
+    triples = triples_on_cuda(dtype=torch.bfloat16)
     before = [t.W.clone() for t in triples]
-    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.1, keep_base=place)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1, keep_base=place)
     optimizer.step()
     moved = [t.W.clone() for t in triples]
     with optimizer.base_weights():
@@ -212,9 +224,9 @@ def test_a_kept_base_comes_back(place):
 
 @pytest.mark.filterwarnings("ignore:a LoRA factor became NaN")
 def test_a_bad_factor_leaves_every_W_alone_and_is_reported_later():
-    triples = layers()
+    triples = triples_on_cuda()
     before = [t.W.clone() for t in triples]
-    optimizer = DeltaLoRAOptimizer(SGD, triples, lr=0.1)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
     triples[1].A.grad[0, 0] = float("nan")
     optimizer.step()
     torch.cuda.synchronize()
@@ -228,7 +240,7 @@ def test_a_bad_factor_leaves_every_W_alone_and_is_reported_later():
 @pytest.mark.parametrize(
     ("dtype", "rounding", "kernel"), [*WIDE, pytest.param(torch.float64, "auto", True, id="torch.float64"), *NARROW]
 )
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_unchanged_factor_keeps_the_bits_of_W(layout, dtype, rounding, kernel, scaling, choose):
     choose(kernel)
     stored = on_cuda(layout, dtype=dtype)
@@ -236,29 +248,29 @@ def test_an_unchanged_factor_keeps_the_bits_of_W(layout, dtype, rounding, kernel
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.W.element_size()]
     before = stored.W.clone().view(bits)
     stored.A.grad, stored.B.grad = torch.randn_like(stored.A), torch.randn_like(stored.B)
-    DeltaLoRAOptimizer(SGD, [stored.triple(scaling)], rounding=rounding, lr=0.0).step()
+    DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(scaling)], rounding=rounding, lr=0.0).step()
     assert torch.equal(stored.W.view(bits), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dense_delta_is_never_allocated(dtype):
     """In 16 bits there is not even a block: the kernel lifts a tile in registers."""
-    optimizer = DeltaLoRAOptimizer(SGD, layers(c=2048, d=2048, dtype=dtype), lr=1e-3)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples_on_cuda(c=2048, d=2048, dtype=dtype), lr=1e-3)
     optimizer.step()
     assert peak_allocation(optimizer.step, "cuda") < 2048 * 2048 * 4 / 20
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capture_into_a_graph_is_refused():
-    optimizer = DeltaLoRAOptimizer(AdamW, layers(1), lr=1e-3, capturable=True)
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples_on_cuda(1), lr=1e-3, capturable=True)
     optimizer.step()
     with pytest.raises(RuntimeError, match="captured into a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
 
 
 def test_grad_scaler_with_a_fused_inner_optimizer():
-    triples = layers(1)
-    optimizer = DeltaLoRAOptimizer(AdamW, triples, lr=1e-3, fused=True)
+    triples = triples_on_cuda(1)
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=1e-3, fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
     scaler.scale(torch.ones((), device="cuda"))
     before = [t.detach().clone() for t in (triples[0].W, triples[0].A, triples[0].B)]
@@ -273,7 +285,7 @@ def test_the_model_may_move_between_devices():
     model = torch.nn.Linear(6, 4, bias=False).requires_grad_(False)
     model.A, model.B = torch.nn.Parameter(torch.randn(4, 2)), torch.nn.Parameter(torch.randn(2, 6))
     triple = LoRATriple((model, "weight"), (model, "A"), (model, "B"), name="q")
-    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=0.1)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
     for device in ("cpu", "cuda", "cpu"):
         model.to(device)
         model.A.grad, model.B.grad = torch.ones_like(model.A), torch.ones_like(model.B)

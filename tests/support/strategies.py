@@ -186,6 +186,7 @@ class Problem:
         self.noise = torch.randn(16, *shape[:-1], 12, generator=generator, dtype=torch.float64)
 
     def __call__(self, weight: Tensor, step: int) -> Tensor:
+        weight = weight.cpu()  # one problem, to the last bit, wherever the weight is
         x = self.inputs[step % 16].to(weight.dtype)
         y = (self.target @ self.inputs[step % 16] + 0.3 * self.noise[step % 16]).to(weight.dtype)
         return (weight @ x - y).square().mean()
