@@ -5,13 +5,14 @@ file is adapted and the tests stay.
 """
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, folding, update
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, folding, rounding, update, writing
 from deltaopt.ledger import Ledger, full_part
 from deltaopt.update import BufferKind, FactoredDelta, Move
 from deltaopt.writing import checked_rounding
@@ -95,3 +96,30 @@ def forget_hooks(optimizer: DeltaLoRAOptimizer, *factors: Tensor) -> None:
         folding._divisors.pop(factor)
         factor._backward_hooks.clear()
     optimizer._folding, optimizer._signatures = fresh, []
+
+
+def note_products(patch: pytest.MonkeyPatch, note: Any) -> None:
+    """Call `note(coef, U, V)` in place of adding coef * U @ V to a W that moves in place."""
+    patch.setattr(writing, "add_to_weight_", lambda triple, W, U, V, coef, *_: note(coef, U, V))
+
+
+def use_blocks_of(patch: pytest.MonkeyPatch, elements: int) -> None:
+    """Lift 16-bit weights to 32 bits in blocks of this many elements."""
+    patch.setattr(rounding, "BLOCK_ELEMENTS", elements)
+
+
+def buffer_addresses(optimizer: DeltaLoRAOptimizer) -> list[int]:
+    """Where the buffers are that the factors are kept in during a step."""
+    return [stack.U.data_ptr() for stack in optimizer._delta._stacks.values()]
+
+
+def fail_at_write(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the write of this number, counted from 1, run out of memory before it changes anything."""
+    add_terms, count = writing.add_terms_, itertools.count(1)
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        if next(count) == number:
+            raise torch.OutOfMemoryError("out of memory")
+        add_terms(*arguments, **options)
+
+    patch.setattr(writing, "add_terms_", failing)

@@ -11,69 +11,63 @@ from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.guard import FiniteGuard
 from deltaopt.rounding import Scratch
-from deltaopt.update import FactoredDelta
 from tests.support import internals, strategies
+from tests.support.compare import assert_close
 
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
 
-
-def randn(*shape, seed):
+def random64(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def jump(stored, seed, scale=1.0):
+def change_factors(stored, seed, scale=1.0):
     """Set the factors to other random values, as an inner step would."""
     with torch.no_grad():
-        stored.A.add_(randn(*stored.A.shape, seed=seed), alpha=scale)
-        stored.B.add_(randn(*stored.B.shape, seed=seed + 1), alpha=scale)
+        stored.A.add_(random64(*stored.A.shape, seed=seed), alpha=scale)
+        stored.B.add_(random64(*stored.B.shape, seed=seed + 1), alpha=scale)
 
 
-def move(stored, coef, seed, scale=1.0):
+def move_once(stored, coef, seed, scale=1.0):
     """One update of `stored` for a change of its factors; returns the dense matrices before and after."""
     before = stored.matrices()
-    delta = FactoredDelta()
+    delta = internals.new_delta()
     delta.snapshot([internals.move_of(stored.triple(), coef)])
-    jump(stored, seed, scale)
+    change_factors(stored, seed, scale)
     delta.apply_(FiniteGuard(), internals.AUTO)
     return before, stored.matrices()
-
-
-def assert_close(actual, expected, tolerance=1e-13):
-    assert float((actual - expected).abs().max()) <= tolerance * (1.0 + float(expected.abs().max()))
 
 
 @given(strategies.layouts, strategies.seeds, strategies.ratios, strategies.scalings)
 def test_factored_delta_is_the_dense_delta(layout, seed, ratio, scaling):
     """[A' - A | A] @ [B' ; B' - B] = A'B' - AB."""
-    (W, A, B), (W_new, A_new, B_new) = move(strategies.make(layout, seed), ratio * scaling, seed)
-    assert_close(W_new - W, ratio * scaling * (A_new @ B_new - A @ B))
+    (W, A, B), (W_new, A_new, B_new) = move_once(strategies.make(layout, seed), ratio * scaling, seed)
+    assert_close(W_new - W, ratio * scaling * (A_new @ B_new - A @ B), 1e-13)
 
 
-@given(shapes, strategies.seeds)
+@given(strategies.shapes, strategies.seeds)
 def test_factored_delta_at_any_shape(shape, seed):
     c, d, r = shape
     stored = strategies.Stored(
-        randn(c, d, seed=seed),
-        randn(c, r, seed=seed + 1),
-        randn(r, d, seed=seed + 2),
+        random64(c, d, seed=seed),
+        random64(c, r, seed=seed + 1),
+        random64(r, d, seed=seed + 2),
         lambda W: W,
         lambda A: A,
         lambda B: B,
         {},
     )
-    (W, A, B), (W_new, A_new, B_new) = move(stored, 0.5, seed)
-    assert_close(W_new - W, 0.5 * (A_new @ B_new - A @ B))
+    (W, A, B), (W_new, A_new, B_new) = move_once(stored, 0.5, seed)
+    assert_close(W_new - W, 0.5 * (A_new @ B_new - A @ B), 1e-13)
 
 
 @given(strategies.layouts, strategies.seeds)
 def test_a_small_change_of_large_factors_is_not_lost(layout, seed):
-    """In float32 the difference of two products loses what is below 1e-7 of them; the factored form does not."""
+    """Subtracting two float32 products loses what is below 1e-7 of them; the factored form does not."""
     stored = strategies.make(layout, seed, dtype=torch.float32)
     stored.W.zero_()
     with torch.no_grad():
         stored.A.mul_(100.0)
         stored.B.mul_(100.0)
-    (_, A, B), (W_new, A_new, B_new) = move(stored, 1.0, seed, scale=1e-3)
+    (_, A, B), (W_new, A_new, B_new) = move_once(stored, 1.0, seed, scale=1e-3)
     A, B, A_new, B_new = (t.double() for t in (A, B, A_new, B_new))
     exact = A_new @ B_new - A @ B
     factored = float((W_new.double() - exact).norm() / exact.norm())
@@ -93,25 +87,25 @@ def test_telescoping(layout, seed, start_step, scaling):
     for t in range(10):
         if t == start_step:
             anchor = stored.matrices()
-        stored.A.grad, stored.B.grad = randn(*stored.A.shape, seed=t), randn(*stored.B.shape, seed=50 + t)
+        stored.A.grad, stored.B.grad = random64(*stored.A.shape, seed=t), random64(*stored.B.shape, seed=50 + t)
         optimizer.step()
     W, A, B = stored.matrices()
     assert torch.equal(anchor[0], frozen)
-    assert_close(W - frozen, 1.5 * scaling * (A @ B - anchor[1] @ anchor[2]))
+    assert_close(W - frozen, 1.5 * scaling * (A @ B - anchor[1] @ anchor[2]), 1e-13)
 
 
 @given(strategies.seeds, st.integers(0, 3))
 def test_rank_of_the_change(seed, start_step):
-    """At most 2r however many steps, r from a zero product at step K on; a changing ratio makes it grow."""
+    """Stay at 2r however many steps, at r from a zero product at step K; grow with a changing ratio."""
     ranks = []
     for ratio, zero in ((1.5, False), (1.5, start_step == 0), (lambda t: 0.2 * t, False)):
-        W, A, B = randn(20, 20, seed=seed), randn(20, 2, seed=seed + 1), randn(2, 20, seed=seed + 2)
+        W, A, B = random64(20, 20, seed=seed), random64(20, 2, seed=seed + 1), random64(2, 20, seed=seed + 2)
         A.mul_(0.0 if zero else 1.0).requires_grad_()
         B.requires_grad_()
         frozen = W.clone()
         optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], update_ratio=ratio, start_step=start_step, lr=0.1)
         for t in range(12):
-            A.grad, B.grad = randn(20, 2, seed=seed + 3 + t), randn(2, 20, seed=seed + 50 + t)
+            A.grad, B.grad = random64(20, 2, seed=seed + 3 + t), random64(2, 20, seed=seed + 50 + t)
             optimizer.step()
         ranks.append(int(torch.linalg.matrix_rank(W - frozen, rtol=1e-9)))
     assert ranks[:2] == [4, 2 if start_step == 0 else 4]
@@ -120,18 +114,18 @@ def test_rank_of_the_change(seed, start_step):
 
 @given(strategies.layouts, strategies.seeds, strategies.ratios)
 def test_linear_in_the_coefficient(layout, seed, ratio):
-    """update_ratio and scaling enter as their product, and the change of W is linear in it."""
+    """Enter update_ratio and scaling as their product, in which the change of W is linear."""
     one, many = strategies.make(layout, seed), strategies.make(layout, seed)
-    (W, *_), (W_one, *_) = move(one, 1.0, seed)
-    _, (W_many, *_) = move(many, ratio, seed)
-    assert_close(W_many - W, ratio * (W_one - W))
+    (W, *_), (W_one, *_) = move_once(one, 1.0, seed)
+    _, (W_many, *_) = move_once(many, ratio, seed)
+    assert_close(W_many - W, ratio * (W_one - W), 1e-13)
 
 
 @given(strategies.seeds, st.permutations(range(strategies.R)))
 def test_invariant_to_the_order_of_rank_components(seed, order):
     plain, permuted = strategies.make("linear", seed), strategies.make("linear", seed)
-    before, after = (plain.matrices(), move(plain, 1.0, seed)[1])
-    delta = FactoredDelta()
+    before, after = (plain.matrices(), move_once(plain, 1.0, seed)[1])
+    delta = internals.new_delta()
     with torch.no_grad():
         permuted.A.copy_(before[1][:, order])
         permuted.B.copy_(before[2][order])
@@ -140,12 +134,12 @@ def test_invariant_to_the_order_of_rank_components(seed, order):
         permuted.A.copy_(after[1][:, order])
         permuted.B.copy_(after[2][order])
     delta.apply_(FiniteGuard(), internals.AUTO)
-    assert_close(permuted.W, plain.W)
+    assert_close(permuted.W, plain.W, 1e-13)
 
 
 @given(strategies.seeds)
 def test_block_rows_move_as_their_own_triples(seed):
-    """A fused weight registered in two row blocks moves as the two weights it holds."""
+    """Move a fused weight registered in two row blocks as the two weights it holds."""
     whole = strategies.make("linear", seed)
     top, bottom = slice(0, 2), slice(2, strategies.C)
     fused = whole.W.clone()
@@ -153,20 +147,20 @@ def test_block_rows_move_as_their_own_triples(seed):
         LoRATriple(fused, whole.A.detach()[s].clone().requires_grad_(), whole.B, rows=(s.start, s.stop), name=str(i))
         for i, s in enumerate((top, bottom))
     ]
-    delta = FactoredDelta()
+    delta = internals.new_delta()
     delta.snapshot([internals.move_of(t, 1.0) for t in parts])
     before = whole.matrices()
-    jump(whole, seed)
+    change_factors(whole, seed)
     with torch.no_grad():
         for part, rows in zip(parts, (top, bottom), strict=True):
             part.A.copy_(whole.A[rows])
     delta.apply_(FiniteGuard(), internals.AUTO)
-    assert_close(fused - before[0], whole.A.detach() @ whole.B.detach() - before[1] @ before[2])
+    assert_close(fused - before[0], whole.A.detach() @ whole.B.detach() - before[1] @ before[2], 1e-13)
 
 
 @given(strategies.seeds)
 def test_transposition(seed):
-    """(W, A, B) and (W^T, B^T, A^T) are the same update."""
+    """Give the same update for (W, A, B) and (W^T, B^T, A^T)."""
     stored = strategies.make("linear", seed)
     turned = strategies.Stored(
         stored.W.T.contiguous(),
@@ -177,19 +171,19 @@ def test_transposition(seed):
         lambda B: B,
         {},
     )
-    delta = FactoredDelta()
+    delta = internals.new_delta()
     delta.snapshot([internals.move_of(turned.triple(), 0.7)])
-    _, (W, A, B) = move(stored, 0.7, seed)
+    _, (W, A, B) = move_once(stored, 0.7, seed)
     turned.A.copy_(B.T)
     turned.B.copy_(A.T)
     delta.apply_(FiniteGuard(), internals.AUTO)
-    assert_close(turned.W.T, W)
+    assert_close(turned.W.T, W, 1e-13)
 
 
 def one_step(inner, seed, lr, **options):
-    """Gradients, matrices before and after, of one step with update_ratio 1, scaling 1 on random gradients."""
+    """Return gradients, matrices before and after, of one step with update_ratio 1, scaling 1 on random gradients."""
     stored = strategies.make("linear", seed)
-    stored.A.grad, stored.B.grad = randn(*stored.A.shape, seed=seed + 1), randn(*stored.B.shape, seed=seed + 2)
+    stored.A.grad, stored.B.grad = random64(*stored.A.shape, seed=seed + 1), random64(*stored.B.shape, seed=seed + 2)
     gradients = stored.A.grad.clone(), stored.B.grad.clone()
     before = stored.matrices()
     optimizer = DeltaLoRAOptimizer(inner, [stored.triple()], update_ratio=1.0, lr=lr, **options)
@@ -199,14 +193,14 @@ def one_step(inner, seed, lr, **options):
 
 @given(strategies.seeds, st.floats(1e-3, 0.5))
 def test_expansion_for_sgd(seed, eta):
-    """Eq. 5 with the signs worked out: delta = -eta A g_B - eta g_A B + eta^2 g_A g_B, exactly."""
+    """Check Eq. 5 with the signs worked out: delta = -eta A g_B - eta g_A B + eta^2 g_A g_B, exactly."""
     (g_A, g_B), (W, A, B), (W_new, *_) = one_step(torch.optim.SGD, seed, eta)
-    assert_close(W_new - W, -eta * A @ g_B - eta * g_A @ B + eta**2 * g_A @ g_B)
+    assert_close(W_new - W, -eta * A @ g_B - eta * g_A @ B + eta**2 * g_A @ g_B, 1e-13)
 
 
 @given(strategies.seeds, st.floats(0.0, 0.5))
 def test_expansion_for_adamw(seed, beta):
-    """A.1 with decoupled weight decay beta: delta = -eta A g_B - eta g_A B - 2 eta beta A B + O(eta^2).
+    """Check A.1 with decoupled weight decay beta: delta = -eta A g_B - eta g_A B - 2 eta beta A B + O(eta^2).
 
     g_A and g_B are the normalised gradients. The paper leaves out the last term. What remains after these
     terms falls with the square of eta.
@@ -222,7 +216,7 @@ def test_expansion_for_adamw(seed, beta):
 
 
 def test_weight_decay_term_is_not_negligible():
-    """Without the last term of the expansion above, what remains falls only as eta."""
+    """Leave out the last term of the expansion above: what remains falls only as eta."""
     remainders = []
     for eta in (1e-3, 1e-4):
         (g_A, g_B), (W, A, B), (W_new, *_) = one_step(torch.optim.AdamW, 0, eta, weight_decay=0.3, eps=1e-12)
@@ -231,31 +225,31 @@ def test_weight_decay_term_is_not_negligible():
 
 
 def gradients_of_weight_and_product(seed, drop):
-    """The gradients by W and by AB of a LoRA layer, with `drop` applied to the input of its branch."""
+    """Return the gradients by W and by AB of a LoRA layer, with `drop` applied to the input of its branch."""
     stored = strategies.make("linear", seed)
     W, AB = stored.W.requires_grad_(), (stored.A @ stored.B).detach().requires_grad_()
-    x, target = randn(strategies.D, 6, seed=seed + 3), randn(strategies.C, 6, seed=seed + 4)
+    x, target = random64(strategies.D, 6, seed=seed + 3), random64(strategies.C, 6, seed=seed + 4)
     (W @ x + AB @ drop(x) - target).square().mean().backward()
     return W.grad, AB.grad
 
 
 @given(strategies.seeds)
 def test_gradients_of_weight_and_product_are_equal_without_dropout(seed):
-    """Eq. 4: the ground on which W may follow A B."""
+    """Check Eq. 4, the ground on which W may follow A B."""
     for_weight, for_product = gradients_of_weight_and_product(seed, lambda x: x)
-    assert_close(for_weight, for_product)
+    assert_close(for_weight, for_product, 1e-13)
 
 
 @given(strategies.seeds)
 def test_gradients_of_weight_and_product_differ_with_dropout(seed):
-    """Eq. 7: why dropout in the branch is refused."""
-    mask = (randn(strategies.D, 6, seed=seed) > 0).double() * 2
+    """Check Eq. 7, the reason why dropout in the branch is refused."""
+    mask = (random64(strategies.D, 6, seed=seed) > 0).double() * 2
     for_weight, for_product = gradients_of_weight_and_product(seed, lambda x: x * mask)
     assert float((for_weight - for_product).norm() / for_weight.norm()) > 1e-2
 
 
-def large(dtype, layout="linear", c=1500, d=1200, r=4, count=3, **options):
-    """`count` layers whose dense delta would stand out in a measurement of memory."""
+def large_layers(dtype, layout="linear", c=1500, d=1200, r=4, count=3, **options):
+    """Build `count` layers whose dense delta would stand out in a measurement of memory."""
     triples = []
     for i in range(count):
         W = torch.zeros(*((c, d) if layout == "linear" else (d, c)), dtype=dtype)
@@ -269,7 +263,7 @@ def large(dtype, layout="linear", c=1500, d=1200, r=4, count=3, **options):
 
 def test_the_dense_delta_is_never_allocated():
     for layout in ("linear", "transposed"):
-        optimizer = large(torch.float32, layout)
+        optimizer = large_layers(torch.float32, layout)
         dense = 1500 * 1200 * 4
         assert peak_allocation(optimizer.step, "cpu") < dense / 20
 
@@ -283,15 +277,15 @@ def test_the_dense_delta_is_never_allocated():
     ],
 )
 def test_16_bit_weights_are_lifted_in_bounded_blocks(rounding, dtype, buffers, layout, monkeypatch):
-    """Each buffer is a block in float32 or int32; W itself would be five of them."""
-    monkeypatch.setattr("deltaopt.rounding.BLOCK_ELEMENTS", 1 << 18)
-    optimizer = large(dtype, layout, rounding=rounding)
+    """Take a block in float32 or int32 for each buffer; W itself would be five of them."""
+    internals.use_blocks_of(monkeypatch, 1 << 18)
+    optimizer = large_layers(dtype, layout, rounding=rounding)
     assert peak_allocation(optimizer.step, "cpu") < 4 * buffers * (1 << 18) + 400_000
 
 
 def test_the_weights_of_a_step_are_written_in_the_same_blocks(monkeypatch):
-    """Memory that was just used is at hand, while fresh pages cost as much as the arithmetic on them."""
-    optimizer, blocks = large(torch.bfloat16, rounding="compensated"), {}
+    """Reuse memory: fresh pages cost as much as the arithmetic on them."""
+    optimizer, blocks = large_layers(torch.bfloat16, rounding="compensated"), {}
 
     def block(scratch, name, like, dtype, made=Scratch.block):
         found = made(scratch, name, like, dtype)
@@ -321,9 +315,9 @@ def test_a_block_is_of_the_shape_and_dtype_that_is_asked_for():
 
 
 def test_buffers_are_kept_from_step_to_step():
-    optimizer = large(torch.float32)
-    first = [stack.U.data_ptr() for stack in optimizer._delta._stacks.values()]
+    optimizer = large_layers(torch.float32)
+    first = internals.buffer_addresses(optimizer)
     optimizer.step()
-    assert [stack.U.data_ptr() for stack in optimizer._delta._stacks.values()] == first
+    assert internals.buffer_addresses(optimizer) == first
     buffers, anchor = 3, 1
     assert optimizer.buffer_bytes == (buffers + anchor) * 3 * 4 * 4 * (1500 + 1200)

@@ -1,0 +1,188 @@
+"""Every refusal of a triple, of a set of triples and of an inner optimizer comes before anything changes."""
+
+import pytest
+import torch
+from torch import nn
+
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from tests.support.compare import refused
+from tests.support.small import refuses_triples, small_layer, small_triple
+from tests.support.strategies import RULES
+
+# One triple.
+
+
+def test_refuses_a_weight_that_requires_grad():
+    W, A, B = small_layer()
+    message = refuses_triples(LoRATriple(W.requires_grad_(), A, B, name="q"))
+    assert "q: W requires grad: Delta-LoRA moves a frozen W" in message
+
+
+@pytest.mark.parametrize("letter", ["A", "B"])
+def test_refuses_a_factor_that_does_not_require_grad(letter):
+    triple = small_triple()
+    getattr(triple, letter).requires_grad_(False)
+    assert f"q: {letter} does not require grad, so no optimizer can train it" in refuses_triples(triple)
+
+
+def test_refuses_factors_on_another_device():
+    W, _, B = small_layer()
+    A = torch.empty(4, 2, device="meta", requires_grad=True)
+    message = refuses_triples(LoRATriple(W, A, B, name="q"))
+    assert "q: A is on meta and W on cpu: move them to one device" in message
+
+
+def test_refuses_a_weight_that_was_sharded_since(tmp_path):
+    """FSDP2 and tensor parallelism put a DTensor in place of the Parameter after the optimizer was built."""
+    dist = pytest.importorskip("torch.distributed.tensor", reason="runs where torch is built with distributed")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        linear = nn.Linear(6, 4, bias=False).requires_grad_(False)
+        triple = LoRATriple((linear, "weight"), *small_layer()[1:], name="q")
+        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = dist.distribute_tensor(linear.weight, mesh, [dist.Shard(0)])
+        linear.weight = nn.Parameter(sharded, requires_grad=False)
+        with pytest.raises(ValueError, match=r"q: W is a torch.distributed.tensor.DTensor, expected a plain tensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_refuses_a_weight_that_was_unfrozen_since():
+    triple = small_triple()
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+    triple.W.requires_grad_()
+    refused(optimizer.step, ValueError, "q: W requires grad", kept=lambda: [t.detach() for t in triple.stored()])
+
+
+def test_refuses_a_weight_that_became_unusable():
+    model = nn.Linear(6, 4, bias=False).requires_grad_(False)
+    triple = LoRATriple((model, "weight"), *small_layer()[1:], name="q")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+    model.weight = nn.Parameter(torch.empty(4, 6, device="meta"), requires_grad=False)
+    with pytest.raises(ValueError, match="q: W is on the meta device"):
+        optimizer.step()
+
+
+# A set of triples.
+
+
+def test_lists_all_bad_layers_at_once():
+    W, A, B = small_layer()
+    message = refuses_triples(
+        LoRATriple(W, B, A, name="first"), LoRATriple(W.int(), A, B, name="second"), small_triple("fine")
+    )
+    assert "first: " in message
+    assert "second: " in message
+    assert "fine" not in message
+
+
+def test_refuses_a_duplicate_triple():
+    first, second = small_triple("q"), small_triple("k")
+    message = refuses_triples(first, LoRATriple(first.W, second.A, second.B, name="k"))
+    assert "k: its W shares memory with the W of q" in message
+
+
+def test_refuses_overlapping_rows():
+    W, A, B = small_layer(c=8)
+    message = refuses_triples(
+        LoRATriple(W, A[:5].detach().requires_grad_(), B, rows=(0, 5), name="q"),
+        LoRATriple(W, A[4:].detach().requires_grad_(), B, rows=(4, 8), name="k"),
+    )
+    assert "k: its W shares memory with the W of q" in message
+
+
+def test_takes_disjoint_rows_of_a_stack_of_experts():
+    """As gate and up, fused in one weight."""
+    W = torch.zeros(2, 8, 6)
+
+    def half(start):
+        A, B = torch.randn(2, 4, 2, requires_grad=True), torch.randn(2, 2, 6, requires_grad=True)
+        return LoRATriple(W, A, B, layout="experts", rows=(start, start + 4), name=str(start))
+
+    assert len(DeltaLoRAOptimizer(torch.optim.SGD, [half(0), half(4)]).triples) == 2
+    assert "its W shares memory" in refuses_triples(half(0), half(3))
+
+
+def test_takes_layers_of_the_same_numbers():
+    assert len(DeltaLoRAOptimizer(torch.optim.SGD, [small_triple("q"), small_triple("k")]).triples) == 2
+
+
+def test_refuses_factors_tied_through_storage():
+    W, A, B = small_layer(c=6, d=6)
+    tied = nn.Parameter(A.detach().T)
+    message = refuses_triples(
+        LoRATriple(W, A, B, name="q"), LoRATriple(torch.randn(6, 6), small_layer(c=6)[1], tied, name="head")
+    )
+    assert "head: its B shares memory with A of q though they are two tensors (tied adapters)" in message
+
+
+def test_takes_one_factor_for_two_weights():
+    W, A, B = small_layer()
+    other = torch.randn(4, 6), A, torch.randn(2, 6, requires_grad=True)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B), other])
+    assert len(optimizer.param_groups[0]["params"]) == 3
+
+
+def test_refuses_two_triples_of_one_name():
+    message = refuses_triples(small_triple("q"), small_triple("q"))
+    assert "q: two triples have this name; give each its own" in message
+
+
+# An inner optimizer.
+
+
+def test_refuses_an_inner_optimizer_without_a_factor():
+    triple = small_triple()
+    with pytest.raises(ValueError, match="q: B is not among the parameters of the inner SGD"):
+        DeltaLoRAOptimizer(torch.optim.SGD([triple.A]), [triple])
+
+
+def test_refuses_flattened_copies():
+    """DeepSpeed's and FSDP1's optimizers hold one flat tensor in place of A and B."""
+    W, A, B = small_layer()
+    flat = torch.cat([A.detach().flatten(), B.detach().flatten()]).requires_grad_()
+    with pytest.raises(ValueError, match=r"flattened copies \(DeepSpeed ZeRO, FSDP1, CPU offload\) can ?not be"):
+        DeltaLoRAOptimizer(torch.optim.SGD([flat]), [(W, A, B)])
+
+
+def test_refuses_an_optimizer_of_deepspeed_by_name():
+    class DeepSpeedZeroOptimizer:
+        __module__ = "deepspeed.runtime.zero.stage_1_and_2"
+
+        def __call__(self):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match="DeepSpeed's optimizers step flattened copies"):
+        DeltaLoRAOptimizer(DeepSpeedZeroOptimizer(), [small_layer()])
+
+
+def test_refuses_W_in_the_inner_optimizer():
+    triple = small_triple()
+    with pytest.raises(ValueError, match="q: W is among the parameters of the inner SGD"):
+        DeltaLoRAOptimizer(torch.optim.SGD(triple.stored()), [triple])
+    with pytest.raises(ValueError, match="q: W is among the parameters"):
+        DeltaLoRAOptimizer(torch.optim.SGD, [triple], [triple.W])
+
+
+def test_refuses_a_differentiable_inner_optimizer():
+    with pytest.raises(ValueError, match="differentiable=True, but W is moved without a graph"):
+        DeltaLoRAOptimizer(torch.optim.SGD, [small_layer()], lr=0.1, differentiable=True)
+
+
+def test_refuses_an_inner_delta_lora_optimizer():
+    W, A, B = small_layer()
+    with pytest.raises(TypeError, match="inner is a DeltaLoRAOptimizer already"):
+        DeltaLoRAOptimizer(DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)]), [(W, A, B)])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_refuses_factors_replaced_in_the_groups(rule):
+    """XLA's and FSDP2's preparation replace them; W would silently stay where it is."""
+    W, A, B = small_layer()
+    triple = LoRATriple(W, A, B, scaling=torch.tensor(1.0), name="q")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, weight_update=rule)
+    optimizer.param_groups[0]["params"] = [p.detach().clone().requires_grad_() for p in (A, B)]
+    refused(optimizer.step, ValueError, r"q: A is not among .*\n.*q: B is not among", kept=lambda: optimizer.step_count)

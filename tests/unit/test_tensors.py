@@ -1,0 +1,137 @@
+"""Which tensors can be moved in place, and which of them share memory."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from deltaopt import LoRATriple
+from deltaopt.tensors import memory_overlaps
+from tests.support.small import refuses_triples, small_layer
+
+slices = st.tuples(st.integers(0, 7), st.integers(1, 5)).map(lambda r: (r[0], min(8, r[0] + r[1])))
+
+
+@given(st.tuples(*[slices] * 3), st.tuples(*[slices] * 3))
+def test_overlap_of_blocks_of_a_stack_is_exact(first_block, second_block):
+    base = torch.zeros(8, 8, 8)
+    first, second = (base[tuple(slice(*r) for r in block)] for block in (first_block, second_block))
+    first.add_(1)
+    second.add_(1)
+    shared = bool((base > 1).any())
+    assert memory_overlaps(first, second) == shared
+
+
+@given(slices, slices, slices, slices, st.booleans(), st.booleans())
+def test_overlap_of_slices_is_exact(rows_1, columns_1, rows_2, columns_2, turn_1, turn_2):
+    base = torch.zeros(8, 8)
+    first, second = base[slice(*rows_1), slice(*columns_1)], base[slice(*rows_2), slice(*columns_2)]
+    first.add_(1)
+    second.add_(1)
+    shared = bool((base > 1).any())
+    first, second = first.T if turn_1 else first, second.T if turn_2 else second
+    if min(*first.shape, *second.shape) > 1:
+        assert memory_overlaps(first, second) == shared
+    else:  # a single row or column has no leading stride to compare: never called disjoint when it is not
+        assert memory_overlaps(first, second) or not shared
+
+
+def test_overlap_of_two_shapes_of_one_memory():
+    """Find the columns 0 and 1 of an (8, 8) among the columns 8 and 9 of the same memory as (4, 16)."""
+    base = torch.zeros(64)
+    assert memory_overlaps(base.view(8, 8)[:, :2], base.view(4, 16)[:, 8:10])
+    around_the_edge = base.as_strided((2, 3), (8, 1), 6)  # columns 6, 7 and then 0 of the next row
+    assert memory_overlaps(around_the_edge, base.view(8, 8)[:, :2])
+
+
+def test_separate_tensors_do_not_overlap():
+    assert not memory_overlaps(torch.zeros(3), torch.zeros(3))
+
+
+def refuses_weight(W, module=None):
+    """Return the message with which this W, or the `weight` of this module, is refused."""
+    return refuses_triples(LoRATriple(W if module is None else (module, "weight"), *small_layer()[1:], name="q"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn])
+def test_refuses_dtypes_that_cannot_be_moved(dtype):
+    assert f"q: W has dtype {dtype}, expected float16, bfloat16" in refuses_weight(torch.zeros(4, 6).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
+)
+def test_names_a_way_out_for_integer_and_float8_weights(dtype):
+    message = refuses_weight(torch.zeros(4, 6).to(dtype))
+    assert f"q: W has dtype {dtype}, expected " in message
+    assert 'weight_update="folded"' in message
+    assert "16 or 32 bits" in message
+
+
+def test_names_a_way_out_for_packed_weights():
+    """With quant_storage=bfloat16 the packed numbers pass every test of the dtype."""
+    bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed")
+    layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_storage=torch.bfloat16)
+    _, A, B = small_layer(32, 64)
+    message = refuses_triples(LoRATriple(layer.weight, A, B, name="q"))
+    assert "q: W is a bitsandbytes" in message
+    assert "Params4bit, " in message
+    assert 'weight_update="folded"' in message
+    assert "16 or 32 bits" in message
+
+
+def test_refuses_complex_factors():
+    W, _, B = small_layer()
+    A = torch.randn(4, 2, dtype=torch.complex64, requires_grad=True)
+    assert "q: A has dtype torch.complex64" in refuses_triples(LoRATriple(W, A, B, name="q"))
+
+
+def test_refuses_a_weight_on_the_meta_device():
+    message = refuses_weight(torch.empty(4, 6, device="meta"))
+    assert "q: W is on the meta device (offloaded, or not loaded yet)" in message
+
+
+def test_refuses_an_inference_tensor():
+    with torch.inference_mode():
+        W = torch.randn(4, 6)
+    assert "q: W was made under torch.inference_mode()" in refuses_weight(W)
+
+
+def test_refuses_a_tensor_that_only_looks_plain():
+    class Packed(torch.Tensor):
+        pass
+
+    message = refuses_weight(torch.randn(4, 6).as_subclass(Packed))
+    assert "Packed, expected a plain tensor or Parameter: quantized, sharded" in message
+
+
+def test_refuses_a_deepspeed_partition():
+    W = torch.randn(4, 6)
+    W.ds_id = 7  # how ZeRO-3 marks its parameters
+    assert "q: W is partitioned by DeepSpeed ZeRO-3" in refuses_weight(W)
+
+
+def test_refuses_an_expanded_weight():
+    assert "q: W is expanded (strides (0, 1))" in refuses_weight(torch.randn(1, 6).expand(4, 6))
+
+
+def test_refuses_an_offloaded_layer():
+    class Hook:
+        offload = True
+
+    class Chain:
+        hooks = (Hook(),)
+
+    for hook in (Hook(), Chain()):
+        linear = nn.Linear(6, 4, bias=False).requires_grad_(False)
+        linear._hf_hook = hook  # how accelerate marks a module
+        assert "q: W is offloaded by an accelerate hook" in refuses_weight(None, linear)
+
+
+def test_refuses_a_weight_that_is_computed():
+    """Its parametrization makes a new tensor at each access, in which an update is lost."""
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4, bias=False)).requires_grad_(False)
+    message = refuses_weight(None, linear)
+    assert "each time it is read (a parametrization such as weight_norm)" in message
+    assert "q: W is computed " in message
