@@ -4,33 +4,40 @@ import pytest
 import torch
 
 from tests.support.models import batches, causal_lm, loss_of, optimizer_for
+from tests.support.peft_runs import (
+    EXACT,
+    REBUILT,
+    assert_models_close,
+    assert_models_follow,
+    assert_same_models,
+    peft_asks_by_an_old_name,
+)
 
 lightning = pytest.importorskip("lightning", reason="runs where lightning is installed")
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    peft_asks_by_an_old_name,
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*is lower than the logging interval.*"),
 ]
 
 
-class Module(lightning.LightningModule):
+class AdapterModule(lightning.LightningModule):
     """A tiny Llama with adapters; `adapter_only` keeps the frozen weights out of the checkpoint."""
 
-    def __init__(self, dtype, adapter_only=False):
+    def __init__(self, dtype: torch.dtype, rule: str = "in_place", adapter_only: bool = False) -> None:
         super().__init__()
-        self.model, self.adapter_only = causal_lm(dtype), adapter_only
+        self.model, self.rule, self.adapter_only = causal_lm(dtype), rule, adapter_only
         self.strict_loading = not adapter_only
 
     def training_step(self, ids, _):
         return loss_of(self.model, ids)
 
     def configure_optimizers(self):
-        optimizer = optimizer_for(self.model, start_step=1)
-        return [optimizer], [
-            {"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=8), "interval": "step"}
-        ]
+        optimizer = optimizer_for(self.model, start_step=1, weight_update=self.rule)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=8)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def on_save_checkpoint(self, checkpoint):
         if self.adapter_only:
@@ -38,7 +45,7 @@ class Module(lightning.LightningModule):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
 
-def fit(module, folder, steps, checkpoint=None):
+def fit(module: AdapterModule, folder, steps: int, checkpoint=None) -> lightning.Trainer:
     trainer = lightning.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -48,35 +55,48 @@ def fit(module, folder, steps, checkpoint=None):
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    data = torch.utils.data.DataLoader(
-        batches(1)[0], batch_size=4
-    )  # one batch: where Lightning goes on in the data is its own
+    # One batch: where in the data a resumed fit continues is Lightning's own matter.
+    data = torch.utils.data.DataLoader(batches(1)[0], batch_size=4)
     trainer.fit(module, data, ckpt_path=checkpoint)
     assert trainer.global_step == steps
     return trainer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fit_that_is_resumed_goes_on_bit_for_bit(tmp_path, dtype):
-    whole = Module(dtype)
-    fit(whole, tmp_path, 6)
-    half = Module(dtype)
-    fit(half, tmp_path, 3).save_checkpoint(tmp_path / "half.ckpt")
-    resumed = Module(dtype)
-    trainer = fit(resumed, tmp_path, 6, tmp_path / "half.ckpt")
+def fitted_and_resumed(folder, *arguments) -> tuple[AdapterModule, AdapterModule]:
+    """A module after 6 steps, and one that was saved after 3 of them and resumed."""
+    whole, half, resumed = (AdapterModule(*arguments) for _ in range(3))
+    fit(whole, folder, 6)
+    fit(half, folder, 3).save_checkpoint(folder / "half.ckpt")
+    trainer = fit(resumed, folder, 6, folder / "half.ckpt")
     assert trainer.optimizers[0].step_count == 6
-    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    return whole, resumed
 
 
-def test_a_checkpoint_with_the_adapter_alone_is_rebuilt(tmp_path):
-    whole = Module(torch.float32)
-    fit(whole, tmp_path, 6)
-    half = Module(torch.float32, adapter_only=True)
-    fit(half, tmp_path, 3).save_checkpoint(tmp_path / "half.ckpt")
+@pytest.mark.parametrize(
+    ("dtype", "rule"),
+    [(torch.float32, "in_place"), (torch.bfloat16, "in_place"), (torch.float64, "folded")],
+    ids=["float32", "bfloat16", "folded"],
+)
+def test_a_resumed_fit_continues_bit_for_bit(dtype, rule, tmp_path):
+    whole, resumed = fitted_and_resumed(tmp_path, dtype, rule)
+    assert_same_models(whole.model, resumed.model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rule", "tolerance"),
+    [(torch.float32, "in_place", REBUILT), (torch.float64, "folded", EXACT)],
+    ids=["in_place", "folded"],
+)
+def test_a_checkpoint_with_the_adapter_alone_is_resumed(dtype, rule, tolerance, tmp_path):
+    whole, resumed = fitted_and_resumed(tmp_path, dtype, rule, True)
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
     assert all("lora_" in name for name in saved)
-    resumed = Module(torch.float32, adapter_only=True)
-    fit(resumed, tmp_path, 6, tmp_path / "half.ckpt")
-    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert float((p - q).detach().norm()) <= 1e-6 * float(p.detach().norm()), name
+    assert_models_close(whole.model, resumed.model, tolerance)
+
+
+@pytest.mark.parametrize("adapter_only", [False, True])
+def test_a_folded_fit_and_a_resumed_one_follow_the_one_in_place(adapter_only, tmp_path):
+    in_place = AdapterModule(torch.float64)
+    fit(in_place, tmp_path, 6)
+    for folded in fitted_and_resumed(tmp_path, torch.float64, "folded", adapter_only):
+        assert_models_follow(folded.model, in_place.model)
