@@ -123,3 +123,8 @@ def fail_at_write(patch: pytest.MonkeyPatch, number: int) -> None:
         add_terms(*arguments, **options)
 
     patch.setattr(writing, "add_terms_", failing)
+
+
+def record_of(state: dict) -> dict[str, Any]:
+    """What a state says of the triples and their settings; it may be edited."""
+    return state["param_groups"][0]["deltaopt"]

@@ -2,14 +2,16 @@
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+import deltaopt
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import reference, strategies
-from tests.support.compare import through_a_file
+from tests.support.compare import assert_close, through_a_file
 from tests.support.internals import ledger_of
 
 SCALING = 0.5
@@ -126,12 +128,16 @@ class LayerRun:
         """Give A and B the gradients of this step."""
         if self.gradients_of == "noise":
             generator = torch.Generator().manual_seed(self.t)
-            for factor in self.factors:
-                noise = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
-                factor.grad = noise.to(factor)
+            self._push(torch.randn(f.shape, generator=generator, dtype=torch.float64) for f in self.factors)
             return
         for i in range(micro):
             self.loss(self.effective(), micro * self.t + i).backward()
+
+    def _push(self, gradients: Iterable[Tensor]) -> None:
+        """Give these gradients to A and B by a backward pass, as some rules ask for."""
+        with torch.enable_grad():
+            for factor, gradient in zip(self.factors, gradients, strict=True):
+                (factor * gradient.to(factor)).sum().backward()
 
     def backward(self, micro: int = 1) -> None:
         """Make the gradients of this step from none, and note them."""
@@ -195,8 +201,8 @@ class LayerRun:
     def _skipped_step(self) -> None:
         """Step with gradients of NaN, then put the factors and the moments back as a user does."""
         kept = [factor.detach().clone() for factor in self.factors]
-        for factor in self.factors:
-            factor.grad = torch.full_like(factor, float("nan"))
+        self.optimizer.zero_grad()
+        self._push(torch.full_like(factor, float("nan")) for factor in self.factors)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "a LoRA factor became NaN")
             self.step()
@@ -268,7 +274,8 @@ class SmallSteps(LayerRun):
         generator = torch.Generator().manual_seed(1000 * self.seed + self.t)
         G = self.goal + 2 * torch.randn(self.C, self.D, generator=generator)
         with torch.no_grad():
-            self.stored.A.grad, self.stored.B.grad = G @ self.stored.B.mT, self.stored.A.mT @ G
+            gradients = G @ self.stored.B.mT, self.stored.A.mT @ G
+        self._push(gradients)
 
     def landed(self) -> Tensor:
         """What W itself has moved by."""
@@ -296,3 +303,20 @@ def assert_follows(run: LayerRun, other: LayerRun, tolerance: float = 1e-10) -> 
     pairs += [pair for gs in zip(run.gradients, other.gradients, strict=True) for pair in zip(*gs, strict=True)]
     for now, expected in pairs:
         assert float((now - expected).detach().norm()) <= tolerance * max(float(expected.detach().norm()), 1e-3)
+
+
+def assert_agrees(run: LayerRun, other: LayerRun, tolerance: float = 1e-10) -> None:
+    """All that an optimizer tells of the change of W is the same, and so is the layer without the change."""
+    assert_follows(run, other, tolerance)
+    assert_close(run.displacement(), other.displacement(), tolerance)
+    exports = [deltaopt.export_adapter(r.optimizer)[r.name] for r in (run, other)]
+    assert_close(exports[0].product(), exports[1].product(), tolerance)
+    merged = [deltaopt.merged_weights(r.optimizer)[r.name] for r in (run, other)]
+    assert_close(*merged, tolerance)
+    within = []
+    for r in (run, other):
+        with r.optimizer.base_weights():
+            within.append((r.stored.W.clone(), r.effective().detach().clone()))
+    for now, expected in zip(*within, strict=True):
+        assert_close(now, expected, tolerance)
+    assert_follows(run, other, tolerance)
