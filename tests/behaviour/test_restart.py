@@ -1,4 +1,4 @@
-"""restart, rebase and resync: the account of W goes on, begins anew, or W follows A and B."""
+"""restart: the branch goes into W, A and B start afresh, and the ledger of W continues."""
 
 import pytest
 import torch
@@ -6,20 +6,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from tests.behaviour.test_export import effective
-from tests.support import strategies
-from tests.unit.test_ledger import Run, S, close
+import deltaopt
+from deltaopt import DeltaLoRAOptimizer
+from tests.support import internals, strategies
+from tests.support.compare import close, refused
+from tests.support.histories import random_run
+from tests.support.runs import noisy_run
+from tests.support.small import LoRALinear
+from tests.support.strategies import RULES
 
 
-@given(layout=strategies.layouts, seed=strategies.seeds, steps=st.integers(0, 3), start_step=st.integers(0, 4))
-def test_a_restart_keeps_the_effective_weight(layout, seed, steps, start_step):
-    run = Run(layout, seed, start_step=start_step)
-    for _ in range(steps):
-        run.step()
-    before = effective(run)
+@given(
+    rule=strategies.rules,
+    layout=strategies.layouts,
+    seed=strategies.seeds,
+    steps=st.integers(0, 3),
+    start_step=strategies.start_steps,
+)
+def test_a_restart_keeps_the_effective_weight(rule, layout, seed, steps, start_step):
+    run = random_run(rule, layout, seed, start_step=start_step).train(steps)
+    before = run.effective_exactly()
     run.happen("restart")
-    assert close(effective(run), before)
+    assert close(run.effective_exactly(), before)
     _, _, B = run.stored.matrices()
     if layout == "embedding":  # PEFT starts these the other way round
         assert not B.any()
@@ -29,26 +37,25 @@ def test_a_restart_keeps_the_effective_weight(layout, seed, steps, start_step):
         assert 0 < float(B.abs().max()) <= B.shape[-1] ** -0.5
 
 
-def test_it_clears_gradients_and_inner_state_of_the_factors_and_of_nothing_else():
-    stored, head = strategies.make("linear"), torch.zeros(3, requires_grad=True)
-    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [stored.triple()], [head], lr=0.1)
-    for p in (stored.A, stored.B, head):
-        p.grad = torch.ones_like(p)
+@pytest.mark.parametrize("rule", RULES)
+def test_clears_gradients_and_inner_state_of_the_factors_and_of_nothing_else(rule):
+    run, head = random_run(rule, gradients="loss"), torch.zeros(3, requires_grad=True)
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [run.triple], [head], lr=0.1, weight_update=rule)
+    run.set_gradients()
+    head.grad = torch.ones_like(head)
     optimizer.step()
     optimizer.restart()
     assert list(optimizer.state) == [head]
-    assert stored.A.grad is None
-    assert stored.B.grad is None
+    assert all(factor.grad is None for factor in run.factors)
     assert head.grad is not None
     assert optimizer.step_count == 1
-    assert optimizer.accounts()[0].ledger.end is None
-    stored.A.grad, stored.B.grad = torch.ones_like(stored.A), torch.ones_like(stored.B)
+    run.set_gradients()
     optimizer.step()
-    assert float(optimizer.state[stored.A]["step"]) == 1
+    assert [float(optimizer.state[p]["step"]) for p in (*run.factors, head)] == [1, 1, 2]
 
 
 def test_a_generator_repeats_it_and_the_global_one_is_left_alone():
-    runs = [Run() for _ in range(2)]
+    runs = [noisy_run() for _ in range(2)]
     for run in runs:
         before = torch.get_rng_state()
         run.optimizer.restart(generator=torch.Generator().manual_seed(7))
@@ -58,7 +65,8 @@ def test_a_generator_repeats_it_and_the_global_one_is_left_alone():
     assert not torch.equal(runs[0].stored.B, runs[1].stored.B)
 
 
-def test_a_start_of_ones_own():
+@pytest.mark.parametrize("rule", RULES)
+def test_a_start_of_ones_own(rule):
     seen = []
 
     def reinit(triple):
@@ -66,31 +74,32 @@ def test_a_start_of_ones_own():
         nn.init.zeros_(triple.B)
         nn.init.ones_(triple.A)
 
-    run = Run()
-    run.step()
-    before = effective(run)
+    run = random_run(rule).train(1)
+    before = run.effective_exactly()
     run.optimizer.restart(reinit)
     assert seen == ["q"]
     assert bool((run.stored.A == 1).all())
-    assert close(effective(run), before)
+    assert close(run.effective_exactly(), before)
     run.asked = run.moved()
-    run.step()
+    run.train(1)
     assert close(run.displacement(), run.asked)
 
 
-def test_a_reinit_that_fails_leaves_everything_as_it_was():
+@pytest.mark.parametrize("rule", RULES)
+def test_a_reinit_that_fails_leaves_everything_as_it_was(rule):
     def reinit(triple):
         triple.B.zero_()
-        raise ZeroDivisionError
+        raise KeyError("no start for q")
 
-    run = Run()
-    run.step()
-    before, moments = [t.detach().clone() for t in (run.stored.W, run.stored.A, run.stored.B)], len(run.optimizer.state)
-    with pytest.raises(ZeroDivisionError):
-        run.optimizer.restart(reinit)
-    assert all(map(torch.equal, before, (run.stored.W, run.stored.A, run.stored.B)))
-    assert len(run.optimizer.state) == moments == 2
-    run.step()
+    run = random_run(rule).train(1)
+    refused(
+        lambda: run.optimizer.restart(reinit),
+        KeyError,
+        "no start for q",
+        kept=lambda: (run.tensors, run.scale, run.optimizer.state_dict()),
+    )
+    assert len(run.optimizer.state) == 2
+    run.train(1)
     assert close(run.displacement(), run.moved())
 
 
@@ -111,7 +120,7 @@ def test_the_history_of_lbfgs_is_cleared_wherever_it_is_kept():
 
 
 def test_restarts_that_use_up_the_ledger_say_so_at_once():
-    """Each restart adds the rank of the factors; at a rank of c d / (c + d) the terms would be as large as W."""
+    """Add the rank of the factors each time: at a rank of c d / (c + d) the terms would be as large as W."""
     W, A, B = torch.randn(300, 300), torch.randn(300, 40, requires_grad=True), torch.randn(40, 300, requires_grad=True)
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], lr=0.1)
 
@@ -126,136 +135,66 @@ def test_restarts_that_use_up_the_ledger_say_so_at_once():
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_a_reinit_that_leaves_a_product_is_accounted_for():
-    """The effective weight jumps, as documented; W and its ledger still agree."""
-    run = Run()
-    run.step()
-    run.optimizer.restart(lambda triple: None)
+@pytest.mark.parametrize("start_step", [0, 4, 30])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_reinit_that_leaves_a_product_is_accounted_for(rule, start_step):
+    """Let the effective weight jump, as documented; W and its ledger still agree, twice in a run."""
+
+    @torch.no_grad()
+    def reinit(triple):
+        generator = torch.Generator().manual_seed(5)
+        for factor in (triple.A, triple.B):
+            factor.copy_(torch.randn(factor.shape, generator=generator, dtype=factor.dtype))
+
+    run = random_run(rule, start_step=start_step).train(6)
     for _ in range(2):
-        run.step()
+        run.asked += run.scaling * run.product()
+        run.optimizer.restart(reinit)
+        assert close(run.displacement(), run.asked)
+        run.train(4)
+        assert close(run.displacement(), run.asked)
+        assert close(run.moved(), run.asked)
+        change = deltaopt.export_adapter(run.optimizer)["q"].product()
+        assert close(run.base() + change, run.effective_exactly(), 1e-11)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_restart_that_changes_no_factor(rule):
+    run = random_run(rule).train(1)
+    run.optimizer.restart(lambda triple: None)
+    run.train(2)
     assert close(run.displacement(), run.moved())
 
 
 @pytest.mark.parametrize("action", ["restart", "resync"])
-def test_a_factor_that_is_not_finite_is_refused(action):
-    run = Run()
-    run.step()
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("rule", RULES)
+def test_refuses_a_factor_that_is_not_finite(rule, value, action):
+    run = random_run(rule).train(1)
     with torch.no_grad():
-        run.stored.B[1, 2] = torch.inf
-    before = [t.detach().clone() for t in (run.stored.W, run.stored.A)]
+        run.stored.B[1, 2] = value
+    before = [t.clone() for t in (run.stored.W, run.stored.A.detach(), run.scale)]
     with pytest.raises(ValueError, match="a factor of q is NaN or infinite"):
         getattr(run.optimizer, action)()
-    assert all(map(torch.equal, before, (run.stored.W, run.stored.A)))
+    assert all(map(torch.equal, before, (run.stored.W, run.stored.A.detach(), run.scale)))
 
 
 @pytest.mark.parametrize("action", ["restart", "resync"])
-def test_a_merged_branch_is_refused(action):
-    layer = nn.Linear(7, 5, bias=False).requires_grad_(False)
-    layer.A, layer.B = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(3, 7))
-    optimizer = DeltaLoRAOptimizer(
-        torch.optim.SGD, [LoRATriple((layer, "weight"), (layer, "A"), (layer, "B"), name="q")], lr=0.1
+@pytest.mark.parametrize("rule", RULES)
+def test_refuses_a_merged_branch(rule, action):
+    layer = LoRALinear()
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [layer.triple()], lr=0.1, weight_update=rule)
+    layer.merged = True
+    refused(
+        getattr(optimizer, action),
+        RuntimeError,
+        "q: the branch is merged into W",
+        kept=lambda: ([p.detach() for p in layer.parameters()], layer.scaling),
     )
-    layer.merged, W = True, layer.weight.clone()
-    with pytest.raises(RuntimeError, match="q: the branch is merged into W"):
-        getattr(optimizer, action)()
-    assert torch.equal(layer.weight, W)
 
 
-def test_rebase_takes_the_present_weight_as_the_base():
-    run = Run(keep_base="cpu")
-    run.step()
-    run.stored.W.mul_(run.stored.W.abs() > 0.5)  # pruned by hand
-    run.optimizer.rebase()
-    assert run.optimizer.displacement("q").rank == 0
-    run.W0, run.asked = run.stored.W.clone(), torch.zeros_like(run.asked)
-    for _ in range(3):
-        run.step()
-    assert close(run.displacement(), run.asked)
-    assert close(run.moved(), run.asked)
-    with run.optimizer.base_weights():
-        assert torch.equal(run.stored.W, run.W0)
-
-
-@given(layout=strategies.layouts, seed=strategies.seeds, start_step=st.integers(0, 3))
-def test_resync_moves_W_to_where_it_was_with_these_factors(layout, seed, start_step):
-    """As after load_best_model_at_end: A and B of an earlier step come back, W should too."""
-    run = Run(layout, seed, start_step=start_step)
-    for _ in range(start_step + 2):
-        run.step()
-    best = effective(run), [t.detach().clone() for t in (run.stored.A, run.stored.B)]
-    for _ in range(3):
-        run.step()
-    for factor, kept in zip((run.stored.A, run.stored.B), best[1], strict=True):
-        factor.data.copy_(kept)
-    run.optimizer.resync()
-    assert close(effective(run), best[0])
-    assert close(run.displacement(), run.moved())
-    W = run.stored.W.clone()
-    run.optimizer.resync()  # nothing is left to move
-    assert torch.equal(run.stored.W, W)
-    run.asked = run.moved()
-    run.happen("outside")
-    assert close(run.displacement(), run.asked)
-    run.step()
-    assert close(run.displacement(), run.asked)
-
-
-def test_without_resync_an_outside_change_moves_nothing():
-    run = Run()
-    run.step()
-    W = run.stored.W.clone()
-    run.happen("outside")
-    assert torch.equal(run.stored.W, W)
-    assert close(run.displacement(), run.moved())
-
-
-def test_resync_leaves_a_W_alone_that_does_not_follow_now():
-    run = Run()
-    run.step()
-    for _ in range(2):
-        run.happen("off")
-    run.optimizer.groups[0].update_ratio = 0.0
-    W = run.stored.W.clone()
-    run.optimizer.resync()
-    assert torch.equal(run.stored.W, W)
-
-
-def test_resync_of_16_bits_warns_or_takes_the_kept_base():
-    """Rounding has left W elsewhere than many small moves asked for; one large move back is not rounded away."""
-    for options in ({}, {"keep_base": "cpu"}):
-        run = Run(dtype=torch.bfloat16, lr=1e-3, **options)
-        for _ in range(2):
-            run.step()
-        factors = [t.detach().clone() for t in (run.stored.A, run.stored.B)]
-        for _ in range(2):
-            run.step()
-        for factor, kept in zip((run.stored.A, run.stored.B), factors, strict=True):
-            factor.data.copy_(kept)
-        if options:
-            run.optimizer.resync()
-            dense = run.W0.double() + run.displacement()
-            assert close(run.stored.W.double(), dense, torch.finfo(torch.bfloat16).eps)
-        else:
-            with pytest.warns(RuntimeWarning, match=r"the 16-bit W of 1 layers \(q, ..\) was moved back at once"):
-                run.optimizer.resync()
-        assert close(run.displacement(), 1.5 * S * (run.product() - run.start), 1e-5)
-
-
-def test_resync_before_the_first_move_does_nothing():
-    run = Run(start_step=3)
-    run.step()
-    run.happen("outside")
-    run.optimizer.resync()
-    assert torch.equal(run.stored.W, run.W0)
-    assert not run.optimizer.accounts()[0].ledger.moved
-
-
-def test_resync_to_an_adapter_of_another_rank():
-    run = Run()
-    run.step()
-    product = S * 1.5 * run.product()
-    run.stored.A.data, run.stored.B.data = torch.ones(5, 2, dtype=torch.float64), torch.ones(2, 7, dtype=torch.float64)
-    W = run.moved()
-    run.optimizer.resync()
-    assert close(run.moved(), W + S * 1.5 * run.product() - product)
-    assert close(run.displacement(), run.moved())
+def test_a_restart_ends_what_the_ledger_follows():
+    run = noisy_run().train(2)
+    assert internals.ledger_of(run.optimizer).end is not None
+    run.optimizer.restart()
+    assert internals.ledger_of(run.optimizer).end is None

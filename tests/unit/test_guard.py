@@ -137,7 +137,7 @@ def test_masking_moves_what_changed_and_nothing_else(monkeypatch, dtype):
 
 
 def test_masking_makes_every_coefficient_negative(monkeypatch):
-    """Keep every bit whatever the sign of scaling: +0 times a negative number is -0, and adding that changes nothing."""
+    """Keep every bit whatever the sign of scaling: +0 times a negative number is -0, which is added without effect."""
     stored = [strategies.make("linear", seed) for seed in range(2)]
     delta, coefs, dense = internals.new_delta(), (0.5, -0.5), []
     delta.snapshot([internals.move_of(s.triple(), coef) for s, coef in zip(stored, coefs, strict=True)])

@@ -1,0 +1,235 @@
+"""The displacement: what W was asked to move by, whatever happened to A, B, update_ratio and the step."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import deltaopt
+from deltaopt import DeltaLoRAOptimizer
+from tests.support import internals, strategies
+from tests.support.compare import close
+from tests.support.histories import after, histories, random_run
+from tests.support.runs import SCALING, noisy_run, noisy_step
+from tests.support.small import LoRALinear, wide_layer
+
+NOT_KNOWN = "triple0: the displacement is not known as low-rank terms any more"
+
+
+@given(
+    layout=strategies.layouts,
+    seed=strategies.seeds,
+    start_step=strategies.start_steps,
+    zero=st.booleans(),
+    history=histories(min_size=1, max_size=14),
+)
+def test_is_what_W_was_asked_to_move_by_and_did(layout, seed, start_step, zero, history):
+    """Hold for both rules, after each event."""
+    rule, events = history
+    run = random_run(rule, layout, seed, start_step=start_step, zero=zero)
+    for event in events:
+        run.happen(event)
+        assert close(run.displacement(), run.asked)
+        assert close(run.moved(), run.asked)
+
+
+@given(seed=strategies.seeds, events=strategies.events("in_place", min_size=1))
+def test_the_path_of_a_gpu_keeps_the_same_ledger(seed, events):
+    """Let the host learn later whether a step was applied, and from where it began."""
+    run = noisy_run(seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        internals.outcome_unknown_to_host(patch, arrived=False)
+        after(run, events)
+        assert close(run.displacement(), run.asked)
+        assert close(run.moved(), run.asked)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("changed", ["A", "B"])
+def test_an_outside_change_of_one_factor_of_one_of_several_layers(monkeypatch, changed, gpu):
+    """Tell apart what each layer was, though layers of one shape share buffers."""
+    if gpu:
+        internals.outcome_unknown_to_host(monkeypatch)
+    stored = [strategies.make("linear", seed) for seed in range(3)]
+    W0 = [s.W.clone() for s in stored]
+    triples = [s.triple(SCALING, name=f"{i}") for i, s in enumerate(stored)]
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
+    factors = [f for s in stored for f in (s.A, s.B)]
+    noisy_step(optimizer, *factors)
+    getattr(stored[1], changed).data.mul_(1.5)
+    for _ in range(2):
+        noisy_step(optimizer, *factors)
+    for i, (s, W) in enumerate(zip(stored, W0, strict=True)):
+        assert close(optimizer.displacement(f"{i}").product(), s.W - W)
+    assert [len(internals.terms_of(optimizer, i)) for i in range(3)] == [1, 3, 1]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_pending_entries_do_not_pile_up(monkeypatch, late):
+    """Keep at most those of the steps that the device has not reported yet."""
+    run = noisy_run()
+    internals.outcome_unknown_to_host(monkeypatch)
+    reported = iter([False, False, True, True] * 20)
+    internals.arrivals(monkeypatch, lambda: next(reported) if late else True)
+    for _ in range(12):
+        run.train()
+        assert len(internals.pending_entries(run.optimizer)) <= (3 if late else 0)
+
+
+@pytest.mark.parametrize(("zero", "start_step", "rank"), [(True, 0, 3), (False, 0, 6), (True, 2, 6)])
+def test_takes_two_terms_at_most_with_a_constant_ratio(zero, start_step, rank):
+    run = noisy_run(zero=zero, start_step=start_step).train(40)
+    assert run.optimizer.displacement("q").rank == rank
+    assert len(internals.terms_of(run.optimizer)) == rank // 3 - 1
+    assert close(run.displacement(), run.asked)
+
+
+def test_a_changed_ratio_adds_one_term():
+    run = noisy_run(zero=True, update_ratio=lambda step: 1.0 + step // 10).train(30)
+    assert len(internals.terms_of(run.optimizer)) == 2
+    assert close(run.displacement(), run.asked)
+
+
+@pytest.mark.parametrize("rule", strategies.RULES)
+def test_before_the_first_move_it_is_zero(rule):
+    run = random_run(rule, start_step=5).train(1)
+    found = run.optimizer.displacement("q")
+    assert (found.A.shape, found.B.shape, found.rank) == ((5, 0), (0, 7), 0)
+    assert torch.equal(found.product(), torch.zeros(5, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", strategies.RULES)
+def test_refuses_a_name_that_is_not_there(rule):
+    run = random_run(rule)
+    with pytest.raises(KeyError, match="no triple 'k'; there are q"):
+        run.optimizer.displacement("k")
+
+
+def test_a_ratio_that_changes_every_step_is_given_up_with_one_warning():
+    """Move W exactly all the same, and say why the displacement cannot be given: each change adds a rank r."""
+    optimizer, W, A, B = wide_layer(lambda step: 1.0 + 0.01 * step)
+    dense = W.clone()
+
+    def train():
+        for t in range(24):
+            before = (A @ B).detach()
+            noisy_step(optimizer, A, B)
+            dense.add_((A @ B).detach() - before, alpha=1.0 + 0.01 * t)
+
+    with pytest.warns(RuntimeWarning, match=r"passed 134.*300 x 300.*keep_base") as caught:
+        train()
+    assert [warning.filename for warning in caught] == [noisy_step.__code__.co_filename]
+    assert close(W, dense)
+    with pytest.raises(RuntimeError, match=NOT_KNOWN):
+        optimizer.displacement("triple0")
+    with pytest.raises(RuntimeError, match=NOT_KNOWN):
+        deltaopt.export_adapter(optimizer)
+
+
+def test_terms_that_add_up_to_a_small_rank_are_merged():
+    """Repeat the same factors: the summed rank passes the bound, the rank of the sum does not."""
+    ratio = {"now": 1.0}
+    optimizer, W, A, B = wide_layer(lambda step: ratio["now"])
+    W0 = W.clone()
+    noisy_step(optimizer, A, B)
+    A.grad = B.grad = None
+    with torch.no_grad():
+        kept = A.clone()
+        for i in range(40):
+            ratio["now"] = 1.0 + i % 7
+            A.copy_(kept * (1 + i % 3))
+            optimizer.step()
+    found = optimizer.displacement("triple0")
+    assert found.rank <= 150 + 8
+    assert close(found.product(), W - W0, 1e-10)
+
+
+def test_a_small_weight_may_have_all_its_rank():
+    run = noisy_run(update_ratio=lambda step: 1.0 + step % 5).train(100)
+    assert close(run.displacement(), run.asked, 1e-10)
+    assert run.optimizer.displacement("q").rank <= 64 + 6  # 64 is always allowed
+
+
+def test_factors_of_another_rank_start_a_new_term():
+    run = noisy_run().train(1)
+    stored, optimizer = run.stored, run.optimizer
+    stored.A.data, stored.B.data = stored.A.data[:, :2].clone(), stored.B.data[:2].clone()
+    optimizer.state.clear()
+    run.train(2)
+    assert close(run.displacement(), run.asked)
+    assert close(run.moved(), run.asked)
+
+
+@pytest.mark.parametrize("rule", strategies.RULES)
+def test_a_copy_has_a_ledger_of_its_own(rule):
+    run = random_run(rule).train(1)
+    twin = copy.deepcopy(run)
+    asked = run.asked.clone()
+    twin.train(2)
+    assert close(run.displacement(), asked)
+    assert close(twin.displacement(), twin.asked)
+    assert not close(twin.displacement(), asked, 1e-3)
+    run.train(1)
+    assert close(run.displacement(), run.asked)
+
+
+def built_on_a_module():
+    """A layer, its optimizer, and W before the first step."""
+    layer = LoRALinear(scaling=1.0)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [layer.triple()], lr=0.1, update_ratio=1.0)
+    return layer, optimizer, layer.weight.detach().double()
+
+
+def test_a_model_that_changes_its_dtype_takes_its_ledger_along():
+    """As `model.double()` does: the Parameter objects stay, their dtype does not."""
+    layer, optimizer, W0 = built_on_a_module()
+    noisy_step(optimizer, layer.A, layer.B)
+    layer.double()
+    noisy_step(optimizer, layer.A, layer.B)
+    found = optimizer.displacement("q").product()
+    assert found.dtype == torch.float64
+    assert close(found, layer.weight - W0, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda optimizer: optimizer.displacement("q"),
+        lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+        deltaopt.export_adapter,
+        lambda optimizer: optimizer.accounts(),
+        lambda optimizer: optimizer.resync(),
+        lambda optimizer: optimizer.restart(),
+    ],
+    ids=["displacement", "load_state_dict", "export_adapter", "accounts", "resync", "restart"],
+)
+def test_a_model_that_is_cast_and_cast_back_between_two_steps(action):
+    """Ask for the displacement, rebuild, export, resync or restart in between."""
+    layer, optimizer, W0 = built_on_a_module()
+    for _ in range(3):
+        noisy_step(optimizer, layer.A, layer.B)
+        layer.double()
+        action(optimizer)
+        layer.float()
+        noisy_step(optimizer, layer.A, layer.B)
+        noisy_step(optimizer, layer.A, layer.B)
+        found = optimizer.displacement("q").product()
+        assert found.dtype == torch.float32
+        assert close(found, layer.weight.double() - W0, 1e-5)
+
+
+def test_the_bytes_of_a_ledger_are_counted():
+    run = noisy_run(dtype=torch.float32)
+    buffers = 3 * 3 * (5 + 7) * 4
+    run.train(1)
+    assert run.optimizer.buffer_bytes == buffers + 3 * (5 + 7) * 4
+
+
+@pytest.mark.parametrize("rule", strategies.RULES)
+def test_a_rule_that_has_nothing_to_keep_keeps_nothing(rule):
+    """Take no buffers for the folded rule, whose displacement is in the branch."""
+    run = random_run(rule, zero=True).train(3)
+    assert (run.optimizer.buffer_bytes == 0) == (rule == "folded")
+    assert internals.has_moved(run.optimizer) == (rule == "in_place")
