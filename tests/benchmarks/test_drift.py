@@ -1,4 +1,4 @@
-"""The drift benchmark measures what it says, compares like with like, and goes on where it stopped."""
+"""The drift benchmark measures what it says, compares like with like, and continues where it stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import drift
 from benchmarks.drift import DENSE, Setting, main, make_layers, settings, summary, train
 
 CPU = torch.device("cpu")
-TINY = Setting("nearest", steps=60, rank=4, shapes=((24, 256), (40, 320), (32, 256)), feedback=False)
+TINY_SETTING = Setting("nearest", steps=60, rank=4, shapes=((24, 256), (40, 320), (32, 256)), feedback=False)
 
 
 @pytest.fixture(autouse=True)
@@ -61,19 +61,21 @@ def test_checkpoints_end_with_the_last_step():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_stochastic_and_compensated_keep_what_nearest_loses(dtype):
-    setting = replace(TINY, dtype=dtype, std=0.02 if dtype == "bfloat16" else 0.1)
+    setting = replace(TINY_SETTING, dtype=dtype, std=0.02 if dtype == "bfloat16" else 0.1)
     nearest, stochastic, compensated = (
         summary(train(replace(setting, method=method), CPU)) for method in drift.ROUNDINGS
     )
     assert nearest.kept < 0.5
     assert stochastic.kept == pytest.approx(1, abs=max(0.03, 4 * stochastic.standard_error))
-    assert compensated.kept > 0.7  # by W's bits: many have been asked to move by less than half a spacing
+    assert compensated.kept > 0.7  # of the bits alone: many elements were asked to move by less than half a spacing
     assert compensated.kept_with_remainder == pytest.approx(1, abs=1e-4)
     assert nearest.error > compensated.error
 
 
 def test_same_factors_whatever_the_rounding():
-    asked = [train(replace(TINY, method=m), CPU)["checkpoints"][-1]["asked_rms"] for m in (*drift.ROUNDINGS, DENSE)]
+    asked = [
+        train(replace(TINY_SETTING, method=m), CPU)["checkpoints"][-1]["asked_rms"] for m in (*drift.ROUNDINGS, DENSE)
+    ]
     assert asked[0] == asked[1] == asked[2] == pytest.approx(asked[3], rel=1e-6)
 
 
@@ -88,7 +90,7 @@ def weights_after(setting, steps=5):
 
 
 def test_dense_pattern_moves_a_float64_weight_as_the_optimizer_does():
-    setting = replace(TINY, dtype="float64", factors="float64", lr=1e-3, feedback=True)
+    setting = replace(TINY_SETTING, dtype="float64", factors="float64", lr=1e-3, feedback=True)
     (W, D, layers), (dense_W, dense_D, _) = (weights_after(replace(setting, method=m)) for m in ("nearest", DENSE))
     for ours, theirs, asked, asked_of_them, layer in zip(W, dense_W, D, dense_D, layers, strict=True):
         assert not torch.equal(ours, layer.W_0)
@@ -98,7 +100,7 @@ def test_dense_pattern_moves_a_float64_weight_as_the_optimizer_does():
 
 
 def test_without_feedback_the_forward_pass_has_what_w_was_asked_to_be():
-    setting = replace(TINY, dtype="float64", factors="float64", lr=1e-3)
+    setting = replace(TINY_SETTING, dtype="float64", factors="float64", lr=1e-3)
     _, _, (layer, *_) = weights_after(setting)
     batch = torch.arange(16)
     torch.testing.assert_close(layer.loss(batch, setting), layer.loss(batch, replace(setting, feedback=True)))
@@ -115,15 +117,15 @@ def test_settings_are_all_different_and_vary_one_thing():
         assert all(replace(setting, **undone) in groups["reference"] for setting in group)
 
 
-GROUPS = {
-    "reference": [replace(TINY, method=method, steps=3) for method in (*drift.ROUNDINGS, DENSE)],
-    "longer": [replace(TINY, method=method, steps=6) for method in drift.ROUNDINGS],
+TWO_GROUPS = {
+    "reference": [replace(TINY_SETTING, method=method, steps=3) for method in (*drift.ROUNDINGS, DENSE)],
+    "longer": [replace(TINY_SETTING, method=method, steps=6) for method in drift.ROUNDINGS],
 }
 
 
 def test_writes_a_row_for_every_setting_and_resumes(tmp_path, capsys, monkeypatch):
     out = tmp_path / "drift.json"
-    main(["--out", str(out)], GROUPS)
+    main(["--out", str(out)], TWO_GROUPS)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(printed) == 1 + 7
     written = json.loads(out.read_text())
@@ -134,23 +136,23 @@ def test_writes_a_row_for_every_setting_and_resumes(tmp_path, capsys, monkeypatc
 
     runs = []
     monkeypatch.setattr(drift, "train", lambda setting, device: runs.append(setting) or train(setting, device))
-    main(["--out", str(out)], GROUPS)
+    main(["--out", str(out)], TWO_GROUPS)
     again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert (runs, again) == ([], printed)
 
     written["results"] = written["results"][1:]
     written["results"][0]["environment"]["torch"] = "another"
     out.write_text(json.dumps(written))
-    main(["--out", str(out)], GROUPS)
-    assert runs == GROUPS["reference"][:2]
+    main(["--out", str(out)], TWO_GROUPS)
+    assert runs == TWO_GROUPS["reference"][:2]
     assert len(json.loads(out.read_text())["results"]) == 7
 
-    main(["--out", str(out), "--fresh"], {"reference": GROUPS["reference"][:1]})
-    assert runs[2:] == GROUPS["reference"][:1]
+    main(["--out", str(out), "--fresh"], {"reference": TWO_GROUPS["reference"][:1]})
+    assert runs[2:] == TWO_GROUPS["reference"][:1]
 
 
 def test_no_matplotlib_no_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    main(["--out", str(tmp_path / "drift.json")], {"reference": GROUPS["reference"][:1]})
+    main(["--out", str(tmp_path / "drift.json")], {"reference": TWO_GROUPS["reference"][:1]})
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert not (tmp_path / "drift.png").exists()

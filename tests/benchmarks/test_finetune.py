@@ -54,7 +54,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def demo(model_folder, tmp_path):
-    """Runs the program; returns what it wrote as JSON."""
+    """A function that runs the program and returns what it wrote as JSON."""
 
     def run(*options):
         data = write_jsonl(tmp_path / "train.jsonl.gz", pairs(48))
@@ -208,7 +208,7 @@ def test_refused_options(capsys, monkeypatch, tmp_path):
         ("--epochs", "0"): "expected at least 1, got 0",
     }.items():
         monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             finetune.main(options)
         assert message in capsys.readouterr().err
 

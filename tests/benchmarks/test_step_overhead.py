@@ -25,8 +25,8 @@ from benchmarks.step_overhead import (
 
 MIB = 1 << 20
 NUMBERS = 64  # bytes of Python numbers, which become tensors in an expression
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TINY = tuple(Case("tiny", 3, 48, 40, 2, dtype) for dtype in DTYPES)
+CASE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TINY_CASES = tuple(Case("tiny", 3, 48, 40, 2, dtype) for dtype in CASE_DTYPES)
 
 
 def test_peak_of_one_tensor():
@@ -72,7 +72,7 @@ def test_peak_on_a_gpu():
 
 
 def run_two_steps(name: str, case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """All W and all factors after two calls of a row that has the weights for itself."""
+    """Return all W and all factors after two calls of a row that has the weights for itself."""
     layers = make_layers(case, make_weights(case, torch.device(device)))
     row = ROWS[name](layers)
     row.run()
@@ -83,7 +83,7 @@ def run_two_steps(name: str, case: Case, device: str) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(
     ("rival", "case"),
-    [(name, case) for case in TINY for name in rows_of(case) if name not in (*PARTS, "wrapped")],
+    [(name, case) for case in TINY_CASES for name in rows_of(case) if name not in (*PARTS, "wrapped")],
     ids=str,
 )
 def test_rival_does_our_work(rival, case, device, monkeypatch):
@@ -103,7 +103,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("step_overhead") / "results.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_overhead, "FLUSH_BYTES", MIB)
-        main(["--rounds", "2", "--out", str(out)], TINY)
+        main(["--rounds", "2", "--out", str(out)], TINY_CASES)
     return json.loads(out.read_text())
 
 
@@ -116,7 +116,7 @@ def test_results_name_the_machine_and_the_settings(results):
 
 
 def test_results_hold_every_row_and_ratio(results):
-    assert [entry["case"]["dtype"] for entry in results["cases"]] == [str(dtype) for dtype in DTYPES]
+    assert [entry["case"]["dtype"] for entry in results["cases"]] == [str(dtype) for dtype in CASE_DTYPES]
     for entry in results["cases"]:
         case = Case(**entry["case"] | {"dtype": getattr(torch, entry["case"]["dtype"].removeprefix("torch."))})
         assert list(entry["rows"]) == list(rows_of(case))
@@ -125,7 +125,7 @@ def test_results_hold_every_row_and_ratio(results):
 
 
 def test_rounding_is_measured_where_it_does_something():
-    wide, narrow = TINY[0], TINY[1]
+    wide, narrow = TINY_CASES[0], TINY_CASES[1]
     assert ROWS.keys() - rows_of(wide).keys() == set(NARROW)
     assert RATIOS.keys() - ratios_of(wide).keys() == {name for name in RATIOS if name.startswith("write")}
     assert ROWS.keys() - rows_of(narrow).keys() == set(WIDE)
@@ -135,13 +135,13 @@ def test_rounding_is_measured_where_it_does_something():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(("plain", "folded", "times"), [("lora", "folded", 3), ("training", "folded_training", 1)])
 def test_the_folded_rows_fold_once_and_divide(plain, folded, times, device, monkeypatch):
-    """With SGD, which feels it, and W stays.
+    """With SGD, since Adam hides a factor in the gradients; W stays.
 
     Gradients that are given take the factors a third as far; those of a model are as without the mode.
     """
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
     monkeypatch.setattr(step_overhead, "LEARNING_RATE", 1.0 if times == 1 else 1e-4)
-    case = TINY[0]
+    case = TINY_CASES[0]
     ends = []
     for name in (plain, folded):
         layers = make_layers(case, make_weights(case, torch.device(device)))
@@ -161,7 +161,7 @@ def test_the_folded_rows_fold_once_and_divide(plain, folded, times, device, monk
 
 @pytest.mark.parametrize("name", ["write", "write_nearest", "write_compensated"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("case", TINY[1:], ids=str)
+@pytest.mark.parametrize("case", TINY_CASES[1:], ids=str)
 def test_a_write_adds_the_product(case, device, name):
     layers = make_layers(case, make_weights(case, torch.device(device)))
     before = torch.stack(layers.W).double()
@@ -175,7 +175,7 @@ def test_a_write_adds_the_product(case, device, name):
 
 
 def test_memory_columns(results):
-    rows, case = results["cases"][0]["rows"], TINY[0]
+    rows, case = results["cases"][0]["rows"], TINY_CASES[0]
     W_bytes = case.c * case.d * 4
     # U and V, the factors of the last move, and one anchor in the ledger.
     assert rows["wrapped"]["buffer_bytes"] == case.count * 4 * case.rank * (case.c + case.d) * 4

@@ -1,4 +1,4 @@
-"""The tables of the pages say what the results beside them say."""
+"""The tables of the pages say what the result files say."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The code of the how-to pages runs as it is printed, top to bottom, and says nothing it should not."""
+"""The code of the how-to pages runs as it is printed, top to bottom, without a warning."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PAGES = ["folded", "sixteen-bits", "resume", "base-weights", "export", "restart"
 
 
 def load_base():
-    """A pretrained model, for the pages: the same bits at each call."""
+    """Build a pretrained model for the pages; the same bits at each call."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=20,
@@ -30,7 +30,7 @@ def load_base():
     return GPT2LMHeadModel(config).eval()
 
 
-def train(model, optimizer, scheduler=None, steps=1):
+def train_for_a_page(model, optimizer, scheduler=None, steps=1):
     for step in range(steps):
         ids = torch.randint(0, 20, (4, 8), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
@@ -48,7 +48,7 @@ def test_the_code_of_a_page(page, tmp_path):
         "DeltaLoRAOptimizer": DeltaLoRAOptimizer,
         "get_peft_model": get_peft_model,
         "load_base": load_base,
-        "train": train,
+        "train": train_for_a_page,
         "config": LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
         "ids": torch.arange(12).view(2, 6),
         "folder": tmp_path,
@@ -61,7 +61,7 @@ def test_the_code_of_a_page(page, tmp_path):
 
 
 def test_every_page_is_named_and_linked():
-    """A page that is not run here, or that the README does not lead to, would be lost."""
+    """Every page is run here, and the README links to it."""
     pages = {path.stem for path in DOCS.glob("*.md")}
     assert pages == {*PAGES, "method", "architecture"}
     readme = (DOCS.parent / "README.md").read_text("utf8")

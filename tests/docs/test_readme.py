@@ -14,7 +14,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf8")
 
 
 def namespace():
-    """What the README takes for granted: a PEFT model, and a layer made by hand."""
+    """Build what the README takes for granted: a PEFT model, and a layer made by hand."""
     pristine = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
     model = get_peft_model(copy.deepcopy(pristine), LoraConfig(r=2, target_modules=r"\d"))
     W, A, B = torch.randn(4, 6), torch.zeros(4, 2, requires_grad=True), torch.randn(2, 6, requires_grad=True)
@@ -37,7 +37,7 @@ def namespace():
 
 
 def test_python_blocks():
-    """One after the other, each with a step taken behind it."""
+    """Run them in order, and take a step after each."""
     names, blocks = namespace(), re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
     for steps, block in enumerate(blocks, 1):

@@ -62,6 +62,11 @@ def in_order(*parts: str) -> str:
     return "(?s)" + ".*".join(re.escape(part) for part in parts)
 
 
+def naming(*names: str) -> str:
+    """The beginning of a pattern of a message that has all of these names, in any order, and then what follows."""
+    return "(?s)" + "".join(f"(?=.*{re.escape(name)})" for name in names) + ".*"
+
+
 def refused(
     action: Callable[[], object],
     error: type[Exception] | tuple[type[Exception], ...],
