@@ -2,143 +2,156 @@
 
 import base64
 import copy
-import io
 import struct
 
 import pytest
 import torch
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.state import SCHEMA, _sealed, split_ledgers
-from tests.support import strategies
-
-AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
-
-
-def train(stored, optimizer, steps, first=0):
-    loss = strategies.problem(stored.W.shape)
-    for t in range(first, first + steps):
-        optimizer.zero_grad()
-        loss(stored.W + 0.5 * stored.A @ stored.B, t).backward()
-        optimizer.step()
+from tests.support import internals, strategies
+from tests.support.compare import refused, same, through_a_file
+from tests.support.runs import LayerRun
+from tests.support.strategies import RULES
 
 
-def build(stored, inner=AdamW, name="q", **options):
-    return DeltaLoRAOptimizer(inner, [stored.triple(0.5, name=name)], lr=0.01, **options)
+@pytest.fixture(params=RULES)
+def rule(request):
+    return request.param
 
 
-def saved_and_read(state):
-    """Through a file, as `weights_only=True` reads it."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+@pytest.fixture
+def saved_state(rule):
+    """The state of a run of three steps."""
+    return layer_run(rule).train(3).optimizer.state_dict()
+
+
+def layer_run(rule="in_place", **options):
+    return LayerRun(rule, **{"lr": 0.01, "zero": False, "update_ratio": 0.7, **options})
+
+
+def loading_is_refused(run, state, message, error=ValueError):
+    """Assert that loading raises, and that W, A, B, the branch and the whole state are as before, bit for bit."""
+    return refused(
+        lambda: run.optimizer.load_state_dict(state),
+        error,
+        message,
+        kept=lambda: (run.tensors, run.scale, run.optimizer.state_dict(), run.optimizer.step_count),
+    )
 
 
 @pytest.mark.parametrize("start_step", [0, 6])
-@pytest.mark.parametrize("inner", [AdamW, SGD, torch.optim.Adafactor, torch.optim.LBFGS])
-def test_a_resumed_run_goes_on_bit_for_bit(inner, start_step):
-    """With the model's weights loaded too. start_step 6 is passed after the resume at 4."""
-    whole = strategies.make("linear")
-    optimizer = build(whole, inner, start_step=start_step, update_ratio=1.5)
-    half = None
-    loss = strategies.problem(whole.W.shape)
-
-    def step(stored, opt, t):
-        def closure():
-            opt.zero_grad()
-            value = loss(stored.W + 0.5 * stored.A @ stored.B, t)
-            value.backward()
-            return value
-
-        opt.step(closure)
-
-    for t in range(10):
-        if t == 4:
-            half, state = copy.deepcopy(whole), saved_and_read(optimizer.state_dict())
-        step(whole, optimizer, t)
-    resumed = build(half, inner, start_step=99, update_ratio=0.1)
-    resumed.load_state_dict(state)
-    assert resumed.step_count == 4
-    assert resumed.groups[0].start_step == start_step
-    assert resumed.groups[0].update_ratio == 1.5
-    for t in range(4, 10):
-        step(half, resumed, t)
-    assert all(map(torch.equal, (whole.W, whole.A, whole.B), (half.W, half.A, half.B)))
+@pytest.mark.parametrize(
+    ("rule", "inner"),
+    [
+        *((rule, inner) for rule in RULES for inner in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor)),
+        ("in_place", torch.optim.LBFGS),
+    ],
+)
+def test_a_resumed_run_continues_bit_for_bit(rule, inner, start_step):
+    """Load the model's weights too. A start_step of 6 is passed after the resume at 4."""
+    run = layer_run(rule, inner=inner, start_step=start_step, update_ratio=1.5).train(4, by_closure=True)
+    resumed = run.twin(start_step=99, update_ratio=0.1)
+    assert resumed.optimizer.step_count == 4
+    assert resumed.optimizer.groups[0].start_step == start_step
+    assert resumed.optimizer.groups[0].update_ratio == 1.5
+    for r in (run, resumed):
+        r.train(6, by_closure=True)
+    assert all(map(torch.equal, (*run.tensors, run.scale), (*resumed.tensors, resumed.scale)))
+    assert same(run.optimizer.state_dict(), resumed.optimizer.state_dict())
 
 
-def test_param_groups_stay_linked_after_loading():
+def test_param_groups_stay_linked_after_loading(rule):
     """A scheduler that writes into groups the inner optimizer does not read would have no effect."""
-    stored = strategies.make("linear")
-    optimizer = build(stored)
-    train(stored, optimizer, 2)
+    run = layer_run(rule).train(2)
+    optimizer = run.optimizer
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups is optimizer.inner.param_groups
     assert optimizer.state is optimizer.inner.state
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.param_groups[0]["weight_decay"] = 0.0
-    before = stored.A.detach().clone()
-    train(stored, optimizer, 1, first=2)
-    assert torch.equal(stored.A, before)
+    before = run.stored.A.detach().clone()
+    run.train(1)
+    assert torch.equal(run.stored.A, before)
 
 
-def test_loading_does_not_move_W_and_may_be_repeated():
-    stored = strategies.make("linear")
-    optimizer = build(stored)
-    train(stored, optimizer, 3)
-    before, state = stored.W.clone(), optimizer.state_dict()
+def test_loading_does_not_move_W_and_may_be_repeated(rule):
+    """As Accelerate does in `prepare`: load a state where it was saved, and continue as if nothing had been loaded."""
+    run, undisturbed = layer_run(rule).train(3), layer_run(rule).train(3)
+    before, state = [t.clone() for t in (*run.tensors, run.scale)], run.optimizer.state_dict()
     for _ in range(2):
-        optimizer.load_state_dict(state)
-    assert torch.equal(stored.W, before)
-    assert optimizer.step_count == 3
+        run.optimizer.load_state_dict(state)
+    assert all(map(torch.equal, before, (*run.tensors, run.scale)))
+    assert run.optimizer.step_count == 3
+    for r in (run, undisturbed):
+        r.train(3)
+    assert all(map(torch.equal, run.tensors, undisturbed.tensors))
 
 
-def test_our_keys_are_neither_in_the_live_groups_nor_in_the_state():
-    """Schedulers and the inner optimizer see what they made; "is the state empty" tests stay right."""
-    stored = strategies.make("linear")
-    optimizer = build(stored)
-    assert len(optimizer.state) == 0
-    state = optimizer.state_dict()
-    optimizer.load_state_dict(state)
-    plain = AdamW([stored.A, stored.B], lr=0.01)
-    assert optimizer.param_groups[0].keys() == plain.param_groups[0].keys()
+def test_an_earlier_state_takes_the_run_back():
+    """Take the ratio out of the branch again where the state is from before step K."""
+    run = layer_run("folded", start_step=3).train(2)
+    state, factors = through_a_file(run.optimizer.state_dict()), [p.detach().clone() for p in run.factors]
+    run.train(4)
+    last, scale = [t.clone() for t in run.tensors], float(run.scale)
+    assert scale == pytest.approx(run.scaling * 1.7)
+    with torch.no_grad():
+        run.stored.W.copy_(run.W0)
+        for p, value in zip(run.factors, factors, strict=True):
+            p.copy_(value)
+    run.optimizer.load_state_dict(state)
+    assert float(run.scale) == run.scaling
+    run.t = 2
+    run.train(4)
+    assert all(map(torch.equal, run.tensors, last))
+    assert float(run.scale) == scale
+
+
+def test_our_keys_are_neither_in_the_live_groups_nor_in_the_state(rule):
+    """Let schedulers and the inner optimizer see what they made; a test for an empty state stays right."""
+    run = layer_run(rule)
+    assert len(run.optimizer.state) == 0
+    state = run.optimizer.state_dict()
+    run.optimizer.load_state_dict(state)
+    plain = torch.optim.AdamW(run.factors, lr=0.01)
+    assert run.optimizer.param_groups[0].keys() == plain.param_groups[0].keys()
     assert set(state["param_groups"][0]) - set(plain.state_dict()["param_groups"][0]) == {"deltaopt"}
     assert [set(entries) for entries in state["state"].values()] == [{"deltaopt"}] * 2
-    assert len(optimizer.state) == 0
+    assert len(run.optimizer.state) == 0
 
 
 def test_a_callable_update_ratio_is_kept_and_not_saved():
-    stored = strategies.make("linear")
     ratio = lambda step: 1.0 / (1 + step)  # noqa: E731
-    optimizer = build(stored, update_ratio=ratio)
-    state = saved_and_read(optimizer.state_dict())
-    assert state["param_groups"][0]["deltaopt"]["groups"][0]["update_ratio"] is None
+    optimizer = layer_run(update_ratio=ratio).optimizer
+    state = through_a_file(optimizer.state_dict())
+    assert internals.record_of(state)["groups"][0]["update_ratio"] is None
     optimizer.load_state_dict(state)
     assert optimizer.groups[0].update_ratio is ratio
-    constant = build(copy.deepcopy(stored), update_ratio=0.3)
+    constant = layer_run(update_ratio=0.3).optimizer
     constant.load_state_dict(state)
     assert constant.groups[0].update_ratio == 0.3
-    optimizer.load_state_dict(saved_and_read(constant.state_dict()))
+    optimizer.load_state_dict(through_a_file(constant.state_dict()))
     assert optimizer.groups[0].update_ratio is ratio
 
 
 def test_skipped_updates_are_carried():
-    stored = strategies.make("linear")
-    optimizer = build(stored, SGD)
-    stored.A.grad, stored.B.grad = torch.full_like(stored.A, float("nan")), torch.zeros_like(stored.B)
-    with pytest.warns(RuntimeWarning, match="NaN or infinite"):
-        optimizer.step()
-    other = build(copy.deepcopy(stored), SGD)
-    other.load_state_dict(saved_and_read(optimizer.state_dict()))
-    assert other.skipped_updates == 1
-    other.param_groups[0]["params"][0].grad = torch.full_like(stored.A, float("nan"))
-    with pytest.warns(RuntimeWarning, match="NaN or infinite"):
-        other.step()
-    assert other.skipped_updates == 2
+    run = layer_run(inner=torch.optim.SGD)
+
+    def bad_step(r):
+        for factor in r.factors:
+            factor.grad = torch.zeros_like(factor)
+        r.stored.A.grad.fill_(float("nan"))
+        with pytest.warns(RuntimeWarning, match="NaN or infinite"):
+            r.optimizer.step()
+
+    bad_step(run)
+    other = run.twin()
+    assert other.optimizer.skipped_updates == 1
+    bad_step(other)
+    assert other.optimizer.skipped_updates == 2
 
 
-def test_hooks_of_state_dict_and_load_state_dict_fire():
-    optimizer, fired = build(strategies.make("linear")), []
+def test_hooks_of_state_dict_and_load_state_dict_fire(rule):
+    optimizer, fired = layer_run(rule).optimizer, []
     optimizer.register_state_dict_pre_hook(lambda opt: fired.append("save"))
     optimizer.register_state_dict_post_hook(lambda opt, state: {**state, "note": 1})
     optimizer.register_load_state_dict_pre_hook(lambda opt, state: fired.append(state.pop("note")))
@@ -149,8 +162,8 @@ def test_hooks_of_state_dict_and_load_state_dict_fire():
     assert state["note"] == 1
 
 
-def test_a_state_that_a_hook_hands_back_is_the_one_that_is_loaded():
-    optimizer = build(strategies.make("linear"))
+def test_a_state_that_a_hook_hands_back_is_the_one_that_is_loaded(rule):
+    optimizer = layer_run(rule).optimizer
     state = optimizer.state_dict()
     (group,) = state["param_groups"]
     optimizer.register_load_state_dict_pre_hook(lambda opt, _: {**state, "param_groups": [{**group, "lr": 0.5}]})
@@ -158,124 +171,163 @@ def test_a_state_that_a_hook_hands_back_is_the_one_that_is_loaded():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
-def refused(optimizer, state, message):
-    """Loading raises `message`, and nothing changed."""
-    before = copy.deepcopy((optimizer.state_dict(), optimizer.step_count))
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(state)
-    after = optimizer.state_dict(), optimizer.step_count
-    assert str(before) == str(after)
+# Refusals.
 
 
-@pytest.fixture
-def state():
-    stored = strategies.make("linear")
-    optimizer = build(stored, update_ratio=0.7)
-    train(stored, optimizer, 3)
-    return optimizer.state_dict()
-
-
-def test_a_state_of_a_plain_optimizer(state):
-    stored = strategies.make("linear")
-    plain = AdamW([stored.A, stored.B])
-    refused(build(stored), plain.state_dict(), "not saved by a DeltaLoRAOptimizer.*load it into optimizer.inner")
-
-
-def test_a_state_of_another_name(state):
-    refused(build(strategies.make("linear"), name="k"), state, r"k: saved name q, .*registered name k")
-
-
-def test_a_state_of_another_rank(state):
-    stored = strategies.make("linear")
-    A, B = torch.zeros(5, 2, requires_grad=True), torch.zeros(2, 7, requires_grad=True)
-    optimizer = DeltaLoRAOptimizer(AdamW, [LoRATriple(stored.W, A, B, scaling=0.5, name="q")])
-    refused(optimizer, state, r"q: saved name q, A \(5, 3\), B \(3, 7\).*registered name q, A \(5, 2\), B \(2, 7\)")
-
-
-def test_a_state_of_another_scaling(state):
-    optimizer = DeltaLoRAOptimizer(AdamW, [strategies.make("linear").triple(2.0, name="q")])
-    refused(optimizer, state, "q: saved .*scaling 0.5, registered .*scaling 2.0")
-
-
-def test_a_state_of_another_number_of_triples(state):
-    triples = [strategies.make("linear", seed).triple(0.5, name=f"{seed}") for seed in range(2)]
-    refused(DeltaLoRAOptimizer(AdamW, triples), state, "1 triples were saved, 2 are registered")
-
-
-def test_a_state_of_another_number_of_groups(state):
-    groups = [{"triples": [strategies.make("linear", seed).triple(0.5, name=f"{seed}")]} for seed in range(2)]
-    refused(DeltaLoRAOptimizer(AdamW, groups), state, "the saved state has 1 groups of triples, this optimizer 2")
-
-
-def test_a_state_of_another_schema(state):
-    state["param_groups"][0]["deltaopt"]["schema"] = SCHEMA + 1
-    refused(build(strategies.make("linear")), state, f"schema {SCHEMA + 1}, this version of deltaopt reads {SCHEMA}")
-
-
-@pytest.mark.parametrize("damage", ["schema", "step_count", "skipped_updates", "groups", "negative", "ratio", "text"])
-def test_a_damaged_record(state, damage):
-    record = state["param_groups"][0]["deltaopt"]
-    if damage == "negative":
-        record["step_count"] = -1
-    elif damage == "ratio":
-        record["groups"][0]["update_ratio"] = float("nan")
-    elif damage == "text":
-        record["groups"][0]["start_step"] = "5"
-    else:
-        del record[damage]
-    refused(
-        build(strategies.make("linear")),
-        state,
-        "damaged or incomplete|has the schema None|must not be negative|must be finite",
+def test_refuses_a_state_of_a_plain_optimizer(rule):
+    run = layer_run(rule)
+    plain = torch.optim.AdamW(run.factors)
+    loading_is_refused(
+        run, plain.state_dict(), "not saved by a DeltaLoRAOptimizer.*load it into optimizer.inner instead"
     )
 
 
-def damaged(record, damage):
-    """Anchors, and what else a ledger's record says, that no run has written."""
-    term = record["terms"][0]
-    if damage in record:
-        del record[damage]
-    elif damage == "shape":
-        term["A"]["shape"] = [3, 5]
-    elif damage == "size":
-        term["A"]["shape"] = [5, 4]
-    elif damage == "dtype":
-        term["A"]["dtype"] = "int64"
-    elif damage == "no dtype":
-        term["A"]["dtype"] = "float99"
-    elif damage == "text":
-        term["B"]["data"] = "?" + term["B"]["data"][1:]
-    elif damage == "infinite":
-        term["B"]["data"] = base64.b64encode(struct.pack("<21d", *[1e308 * 10] * 21)).decode()
-    return record
+@pytest.mark.parametrize("key", ["state", "param_groups"])
+def test_refuses_half_a_state(rule, saved_state, key):
+    del saved_state[key]
+    loading_is_refused(layer_run(rule), saved_state, f"no state of an optimizer: it has no {key}")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *("coef", "terms", "end", "origin", "lost", "base", "W", "whole", "A", "B"),
-        *("shape", "size", "dtype", "no dtype", "text", "infinite"),
-    ],
-)
-def test_a_ledger_that_no_run_has_written(damage):
-    """With a checksum that fits, so that it is the contents that are looked at."""
-    stored = strategies.make("linear")
-    optimizer = build(stored)
-    train(stored, optimizer, 3)
-    state = optimizer.state_dict()
-    ledgers, _, _ = split_ledgers(state)
-    (number,) = (n for n, entries in state["state"].items() if entries.get("deltaopt"))
-    state["state"][number] = state["state"][number] | {"deltaopt": _sealed({"q": damaged(ledgers["q"], damage)})}
-    refused(optimizer, state, "q: its saved ledger is damaged or incomplete")
+def registered_again(run, triples, rule):
+    """Give the run another optimizer, of these triples."""
+    run.optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=0.01, weight_update=rule)
+    return run
 
 
-def test_a_state_that_the_inner_optimizer_refuses():
-    """W is the base, so that it would be rebuilt; it is not, as the inner optimizer comes first."""
-    trained, pristine = strategies.make("linear"), strategies.make("linear").W
-    optimizer = build(trained)
-    train(trained, optimizer, 3)
+def test_refuses_a_state_of_another_name(rule, saved_state):
+    run = layer_run(rule)
+    run.name = "k"
+    registered_again(run, [run.new_triple()], rule)
+    loading_is_refused(run, saved_state, r"k: saved name q, .*registered name k")
+
+
+def test_refuses_a_state_of_another_rank(rule, saved_state):
+    run = layer_run(rule)
+    A, B = torch.zeros(5, 2, requires_grad=True), torch.zeros(2, 7, requires_grad=True)
+    registered_again(run, [LoRATriple(run.stored.W, A, B, scaling=run.scale, name="q")], rule)
+    loading_is_refused(
+        run, saved_state, r"q: saved name q, A \(5, 3\), B \(3, 7\).*registered name q, A \(5, 2\), B \(2, 7\)"
+    )
+
+
+def test_refuses_a_state_of_another_scaling(rule, saved_state):
+    loading_is_refused(layer_run(rule, scaling=2.0), saved_state, "q: saved .*scaling 0.5, registered .*scaling 2.0")
+
+
+def test_refuses_a_state_of_another_number_of_triples(rule, saved_state):
+    runs = [layer_run(rule, seed=seed) for seed in range(2)]
+    triples = [run.stored.triple(run.scale, name=f"{i}") for i, run in enumerate(runs)]
+    registered_again(runs[0], triples, rule)
+    loading_is_refused(runs[0], saved_state, "1 triples were saved, 2 are registered")
+
+
+def test_refuses_a_state_of_another_number_of_groups(rule, saved_state):
+    runs = [layer_run(rule, seed=seed) for seed in range(2)]
+    groups = [{"triples": [run.stored.triple(run.scale, name=f"{i}")]} for i, run in enumerate(runs)]
+    registered_again(runs[0], groups, rule)
+    loading_is_refused(runs[0], saved_state, "the saved state has 1 groups of triples, this optimizer 2")
+
+
+def test_refuses_a_state_of_another_schema(rule, saved_state):
+    record = internals.record_of(saved_state)
+    schema = record["schema"]
+    record["schema"] = schema + 1
+    message = f"schema {schema + 1}, this version of deltaopt reads {schema}"
+    loading_is_refused(layer_run(rule), saved_state, message)
+
+
+def test_refuses_a_state_of_the_other_rule(rule, saved_state):
+    (other,) = set(RULES) - {rule}
+    message = f"saved with weight_update='{rule}', this optimizer has '{other}'"
+    loading_is_refused(layer_run(other), saved_state, message)
+
+
+DAMAGES = {
+    "no schema": (lambda record: record.pop("schema"), "this state has the schema None"),
+    "no step_count": (
+        lambda record: record.pop("step_count"),
+        r"the saved record of triples is damaged or incomplete: KeyError\('step_count'\)",
+    ),
+    "no skipped_updates": (
+        lambda record: record.pop("skipped_updates"),
+        r"damaged or incomplete: KeyError\('skipped_updates'\)",
+    ),
+    "no groups": (lambda record: record.pop("groups"), r"damaged or incomplete: KeyError\('groups'\)"),
+    "no rule": (lambda record: record.pop("weight_update"), r"damaged or incomplete: KeyError\('weight_update'\)"),
+    "negative": (lambda record: record.update(step_count=-1), "step_count must not be negative, got -1"),
+    "ratio": (
+        lambda record: record["groups"][0].update(update_ratio=float("nan")),
+        "update_ratio must be finite and not negative, got nan",
+    ),
+    "text": (
+        lambda record: record["groups"][0].update(start_step="5"),
+        r"damaged or incomplete: TypeError\(\"start_step is an int \(a number of steps\), got '5'\"\)",
+    ),
+    "no folded ratio": (
+        lambda record: record["groups"][0]["triples"][0].pop("folded"),
+        r"damaged or incomplete: KeyError\('folded'\)",
+    ),
+    "negative folded ratio": (
+        lambda record: record["groups"][0]["triples"][0].update(folded=-1.0),
+        "folded must be finite and not negative, got -1",
+    ),
+    "folded ratio of text": (
+        lambda record: record["groups"][0]["triples"][0].update(folded="2"),
+        r"damaged or incomplete: TypeError\(\"folded is a number .*, got '2'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_refuses_a_damaged_record(rule, saved_state, damage):
+    change, message = DAMAGES[damage]
+    change(internals.record_of(saved_state))
+    loading_is_refused(layer_run(rule), saved_state, message)
+
+
+def tensor_damage(letter, **changes):
+    return lambda ledger: ledger["terms"][0][letter].update(changes)
+
+
+def not_finite(ledger):
+    ledger["terms"][0]["B"]["data"] = base64.b64encode(struct.pack("<21d", *[float("inf")] * 21)).decode()
+
+
+def not_base64(ledger):
+    saved = ledger["terms"][0]["B"]
+    saved["data"] = "?" + saved["data"][1:]
+
+
+LEDGER_DAMAGES = {
+    **{
+        f"no {key}": (lambda ledger, key=key: ledger.pop(key), rf"KeyError\('{key}'\)")
+        for key in ("coef", "terms", "end", "origin", "lost", "base", "W", "whole", "A", "B")
+    },
+    "shape": (tensor_damage("A", shape=[3, 5]), r"ValueError\('a term of \(3, 5\) and \(3, 7\) for a weight of"),
+    "size": (tensor_damage("A", shape=[5, 4]), r"shape '\[5, 4\]' is invalid for input of size 15"),
+    "dtype": (tensor_damage("A", dtype="int64"), r"ValueError\('a tensor of torch.int64'\)"),
+    "no dtype": (tensor_damage("A", dtype="float99"), "has no attribute 'float99'"),
+    "text": (not_base64, "Only base64 data is allowed"),
+    "infinite": (not_finite, r"ValueError\('a term that is not finite'\)"),
+}
+
+
+@pytest.mark.parametrize("damage", LEDGER_DAMAGES)
+def test_refuses_a_ledger_that_no_run_has_written(damage):
+    """Seal it with a checksum that fits, so that the contents are looked at."""
+    change, message = LEDGER_DAMAGES[damage]
+    run = layer_run().train(3)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    internals.change_ledger(state, "q", change)
+    loading_is_refused(run, state, f"q: its saved ledger is damaged or incomplete: .*{message}")
+
+
+def test_refuses_a_state_that_the_inner_optimizer_refuses(rule):
+    """Rebuild no W then: the inner optimizer comes first."""
+    run = layer_run(rule).train(3)
+    state = run.optimizer.state_dict()
+    other = run.twin(whole=False, load=False)
     head = torch.zeros(2, requires_grad=True)
-    triple = LoRATriple(pristine, trained.A, trained.B, scaling=0.5, name="q")
-    other = DeltaLoRAOptimizer(AdamW, [triple], [head])
-    refused(other, optimizer.state_dict(), "doesn't match the size of optimizer's group")
-    assert torch.equal(pristine, strategies.make("linear").W)
+    other.optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [other.new_triple()], [head], weight_update=rule)
+    loading_is_refused(other, state, "doesn't match the size of optimizer's group")
+    assert torch.equal(other.stored.W, strategies.make("linear").W)

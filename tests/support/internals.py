@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, folding, rounding, update, writing
 from deltaopt.ledger import Ledger, full_part
+from deltaopt.state import _sealed, split_ledgers
 from deltaopt.update import BufferKind, FactoredDelta, Move
 from deltaopt.writing import checked_rounding
 
@@ -128,3 +129,11 @@ def fail_at_write(patch: pytest.MonkeyPatch, number: int) -> None:
 def record_of(state: dict) -> dict[str, Any]:
     """What a state says of the triples and their settings; it may be edited."""
     return state["param_groups"][0]["deltaopt"]
+
+
+def change_ledger(state: dict[str, Any], name: str, change: Any) -> None:
+    """Let `change` edit the saved ledger of the only triple of a state, under a checksum that fits."""
+    ledgers, _, _ = split_ledgers(state)
+    change(ledgers[name])
+    (number,) = (n for n, entries in state["state"].items() if entries.get("deltaopt"))
+    state["state"][number] = state["state"][number] | {"deltaopt": _sealed(ledgers)}
