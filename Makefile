@@ -1,12 +1,13 @@
 # make demo    fine-tune a real model with LoRA and with Delta-LoRA, side by side
 # make test    the whole test suite
+# make test-core    what needs no optional library and no process of its own: a few minutes
 # make check   lint, types and tests, as CI runs them
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := demo test dev
 STAMPS := $(EXTRAS:%=.venv/.%)
 
-.PHONY: demo test lint check nightly benchmarks cuda cuda-tests cuda-benchmarks clean
+.PHONY: demo test test-core lint check nightly benchmarks cuda cuda-tests cuda-benchmarks clean
 
 # torch first and by pip, so that a CPU build is taken where one is at hand; extras build on it.
 .venv/.torch: constraints.txt
@@ -29,7 +30,10 @@ demo: .venv/.model
 test: .venv/.test .venv/.model
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# The same tests, with 40 times the examples of each property, other ones every time.
+test-core: .venv/.test
+	$(BIN)/python -m pytest -n 2 -m "not extra" tests/conformance tests/unit tests/behaviour $(ARGS)
+
+# The whole suite, with 40 times the examples of each property, other ones every time.
 nightly: .venv/.test .venv/.model
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 $(ARGS)
 

@@ -52,7 +52,7 @@ def test_a_scaling_that_a_checkpoint_of_the_model_holds():
     assert_agrees(twin.train(2), run.train(2))
 
 
-DAMAGES = {
+FOLDED_RECORDS = {
     "missing": "the saved record of triples is damaged or incomplete: KeyError",
     "no rule": "the saved record of triples is damaged or incomplete: KeyError",
     "negative": "folded must be finite and not negative, got -1.0",
@@ -60,7 +60,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", FOLDED_RECORDS)
 def test_a_damaged_record_is_refused(damage):
     run = LayerRun("folded").train(2)
     state = copy.deepcopy(run.optimizer.state_dict())
@@ -75,7 +75,7 @@ def test_a_damaged_record_is_refused(damage):
     refused(
         lambda: run.optimizer.load_state_dict(state),
         ValueError,
-        DAMAGES[damage],
+        FOLDED_RECORDS[damage],
         lambda: [*run.tensors, float(run.scale), run.optimizer.state_dict()],
     )
 

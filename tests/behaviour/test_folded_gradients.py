@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import pickle
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals, strategies
-from tests.support.compare import refused, same
+from tests.support.compare import COPIES, refused, same
 from tests.support.folded import (
     CallsTwice,
     HoldsItsOptimizer,
@@ -20,7 +19,7 @@ from tests.support.folded import (
     warns_of_a_takeover,
 )
 from tests.support.runs import LayerRun, assert_follows
-from tests.support.strategies import RULES
+from tests.support.strategies import each_rule
 
 
 def test_gradients_that_are_asked_for_are_divided_too():
@@ -232,11 +231,8 @@ def test_gradients_that_are_kept_elsewhere_are_divided(start):
     assert_follows(runs[1][1], runs[0][0])
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda objects: pickle.loads(pickle.dumps(objects))}
-
-
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 @pytest.mark.filterwarnings("ignore:backward hook .* on tensor will not be serialized:UserWarning")
 def test_a_copy_goes_on_as_the_original_and_apart_from_it(rule, way):
     run = LayerRun(rule, start_step=2, zero=False).train(5)

@@ -20,7 +20,7 @@ from tests.support.folded import (
     packed_layer,
 )
 from tests.support.runs import LayerRun, assert_agrees, assert_follows
-from tests.support.strategies import RULES
+from tests.support.strategies import each_rule
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
@@ -138,7 +138,7 @@ GROUPS = [
 
 
 @pytest.mark.parametrize("late", [0, 2], ids=["at once", "added later"])
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_groups_of_several_ratios_and_starts_follow_the_dense_loop(rule, late):
     """Each with its own settings; two of them are added after `late` steps."""
     layers = [linear_layer(str(i), i, zero=i != 2) for i in range(4)]

@@ -14,9 +14,7 @@ import deltaopt
 from tests.support import strategies
 from tests.support.compare import assert_close, close, refused
 from tests.support.runs import LayerRun, assert_agrees
-from tests.support.strategies import EVENTS, LAYOUTS, ROUNDINGS, RULES
-
-each_rule = pytest.mark.parametrize("rule", RULES)
+from tests.support.strategies import EVENTS, LAYOUTS, ROUNDINGS, RULES, each_rule
 
 
 @torch.no_grad()

@@ -7,12 +7,10 @@ from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals, strategies
 from tests.support.compare import relative
-from tests.support.runs import SCALING, LayerRun
+from tests.support.runs import RATIO, SCALING, LayerRun
 from tests.support.strategies import INNERS, LAYOUTS, ROUNDINGS, RULES
 
 pytestmark = pytest.mark.cuda
-
-RATIO = 0.7
 
 
 def on_cuda(layout="linear", seed=3, dtype=torch.float32, factor_dtype=None):

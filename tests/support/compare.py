@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda objects: pickle.loads(pickle.dumps(objects)),
+}
+"""How an object with all that it holds is copied."""
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

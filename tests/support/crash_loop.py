@@ -23,7 +23,7 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer with a branch beside it, as one writes it by hand."""
+    """A frozen linear layer with a branch, as one writes it by hand."""
 
     def __init__(self, d: int, c: int, r: int = 3) -> None:
         super().__init__(d, c, bias=False)

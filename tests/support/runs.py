@@ -14,6 +14,9 @@ from tests.support import reference, strategies
 from tests.support.compare import assert_close, through_a_file
 from tests.support.internals import ledger_of
 
+RATIO = 0.7
+"""The `update_ratio` of the runs that are compared with the reference."""
+
 SCALING = 0.5
 """Of the branch of a `LayerRun`, before a rule folds anything into it."""
 

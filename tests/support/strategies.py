@@ -7,6 +7,7 @@ matrices of the mathematics are written from each library's forward pass, not fr
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -218,6 +219,7 @@ INNERS: dict[str, tuple[type[optim.Optimizer], dict]] = {
 
 MATRICES_ONLY = {"Muon"}
 RULES = ("in_place", "folded")
+each_rule = pytest.mark.parametrize("rule", RULES)
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 EVENTS = {
