@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples, other_parameters
@@ -19,6 +18,7 @@ import transformers
 from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model, inject_adapter_in_model
 from transformers.pytorch_utils import Conv1D
 
+from tests.support import strategies
 from tests.support.compare import in_order, naming, refused
 from tests.support.models import RATIO
 from tests.support.peft_layers import (
@@ -48,13 +48,13 @@ TRAINABLE = sorted(CASES.keys() - PEFT_CAN_NOT)
 
 
 def with_adapters(model: nn.Module, *targets: str, **config) -> nn.Module:
-    """The model in float64 with random adapters."""
+    """Give the model random adapters, in float64."""
     config = {"r": 3, "lora_alpha": 5, "target_modules": list(targets), **config}
     return randomised(get_peft_model(model, LoraConfig(**config)))
 
 
 def assert_moves_by_peft_delta(model: nn.Module, x: Tensor, steps: int = 3) -> None:
-    """Every W moves by RATIO times the change of PEFT's delta weight, in each step, to 1e-12."""
+    """Assert that every W moves by RATIO times the change of PEFT's delta weight, in each step, to 1e-12."""
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
     assert [triple.name for triple in optimizer.triples] == list(lora_layers(model))
     for _ in range(steps):
@@ -68,7 +68,7 @@ def assert_moves_by_peft_delta(model: nn.Module, x: Tensor, steps: int = 3) -> N
 
 
 def case(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
-    """(the plain model, the same with adapters, an input), in float64."""
+    """Build (the plain model, the same with adapters, an input), in float64."""
     build, targets, inputs, config = CASES[name]
     plain = build().double()
     return plain, with_adapters(copy.deepcopy(plain), *targets, **config), inputs()
@@ -130,22 +130,16 @@ def test_ranks_and_scalings_are_each_layers_own(config, ranks, scalings):
     assert_moves_by_peft_delta(model, image(7))
 
 
-@given(
-    c=st.integers(1, 9),
-    d=st.integers(1, 9),
-    r=st.integers(1, 10),
-    alpha=st.integers(1, 64),
-    rslora=st.booleans(),
-    kind=st.sampled_from(["linear", "conv1d_gpt2", "embedding", "conv2d"]),
-)
-def test_any_shape_rank_and_alpha(c, d, r, alpha, rslora, kind):
+@given(strategies.peft_layers)
+def test_any_shape_rank_and_alpha(drawn):
+    kind, c, d = (drawn.pop(key) for key in ("kind", "c", "d"))
     plain, x = {
         "linear": (nn.Linear(d, c), image(d)),
         "conv1d_gpt2": (Conv1D(c, d), image(d)),
         "embedding": (nn.Embedding(d, c), rows_of_tokens(d)),
         "conv2d": (nn.Conv2d(d, c, (1, 2)), image(d, 2, 2)),
     }[kind]
-    config = {"r": r, "lora_alpha": alpha, "use_rslora": rslora, "fan_in_fan_out": kind == "conv1d_gpt2"}
+    config = {**drawn, "fan_in_fan_out": kind == "conv1d_gpt2"}
     model = with_adapters(nn.Sequential(plain), "0", **config)
     (layer,) = lora_layers(model).values()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, find_triples(model), lr=1e-3, update_ratio=RATIO)
@@ -264,8 +258,8 @@ def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
     return [names[id(p)].removeprefix("base_model.model.") for p in parameters]
 
 
-def everything_trains(model: nn.Module, x: Tensor, others: list[str]) -> None:
-    """`others` are the other parameters, and one step of `for_model` changes them, the factors and every W."""
+def assert_everything_trains(model: nn.Module, x: Tensor, others: list[str]) -> None:
+    """Assert that `others` are the other parameters, and that one step changes them, the factors and every W."""
     triples = find_triples(model)
     assert names_of(model, other_parameters(model, triples)) == others
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, update_ratio=RATIO)
@@ -280,7 +274,7 @@ def everything_trains(model: nn.Module, x: Tensor, others: list[str]) -> None:
 def test_modules_to_save_train_with_the_triples():
     model = with_adapters(mlp(7, 5, 4), "0", modules_to_save=["1"])
     head = ["1.modules_to_save.default.weight", "1.modules_to_save.default.bias"]
-    everything_trains(model, image(7), head)
+    assert_everything_trains(model, image(7), head)
 
 
 @pytest.mark.parametrize(("bias", "others"), [("none", []), ("lora_only", [0]), ("all", [0, 1])])
@@ -289,12 +283,12 @@ def test_modules_to_save_train_with_the_triples():
 def test_biases_train_with_the_triples(bias, others):
     model = with_adapters(mlp(7, 5, 4), "0", bias=bias)
     names = ["0.base_layer.bias", "1.bias"]
-    everything_trains(model, image(7), [names[i] for i in others])
+    assert_everything_trains(model, image(7), [names[i] for i in others])
 
 
 def test_the_bias_of_lora_b_trains_and_moves_no_weight():
     model = with_adapters(mlp(7, 5, 4), "0", lora_bias=True)
-    everything_trains(model, image(7), ["0.lora_B.default.bias"])
+    assert_everything_trains(model, image(7), ["0.lora_B.default.bias"])
     assert_moves_by_peft_delta(model, image(7))
 
 
@@ -421,18 +415,18 @@ def test_parameters_replaced_by_a_conversion_are_refused():
 
 
 def search_refused(model: nn.Module, *parts: str, adapter: str = "default", **options) -> str:
-    """`find_triples` raises, and its message has all of `parts` in this order."""
+    """Assert that `find_triples` raises with all of `parts` in this order; return its message."""
     return refused(lambda: find_triples(model, adapter, **options), ValueError, in_order(*parts))
 
 
 def optimizer_refused(model: nn.Module, *parts: str, **options) -> str:
-    """The tensors alone tell: `find_triples` passes, and the optimizer refuses."""
+    """Assert that `find_triples` passes, and that the optimizer raises; return its message."""
     triples = find_triples(model, **options)
     return refused(lambda: DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1), ValueError, in_order(*parts))
 
 
 def bad_layers(message: str, problem: str, *names: str) -> list[str]:
-    """Which of these layers the message says to have this problem, in a line each or in one line for all."""
+    """List the layers that have this problem by the message, in a line each or in one line for all."""
     lines = "\n".join(line for line in message.splitlines() if problem in line)
     return [name for name in names if re.search(rf"{re.escape(name)}[:,)]", lines)]
 

@@ -147,7 +147,7 @@ def test_ranks_and_scalings_of_each_layer(tmp_path, config):
 
 
 def test_a_layer_whose_name_ends_like_anothers_keeps_its_own_rank(tmp_path):
-    """PEFT's patterns fit the end of a name: "0" would be "block.0" too."""
+    """PEFT's patterns fit the end of a name: "0" would fit "block.0" too."""
     plain = nn.Sequential(nn.Linear(7, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 6))
     ranks = {"^0": 1, r"^1\.0": 2}
     config = LoraConfig(r=3, target_modules=["0", "1.0", "1.1", "2"], rank_pattern=ranks)
@@ -218,7 +218,7 @@ def test_a_mixture_of_experts(tmp_path):
 
 
 def test_parameters_of_unlike_ranks(tmp_path):
-    """Compressed to their own rank each, and brought to one: PEFT would warn of a rank_pattern for a parameter."""
+    """Each is compressed to its own rank and padded to one: PEFT warns of a rank_pattern for a parameter."""
     plain = nn.Sequential(Experts(3, 5, 4, False), nn.Linear(5, 7), Bare())
     config = LoraConfig(
         r=1,
@@ -251,7 +251,7 @@ class Routed(Experts):
 
 
 def test_a_layer_inside_of_a_module_whose_parameters_are_targets(tmp_path):
-    """The wrappers of the parameters stand in its name, which is another one when PEFT looks for its rank."""
+    """Its name contains the wrappers of the parameters, and PEFT looks its rank up by a name without them."""
     config = LoraConfig(
         r=2, target_modules=["gate", "1"], target_parameters=["0.up", "0.down"], rank_pattern={"gate": 3}
     )
@@ -393,7 +393,7 @@ def test_the_name_of_the_base_is_kept(tmp_path):
 
 
 def test_the_name_of_the_base_is_written_where_peft_has_not_done_so(tmp_path):
-    """It does not for `inject_adapter_in_model`."""
+    """`inject_adapter_in_model` does not write it."""
     tiny_llama().save_pretrained(tmp_path / "base")
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), plain)
@@ -429,7 +429,7 @@ def test_a_bf16_base_keeps_float32_factors(tmp_path):
 
 
 def from_a_start(start: str, plain: nn.Module, x: Tensor, **config) -> nn.Module:
-    """A model whose base PEFT has rewritten."""
+    """Build a model whose base PEFT has rewritten."""
     base = copy.deepcopy(plain)
     more = {"corda": {"corda_config": CordaConfig(corda_method="kpm")}, "lora_ga": {"lora_ga_config": LoraGAConfig()}}
     config = LoraConfig(
@@ -455,7 +455,7 @@ def three_layers(kind: type = nn.Linear) -> nn.Sequential:
     ],
 )
 def test_starts_that_are_taken_out_of_the_base(tmp_path, start, kind):
-    """The adapter is for the base before that, and PEFT does not rewrite it again."""
+    """The adapter belongs to the base as it was before, and PEFT does not rewrite it again."""
     plain, x = three_layers(kind), torch.randn(32, 6)
     model = from_a_start(start, plain, x, fan_in_fan_out=kind is Conv1D)
     weight = model.base_model.model[0].base_layer.weight
@@ -468,7 +468,7 @@ def test_starts_that_are_taken_out_of_the_base(tmp_path, start, kind):
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_in_16_bits_is_known_too(tmp_path, start):
-    """Though its columns are orthogonal to the rounding of bf16 only, which is seen in some of many layers."""
+    """Its columns are orthogonal only up to the rounding of bf16, which shows in some of many layers."""
     plain, x = mlp(*[12] * 9).bfloat16(), torch.randn(32, 12).bfloat16()
     config = LoraConfig(r=5, target_modules="all-linear", init_lora_weights=start)
     model = get_peft_model(copy.deepcopy(plain), config)
@@ -492,7 +492,7 @@ def test_an_embedding_next_to_pissa_starts_as_ever(tmp_path):
 
 
 def test_pissa_continues_after_a_resume(tmp_path):
-    """The optimizer's state knows the start, though the loaded factors are not it any more."""
+    """The optimizer's state knows the start, though the loaded factors are no longer at it."""
     plain, x = three_layers(), torch.randn(32, 6)
     model = from_a_start("pissa", plain, x)
     optimizer = trained_optimizer(model, x)
@@ -517,7 +517,7 @@ def test_pissa_after_rebase_is_refused(tmp_path):
 
 
 def test_loftq_is_refused(tmp_path):
-    """PEFT's LoftQ needs a GPU, so the config alone says so here."""
+    """PEFT's LoftQ needs a GPU, so only the config names it here."""
     model = get_peft_model(mlp(7, 5), LoraConfig(r=2, target_modules=["0"]))
     model.peft_config["default"].init_lora_weights = "loftq"
     assert_refused(
@@ -599,7 +599,7 @@ def test_other_files_in_the_folder_stay_and_no_part_is_left(tmp_path):
 
 
 class KilledError(BaseException):
-    """What no `except Exception` catches."""
+    """An exception that no `except Exception` catches."""
 
 
 def killed_at(call: int, patch: pytest.MonkeyPatch) -> None:
@@ -680,7 +680,7 @@ def assert_refused(tmp_path, model, optimizer, match, error=ValueError, **option
 
 @pytest.fixture
 def trained_pair():
-    """A trained model of two layers, and its optimizer."""
+    """Build a trained model of two layers, and its optimizer."""
     model = get_peft_model(mlp(7, 5, 4), LoraConfig(r=2, target_modules=["0", "1"]))
     return model, trained_optimizer(model, inputs(7))
 
@@ -926,7 +926,7 @@ OTHER_BASE = "the base of 2 layers .* is what their weights were at rebase"
 
 
 def test_an_optimizer_on_weights_that_another_has_moved_does_not_take_them_for_pristine(tmp_path, trained_pair):
-    """A cell of a notebook that is run twice. The first one's state, loaded, says what the base is."""
+    """A notebook cell that is run twice does this. The state of the first optimizer says what the base is."""
     model, first = trained_pair
     second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
     second.load_state_dict(first.state_dict())

@@ -251,6 +251,17 @@ narrow_dtypes = st.sampled_from([torch.bfloat16, torch.float16])
 dtypes = st.sampled_from([torch.bfloat16, torch.float32, torch.float64])
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
 """(c, d, r)."""
+peft_layers = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(["linear", "conv1d_gpt2", "embedding", "conv2d"]),
+        "c": st.integers(1, 9),
+        "d": st.integers(1, 9),
+        "r": st.integers(1, 10),
+        "lora_alpha": st.integers(1, 64),
+        "use_rslora": st.booleans(),
+    }
+)
+"""The kind and the size of a layer, and the settings of its adapter."""
 
 
 def events(rule: str = "in_place", min_size: int = 0, max_size: int = 10) -> st.SearchStrategy[list[str]]:
