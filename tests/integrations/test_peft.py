@@ -132,15 +132,15 @@ def test_ranks_and_scalings_are_each_layers_own(config, ranks, scalings):
 
 @given(strategies.peft_layers)
 def test_any_shape_rank_and_alpha(drawn):
-    kind, c, d = (drawn.pop(key) for key in ("kind", "c", "d"))
+    config = dict(drawn)
+    kind, c, d = (config.pop(key) for key in ("kind", "c", "d"))
     plain, x = {
         "linear": (nn.Linear(d, c), image(d)),
         "conv1d_gpt2": (Conv1D(c, d), image(d)),
         "embedding": (nn.Embedding(d, c), rows_of_tokens(d)),
         "conv2d": (nn.Conv2d(d, c, (1, 2)), image(d, 2, 2)),
     }[kind]
-    config = {**drawn, "fan_in_fan_out": kind == "conv1d_gpt2"}
-    model = with_adapters(nn.Sequential(plain), "0", **config)
+    model = with_adapters(nn.Sequential(plain), "0", fan_in_fan_out=kind == "conv1d_gpt2", **config)
     (layer,) = lora_layers(model).values()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, find_triples(model), lr=1e-3, update_ratio=RATIO)
     W, delta = weight(layer).clone(), layer.get_delta_weight("default").detach()
