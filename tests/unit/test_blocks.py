@@ -9,17 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaopt import rounding
 from deltaopt.noise import Keys, label_hashes, noise_factors
 from deltaopt.rounding import add_product_, cut_off, lifted
+from tests.support import internals, strategies
+from tests.support.sixteen_bits import BOTH_DTYPES, bits_of, normal, spacing
+from tests.support.strategies import ROUNDINGS
 
 sides = st.integers(1, 12)
-each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-SUBNORMAL = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
-
-
-def random(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+each_dtype = pytest.mark.parametrize("dtype", BOTH_DTYPES)
+each_mode = pytest.mark.parametrize("mode", ROUNDINGS)
 
 
 def noise_for(W, seed=0):
@@ -28,66 +26,56 @@ def noise_for(W, seed=0):
 
 
 def how(mode, W, seed=0):
-    """The arguments of `add_product_` that make it round in this way."""
+    """Return the arguments of `add_product_` that make it round in this way."""
     if mode == "stochastic":
         return {"noise": noise_for(W, seed)}
     return {"compensation": torch.zeros_like(W, dtype=torch.int16)} if mode == "compensated" else {}
 
 
-def spacing(x, dtype):
-    """Of the dtype's values at x, float64: the finer one at a power of two."""
-    exponent = torch.frexp(x.abs()).exponent.double() - 1
-    return (2.0**exponent * torch.finfo(dtype).eps).clamp(min=SUBNORMAL[dtype])
-
-
 def every_value(dtype):
-    """All finite numbers of a 16-bit dtype, as one row."""
+    """Return all finite numbers of a 16-bit dtype, as one row."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     return values[values.isfinite()].view(1, -1)
 
 
 def add_(W, delta, **options):
-    """W += delta, a float32 tensor of W's shape with one row."""
+    """Add a float32 row of the shape of W to W."""
     add_product_(W, torch.ones(1, 1), delta, 1.0, **options)
 
 
-def bits(W):
-    return W.view(torch.int16)
-
-
-@given(sides, sides, st.integers(1, 5), st.integers(1, 40), st.booleans(), st.integers(0, 2**31))
-@pytest.mark.parametrize("mode", ["nearest", "stochastic", "compensated"])
+@given(sides, sides, st.integers(1, 5), st.integers(1, 40), st.booleans(), strategies.seeds)
+@each_mode
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stacked", [False, True])
 @each_dtype
 def test_blocks_add_up_to_the_whole(dtype, stacked, wide, mode, c, d, k, block, turned, seed):
     lead = (2,) if stacked else ()
-    W = random(*lead, d, c, seed=seed, dtype=dtype).mT if turned else random(*lead, c, d, seed=seed, dtype=dtype)
-    U, V = random(*lead, c, k, seed=seed + 1, dtype=wide), random(*lead, k, d, seed=seed + 2, dtype=wide)
+    W = normal(*lead, d, c, seed=seed, dtype=dtype).mT if turned else normal(*lead, c, d, seed=seed, dtype=dtype)
+    U, V = normal(*lead, c, k, seed=seed + 1, dtype=wide), normal(*lead, k, d, seed=seed + 2, dtype=wide)
     exact = W.double() + 0.7 * (U.double() @ V.double())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding, "BLOCK_ELEMENTS", block)
+        internals.use_blocks_of(patch, block)
         add_product_(W, U, V, 0.7, **how(mode, W, seed))
     allowed = (1.01 if mode == "stochastic" else 0.51) * spacing(exact, dtype) * 2
     noise = 1e-6 * (U.double().abs() @ V.double().abs())
     assert bool(((W.double() - exact).abs() <= allowed + noise).all())
 
 
-@given(sides, sides, st.integers(1, 40), st.integers(0, 2**31))
+@given(sides, sides, st.integers(1, 40), strategies.seeds)
 @pytest.mark.parametrize("mode", ["stochastic", "compensated"])
 @pytest.mark.parametrize("stacked", [False, True])
 @each_dtype
 def test_blocks_and_strides_do_not_change_a_bit(dtype, stacked, mode, c, d, block, seed):
-    """The noise belongs to the element (i, j), and the compensation too; products that float32 holds exactly."""
+    """Tie the noise and the compensation to the element (i, j), for products that float32 holds exactly."""
     lead = (2,) if stacked else ()
-    first = random(*lead, c, d, seed=seed, dtype=dtype)
+    first = normal(*lead, c, d, seed=seed, dtype=dtype)
     second = first.mT.clone(memory_format=torch.contiguous_format).mT  # of one row or column too
-    U, V = (random(*lead, *shape, seed=seed).round() for shape in ((c, 1), (1, d)))
+    U, V = (normal(*lead, *shape, seed=seed).round() for shape in ((c, 1), (1, d)))
     kept = []
     for W, elements in ((first, 1 << 20), (second, block)):
         options = how(mode, W, seed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rounding, "BLOCK_ELEMENTS", elements)
+            internals.use_blocks_of(patch, elements)
             for _ in range(2):
                 add_product_(W, U, V, 2.0**-9, **options)
         kept.append(options.get("compensation"))
@@ -95,14 +83,14 @@ def test_blocks_and_strides_do_not_change_a_bit(dtype, stacked, mode, c, d, bloc
     assert mode == "stochastic" or torch.equal(*kept)
 
 
-@pytest.mark.parametrize("mode", ["nearest", "stochastic", "compensated"])
+@each_mode
 @each_dtype
 def test_every_value_keeps_its_bits_when_nothing_is_added(dtype, mode):
-    """Subnormal numbers, the largest ones and both zeros; -0 is what a masked product adds."""
+    """Keep subnormal numbers, the largest ones and both zeros; -0 is what a masked product adds."""
     W = every_value(dtype)
     before, options = W.clone(), how(mode, W)
     add_product_(W, torch.zeros(1, 1), torch.zeros_like(W, dtype=torch.float32), -1.0, **options)
-    assert torch.equal(bits(W), bits(before))
+    assert torch.equal(bits_of(W), bits_of(before))
     assert not options.get("compensation", torch.zeros(1)).any()
 
 
@@ -113,7 +101,7 @@ VALUES = torch.tensor(
 
 
 def deviations(dtype, write, seeds=4000):
-    """How far the mean over `seeds` of `write(x, seed)` is from x, in standard errors of a fair coin's."""
+    """Return how far the mean over `seeds` of `write(x, seed)` is from x, in standard errors of a fair coin."""
     x = VALUES.float().view(1, -1)
     total = torch.zeros_like(x, dtype=torch.float64)
     for seed in range(seeds):
@@ -126,7 +114,7 @@ def deviations(dtype, write, seeds=4000):
 
 
 def _floor(value, dtype):
-    """The largest value of the dtype that is not above."""
+    """Return the largest value of the dtype that is not above."""
     near = torch.tensor(value).to(dtype)
     below = torch.nextafter(near, torch.tensor(-torch.inf, dtype=dtype))
     return float(below if float(near) > value else near)
@@ -134,7 +122,7 @@ def _floor(value, dtype):
 
 @each_dtype
 def test_the_mean_of_stochastic_rounding_is_the_sum_itself(dtype):
-    """Within 4.5 standard errors at each of 12 values, of normal and subnormal size; biased rounding is 20 off."""
+    """Stay within 4.5 standard errors at 12 values, of normal and subnormal size; biased rounding is 20 off."""
 
     def stochastic(x, seed):
         W = torch.zeros_like(x, dtype=dtype)
@@ -153,7 +141,7 @@ def test_the_mean_of_stochastic_rounding_is_the_sum_itself(dtype):
 
 @each_dtype
 def test_small_updates_add_up_in_the_mean(dtype):
-    """400 updates of a hundredth of a spacing: nearest rounding keeps none of them."""
+    """Add a hundredth of a spacing 400 times: nearest rounding keeps none of it."""
     W = torch.full((64, 64), 1.0, dtype=dtype)
     near, exact, step = W.clone(), W.clone(), torch.finfo(dtype).eps / 100
     compensation = torch.zeros_like(W, dtype=torch.int16)
@@ -171,21 +159,21 @@ def test_small_updates_add_up_in_the_mean(dtype):
 @each_dtype
 def test_seeds(dtype):
     def rounded(seed):
-        W = random(30, 30, seed=1, dtype=dtype)
-        add_product_(W, random(30, 1, seed=2), random(1, 30, seed=3), 1e-4, noise=noise_for(W, seed))
+        W = normal(30, 30, seed=1, dtype=dtype)
+        add_product_(W, normal(30, 1, seed=2), normal(1, 30, seed=3), 1e-4, noise=noise_for(W, seed))
         return W
 
     assert torch.equal(rounded(5), rounded(5))
     assert not torch.equal(rounded(5), rounded(6))
 
 
-@given(st.integers(0, 2**31), st.integers(1, 6))
+@given(strategies.seeds, st.integers(1, 6))
 def test_compensated_bfloat16_is_a_float32_weight(seed, steps):
-    """Bit for bit: the weight has its upper half, rounded to nearest, the compensation what is missing."""
-    W = random(6, 9, seed=seed, dtype=torch.bfloat16)
+    """Hold bit for bit: the weight is its upper half, rounded to nearest, the compensation what is missing."""
+    W = normal(6, 9, seed=seed, dtype=torch.bfloat16)
     full, compensation = W.float(), torch.zeros_like(W, dtype=torch.int16)
     for step in range(steps):
-        U, V = random(6, 4, seed=seed + step), random(4, 9, seed=seed - step)
+        U, V = normal(6, 4, seed=seed + step), normal(4, 9, seed=seed - step)
         add_product_(W, U, V, 1e-3, compensation=compensation)
         full.addmm_(U, V, alpha=1e-3)
         assert torch.equal(lifted(W, compensation), full)
@@ -194,9 +182,9 @@ def test_compensated_bfloat16_is_a_float32_weight(seed, steps):
 
 
 def test_compensated_float16_is_as_good_as_float32():
-    """Also below its smallest normal number, where float32 has finer steps: 2^-37 apart is what is kept."""
+    """Hold also below its smallest normal number, where float32 has finer steps: 2^-37 apart is what is kept."""
     scale = 10.0 ** torch.randint(-9, 4, (1, 20000), generator=torch.Generator().manual_seed(1))
-    full = (random(1, 20000, seed=2) * scale).clamp(-65504, 65504)
+    full = (normal(1, 20000, seed=2) * scale).clamp(-65504, 65504)
     W = torch.zeros_like(full, dtype=torch.float16)
     compensation = torch.zeros_like(W, dtype=torch.int16)
     add_(W, full, compensation=compensation)
@@ -204,13 +192,13 @@ def test_compensated_float16_is_as_good_as_float32():
     assert bool(((back.double() - full.double()).abs() <= 2.0**-38).all())
     assert bool((back == full)[full.abs() >= 2.0**-14].all())
     assert bool(((W.double() - full.double()).abs() <= 0.5 * spacing(full.double(), torch.float16)).all())
-    before = bits(W).clone(), compensation.clone()
+    before = bits_of(W).clone(), compensation.clone()
     add_product_(W, torch.zeros(1, 1), torch.zeros_like(full), -1.0, compensation=compensation)
-    assert torch.equal(bits(W), before[0])
+    assert torch.equal(bits_of(W), before[0])
     assert torch.equal(compensation, before[1])
 
 
-@pytest.mark.parametrize("mode", ["nearest", "stochastic", "compensated"])
+@each_mode
 @each_dtype
 def test_what_would_overflow_becomes_the_largest_value(dtype, mode):
     largest = torch.finfo(dtype).max
@@ -225,11 +213,11 @@ def test_what_would_overflow_becomes_the_largest_value(dtype, mode):
         assert W[0, 0] == largest / 2
 
 
-@pytest.mark.parametrize("mode", ["nearest", "stochastic", "compensated"])
+@each_mode
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @each_dtype
 def test_a_nan_stays_one(dtype, wide, mode):
-    """Each of them, in the vectors of a long row and in what is left over of it."""
+    """Try each NaN, in the vectors of a long row and in what is left over of it."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     nans = values[values.isnan()]
     for width in (1, 1003):
@@ -243,7 +231,7 @@ def test_a_nan_stays_one(dtype, wide, mode):
 
 @each_dtype
 def test_a_weight_that_somebody_else_wrote_takes_no_harm(dtype):
-    """Zeros, as pruning makes them, beside a compensation of the numbers that were there before."""
+    """Zero a weight, as pruning does, and keep the compensation of the numbers that were there before."""
     W = torch.full((1, 8), 0.02, dtype=dtype)
     compensation = torch.zeros_like(W, dtype=torch.int16)
     add_(W, torch.tensor([[1e-5, -1e-5] * 4]), compensation=compensation)
@@ -256,7 +244,7 @@ def test_a_weight_that_somebody_else_wrote_takes_no_harm(dtype):
 
 @each_dtype
 def test_what_was_cut_off_is_found_from_the_full_weight(dtype):
-    full = random(5, 7, seed=4)
+    full = normal(5, 7, seed=4)
     W = torch.zeros_like(full, dtype=dtype)
     compensation = torch.zeros_like(W, dtype=torch.int16)
     for row in range(5):
@@ -270,7 +258,7 @@ def test_what_was_cut_off_is_found_from_the_full_weight(dtype):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_was_cut_off_is_found_where_float16_becomes_subnormal(sign):
-    """Rounded up to 2^-14, a number was in float32 where it is spaced twice as fine as there."""
+    """Round up to 2^-14: in float32 such a number was where the spacing is twice as fine as there."""
     for part in (0.5, 0.5001, 0.6, 0.75, 0.9999, 1.0):
         W = torch.full((1, 1), sign * (2.0**-14 - 2.0**-24), dtype=torch.float16)
         full = W.float() + sign * part * 2.0**-24
@@ -280,7 +268,7 @@ def test_what_was_cut_off_is_found_where_float16_becomes_subnormal(sign):
 
 
 def test_below_a_zero_the_sign_stays():
-    """A number that is restored across zero has W's sign, as in the kernel."""
+    """Give a number that is restored across zero the sign of W, as the kernel does."""
     W, kept = torch.zeros(1, 2, dtype=torch.float16).mul_(torch.tensor([1.0, -1.0])), torch.full((1, 2), -1)
     assert torch.equal(lifted(W, kept.to(torch.int16)).signbit(), torch.tensor([[False, True]]))
 
@@ -288,7 +276,7 @@ def test_below_a_zero_the_sign_stays():
 @pytest.mark.parametrize("scale", [1.0, 2.0**-20])
 @each_dtype
 def test_beyond_a_tie_half_a_spacing_was_cut_off(dtype, scale):
-    """As where the sum was made anew, in another order, and its last bit is another."""
+    """Sum in another order, as a rebuilt weight does: the last bit may differ."""
     W = torch.tensor([[1.5, -1.5]]).mul(scale).to(dtype)
     half = spacing(W.double(), dtype) / 2
     for away in (half, -half):
@@ -302,16 +290,17 @@ def test_beyond_a_tie_half_a_spacing_was_cut_off(dtype, scale):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-@pytest.mark.parametrize("mode", ["nearest", "stochastic", "compensated"])
+@each_mode
 @each_dtype
 def test_a_weight_without_elements(dtype, mode, shape):
     W = torch.zeros(shape, dtype=dtype)
     add_product_(W, torch.ones(shape[0], 2), torch.ones(2, shape[1]), 1.0, **how(mode, W))
+    assert W.shape == shape
 
 
-def test_float32_beside_float64_factors_is_rounded_to_nearest():
-    W = random(4, 5, seed=1)
-    U, V = random(4, 2, seed=2, dtype=torch.float64), random(2, 5, seed=3, dtype=torch.float64)
+def test_float32_with_float64_factors_is_rounded_to_nearest():
+    W = normal(4, 5, seed=1)
+    U, V = normal(4, 2, seed=2, dtype=torch.float64), normal(2, 5, seed=3, dtype=torch.float64)
     expected = (W.double() + 0.5 * (U @ V)).float()
     add_product_(W, U, V, 0.5, noise=noise_for(W))
     assert torch.equal(W, expected)
@@ -324,7 +313,7 @@ def test_beyond_the_largest_value_nothing_is_cut_off(dtype):
 
 
 @each_dtype
-def test_from_the_value_beside_a_weight_nothing_was_cut_off(dtype):
+def test_from_the_value_next_to_a_weight_nothing_was_cut_off(dtype):
     W = torch.tensor([[1.5, -1.5, 2.0**-20, -(2.0**-20)]]).to(dtype)
     for away in (torch.inf, -torch.inf):
         assert not cut_off(W, W.nextafter(torch.full_like(W, away)).float()).any()

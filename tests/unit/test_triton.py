@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 
 from deltaopt import rounding
 from deltaopt.noise import Keys, noise_factors
+from tests.support import strategies
+from tests.support.sixteen_bits import BOTH_DTYPES, bits_of, normal, spacing
+from tests.support.strategies import ROUNDINGS
 
 triton = pytest.importorskip("triton", reason="runs where Triton is installed")
 
@@ -31,13 +34,13 @@ on_devices = pytest.mark.parametrize(
         pytest.param("cuda", marks=pytest.mark.cuda),
     ],
 )
-in_every_rounding = pytest.mark.parametrize("rounded", ["nearest", "stochastic", "compensated"])
-in_both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+in_every_rounding = pytest.mark.parametrize("rounded", ROUNDINGS)
+in_both_dtypes = pytest.mark.parametrize("dtype", BOTH_DTYPES)
 # In the interpreter numpy warns of these.
 beyond_float32 = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 KEYS = Keys(-1234567890, 987654321)
 
-LAYOUTS = {
+STRIDES = {
     "plain": lambda new, c, d: new(c, d),
     "transposed": lambda new, c, d: new(d, c).mT,
     "rows": lambda new, c, d: new(c + 3, d)[2 : 2 + c],
@@ -47,8 +50,8 @@ LAYOUTS = {
 }
 AROUND = 77
 
-sides = st.sampled_from([1, 2, 15, 17, 40, 64, 65, 90])
-layouts = st.sampled_from(sorted(LAYOUTS))
+kernel_sides = st.sampled_from([1, 2, 15, 17, 40, 64, 65, 90])
+stridings = st.sampled_from(sorted(STRIDES))
 int32 = st.integers(-(2**31), 2**31 - 1)
 
 
@@ -68,27 +71,27 @@ class Kind:
 
 kinds = st.builds(
     Kind,
-    sides,
-    sides,
+    kernel_sides,
+    kernel_sides,
     st.sampled_from([1, 2, 3, 15, 16, 17, 33]),
-    st.sampled_from([torch.bfloat16, torch.float16]),
+    strategies.narrow_dtypes,
     st.sampled_from([1.0, 2.0**-8, 2.0**-16]),
     st.sampled_from([1.0, -0.5]),
-    layouts,
-    layouts,
-    layouts,
+    stridings,
+    stridings,
+    stridings,
     st.integers(1, 2),
 )
 
 
 def laid_out(values, layout, device):
-    """The values, (c, d), in the midst of other numbers."""
+    """Lay out the values, (c, d), among other numbers."""
     new = lambda *shape: torch.full(shape, AROUND, dtype=values.dtype, device=device)  # noqa: E731
-    return LAYOUTS[layout](new, *values.shape).copy_(values)
+    return STRIDES[layout](new, *values.shape).copy_(values)
 
 
 def exact_product(kind, generator, rounded, device, place):
-    """A product all sums of which are exact in float32, in any order: of integers times powers of two.
+    """Make a product all sums of which are exact in float32, in any order: of integers times powers of two.
 
     W is up to 2^7, the product up to 2^-2, and everything a multiple of 2^-14, times a scale that leads into
     float16's subnormal numbers.
@@ -120,7 +123,7 @@ def add(products, rounded, coef=1.0, keep=None, keys=KEYS):
 
 
 def expected(product, rounded, coef=1.0, keys=KEYS):
-    """W and the compensation by blocks of torch operations on the CPU."""
+    """Return W and the compensation by blocks of torch operations on the CPU."""
     W, U, V, kept = (
         t if t is None else t.cpu().clone() for t in (product.W, product.U, product.V, product.compensation)
     )
@@ -129,28 +132,14 @@ def expected(product, rounded, coef=1.0, keys=KEYS):
     return W, kept
 
 
-def bits(t):
-    return t.cpu().contiguous().view(torch.int16)
-
-
-def spacing(x, dtype):
-    """Between the values of the dtype around x, float64."""
-    info = torch.finfo(dtype)
-    return torch.exp2(x.abs().clamp(min=info.smallest_normal).log2().floor()) * info.eps
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @on_devices
 @in_every_rounding
 @settings(max_examples=settings.default.max_examples // 2)
-@given(st.lists(kinds, min_size=1, max_size=2), st.integers(0, 2**31), st.builds(Keys, int32, int32))
+@given(st.lists(kinds, min_size=1, max_size=2), strategies.seeds, st.builds(Keys, int32, int32))
 @example([Kind(65, 130, 256, torch.float16, 2.0**-16, -0.5, "columns", "transposed", "strided", 2)], 0, KEYS)
 @example([Kind(1, 300, 127, torch.bfloat16, 1.0, 1.0, "transposed", "strided", "rows", 1)], 1, Keys(1, -1))
 def test_has_the_bits_of_the_blocks(rounded, device, kinds, seed, keys):
-    """Where all sums are exact, after two steps with other coefficients; only W and its compensation are written."""
+    """Hold where all sums are exact, after two steps with other coefficients; write W and its compensation alone."""
     generator = torch.Generator().manual_seed(seed)
     wanted = [kind for kind in kinds for _ in range(kind.count)]
     products = [exact_product(kind, generator, rounded, device, i) for i, kind in enumerate(wanted)]
@@ -167,7 +156,7 @@ def test_has_the_bits_of_the_blocks(rounded, device, kinds, seed, keys):
         batch.add_(coefs, torch.tensor(keep, device=device), keys if rounded == "stochastic" else None)
     written = [t for p in products for t in (p.W, p.compensation) if t is not None]
     for got, wanted_bits in zip(written, want, strict=True):
-        assert torch.equal(bits(got), bits(wanted_bits))
+        assert torch.equal(bits_of(got), bits_of(wanted_bits))
         got.fill_(AROUND)
         everything = torch.empty(0, dtype=got.dtype, device=device).set_(got.untyped_storage())
         assert bool((everything == AROUND).all())
@@ -178,9 +167,9 @@ def test_has_the_bits_of_the_blocks(rounded, device, kinds, seed, keys):
 @in_both_dtypes
 @pytest.mark.parametrize("shape", [(1, 300, 8), (70, 90, 31), (40, 20, 0)])
 def test_is_the_exact_sum_rounded_once(shape, dtype, rounded, device):
-    """Within half a spacing to nearest and a spacing otherwise, and as good as always what the blocks have."""
+    """Stay within half a spacing to nearest and a spacing otherwise, and nearly always at what the blocks have."""
     c, d, k = shape
-    start, U, V = random(c, d).to(dtype), random(c, k, seed=1), random(k, d, seed=2)
+    start, U, V = normal(c, d).to(dtype), normal(c, k, seed=1), normal(k, d, seed=2)
     p = product(start.to(device, copy=True), U.to(device), V.to(device), rounded)
     W_blocks, _ = expected(p, rounded, 0.7)
     add([p], rounded, 0.7)
@@ -188,18 +177,18 @@ def test_is_the_exact_sum_rounded_once(shape, dtype, rounded, device):
     in_float32 = 1e-6 * (exact.abs() + U.double().abs() @ V.double().abs())
     error = (p.W.cpu().double() - exact).abs()
     assert bool((error <= (1.0 if rounded == "stochastic" else 0.5) * spacing(exact, dtype) + in_float32).all())
-    assert int((bits(p.W) != bits(W_blocks)).sum()) <= 2e-3 * c * d
+    assert int((bits_of(p.W) != bits_of(W_blocks)).sum()) <= 2e-3 * c * d
 
 
 @on_devices
 @in_both_dtypes
 def test_noise_is_that_of_the_keys_and_the_hash(dtype, device):
-    U, V = (1e-3 * random(*shape, seed=1).to(device) for shape in ((33, 4), (4, 70)))
+    U, V = (1e-3 * normal(*shape, seed=1).to(device) for shape in ((33, 4), (4, 70)))
 
     def moved(hash, keys):
-        p = product(random(33, 70).to(device, dtype), U, V, hash=hash)
+        p = product(normal(33, 70).to(device, dtype), U, V, hash=hash)
         add([p], "stochastic", keys=keys)
-        return bits(p.W)
+        return bits_of(p.W)
 
     first = moved(5, KEYS)
     assert torch.equal(first, moved(5, KEYS))
@@ -211,7 +200,7 @@ def test_noise_is_that_of_the_keys_and_the_hash(dtype, device):
 @in_both_dtypes
 @pytest.mark.parametrize("scale", [1.0, 2.0**-15])
 def test_stochastic_rounding_keeps_the_mean(scale, dtype, device):
-    """The mean over hashes is the float64 sum within its standard error, in float16's subnormal numbers too.
+    """Take the mean over hashes: it is the float64 sum within its standard error, also for subnormal numbers.
 
     What is added is a tenth of a spacing: to nearest nearly all of it is lost, and cut off all of it, dozens of errors.
     """
@@ -242,19 +231,19 @@ def every_number(dtype):
 @in_every_rounding
 @in_both_dtypes
 def test_adding_nothing_keeps_every_number(dtype, rounded, device):
-    """Negative zeros and subnormal numbers too."""
+    """Keep negative zeros and subnormal numbers too."""
     start = every_number(dtype)
-    U, V = torch.zeros(256, 3), random(3, 256)
+    U, V = torch.zeros(256, 3), normal(3, 256)
     p = product(start.to(device, copy=True), U.to(device), V.to(device), rounded)
     add([p], rounded, -0.7)
-    assert torch.equal(bits(p.W), bits(start))
+    assert torch.equal(bits_of(p.W), bits_of(start))
     assert p.compensation is None or not p.compensation.any()
 
 
 @on_devices
 @in_both_dtypes
 def test_compensation_is_restored_as_the_blocks_do(dtype, device):
-    """Of every number, and any that rounding may have kept: below a zero is nothing."""
+    """Restore every number and all that rounding may have kept; below a zero nothing is kept."""
     start = every_number(dtype)
     most = 1 << (15 if dtype == torch.bfloat16 else 12)
     kept = torch.randint(-most, most, start.shape)
@@ -263,13 +252,13 @@ def test_compensation_is_restored_as_the_blocks_do(dtype, device):
     W_blocks, kept_blocks = expected(p, "compensated", -1.0)
     p = p._replace(**{name: getattr(p, name).to(device, copy=True) for name in ("W", "U", "V", "compensation")})
     add([p], "compensated", -1.0)
-    assert torch.equal(bits(p.W), bits(W_blocks))
-    assert torch.equal(bits(p.compensation), bits(kept_blocks))
+    assert torch.equal(bits_of(p.W), bits_of(W_blocks))
+    assert torch.equal(bits_of(p.compensation), bits_of(kept_blocks))
 
 
 @on_devices
 def test_compensation_of_a_weight_that_was_zeroed_since_is_dropped(device):
-    """What is kept below a zero would be a NaN's bits."""
+    """Drop what is kept below a zero, which would be the bits of a NaN."""
     W, U = torch.zeros(4, 4, dtype=torch.bfloat16, device=device), torch.ones(4, 1, device=device)
     p = product(W, U, U.mT, rounded="compensated")
     p.compensation.fill_(-5)
@@ -310,7 +299,7 @@ def test_ends_at_the_largest_number(excess, dtype, rounded, device):
 @in_every_rounding
 @in_both_dtypes
 def test_nan_stays_nan(dtype, rounded, device):
-    """One of W, and one of U in its row, of all bits; no other element."""
+    """Set a NaN in W and one of all bits in U: it reaches that element and that row, and no other."""
     W = torch.ones(40, 50, dtype=dtype, device=device)
     U, V = torch.zeros(40, 3, device=device), torch.ones(3, 50, device=device)
     W[7, 9] = torch.nan
@@ -357,7 +346,7 @@ def test_like_matrices_share_a_launch(device, monkeypatch):
 @on_devices
 @pytest.mark.parametrize(("shifted", "aligned"), [("W", False), ("U", False), ("compensation", False), (None, True)])
 def test_alignment_is_relied_on_only_where_all_tensors_have_it(shifted, aligned, device):
-    """A launch of matrices that are alike but for the place where one of their tensors begins."""
+    """Launch matrices that are alike except for where one of their tensors starts."""
 
     def at(name, i, dtype):
         return torch.ones(17, 32, dtype=dtype, device=device)[:16, i if name == shifted else 0 :][:, :16]
@@ -393,7 +382,7 @@ def test_is_available_where_triton_is_and_runs(monkeypatch):
     "nvidia" not in triton.backends.backends, reason="Triton's compiler for NVIDIA devices is not there"
 )
 def test_compiles_without_a_device(tmp_path):
-    """For what the interpreter accepts and the compiler does not."""
+    """Find what the interpreter accepts and the compiler does not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [
@@ -409,8 +398,8 @@ def test_compiles_without_a_device(tmp_path):
 
 
 def compile_all():
-    for rounded in ("nearest", "stochastic", "compensated"):
-        for dtype in (torch.bfloat16, torch.float16):
+    for rounded in ROUNDINGS:
+        for dtype in BOTH_DTYPES:
             for architecture in (80, 90):
                 ptx = compiled(dtype, rounded, architecture, "contiguous")
                 # W is written 16 bytes at a time; no TF32, no subnormal number taken for zero.
@@ -422,7 +411,7 @@ def compile_all():
 
 
 def compiled(dtype, rounded, architecture, sizes):
-    """The kernel as Triton compiles it at a call: those that are 1 are constants, and multiples of 16 are known."""
+    """Compile as Triton does at a call: arguments that are 1 are constants, and multiples of 16 are known."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
