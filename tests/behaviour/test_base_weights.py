@@ -6,9 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals, strategies
@@ -17,7 +15,10 @@ from tests.support.histories import random_run
 from tests.support.small import LoRALinear, run_without_displacement
 from tests.support.strategies import RULES
 
-SOURCES = ["cpu", "device", "state_dict", "file", "safetensors", "folder"]
+SOURCES = [
+    *("cpu", "device", "state_dict", "file"),
+    *(pytest.param(kind, marks=pytest.mark.extra) for kind in ("safetensors", "folder")),
+]
 
 
 def moved_run(layout="linear", dtype=torch.float32, rule="in_place", steps=4, **options):
@@ -46,7 +47,8 @@ def source_for(kind, W0, folder):
     if kind == "file":
         torch.save(tensors, path)
     else:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        safetensors = pytest.importorskip("safetensors.torch", reason="runs where safetensors is installed")
+        safetensors.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return folder if kind == "folder" else path
 
 
@@ -275,16 +277,21 @@ def _kernel(cls, ndim):
     return lambda: (cls(4, 5, [3, 2, 1][:ndim], padding=1, padding_mode="circular"), (2, 4, *[6] * ndim))
 
 
+def conv1d_of_gpt2(out_features, in_features):
+    utilities = pytest.importorskip("transformers.pytorch_utils", reason="runs where transformers is installed")
+    return utilities.Conv1D(out_features, in_features)
+
+
 LAYERS = {
     "linear": lambda: (nn.Linear(7, 5), (2, 3, 7)),
-    "transposed": lambda: (Conv1D(5, 7), (2, 3, 7)),
+    "transposed": lambda: (conv1d_of_gpt2(5, 7), (2, 3, 7)),
     "embedding": lambda: (nn.Embedding(9, 5), (2, 3)),
     "conv1d": _kernel(nn.Conv1d, 1),
     "conv2d": _kernel(nn.Conv2d, 2),
     "conv3d": _kernel(nn.Conv3d, 3),
     "rows": lambda: (nn.Linear(7, 15), (4, 7)),
     "columns": lambda: (nn.Linear(12, 5), (4, 12)),
-    "transposed_rows": lambda: (Conv1D(15, 7), (4, 7)),
+    "transposed_rows": lambda: (conv1d_of_gpt2(15, 7), (4, 7)),
 }
 PARTS = {
     "rows": {"layout": "linear", "rows": (3, 8)},
@@ -314,7 +321,9 @@ def module_run(kind, dtype=torch.float32, **options):
     return optimizer, module
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.extra] * kind.startswith("transposed")) for kind in LAYERS]
+)
 def test_hooks_give_the_pristine_output_and_touch_nothing(kind):
     torch.manual_seed(1)
     _, x = layer_and_input(kind)

@@ -101,6 +101,7 @@ def test_the_global_generator_is_not_touched(mode):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.extra
 def test_every_process_makes_the_same_weights():
     """Ranks differ in their global seed and in Python's hashes; their weights must not."""
     total = "SmallSteps().train(4).stored.W.double().sum().item()"

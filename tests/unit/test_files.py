@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from deltaopt import files, load, save
 
@@ -25,7 +24,7 @@ def test_what_is_saved_is_loaded_and_nothing_else_is_left(tmp_path):
 def test_an_error_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "state.pt"
     save({"n": 1}, path)
-    with pytest.raises((AttributeError, TypeError)):
+    with pytest.raises((AttributeError, TypeError), match="pickle|local object"):
         save({"f": lambda: None}, path)
     assert load(path) == {"n": 1}
     assert os.listdir(tmp_path) == ["state.pt"]
@@ -40,23 +39,25 @@ def test_the_data_is_on_the_disk_before_the_file_takes_its_place(tmp_path, monke
     assert done == ["fsync", "replace", "fsync"]
 
 
-@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["state.pt", pytest.param("model.safetensors", marks=pytest.mark.extra)])
 def test_a_file_that_was_cut_off_is_refused(tmp_path, name):
     path = tmp_path / name
     if name.endswith("pt"):
         save({"a": torch.randn(50, 50)}, path)
     else:
-        save_file({"a": torch.randn(50, 50)}, path)
+        safetensors = pytest.importorskip("safetensors.torch", reason="runs where safetensors is installed")
+        safetensors.save_file({"a": torch.randn(50, 50)}, path)
     whole = path.read_bytes()
     load(path)
     for cut in [0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 200, len(whole) - 1]:
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match=f"{name} can not be read, it was cut off"):
+        with pytest.raises(ValueError, match=f"{name} can ?not be read, it was cut off"):
             load(path)
 
 
+@pytest.mark.extra
 def test_what_a_killed_process_has_left_is_removed_by_the_next_save(tmp_path):
-    """Of this machine and for this file; a process that runs may still be writing."""
+    """Remove parts of this machine and this file; a process that runs may still be writing."""
     path = tmp_path / "state.pt"
     node, gone = platform.node(), subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -69,12 +70,12 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_save(tmp_path):
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"f": os.getcwd}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="can not be read"):
+    with pytest.raises(ValueError, match=r"state.pt can ?not be read"):
         load(tmp_path / "state.pt")
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"state\.pt"):
         load(tmp_path / "state.pt")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"state\.safetensors"):
         load(tmp_path / "state.safetensors")

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ def imported(path):
             yield from module[:1] or [name.name for name in node.names]
 
 
+@pytest.mark.extra
 def test_importing_it_imports_torch_and_nothing_else():
     code = (
         "import sys, torch; before = {m.split('.')[0] for m in sys.modules};"
@@ -52,6 +54,19 @@ def test_imports_run_one_way(path):
 def test_examples_in_docstrings(name):
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
+
+
+@pytest.mark.extra
+def test_the_cuda_target_collects_tests_from_each_of_its_paths():
+    """Nothing else would tell of a file that was moved, where no test of the suite needs a CUDA device."""
+    root = Path(__file__).parents[2]
+    (command,) = [line for line in (root / "Makefile").read_text("utf8").splitlines() if "-m cuda" in line]
+    paths = re.findall(r"tests/\S+", command)
+    assert paths
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "cuda", *paths]
+    done = subprocess.run(collect, cwd=root, capture_output=True, text=True, check=True)
+    for path in paths:
+        assert f"{path}::" in done.stdout, f"{path} has no test for a CUDA device"
 
 
 def test_public_names():

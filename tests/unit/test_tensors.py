@@ -69,6 +69,7 @@ def test_names_a_way_out_for_integer_and_float8_weights(dtype):
     assert "16 or 32 bits" in message
 
 
+@pytest.mark.extra
 def test_names_a_way_out_for_packed_weights():
     """With quant_storage=bfloat16 the packed numbers pass every test of the dtype."""
     bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed")
