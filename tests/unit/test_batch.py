@@ -12,9 +12,10 @@ import weakref
 import pytest
 import torch
 
-from deltaopt import DeltaLoRAOptimizer, fused, update
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, fused
 from deltaopt.fused import fused_kernel, try_out
-from tests.support import strategies
+from tests.support import internals, strategies
+from tests.support.strategies import ROUNDINGS
 
 pytest.importorskip("triton", reason="runs where Triton is installed")
 
@@ -24,13 +25,12 @@ pytestmark = pytest.mark.skipif(
     not _triton.is_available(torch.device("cpu")), reason="runs where Triton interprets (TRITON_INTERPRET=1, no CUDA)"
 )
 
-MODES = ["nearest", "stochastic", "compensated"]
-SGD = torch.optim.SGD
+each_rounding_of_a_batch = pytest.mark.parametrize("mode", ROUNDINGS)
 
 
 @pytest.fixture
 def with_kernel(monkeypatch):
-    """Lets the optimizers of this test take the kernel, as on a GPU, and counts the batches that they make."""
+    """Let the optimizers of this test take the kernel, as on a GPU, and count the batches that they make."""
     made = []
 
     class Batch(_triton.Batch):
@@ -39,19 +39,19 @@ def with_kernel(monkeypatch):
             super().__init__(products)
 
     kernel = types.SimpleNamespace(Batch=Batch, Product=_triton.Product)
-    monkeypatch.setattr(update, "fused_kernel", lambda device: kernel)
+    internals.use_kernel(monkeypatch, kernel)
     return made
 
 
 def gradients(stored, seed):
-    """Integers, as the factors are: their products are exact in float32, whatever the order of the sums."""
+    """Set integers, as the factors are: their products are exact in float32, whatever the order of the sums."""
     generator = torch.Generator().manual_seed(seed)
     for s in stored:
         for factor in (s.A, s.B):
             factor.grad = torch.randint(-2, 3, factor.shape, generator=generator).to(factor)
 
 
-def layers(layouts, dtype, seed=0):
+def integer_layers(layouts, dtype, seed=0):
     stored = [strategies.make(layout, seed + i, dtype, torch.float32) for i, layout in enumerate(layouts)]
     with torch.no_grad():
         for s in stored:
@@ -60,13 +60,13 @@ def layers(layouts, dtype, seed=0):
     return stored
 
 
-def optimizer_of(stored, mode, **options):
+def batch_optimizer(stored, mode, **options):
     triples = [s.triple(scaling=2.0**-9, name=str(i)) for i, s in enumerate(stored)]
-    return DeltaLoRAOptimizer(SGD, triples, lr=1.0, update_ratio=1.0, rounding=mode, **options)
+    return DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=1.0, update_ratio=1.0, rounding=mode, **options)
 
 
-def run(stored, mode, schedule=(1.0, 1.0, 1.0), **options):
-    optimizer = optimizer_of(stored, mode, **options)
+def batched_run(stored, mode, schedule=(1.0, 1.0, 1.0), **options):
+    optimizer = batch_optimizer(stored, mode, **options)
     for t, ratio in enumerate(schedule):
         optimizer.groups[0].update_ratio = ratio
         gradients(stored, t)
@@ -74,30 +74,30 @@ def run(stored, mode, schedule=(1.0, 1.0, 1.0), **options):
     return optimizer
 
 
-def kept(optimizer):
-    ledgers = [ledger for _, ledger in optimizer.accounts()]
-    return [None if ledger.compensation is None else ledger.compensation.bits for ledger in ledgers]
+def compensations(optimizer):
+    """Return what was cut off, for each W."""
+    return [internals.compensation_of(optimizer, i) for i in range(len(optimizer.triples))]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_rounding_of_a_batch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
 def test_every_layout_as_by_blocks(layout, dtype, mode, with_kernel, monkeypatch):
-    here, there = layers([layout] * 2, dtype), layers([layout] * 2, dtype)
-    first = run(here, mode)
+    here, there = integer_layers([layout] * 2, dtype), integer_layers([layout] * 2, dtype)
+    first = batched_run(here, mode)
     assert len(with_kernel) == 1
-    monkeypatch.setattr(update, "fused_kernel", lambda device: None)
-    second = run(there, mode)
+    internals.use_kernel(monkeypatch, None)
+    second = batched_run(there, mode)
     assert len(with_kernel) == 1
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a.W.view(torch.int16), b.W.view(torch.int16))
-    for a, b in zip(kept(first), kept(second), strict=True):
+    for a, b in zip(compensations(first), compensations(second), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_a_batch_is_kept_while_its_tensors_are(with_kernel):
-    stored = layers(["linear", "linear"], torch.bfloat16)
-    optimizer = run(stored, "stochastic")
+    stored = integer_layers(["linear", "linear"], torch.bfloat16)
+    optimizer = batched_run(stored, "stochastic")
     assert with_kernel == [2]
     optimizer.groups[0].update_ratio = 0.5
     gradients(stored, 9)
@@ -109,24 +109,26 @@ def test_a_batch_is_kept_while_its_tensors_are(with_kernel):
 
 
 def test_a_schedule_of_the_ratio_makes_one_batch(with_kernel, monkeypatch):
-    """And goes to the weights as it does without the kernel."""
-    here, there = layers(["linear", "experts"], torch.bfloat16), layers(["linear", "experts"], torch.bfloat16)
-    run(here, "stochastic", schedule=[2.0, 1.0, 0.5])
+    """Move the weights as without the kernel."""
+    here, there = (
+        integer_layers(["linear", "experts"], torch.bfloat16),
+        integer_layers(["linear", "experts"], torch.bfloat16),
+    )
+    batched_run(here, "stochastic", schedule=[2.0, 1.0, 0.5])
     assert with_kernel == [1, len(here[1].W)]
-    monkeypatch.setattr(update, "fused_kernel", lambda device: None)
-    run(there, "stochastic", schedule=[2.0, 1.0, 0.5])
+    internals.use_kernel(monkeypatch, None)
+    batched_run(there, "stochastic", schedule=[2.0, 1.0, 0.5])
     assert all(torch.equal(a.W, b.W) for a, b in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["linear", "transposed", "experts", "columns"])
 def test_a_replaced_weight_is_not_held(layout, with_kernel):
-    """As after `model.cpu()`: what was on the device is freed at once, not at the next step."""
+    """Free what was on the device at once after `model.cpu()`, not at the next step."""
     module = torch.nn.Module()
-    s = layers([layout], torch.bfloat16)[0]
+    s = integer_layers([layout], torch.bfloat16)[0]
     module.W = torch.nn.Parameter(s.W, requires_grad=False)
-    triple = s.triple(scaling=2.0**-9)
-    triple._W = (module, "W")
-    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=1.0, rounding="compensated")
+    triple = LoRATriple((module, "W"), s.A, s.B, scaling=2.0**-9, **s.options)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1.0, rounding="compensated")
     gradients([s], 0)
     optimizer.step()
     gone = weakref.ref(s.W.untyped_storage())
@@ -135,15 +137,14 @@ def test_a_replaced_weight_is_not_held(layout, with_kernel):
     assert gone() is None
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_rounding_of_a_batch
 def test_autograd_hears_of_the_write(mode, with_kernel):
-    """Through the Parameter that W is now, after an earlier one was replaced by one in the same place."""
+    """Tell it through the Parameter that W is now, after one was replaced by another in the same place."""
     module = torch.nn.Module()
-    s = layers(["transposed"], torch.bfloat16)[0]
+    s = integer_layers(["transposed"], torch.bfloat16)[0]
     module.W = torch.nn.Parameter(s.W, requires_grad=False)
-    triple = s.triple(scaling=2.0**-9)
-    triple._W = (module, "W")
-    optimizer = DeltaLoRAOptimizer(SGD, [triple], lr=1.0, rounding=mode)
+    triple = LoRATriple((module, "W"), s.A, s.B, scaling=2.0**-9, **s.options)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1.0, rounding=mode)
     for t in range(2):
         gradients([s], t)
         before = module.W._version
@@ -154,14 +155,15 @@ def test_autograd_hears_of_the_write(mode, with_kernel):
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known to the host", "not known"])
-def test_wide_weights_beside_narrow_ones(known, with_kernel, monkeypatch):
-    """Of one shape, so that they share buffers: one of each moves, one of each does not."""
-    monkeypatch.setattr(update, "_known_to_host", lambda device: known)
-    stored = layers(["linear"] * 4, torch.bfloat16)
+def test_wide_weights_next_to_narrow_ones(known, with_kernel, monkeypatch):
+    """Share buffers, as they are of one shape: one of each moves, one of each does not."""
+    if not known:
+        internals.outcome_unknown_to_host(monkeypatch)
+    stored = integer_layers(["linear"] * 4, torch.bfloat16)
     for s in stored[2:]:
         s.W = s.W.float()
     before = copy.deepcopy(stored)
-    optimizer = optimizer_of(stored, "nearest")
+    optimizer = batch_optimizer(stored, "nearest")
     gradients(stored, 0)
     for s in stored[1::2]:
         s.A.grad, s.B.grad = torch.zeros_like(s.A), torch.zeros_like(s.B)
@@ -175,12 +177,12 @@ def test_wide_weights_beside_narrow_ones(known, with_kernel, monkeypatch):
         assert torch.equal(s.W, (old.W.double() + delta * 2.0**-9).to(s.W.dtype))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each_rounding_of_a_batch
 def test_a_bad_factor_reaches_no_weight(mode, with_kernel, monkeypatch):
-    monkeypatch.setattr(update, "_known_to_host", lambda device: False)
-    stored = layers(["linear", "experts"], torch.bfloat16)
-    optimizer = run(stored, mode)
-    before = [s.W.clone() for s in stored], copy.deepcopy(kept(optimizer))
+    internals.outcome_unknown_to_host(monkeypatch)
+    stored = integer_layers(["linear", "experts"], torch.bfloat16)
+    optimizer = batched_run(stored, mode)
+    before = [s.W.clone() for s in stored], copy.deepcopy(compensations(optimizer))
     gradients(stored, 9)
     stored[1].B.grad.flatten()[0] = torch.inf
     with warnings.catch_warnings():
@@ -188,13 +190,13 @@ def test_a_bad_factor_reaches_no_weight(mode, with_kernel, monkeypatch):
         optimizer.step()
     assert optimizer.skipped_updates == 1
     assert all(torch.equal(s.W, W) for s, W in zip(stored, before[0], strict=True))
-    assert mode != "compensated" or all(map(torch.equal, kept(optimizer), before[1]))
+    assert mode != "compensated" or all(map(torch.equal, compensations(optimizer), before[1]))
 
 
 def test_float64_factors_do_without_it(with_kernel):
     stored = [strategies.make("linear", dtype=torch.bfloat16, factor_dtype=torch.float64)]
     before = stored[0].W.clone()
-    run(stored, "stochastic")
+    batched_run(stored, "stochastic")
     assert with_kernel == []
     assert not torch.equal(stored[0].W, before)
 
@@ -203,9 +205,9 @@ def test_no_kernel_on_a_cpu():
     assert fused_kernel(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("failing", [None, *MODES])
+@pytest.mark.parametrize("failing", [None, *ROUNDINGS])
 def test_each_rounding_is_tried_before_any_is_used(failing, monkeypatch):
-    """On what passes for a GPU here: the warning says what failed, once, and blocks take over."""
+    """Pass the CPU for a GPU: the warning says what failed, once, and blocks take over."""
 
     class Batch(_triton.Batch):
         def add_(self, coefs, keep, keys):
@@ -222,17 +224,17 @@ def test_each_rounding_is_tried_before_any_is_used(failing, monkeypatch):
     if failing is None:
         assert fused_kernel(device) is _triton
         return
-    with pytest.warns(RuntimeWarning, match=r"the kernel .* can not be used on cuda:0, .* slower: .*no C compiler"):
+    with pytest.warns(RuntimeWarning, match=r"the kernel .* can ?not be used on cuda:0, .* slower: .*no C compiler"):
         assert fused_kernel(device) is None
     assert fused_kernel(device) is None
 
 
-def test_a_triton_that_can_not_be_imported_is_told_of(monkeypatch):
-    """An old one lacks names that the module takes from it."""
+def test_warns_of_a_triton_that_cannot_be_imported(monkeypatch):
+    """Lack names, as an old Triton does, that the module takes from it."""
     monkeypatch.setattr(fused, "_usable", {})
     monkeypatch.delattr("deltaopt._triton")
     monkeypatch.setitem(sys.modules, "deltaopt._triton", None)
-    with pytest.warns(RuntimeWarning, match=r"the kernel .* can not be used on cuda, .* slower"):
+    with pytest.warns(RuntimeWarning, match=r"the kernel .* can ?not be used on cuda, .* slower"):
         assert fused_kernel(torch.device("cuda")) is None
 
 
@@ -245,8 +247,8 @@ def test_without_triton_there_is_none(monkeypatch):
 
 @pytest.mark.parametrize("other", [lambda W: W.as_strided((5, 7), (1, 5)), lambda W: W.view(torch.float16)])
 def test_a_batch_is_not_for_another_tensor_in_the_same_place(other, with_kernel):
-    stored = layers(["linear"], torch.bfloat16)
-    optimizer = run(stored, "nearest")
+    stored = integer_layers(["linear"], torch.bfloat16)
+    optimizer = batched_run(stored, "nearest")
     stored[0].W.data = other(stored[0].W.data)
     gradients(stored, 9)
     optimizer.step()
@@ -254,9 +256,9 @@ def test_a_batch_is_not_for_another_tensor_in_the_same_place(other, with_kernel)
 
 
 def test_a_batch_is_not_for_another_compensation(with_kernel):
-    stored = layers(["linear"], torch.bfloat16)
-    optimizer = run(stored, "compensated")
-    ((_, ledger),) = optimizer.accounts()
+    stored = integer_layers(["linear"], torch.bfloat16)
+    optimizer = batched_run(stored, "compensated")
+    ledger = internals.ledger_of(optimizer)
     before, ledger.compensation = ledger.compensation, None
     gradients(stored, 9)
     optimizer.step()

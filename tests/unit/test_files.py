@@ -24,7 +24,7 @@ def test_what_is_saved_is_loaded_and_nothing_else_is_left(tmp_path):
 def test_an_error_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "state.pt"
     save({"n": 1}, path)
-    with pytest.raises((AttributeError, TypeError), match="pickle|local object"):
+    with pytest.raises((AttributeError, TypeError), match=r"pickle|local object"):
         save({"f": lambda: None}, path)
     assert load(path) == {"n": 1}
     assert os.listdir(tmp_path) == ["state.pt"]

@@ -16,17 +16,18 @@ from deltaopt.fingerprint import (
     sampled_positions,
     whole_hash,
 )
+from tests.support import strategies
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def weight(*shape, dtype=torch.float32, seed=0):
+def random_weight(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_one_flipped_bit_anywhere_in_a_small_tensor_changes_it(dtype):
-    W = weight(3, 5, dtype=dtype)
+    W = random_weight(3, 5, dtype=dtype)
     word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]
     seen = {int(content_hash(W))}
     for place in range(W.numel()):
@@ -38,7 +39,7 @@ def test_one_flipped_bit_anywhere_in_a_small_tensor_changes_it(dtype):
 
 
 def test_it_tells_elements_that_changed_places():
-    W = weight(40, 30)
+    W = random_weight(40, 30)
     assert int(content_hash(W)) != int(content_hash(W.flip(0)))
     assert int(content_hash(W)) != int(content_hash(W.T.contiguous()))
 
@@ -73,12 +74,12 @@ def test_positions_of_very_large_tensors_do_not_overflow(n):
 @given(
     shape=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     cuts=st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1)), max_size=4),
-    seed=st.integers(0, 99),
-    dtype=st.sampled_from(DTYPES),
+    seed=strategies.seeds,
+    dtype=st.sampled_from(FLOATS),
 )
 def test_the_hashes_of_shards_add_up_to_that_of_the_whole(shape, cuts, seed, dtype):
-    """However W is cut into rectangular pieces, empty ones too."""
-    W = weight(*shape, dtype=dtype, seed=seed)
+    """Cut W into rectangular pieces in any way, empty ones too."""
+    W = random_weight(*shape, dtype=dtype, seed=seed)
     pieces = [((0,) * W.dim(), W)]
     for dim, where in cuts:
         dim %= W.dim()
@@ -93,23 +94,23 @@ def test_the_hashes_of_shards_add_up_to_that_of_the_whole(shape, cuts, seed, dty
 
 
 def test_strides_and_devices_of_the_storage_do_not_matter():
-    W = weight(6, 4, 5, 5)
+    W = random_weight(6, 4, 5, 5)
     assert int(content_hash(W.to(memory_format=torch.channels_last))) == int(content_hash(W))
     assert int(content_hash(W.transpose(0, 1).contiguous().transpose(0, 1))) == int(content_hash(W))
     assert int(content_hash(torch.stack([W, W], -1)[..., 0])) == int(content_hash(W))
 
 
 def test_a_usual_update_is_seen():
-    """A low-rank change of a large W touches the sample everywhere; in bfloat16 most of it is rounded away."""
-    W = weight(512, 512, dtype=torch.bfloat16) * 0.02
-    U, V = weight(512, 4, seed=1) * 1e-3, weight(4, 512, seed=2) * 1e-2
+    """Change a large W by low rank: that reaches all of the sample, and bfloat16 rounds most of it away."""
+    W = random_weight(512, 512, dtype=torch.bfloat16) * 0.02
+    U, V = random_weight(512, 4, seed=1) * 1e-3, random_weight(4, 512, seed=2) * 1e-2
     moved = (W.float() + U @ V).bfloat16()
     assert 0 < int((moved != W).sum()) < W.numel() // 2
     assert Fingerprint(moved).record() != Fingerprint(W).record()
 
 
 def test_it_says_shape_and_dtype_and_survives_pickling():
-    W = weight(6, 4, dtype=torch.bfloat16)
+    W = random_weight(6, 4, dtype=torch.bfloat16)
     record = Fingerprint(W).record()
     assert record == {"shape": [6, 4], "dtype": "bfloat16", "hash": int(content_hash(W))}
     assert pickle.loads(pickle.dumps(Fingerprint(W))).record() == record
@@ -117,13 +118,13 @@ def test_it_says_shape_and_dtype_and_survives_pickling():
 
 
 def test_it_reads_a_sample_and_not_the_weight():
-    W = weight(3000, 1000).T
+    W = random_weight(3000, 1000).T
     assert peak_allocation(lambda: Fingerprint(W).record()) < W.nbytes / 10
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (700, 900), (200_000,), (1, 700_000), (3, 600_000)])
 def test_the_whole_hash_sees_every_element_in_its_place(shape):
-    W = weight(*shape)
+    W = random_weight(*shape)
     seen = {whole_hash(W), whole_hash(W.flip(0)), whole_hash(W.roll(1))}
     for place in (0, W.numel() // 3, W.numel() - 1):
         changed = W.clone()
@@ -133,5 +134,5 @@ def test_the_whole_hash_sees_every_element_in_its_place(shape):
 
 
 def test_the_whole_hash_takes_bounded_memory():
-    W = weight(3000, 1000)
+    W = random_weight(3000, 1000)
     assert peak_allocation(lambda: whole_hash(W)) < 30 * 8 * BLOCK_ELEMENTS

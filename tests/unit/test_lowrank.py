@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaopt.lowrank import LowRank, Term, joined
+from tests.support import strategies
 
 
-def terms(ranks, shape=(9, 6), lead=(), seed=0):
+def random_terms(ranks, shape=(9, 6), lead=(), seed=0):
     generator = torch.Generator().manual_seed(seed)
     c, d = shape
 
@@ -18,30 +19,30 @@ def terms(ranks, shape=(9, 6), lead=(), seed=0):
     return [Term(1.5 - i, new(c, r), new(r, d)) for i, r in enumerate(ranks)]
 
 
-def dense(some):
+def dense_sum(some):
     return sum(t.coef * t.A @ t.B for t in some)
 
 
 @given(
     ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     lead=st.sampled_from([(), (3,)]),
-    seed=st.integers(0, 99),
+    seed=strategies.seeds,
 )
 def test_joined_terms_multiply_to_their_sum(ranks, lead, seed):
-    some = terms(ranks, lead=lead, seed=seed)
+    some = random_terms(ranks, lead=lead, seed=seed)
     whole = joined(some)
     assert whole.rank == sum(ranks)
-    assert torch.allclose(whole.product(), dense(some), atol=1e-12)
+    assert torch.allclose(whole.product(), dense_sum(some), atol=1e-12)
     exact = whole.compressed()
     assert exact.rank == min(sum(ranks), 6)
     assert exact.error == 0.0
-    assert torch.allclose(exact.product(), dense(some), atol=1e-12)
+    assert torch.allclose(exact.product(), dense_sum(some), atol=1e-12)
 
 
-@given(rank=st.integers(1, 8), lead=st.sampled_from([(), (3,)]), seed=st.integers(0, 99))
+@given(rank=st.integers(1, 8), lead=st.sampled_from([(), (3,)]), seed=strategies.seeds)
 def test_compression_is_the_best_one_and_says_its_error(rank, lead, seed):
-    some = terms([3, 4], lead=lead, seed=seed)
-    found, matrix = joined(some).compressed(rank), dense(some)
+    some = random_terms([3, 4], lead=lead, seed=seed)
+    found, matrix = joined(some).compressed(rank), dense_sum(some)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     best = U[..., :rank] @ torch.diag_embed(S[..., :rank]) @ Vh[..., :rank, :]
     assert found.rank <= rank
@@ -50,19 +51,19 @@ def test_compression_is_the_best_one_and_says_its_error(rank, lead, seed):
 
 
 def test_both_factors_get_an_equal_share_of_the_size():
-    found = joined(terms([3])).compressed()
+    found = joined(random_terms([3])).compressed()
     assert torch.allclose(found.A.mT @ found.A, found.B @ found.B.mT, atol=1e-12)
 
 
 def test_terms_that_cancel_leave_a_small_rank():
-    a, b = terms([4, 2])
+    a, b = random_terms([4, 2])
     found = joined([a, b, a._replace(coef=-a.coef)]).compressed()
     assert found.rank == 2
-    assert torch.allclose(found.product(), dense([b]), atol=1e-12)
+    assert torch.allclose(found.product(), dense_sum([b]), atol=1e-12)
 
 
 def test_factors_of_very_different_sizes_keep_their_product():
-    """A huge column of A that meets a tiny row of B is no reason to drop what is of size one."""
+    """Keep what is of size one, though a huge column of A meets a tiny row of B."""
     A, B = torch.randn(9, 2), torch.randn(2, 6)
     scaled = LowRank(A * torch.tensor([1e8, 1.0]), B * torch.tensor([[1e-8], [1.0]])).compressed()
     assert scaled.rank == 2
@@ -79,8 +80,8 @@ def test_the_zero_matrix():
 
 
 def test_float32_factors_stay_float32_and_lose_no_more_than_rounding():
-    some = [Term(t.coef, t.A.float(), t.B.float()) for t in terms([4, 4], shape=(80, 60))]
+    some = [Term(t.coef, t.A.float(), t.B.float()) for t in random_terms([4, 4], shape=(80, 60))]
     found = joined(some).compressed()
     assert (found.A.dtype, found.B.dtype, found.rank) == (torch.float32, torch.float32, 8)
-    whole = dense([Term(t.coef, t.A.double(), t.B.double()) for t in some])
+    whole = dense_sum([Term(t.coef, t.A.double(), t.B.double()) for t in some])
     assert float((found.product() - whole).norm() / whole.norm()) < 1e-6

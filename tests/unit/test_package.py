@@ -25,7 +25,7 @@ ORDER = [
 
 
 def imported(path):
-    """The names of deltaopt's modules that a file imports at its top."""
+    """Yield the names of the package's modules that a file imports at its top."""
     for node in ast.parse(path.read_text("utf8")).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deltaopt"):
             _, *module = node.module.split(".")
