@@ -12,7 +12,7 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals, strategies
 from tests.support.compare import refused, relative
 from tests.support.histories import random_run
-from tests.support.small import LoRALinear, run_without_displacement
+from tests.support.small import HandmadeLayer, run_without_displacement
 from tests.support.strategies import RULES
 
 SOURCES = [
@@ -22,7 +22,7 @@ SOURCES = [
 
 
 def moved_run(layout="linear", dtype=torch.float32, rule="in_place", steps=4, **options):
-    """A layer in the middle of a run, whose W has moved."""
+    """Train a layer until its W has moved."""
     options = {"inner": torch.optim.SGD, "lr": 0.05, "dtype": dtype, **options}
     run = random_run(rule, layout, **options).train(steps)
     assert not torch.equal(run.stored.W, run.W0)
@@ -201,7 +201,7 @@ def test_refuses_other_arguments(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_never_come_back_by_subtracting(dtype):
-    """A triple of tensors has no module that could carry a hook."""
+    """Register tensors: such a triple has no module that could carry a hook."""
     run = moved_run(dtype=dtype)
     base_refused(run, RuntimeError, r"q: it was registered by its tensors.*source=.*keep_base=\"cpu\"")
     base_refused(run, RuntimeError, "adding and then subtracting does not lead back.*hooks", method="copy")
@@ -221,7 +221,7 @@ def test_a_displacement_that_is_not_known_needs_a_copy(options):
 
 
 def on_the_layer_of(run, **options):
-    """A new optimizer of another triple of the same layer."""
+    """Build an optimizer of another triple of the same layer."""
     return DeltaLoRAOptimizer(torch.optim.SGD, [run.stored.triple(run.scaling, name="q")], **options)
 
 
@@ -428,7 +428,7 @@ def test_a_model_that_is_cast_within_gets_its_moved_weights_back(dtype):
 
 
 def test_a_source_in_the_dtype_it_was_is_found_after_a_cast():
-    layer = LoRALinear()
+    layer = HandmadeLayer()
     W0 = layer.weight.clone()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [layer.triple()], lr=0.1)
     noisy_training(optimizer, layer, 1)

@@ -21,7 +21,7 @@ def rule(request):
 
 @pytest.fixture
 def saved_state(rule):
-    """The state of a run of three steps."""
+    """Return the state of a run of three steps."""
     return layer_run(rule).train(3).optimizer.state_dict()
 
 
@@ -61,7 +61,7 @@ def test_a_resumed_run_continues_bit_for_bit(rule, inner, start_step):
 
 
 def test_param_groups_stay_linked_after_loading(rule):
-    """A scheduler that writes into groups the inner optimizer does not read would have no effect."""
+    """Share them: a scheduler that writes into groups the inner optimizer does not read has no effect."""
     run = layer_run(rule).train(2)
     optimizer = run.optimizer
     optimizer.load_state_dict(optimizer.state_dict())
@@ -75,7 +75,7 @@ def test_param_groups_stay_linked_after_loading(rule):
 
 
 def test_loading_does_not_move_W_and_may_be_repeated(rule):
-    """As Accelerate does in `prepare`: load a state where it was saved, and continue as if nothing had been loaded."""
+    """Load a state where it was saved, as Accelerate does in `prepare`: the run continues as if nothing was loaded."""
     run, undisturbed = layer_run(rule).train(3), layer_run(rule).train(3)
     before, state = [t.clone() for t in (*run.tensors, run.scale)], run.optimizer.state_dict()
     for _ in range(2):

@@ -178,7 +178,7 @@ def test_one_changed_number_is_refused_and_nothing_is_changed(rule, layout, seed
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_a_slice_leaves_alone_may_change(rule):
-    """The other rows of a fused weight belong to other triples, or to none."""
+    """Change other rows of a fused weight, which belong to other triples or to none."""
     run = random_run(rule, "rows").train(1)
     twin = resumed_run(run, whole=True)
     twin.stored.W[0] += 1
@@ -201,7 +201,7 @@ def test_refuses_a_cast_weight_with_both_dtypes(rule):
 
 
 def test_a_lost_displacement_cannot_rebuild_W():
-    """With W in the checkpoint it need not."""
+    """Rebuild nothing with W in the checkpoint, and refuse the base."""
     optimizer, W, W0 = run_without_displacement()
     state = optimizer.state_dict()
     optimizer.load_state_dict(state)
@@ -281,7 +281,7 @@ def test_what_the_sample_misses_is_hashed_as_a_whole():
 
 
 def test_a_W_that_moved_further_in_places_the_sample_misses_is_not_moved_again():
-    """Its fingerprint is that of the base, at the save and now."""
+    """Move where the fingerprint does not look: it is that of the base, at the save and now."""
     generator = torch.Generator().manual_seed(0)
     W, A, B = torch.randn(8, 60_000, generator=generator), torch.randn(8, 2), torch.zeros(2, 60_000)
     A, B = A.requires_grad_(), B.requires_grad_()
@@ -306,7 +306,7 @@ def test_a_W_that_moved_further_in_places_the_sample_misses_is_not_moved_again()
 
 
 def test_a_rebuilt_W_that_looks_like_its_base_is_no_reason_to_leave_another_base_alone():
-    """In 16 bits the steps' own roundings may show in the sample where one rounding of all does not."""
+    """Show the roundings of the steps in the sample, where one rounding of all does not show."""
     generator = torch.Generator().manual_seed(0)
     W0 = torch.randn(300, 300, generator=generator).bfloat16()
     factors = [torch.zeros(300, 1), torch.zeros(1, 300)]
@@ -334,7 +334,7 @@ def test_a_rebuilt_W_that_looks_like_its_base_is_no_reason_to_leave_another_base
 
 
 def test_an_adapter_that_comes_back_in_float32_is_the_same():
-    """PEFT's load_adapter, through which Trainer resumes, casts 16-bit factors to float32."""
+    """Cast 16-bit factors to float32, as PEFT's load_adapter does, through which Trainer resumes."""
     run = random_run("in_place", dtype=torch.bfloat16).train(3)
     state, twin = through_a_file(run.optimizer.state_dict()), run.stored.twin()
     for factor in (twin.A, twin.B):

@@ -13,7 +13,7 @@ from tests.support import internals, strategies
 from tests.support.compare import close
 from tests.support.histories import after, histories, random_run
 from tests.support.runs import SCALING, noisy_run, noisy_step
-from tests.support.small import LoRALinear, wide_layer
+from tests.support.small import HandmadeLayer, wide_layer
 
 NOT_KNOWN = "triple0: the displacement is not known as low-rank terms any more"
 
@@ -176,14 +176,14 @@ def test_a_copy_has_a_ledger_of_its_own(rule):
 
 
 def built_on_a_module():
-    """A layer, its optimizer, and W before the first step."""
-    layer = LoRALinear(scaling=1.0)
+    """Return a layer, its optimizer, and W before the first step."""
+    layer = HandmadeLayer(scaling=1.0)
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [layer.triple()], lr=0.1, update_ratio=1.0)
     return layer, optimizer, layer.weight.detach().double()
 
 
 def test_a_model_that_changes_its_dtype_takes_its_ledger_along():
-    """As `model.double()` does: the Parameter objects stay, their dtype does not."""
+    """Change the dtype as `model.double()` does: the Parameter objects stay."""
     layer, optimizer, W0 = built_on_a_module()
     noisy_step(optimizer, layer.A, layer.B)
     layer.double()

@@ -12,7 +12,7 @@ from tests.support import internals, strategies
 from tests.support.compare import close, refused
 from tests.support.histories import random_run
 from tests.support.runs import noisy_run
-from tests.support.small import LoRALinear
+from tests.support.small import HandmadeLayer
 from tests.support.strategies import RULES
 
 
@@ -182,7 +182,7 @@ def test_refuses_a_factor_that_is_not_finite(rule, value, action):
 @pytest.mark.parametrize("action", ["restart", "resync"])
 @pytest.mark.parametrize("rule", RULES)
 def test_refuses_a_merged_branch(rule, action):
-    layer = LoRALinear()
+    layer = HandmadeLayer()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [layer.triple()], lr=0.1, weight_update=rule)
     layer.merged = True
     refused(

@@ -79,7 +79,7 @@ def test_leaves_a_W_alone_that_does_not_follow_now():
 
 @pytest.mark.parametrize("options", [{}, {"keep_base": "cpu"}], ids=["warns", "takes the kept base"])
 def test_of_16_bits_warns_or_takes_the_kept_base(options):
-    """Rounding has left W elsewhere than many small moves asked for; one large move back is not rounded away."""
+    """Move back at once what many small moves, each rounded, have left elsewhere."""
     run = noisy_run(dtype=torch.bfloat16, lr=1e-3, **options).train(2)
     factors = [t.detach().clone() for t in run.factors]
     run.train(2)

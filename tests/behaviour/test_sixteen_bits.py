@@ -17,7 +17,7 @@ from tests.support import internals, strategies
 from tests.support.compare import refused, through_a_file
 from tests.support.histories import random_run
 from tests.support.runs import SmallSteps
-from tests.support.small import LoRALinear
+from tests.support.small import HandmadeLayer
 from tests.support.strategies import ROUNDINGS
 
 in_16_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -29,7 +29,7 @@ def full(run):
     return internals.full_weight(run.optimizer)
 
 
-def assert_near(actual, expected, atol=1e-8):
+def assert_near_in_float32(actual, expected, atol=1e-8):
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=atol)
 
 
@@ -103,7 +103,7 @@ def test_the_global_generator_is_not_touched(mode):
 
 @pytest.mark.extra
 def test_every_process_makes_the_same_weights():
-    """Ranks differ in their global seed and in Python's hashes; their weights must not."""
+    """Differ in the global seed and in Python's hashes, as ranks do, and in no weight."""
     total = "SmallSteps().train(4).stored.W.double().sum().item()"
     code = (
         "import torch; torch.manual_seed(1234); torch.set_num_threads(1);"
@@ -136,7 +136,7 @@ def test_compensated_W_is_a_float32_W_rounded_once(rule, layout, seed, steps, dt
     for run in (narrow, wide):
         run.train(steps)
     expected = wide.triple.moved_part(wide.stored.W)
-    assert_near(full(narrow), expected, atol=1e-6)
+    assert_near_in_float32(full(narrow), expected, atol=1e-6)
     spacing = torch.finfo(dtype).eps * expected.abs() + 1e-7
     part = narrow.triple.moved_part(narrow.stored.W)
     assert bool(((part.float() - expected).abs() <= 0.51 * spacing).all())
@@ -145,7 +145,7 @@ def test_compensated_W_is_a_float32_W_rounded_once(rule, layout, seed, steps, dt
 
 @each_rounding
 @in_16_bits
-def test_with_W_in_the_checkpoint_a_run_goes_on_bit_for_bit(dtype, mode):
+def test_with_W_in_the_checkpoint_a_run_continues_bit_for_bit(dtype, mode):
     run = SmallSteps(dtype, rounding=mode, rounding_seed=7).train(6)
     twin = run.twin(rounding_seed=0)  # the state's seed is taken
     run.train(6)
@@ -154,23 +154,23 @@ def test_with_W_in_the_checkpoint_a_run_goes_on_bit_for_bit(dtype, mode):
     assert torch.equal(full(run), full(twin))
 
 
-def test_from_the_adapter_a_compensated_run_goes_on_as_in_float32():
+def test_from_the_adapter_a_compensated_run_continues_as_in_float32():
     """Rebuild W with what is missing to float32, without a warning; a second load changes nothing."""
     run = SmallSteps(rounding="compensated").train(40)
     twin = run.twin(whole=False)
-    assert_near(full(twin), full(run))
+    assert_near_in_float32(full(twin), full(run))
     before = twin.stored.W.clone()
     twin.optimizer.load_state_dict(through_a_file(run.optimizer.state_dict()))
     assert torch.equal(twin.stored.W, before)
-    assert_near(full(twin), full(run))
+    assert_near_in_float32(full(twin), full(run))
     run.train(40)
     twin.train(40)
-    assert_near(full(twin), full(run))
+    assert_near_in_float32(full(twin), full(run))
     assert float((twin.stored.W != run.stored.W).double().mean()) < 0.01
 
 
 def test_from_the_adapter_a_stochastic_run_has_the_right_mean():
-    """Rounding base + displacement to nearest would have lost most of it."""
+    """Show that rounding base + displacement to nearest would have lost most of it."""
     kept = []
     for seed in range(8):
         run = SmallSteps(seed=seed, rounding="stochastic").train(10)
@@ -203,7 +203,7 @@ def test_a_state_without_compensation():
         twin = loaded()
     assert torch.equal(full(twin), run.stored.W.float())
     twin = loaded(keep_base="cpu")  # keeps W when it is built, which was the base then
-    assert_near(full(twin), full(run))
+    assert_near_in_float32(full(twin), full(run))
 
 
 def test_a_state_of_another_optimizer_has_no_compensation_to_leave_out():
@@ -212,7 +212,7 @@ def test_a_state_of_another_optimizer_has_no_compensation_to_leave_out():
         without_compensation(state)
 
 
-def test_a_run_may_go_on_with_another_rounding():
+def test_a_run_may_continue_with_another_rounding():
     run = SmallSteps(rounding="stochastic").train(6)
     with pytest.warns(RuntimeWarning, match="it starts at zero"):
         twin = run.twin(rounding="compensated")
@@ -354,7 +354,7 @@ def test_resync_of_a_compensated_weight_is_exact():
         run.stored.A.copy_(best[0])
         run.stored.B.copy_(best[1])
     run.optimizer.resync()
-    assert_near(full(run), best[2])
+    assert_near_in_float32(full(run), best[2])
 
 
 def test_rebase_starts_without_compensation():
@@ -366,7 +366,7 @@ def test_rebase_starts_without_compensation():
 
 def cast_between_steps(*dtypes):
     """Yield the optimizer and the layer before and after each step, whose W is cast to these dtypes in turn."""
-    layer = LoRALinear(dtype=torch.bfloat16)
+    layer = HandmadeLayer(dtype=torch.bfloat16)
     factors = [p.detach().float().requires_grad_() for p in (layer.A, layer.B)]
     triple = LoRATriple((layer, "weight"), *factors, name="q")
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1e-3, rounding="compensated")

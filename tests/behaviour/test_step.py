@@ -10,16 +10,15 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from tests.support import internals, strategies
+from tests.support import internals
 from tests.support.compare import refused
 from tests.support.runs import LayerRun, assert_follows
-from tests.support.small import LoRALinear, random_steps, small_layer
-
-each_rule = pytest.mark.parametrize("rule", strategies.RULES)
+from tests.support.small import HandmadeLayer, random_steps, small_layer
+from tests.support.strategies import each_rule
 
 
 def dense_change(before, after):
-    """The change of the product between two copies of (A, B)."""
+    """Return the change of the product between two copies of (A, B)."""
     return after[0].double() @ after[1].double() - before[0].double() @ before[1].double()
 
 
@@ -193,7 +192,7 @@ def trains(model, optimizer, steps):
 @each_rule
 @pytest.mark.filterwarnings("ignore:backward hook .* on tensor will not be serialized:UserWarning")
 def test_copies_with_their_model_continue_alike(rule, copied):
-    model = LoRALinear()
+    model = HandmadeLayer()
     W0 = model.weight.clone()
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [model.triple()], lr=0.1, start_step=1, weight_update=rule)
     trains(model, optimizer, 3)
@@ -226,7 +225,7 @@ def test_copies_of_tensors_continue_alike(rule, copied):
 
 
 def test_a_model_that_holds_its_optimizer_can_be_copied():
-    model = LoRALinear()
+    model = HandmadeLayer()
     model.optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [model.triple()], lr=0.1)
     twin = copy.deepcopy(model)
     trains(twin, twin.optimizer, 1)
@@ -303,7 +302,7 @@ def test_low_matmul_precision_does_not_reach_the_delta_and_is_put_back():
 
 
 def test_an_update_between_forward_and_backward_is_an_error_of_autograd():
-    """Autograd sees the in-place update; through `.data` it would give wrong gradients silently."""
+    """Let autograd see the in-place update; through `.data` it would give wrong gradients silently."""
     W, A, B = small_layer()
     x = torch.randn(3, 4, requires_grad=True)
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], lr=0.1)
@@ -349,7 +348,7 @@ def test_a_factor_that_shrinks_in_place_gets_other_buffers():
 
 def test_a_model_is_trained_through_its_parameters():
     """Move the W of a module that is looked up, not the tensor that was there when the optimizer was built."""
-    model = LoRALinear()
+    model = HandmadeLayer()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [model.triple()], lr=0.1)
     trains(model, optimizer, 1)
     old = model.weight

@@ -14,7 +14,7 @@ def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (2.0**exponent * torch.finfo(dtype).eps).clamp(min=SMALLEST[dtype])
 
 
-def bits_of(t: Tensor) -> Tensor:
+def int16_of(t: Tensor) -> Tensor:
     """The bits of a 16-bit tensor, on the CPU."""
     return t.cpu().contiguous().view(torch.int16)
 

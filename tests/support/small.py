@@ -27,7 +27,7 @@ def small_triple(name: str = "q", seed: int = 0, **options: Any) -> LoRATriple:
     return LoRATriple(*small_layer(seed=seed), name=name, **options)
 
 
-class LoRALinear(nn.Linear):
+class HandmadeLayer(nn.Linear):
     """Keeps W (5, 7), A and B in one module that says in `merged` whether W holds the branch, as loralib does.
 
     The forward pass of a test multiplies by `weight + scaling * A @ B`.

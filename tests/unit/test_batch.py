@@ -223,10 +223,12 @@ def test_each_rounding_is_tried_before_any_is_used(failing, monkeypatch):
     device = torch.device("cuda", 0)
     if failing is None:
         assert fused_kernel(device) is _triton
-        return
-    with pytest.warns(RuntimeWarning, match=r"the kernel .* can ?not be used on cuda:0, .* slower: .*no C compiler"):
+    else:
+        with pytest.warns(
+            RuntimeWarning, match=r"the kernel .* can ?not be used on cuda:0, .* slower: .*no C compiler"
+        ):
+            assert fused_kernel(device) is None
         assert fused_kernel(device) is None
-    assert fused_kernel(device) is None
 
 
 def test_warns_of_a_triton_that_cannot_be_imported(monkeypatch):

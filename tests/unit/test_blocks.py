@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deltaopt.noise import Keys, label_hashes, noise_factors
 from deltaopt.rounding import add_product_, cut_off, lifted
 from tests.support import internals, strategies
-from tests.support.sixteen_bits import BOTH_DTYPES, bits_of, normal, spacing
+from tests.support.sixteen_bits import BOTH_DTYPES, int16_of, normal, spacing
 from tests.support.strategies import ROUNDINGS
 
 sides = st.integers(1, 12)
@@ -90,7 +90,7 @@ def test_every_value_keeps_its_bits_when_nothing_is_added(dtype, mode):
     W = every_value(dtype)
     before, options = W.clone(), how(mode, W)
     add_product_(W, torch.zeros(1, 1), torch.zeros_like(W, dtype=torch.float32), -1.0, **options)
-    assert torch.equal(bits_of(W), bits_of(before))
+    assert torch.equal(int16_of(W), int16_of(before))
     assert not options.get("compensation", torch.zeros(1)).any()
 
 
@@ -192,9 +192,9 @@ def test_compensated_float16_is_as_good_as_float32():
     assert bool(((back.double() - full.double()).abs() <= 2.0**-38).all())
     assert bool((back == full)[full.abs() >= 2.0**-14].all())
     assert bool(((W.double() - full.double()).abs() <= 0.5 * spacing(full.double(), torch.float16)).all())
-    before = bits_of(W).clone(), compensation.clone()
+    before = int16_of(W).clone(), compensation.clone()
     add_product_(W, torch.zeros(1, 1), torch.zeros_like(full), -1.0, compensation=compensation)
-    assert torch.equal(bits_of(W), before[0])
+    assert torch.equal(int16_of(W), before[0])
     assert torch.equal(compensation, before[1])
 
 

@@ -33,7 +33,7 @@ def test_refuses_factors_on_another_device():
 
 
 def test_refuses_a_weight_that_was_sharded_since(tmp_path):
-    """FSDP2 and tensor parallelism put a DTensor in place of the Parameter after the optimizer was built."""
+    """Put a DTensor in place of the Parameter after the optimizer was built, as FSDP2 and tensor parallelism do."""
     dist = pytest.importorskip("torch.distributed.tensor", reason="runs where torch is built with distributed")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -95,7 +95,7 @@ def test_refuses_overlapping_rows():
 
 
 def test_takes_disjoint_rows_of_a_stack_of_experts():
-    """As gate and up, fused in one weight."""
+    """Register gate and up, fused in one weight."""
     W = torch.zeros(2, 8, 6)
 
     def half(start):
@@ -141,7 +141,7 @@ def test_refuses_an_inner_optimizer_without_a_factor():
 
 
 def test_refuses_flattened_copies():
-    """DeepSpeed's and FSDP1's optimizers hold one flat tensor in place of A and B."""
+    """Hold one flat tensor in place of A and B, as the optimizers of DeepSpeed and FSDP1 do."""
     W, A, B = small_layer()
     flat = torch.cat([A.detach().flatten(), B.detach().flatten()]).requires_grad_()
     with pytest.raises(ValueError, match=r"flattened copies \(DeepSpeed ZeRO, FSDP1, CPU offload\) can ?not be"):
@@ -180,7 +180,7 @@ def test_refuses_an_inner_delta_lora_optimizer():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_refuses_factors_replaced_in_the_groups(rule):
-    """XLA's and FSDP2's preparation replace them; W would silently stay where it is."""
+    """Replace them as the preparation of XLA and FSDP2 does; W would silently stay where it is."""
     W, A, B = small_layer()
     triple = LoRATriple(W, A, B, scaling=torch.tensor(1.0), name="q")
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, weight_update=rule)

@@ -10,8 +10,8 @@ from tests.support.small import random_steps, small_layer
 from tests.support.strategies import RULES
 
 
-def trained(count=3, **options):
-    """Plain parameters, which are no factors."""
+def plain_parameter(count=3, **options):
+    """Make a parameter that is no factor."""
     return torch.ones(count, requires_grad=True, **options)
 
 
@@ -27,7 +27,7 @@ def rates(optimizer):
 
 
 def test_other_parameters_train_in_the_group_of_the_factors():
-    head = trained()
+    head = plain_parameter()
     optimizer = built([small_layer()], [head], lr=0.1)
     assert [len(g["params"]) for g in optimizer.param_groups] == [3]
     head.grad = torch.ones(3)
@@ -37,7 +37,7 @@ def test_other_parameters_train_in_the_group_of_the_factors():
 
 def test_factors_among_the_other_parameters_are_not_repeated():
     W, A, B = small_layer()
-    head = trained()
+    head = plain_parameter()
     optimizer = built([(W, A, B)], [A, head, B], lr=0.1)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in (A, B, head)]
     grouped = built([{"triples": [(W, A, B)], "params": [A, head, B]}], lr=0.1)
@@ -46,7 +46,7 @@ def test_factors_among_the_other_parameters_are_not_repeated():
 
 def test_other_parameters_as_groups_and_named():
     W, A, B = small_layer()
-    head, bias = trained(3), trained(2)
+    head, bias = plain_parameter(3), plain_parameter(2)
     grouped = built([(W, A, B)], [{"params": [head], "lr": 0.5}, {"params": [bias]}], lr=0.1)
     assert rates(grouped) == [0.1, 0.5, 0.1]
     named = built([LoRATriple(W, A, B, name="q")], [("head", head)], lr=0.1)
@@ -55,12 +55,12 @@ def test_other_parameters_as_groups_and_named():
 
 def test_two_groups_of_triples_leave_plain_parameters_a_group_of_their_own():
     groups = [{"triples": [small_layer(seed=1)], "lr": 0.1}, {"triples": [small_layer(seed=2)], "lr": 0.2}]
-    assert rates(built(groups, [trained()], lr=0.3)) == [0.1, 0.2, 0.3]
+    assert rates(built(groups, [plain_parameter()], lr=0.3)) == [0.1, 0.2, 0.3]
 
 
 def test_add_param_group_with_triples_and_without():
     optimizer, other = built([small_layer(seed=1)], lr=0.1), small_layer(seed=2)
-    optimizer.add_param_group({"params": [trained()], "lr": 0.5})
+    optimizer.add_param_group({"params": [plain_parameter()], "lr": 0.5})
     optimizer.add_param_group({"triples": [other], "lr": 0.2, "update_ratio": 1.0, "start_step": 2})
     assert rates(optimizer) == [0.1, 0.5, 0.2]
     assert [t.name for t in optimizer.triples] == ["triple0", "triple1"]
@@ -72,13 +72,13 @@ def test_add_param_group_with_triples_and_without():
 
 
 def test_reads_generators_of_parameters_once():
-    """A generator that a check has used up would leave its parameters out, and they would never train."""
+    """Leave no parameter out: a generator that a check has used up would, and they would never train."""
     head, bias = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
     optimizer = built([{"triples": [small_layer(seed=1)], "params": head.parameters()}], bias.parameters())
     assert [len(g["params"]) for g in optimizer.param_groups] == [6]
     optimizer.add_param_group({"params": (p for p in torch.nn.Linear(3, 2).parameters())})
     optimizer.add_param_group({"triples": [small_layer(seed=2)], "params": torch.nn.Linear(3, 2).parameters()})
-    optimizer.add_param_group({"triples": [small_layer(seed=3)], "params": trained(2)})
+    optimizer.add_param_group({"triples": [small_layer(seed=3)], "params": plain_parameter(2)})
     assert [len(g["params"]) for g in optimizer.param_groups] == [6, 2, 4, 3]
 
 
@@ -139,12 +139,12 @@ def test_refuses_a_group_without_triples():
 
 def test_refuses_params_that_mix_tensors_and_groups():
     with pytest.raises(TypeError, match="params mixes tensors with param groups"):
-        built([small_layer()], [trained(), {"params": [trained(2)]}])
+        built([small_layer()], [plain_parameter(), {"params": [plain_parameter(2)]}])
 
 
 def test_refuses_params_as_a_bare_tensor():
     with pytest.raises(TypeError, match="params is a list of tensors or of param groups, got a Tensor"):
-        built([small_layer()], trained())
+        built([small_layer()], plain_parameter())
 
 
 # Settings.
@@ -249,7 +249,7 @@ def test_refuses_seeds_that_are_no_ints(seed):
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_refuses_seeds_of_more_than_64_bits(seed):
-    """Taken modulo 2^64 they would repeat the noise of another seed."""
+    """Refuse them: modulo 2^64 they would repeat the noise of another seed."""
     with pytest.raises(ValueError, match=r"rounding_seed is at least 0 and below 2\^64, got"):
         built([small_layer()], rounding_seed=seed)
 

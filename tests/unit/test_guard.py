@@ -67,7 +67,7 @@ def test_the_warning_points_at_the_users_line():
 @pytest.mark.parametrize("rule", strategies.RULES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_factor_that_is_not_finite_reaches_no_weight_by_either_rule(rule, value):
-    """Become bad at the step that begins to move W, and later."""
+    """Make a factor bad at the step that first moves W, and later."""
     for start_step in (0, 2):
         run = LayerRun(rule, zero=False, start_step=start_step).train(2)
         before = run.stored.W.clone(), run.scale.clone()

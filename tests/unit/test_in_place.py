@@ -27,7 +27,7 @@ def change_factors(stored, seed, scale=1.0):
 
 
 def move_once(stored, coef, seed, scale=1.0):
-    """One update of `stored` for a change of its factors; returns the dense matrices before and after."""
+    """Update `stored` once for a change of its factors; return the dense matrices before and after."""
     before = stored.matrices()
     delta = internals.new_delta()
     delta.snapshot([internals.move_of(stored.triple(), coef)])
@@ -38,7 +38,7 @@ def move_once(stored, coef, seed, scale=1.0):
 
 @given(strategies.layouts, strategies.seeds, strategies.ratios, strategies.scalings)
 def test_factored_delta_is_the_dense_delta(layout, seed, ratio, scaling):
-    """[A' - A | A] @ [B' ; B' - B] = A'B' - AB."""
+    """Check that [A' - A | A] @ [B' ; B' - B] = A'B' - AB."""
     (W, A, B), (W_new, A_new, B_new) = move_once(strategies.make(layout, seed), ratio * scaling, seed)
     assert_close(W_new - W, ratio * scaling * (A_new @ B_new - A @ B), 1e-13)
 
@@ -61,7 +61,7 @@ def test_factored_delta_at_any_shape(shape, seed):
 
 @given(strategies.layouts, strategies.seeds)
 def test_a_small_change_of_large_factors_is_not_lost(layout, seed):
-    """Subtracting two float32 products loses what is below 1e-7 of them; the factored form does not."""
+    """Keep what is below 1e-7 of the two products, which subtracting them in float32 loses."""
     stored = strategies.make(layout, seed, dtype=torch.float32)
     stored.W.zero_()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_a_small_change_of_large_factors_is_not_lost(layout, seed):
 
 @given(strategies.layouts, strategies.seeds, st.integers(0, 5), strategies.scalings)
 def test_telescoping(layout, seed, start_step, scaling):
-    """W[t] - W[K] = lambda s (A[t] B[t] - A[K] B[K]), whatever the path."""
+    """Check that W[t] - W[K] = lambda s (A[t] B[t] - A[K] B[K]), whatever the path."""
     stored = strategies.make(layout, seed)
     optimizer = DeltaLoRAOptimizer(
         torch.optim.SGD, [stored.triple(scaling)], update_ratio=1.5, start_step=start_step, lr=0.1

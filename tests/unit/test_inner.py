@@ -133,7 +133,7 @@ def test_hooks_of_the_inner_optimizer_fire():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_that_only_makes_the_state_exist_is_not_counted(rule):
-    """torch.distributed.checkpoint steps with lr = 0 and zero gradients wherever the state is empty."""
+    """Step with lr = 0 and zero gradients where the state is empty, as torch.distributed.checkpoint does."""
     run = LayerRun(rule, zero=False)
     before = [t.clone() for t in (*run.tensors, run.scale)]
     for group in run.optimizer.param_groups:

@@ -96,7 +96,7 @@ def test_it_is_a_function_of_seed_event_step_and_label():
 
 @pytest.mark.parametrize("seed", [0x9E3779B9, 0x9E3779B9 << 32])
 def test_no_seed_has_the_noise_of_another_one_transposed(seed):
-    """Keys that start at two constants and take up the seed alike would be exchanged by their difference."""
+    """Take up the seed in both keys differently: else the difference of their constants would exchange them."""
     rows, columns = Keys.of(0, "move", 0)
     assert Keys.of(seed, "move", 0) != (columns, rows)
     assert not {rows, columns} & set(Keys.of(seed, "move", 0))
@@ -116,7 +116,7 @@ def test_it_does_not_touch_the_global_generator():
 
 
 def test_it_stays_the_same_in_later_versions():
-    """A resumed run needs the noise that it started with."""
+    """Keep the noise that a resumed run started with."""
     assert Keys.of(2**33 + 5, "restart", 12) == GOLDEN_KEYS
     R, C = noise_factors(GOLDEN_KEYS, label_hashes(["layer0.q"], ())[0], 2, 2)
     assert R.flatten().tolist() + C.flatten().tolist() == GOLDEN_FACTORS

@@ -71,7 +71,7 @@ def test_names_a_way_out_for_integer_and_float8_weights(dtype):
 
 @pytest.mark.extra
 def test_names_a_way_out_for_packed_weights():
-    """With quant_storage=bfloat16 the packed numbers pass every test of the dtype."""
+    """Take quant_storage=bfloat16, with which the packed numbers pass every test of the dtype."""
     bnb = pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed")
     layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_storage=torch.bfloat16)
     _, A, B = small_layer(32, 64)
@@ -131,7 +131,7 @@ def test_refuses_an_offloaded_layer():
 
 
 def test_refuses_a_weight_that_is_computed():
-    """Its parametrization makes a new tensor at each access, in which an update is lost."""
+    """Refuse it: a parametrization makes a new tensor at each access, in which an update is lost."""
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4, bias=False)).requires_grad_(False)
     message = refuses_weight(None, linear)
     assert "each time it is read (a parametrization such as weight_norm)" in message

@@ -6,7 +6,7 @@ from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support.compare import refused
-from tests.support.small import LoRALinear, refuses_triples, small_layer, small_triple
+from tests.support.small import HandmadeLayer, refuses_triples, small_layer, small_triple
 
 
 def test_repr_shows_name_shapes_and_scaling():
@@ -62,7 +62,7 @@ def test_a_name_of_its_own_is_not_written_into_the_users_triple():
 
 
 def test_refuses_a_merged_branch_at_registration_and_at_a_step():
-    module = LoRALinear()
+    module = HandmadeLayer()
     triple = module.triple()
     module.merged = True
     assert "q: the branch is merged into W" in refuses_triples(triple)
@@ -83,8 +83,8 @@ def test_refuses_a_merged_branch_at_registration_and_at_a_step():
 
 
 def test_refuses_an_attribute_that_is_gone():
-    module = LoRALinear()
+    module = HandmadeLayer()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [module.triple()], lr=0.1)
     del module.A
-    with pytest.raises(RuntimeError, match=r"q: A is not in its LoRALinear .*misspelt, or the adapter was deleted"):
+    with pytest.raises(RuntimeError, match=r"q: A is not in its HandmadeLayer .*misspelt, or the adapter was deleted"):
         optimizer.step()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from deltaopt import rounding
 from deltaopt.noise import Keys, noise_factors
 from tests.support import strategies
-from tests.support.sixteen_bits import BOTH_DTYPES, bits_of, normal, spacing
+from tests.support.sixteen_bits import BOTH_DTYPES, int16_of, normal, spacing
 from tests.support.strategies import ROUNDINGS
 
 triton = pytest.importorskip("triton", reason="runs where Triton is installed")
@@ -112,7 +112,7 @@ def exact_product(kind, generator, rounded, device, place):
     )
 
 
-def product(W, U, V, rounded="nearest", hash=0, place=0):
+def kernel_product(W, U, V, rounded="nearest", hash=0, place=0):
     kept = torch.zeros(W.shape, dtype=torch.int16, device=W.device) if rounded == "compensated" else None
     return Product(W, U, V, kept, hash, place)
 
@@ -156,7 +156,7 @@ def test_has_the_bits_of_the_blocks(rounded, device, kinds, seed, keys):
         batch.add_(coefs, torch.tensor(keep, device=device), keys if rounded == "stochastic" else None)
     written = [t for p in products for t in (p.W, p.compensation) if t is not None]
     for got, wanted_bits in zip(written, want, strict=True):
-        assert torch.equal(bits_of(got), bits_of(wanted_bits))
+        assert torch.equal(int16_of(got), int16_of(wanted_bits))
         got.fill_(AROUND)
         everything = torch.empty(0, dtype=got.dtype, device=device).set_(got.untyped_storage())
         assert bool((everything == AROUND).all())
@@ -170,14 +170,14 @@ def test_is_the_exact_sum_rounded_once(shape, dtype, rounded, device):
     """Stay within half a spacing to nearest and a spacing otherwise, and nearly always at what the blocks have."""
     c, d, k = shape
     start, U, V = normal(c, d).to(dtype), normal(c, k, seed=1), normal(k, d, seed=2)
-    p = product(start.to(device, copy=True), U.to(device), V.to(device), rounded)
+    p = kernel_product(start.to(device, copy=True), U.to(device), V.to(device), rounded)
     W_blocks, _ = expected(p, rounded, 0.7)
     add([p], rounded, 0.7)
     exact = start.double() + 0.7 * (U.double() @ V.double())
     in_float32 = 1e-6 * (exact.abs() + U.double().abs() @ V.double().abs())
     error = (p.W.cpu().double() - exact).abs()
     assert bool((error <= (1.0 if rounded == "stochastic" else 0.5) * spacing(exact, dtype) + in_float32).all())
-    assert int((bits_of(p.W) != bits_of(W_blocks)).sum()) <= 2e-3 * c * d
+    assert int((int16_of(p.W) != int16_of(W_blocks)).sum()) <= 2e-3 * c * d
 
 
 @on_devices
@@ -186,9 +186,9 @@ def test_noise_is_that_of_the_keys_and_the_hash(dtype, device):
     U, V = (1e-3 * normal(*shape, seed=1).to(device) for shape in ((33, 4), (4, 70)))
 
     def moved(hash, keys):
-        p = product(normal(33, 70).to(device, dtype), U, V, hash=hash)
+        p = kernel_product(normal(33, 70).to(device, dtype), U, V, hash=hash)
         add([p], "stochastic", keys=keys)
-        return bits_of(p.W)
+        return int16_of(p.W)
 
     first = moved(5, KEYS)
     assert torch.equal(first, moved(5, KEYS))
@@ -212,9 +212,9 @@ def test_stochastic_rounding_keeps_the_mean(scale, dtype, device):
     step = spacing(exact, dtype)
     up = (exact / step) % 1
     error = (up * (1 - up) / n).sum().sqrt()
-    products = [product(start.clone(), U, V, hash=i, place=i) for i in range(n)]
+    products = [kernel_product(start.clone(), U, V, hash=i, place=i) for i in range(n)]
     add(products, "stochastic", coef)
-    nearest = product(start.clone(), U, V)
+    nearest = kernel_product(start.clone(), U, V)
     add([nearest], "nearest", coef)
     mean = torch.stack([p.W for p in products]).double().mean(0)
     away = [float(((W - exact) / step).sum() / error) for W in (mean, nearest.W.double(), start.double())]
@@ -234,9 +234,9 @@ def test_adding_nothing_keeps_every_number(dtype, rounded, device):
     """Keep negative zeros and subnormal numbers too."""
     start = every_number(dtype)
     U, V = torch.zeros(256, 3), normal(3, 256)
-    p = product(start.to(device, copy=True), U.to(device), V.to(device), rounded)
+    p = kernel_product(start.to(device, copy=True), U.to(device), V.to(device), rounded)
     add([p], rounded, -0.7)
-    assert torch.equal(bits_of(p.W), bits_of(start))
+    assert torch.equal(int16_of(p.W), int16_of(start))
     assert p.compensation is None or not p.compensation.any()
 
 
@@ -252,15 +252,15 @@ def test_compensation_is_restored_as_the_blocks_do(dtype, device):
     W_blocks, kept_blocks = expected(p, "compensated", -1.0)
     p = p._replace(**{name: getattr(p, name).to(device, copy=True) for name in ("W", "U", "V", "compensation")})
     add([p], "compensated", -1.0)
-    assert torch.equal(bits_of(p.W), bits_of(W_blocks))
-    assert torch.equal(bits_of(p.compensation), bits_of(kept_blocks))
+    assert torch.equal(int16_of(p.W), int16_of(W_blocks))
+    assert torch.equal(int16_of(p.compensation), int16_of(kept_blocks))
 
 
 @on_devices
 def test_compensation_of_a_weight_that_was_zeroed_since_is_dropped(device):
     """Drop what is kept below a zero, which would be the bits of a NaN."""
     W, U = torch.zeros(4, 4, dtype=torch.bfloat16, device=device), torch.ones(4, 1, device=device)
-    p = product(W, U, U.mT, rounded="compensated")
+    p = kernel_product(W, U, U.mT, rounded="compensated")
     p.compensation.fill_(-5)
     add([p], "compensated")
     assert bool((p.W == 1).all())
@@ -271,8 +271,10 @@ def test_compensation_of_a_weight_that_was_zeroed_since_is_dropped(device):
 @in_every_rounding
 def test_leaves_what_is_not_kept(rounded, device):
     U, V = torch.full((20, 2), torch.nan, device=device), torch.ones(2, 30, device=device)
-    left = product(torch.ones(20, 30, dtype=torch.float16, device=device), U, V, rounded=rounded)
-    moved = product(torch.ones(20, 30, dtype=torch.float16, device=device), V.mT[:20], V, rounded=rounded, place=1)
+    left = kernel_product(torch.ones(20, 30, dtype=torch.float16, device=device), U, V, rounded=rounded)
+    moved = kernel_product(
+        torch.ones(20, 30, dtype=torch.float16, device=device), V.mT[:20], V, rounded=rounded, place=1
+    )
     add([left, moved], rounded, keep=[False, True])
     assert bool((left.W == 1).all())
     assert bool((moved.W == 3).all())
@@ -288,7 +290,7 @@ def test_ends_at_the_largest_number(excess, dtype, rounded, device):
     signs = torch.tensor([[1.0], [-1.0]], device=device)
     W = (signs * torch.ones(2, 40, device=device) * largest).to(dtype)
     U = signs * min(largest * excess, torch.finfo(torch.float32).max)
-    p = product(W, U, torch.full((1, 40), 4.0 if excess == torch.inf else 1.0, device=device), rounded=rounded)
+    p = kernel_product(W, U, torch.full((1, 40), 4.0 if excess == torch.inf else 1.0, device=device), rounded=rounded)
     add([p], rounded)
     assert torch.equal(p.W, (signs * largest).to(dtype).expand(2, 40))
     assert p.compensation is None or not p.compensation.any()
@@ -304,7 +306,7 @@ def test_nan_stays_nan(dtype, rounded, device):
     U, V = torch.zeros(40, 3, device=device), torch.ones(3, 50, device=device)
     W[7, 9] = torch.nan
     U.view(torch.int32)[20, 1] = 0x7FFFFFFF
-    p = product(W, U, V, rounded=rounded)
+    p = kernel_product(W, U, V, rounded=rounded)
     add([p], rounded)
     assert bool(p.W[7, 9].isnan())
     assert bool(p.W[20].isnan().all())
@@ -317,7 +319,7 @@ def test_reaches_beyond_2_to_31_elements(turned, device):
     storage = torch.empty(2**31 + 2**12, dtype=torch.bfloat16, device=device)  # 4 GiB, three pages of which are touched
     W = storage.as_strided((3, 40), (2**30, 1)).fill_(1.0)
     U, V = torch.ones(3, 1, device=device), torch.ones(1, 40, device=device)
-    add([product(W.mT, V.mT, U.mT) if turned else product(W, U, V)], "nearest")
+    add([kernel_product(W.mT, V.mT, U.mT) if turned else kernel_product(W, U, V)], "nearest")
     assert bool((W == 2).all())
 
 
@@ -333,9 +335,11 @@ def test_like_matrices_share_a_launch(device, monkeypatch):
     _add = _triton._add
     monkeypatch.setattr(_triton, "_add", Counted())
     ones = lambda *shape, dtype=torch.float32: torch.ones(shape, dtype=dtype, device=device)  # noqa: E731
-    products = [product(ones(65, 20, dtype=torch.bfloat16), ones(65, 2), ones(2, 20), place=i) for i in range(50)]
-    products.append(product(ones(20, 65, dtype=torch.bfloat16), ones(20, 2), ones(2, 65), place=50))
-    products.append(product(ones(0, 65, dtype=torch.bfloat16), ones(0, 2), ones(2, 65), place=51))
+    products = [
+        kernel_product(ones(65, 20, dtype=torch.bfloat16), ones(65, 2), ones(2, 20), place=i) for i in range(50)
+    ]
+    products.append(kernel_product(ones(20, 65, dtype=torch.bfloat16), ones(20, 2), ones(2, 65), place=50))
+    products.append(kernel_product(ones(0, 65, dtype=torch.bfloat16), ones(0, 2), ones(2, 65), place=51))
     batch = Batch(products)
     batch.add_([1.0] * 52, torch.ones(52, dtype=torch.bool, device=device), None)
     assert launches == [(100,), (2,)]
