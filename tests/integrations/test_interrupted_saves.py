@@ -8,8 +8,7 @@ import pytest
 
 import deltaopt
 from tests.support import crash_loop
-from tests.support.compare import same
-from tests.support.peft_runs import REBUILT, assert_models_close
+from tests.support.compare import bits, relative, same
 
 
 @pytest.mark.parametrize("saves", ["whole", "adapter"])
@@ -30,4 +29,6 @@ def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have(saves, tm
         assert same(*(end["scheduler"] for end in ends))
     # With the adapter alone, this rebuilds W.
     uninterrupted, resumed = (crash_loop.train(path, saves, steps) for path in (tmp_path / "whole.pt", killed))
-    assert_models_close(uninterrupted, resumed, 0.0 if saves == "whole" else REBUILT)
+    expected, tolerance = bits(uninterrupted), 0.0 if saves == "whole" else 1e-6
+    for name, parameter in resumed.named_parameters():
+        assert relative(parameter, expected[name]) <= tolerance, name
