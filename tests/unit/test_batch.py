@@ -21,9 +21,13 @@ pytest.importorskip("triton", reason="runs where Triton is installed")
 
 from deltaopt import _triton
 
-pytestmark = pytest.mark.skipif(
-    not _triton.is_available(torch.device("cpu")), reason="runs where Triton interprets (TRITON_INTERPRET=1, no CUDA)"
-)
+pytestmark = [
+    pytest.mark.extra,
+    pytest.mark.skipif(
+        not _triton.is_available(torch.device("cpu")),
+        reason="runs where Triton interprets (TRITON_INTERPRET=1, no CUDA)",
+    ),
+]
 
 each_rounding_of_a_batch = pytest.mark.parametrize("mode", ROUNDINGS)
 

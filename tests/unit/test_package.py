@@ -14,7 +14,10 @@ import pytest
 import deltaopt
 
 ROOT = Path(deltaopt.__file__).parent
-MODULES = [m.name for m in pkgutil.walk_packages(deltaopt.__path__, "deltaopt.")]
+MODULES = [
+    pytest.param(module.name, marks=[pytest.mark.extra] * (module.name.startswith("deltaopt.integrations.")))
+    for module in pkgutil.walk_packages(deltaopt.__path__, "deltaopt.")
+]
 # A module may import from those that stand after it.
 ORDER = [
     *("integrations", "export", "optimizer", "folding", "inner", "state", "groups"),

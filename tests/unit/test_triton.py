@@ -27,6 +27,8 @@ triton = pytest.importorskip("triton", reason="runs where Triton is installed")
 from deltaopt import _triton  # noqa: E402
 from deltaopt._triton import Batch, Product  # noqa: E402
 
+pytestmark = pytest.mark.extra
+
 on_devices = pytest.mark.parametrize(
     "device",
     [
