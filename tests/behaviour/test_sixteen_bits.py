@@ -129,8 +129,6 @@ def test_every_process_makes_the_same_weights():
 def test_compensated_W_is_a_float32_W_rounded_once(rule, layout, seed, steps, dtype):
     """Compare with the same factors next to a float32 W, in every layout."""
     options = {"seed": seed, "factor_dtype": torch.float32, "lr": 1e-3, "update_ratio": 2.0, "rounding": "compensated"}
-    if rule == "folded":  # takes gradients of the loss, which depend on W
-        options |= {"inner": torch.optim.SGD, "lr": 0.0}
     narrow, wide = (random_run(rule, layout, dtype=W, **options) for W in (dtype, torch.float32))
     wide.stored.W.copy_(narrow.stored.W)
     for run in (narrow, wide):

@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.support.runs import LayerRun
+from tests.support.runs import LayerRun, noisy_run
 from tests.support.strategies import EVENTS, RULES
 
 
@@ -20,13 +20,8 @@ def histories(min_size: int = 0, max_size: int = 8) -> st.SearchStrategy[tuple[s
 
 
 def random_run(rule: str, layout: str = "linear", seed: int = 0, **options: Any) -> LayerRun:
-    """A run whose product is not zero at first, unless `zero` says so; see `LayerRun`.
-
-    Gradients are noise where the rule takes gradients that no backward pass has made.
-    """
-    gradients = "noise" if rule == "in_place" else "loss"
-    options = {"zero": False, "gradients": gradients, "update_ratio": 1.5, **options}
-    return LayerRun(rule, layout, seed=seed, **options)
+    """A `noisy_run` of this rule."""
+    return noisy_run(layout, seed, rule=rule, **options)
 
 
 def after(run: LayerRun, events: Iterable[str]) -> LayerRun:
