@@ -1,0 +1,306 @@
+"""Several ranks: data parallel and fully sharded models under the folded rule, one test per behaviour."""
+
+import contextlib
+import copy
+import gc
+import re
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from tests.support.compare import relative, same
+from tests.support.distributed import WORLD, assert_same_on_all_ranks, on_all_ranks, shares
+from tests.support.models import RATIO, batches, layers, loss_of, optimizer_for
+from tests.support.peft_runs import (
+    EXACT,
+    FIRST_SCALING,
+    STARTS,
+    K,
+    ModelRun,
+    assert_models_follow,
+    branch_scalings,
+    each_start,
+    peft_asks_by_an_old_name,
+)
+from tests.support.strategies import each_rule
+
+pytestmark = peft_asks_by_an_old_name
+
+
+def shard(model: nn.Module, parts: Callable[[nn.Module], Iterable[nn.Module]] | None = None, **options) -> None:
+    for part in model.base_model.model.model.layers if parts is None else list(parts(model)):
+        fully_shard(part, **options)
+    fully_shard(model, **options)
+
+
+def linears(model: nn.Module) -> list[nn.Module]:
+    """Parts of the layers too, the factors among them."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def factors_of_one_layer(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if re.search(r"layers\.1\..*down_proj\.lora_.\.", name)]
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+
+
+@each_start
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_a_data_parallel_run_equals_one_process_on_the_whole_batch(start, wrapped_first, tmp_path):
+    on_all_ranks(data_parallel_on_rank, tmp_path, start, wrapped_first)
+
+
+def data_parallel_on_rank(rank: int, start: str, wrapped_first: bool) -> None:
+    options = {"gradient_as_bucket_view": True} if wrapped_first else {}
+    run, alone = ModelRun("folded", start), ModelRun("in_place", start)
+    ddp = DistributedDataParallel(run.model, **options)
+    if wrapped_first:
+        run.optimizer = optimizer_for(run.model, weight_update="folded", start_step=STARTS[start]["start_step"])
+    data = batches(14)
+    for i, ids in enumerate(shares(data, rank)):
+        with contextlib.nullcontext() if i % 2 else ddp.no_sync():
+            (loss_of(ddp, ids) / 2).backward()
+        if i % 2:
+            nn.utils.clip_grad_norm_(run.factors(), 0.05)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=not options)
+    for i, ids in enumerate(data):
+        alone.backward(ids, 0.5)
+        if i % 2:
+            nn.utils.clip_grad_norm_(alone.factors(), 0.05)
+            alone.step()
+    assert_models_follow(run.model, alone.model)
+    assert_same_on_all_ranks(run.model)
+    assert branch_scalings(run.model) == {FIRST_SCALING * (1 + RATIO)}
+
+
+@each_rule
+def test_factors_that_are_sharded_too_late_are_refused(rule, tmp_path):
+    on_all_ranks(sharded_too_late_on_rank, tmp_path, rule)
+
+
+def sharded_too_late_on_rank(rank: int, rule: str) -> None:
+    run = ModelRun(rule, "later", start_step=0)
+    shard(run.model)
+    before = whole(run.model)
+    loss_of(run.model, batches(1)[0]).backward()
+    message = "q_proj: A is not among the parameters" if rule == "folded" else "q_proj: W is a .*DTensor"
+    with pytest.raises(ValueError, match=message):
+        run.optimizer.step()
+    assert same(whole(run.model), before)
+    assert branch_scalings(run.model) == {FIRST_SCALING}
+
+
+def test_sharded_factors_are_refused_in_place(tmp_path):
+    on_all_ranks(sharded_in_place_on_rank, tmp_path)
+
+
+def sharded_in_place_on_rank(rank: int) -> None:
+    run = ModelRun("in_place")
+    shard(run.model)
+    with pytest.raises(
+        ValueError, match=r"q_proj: W is a torch.distributed.tensor.DTensor.*Take weight_update=.folded"
+    ):
+        optimizer_for(run.model)
+    layer = next(iter(layers(run.model).values()))
+    W, A, B = layer.base_layer.weight, layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    triple = LoRATriple(W, A, B, scaling=torch.tensor(1.0), name="q")
+    with pytest.raises(ValueError, match=r"q: A is sharded and was registered as a tensor.*register \(module, 'A'\)"):
+        DeltaLoRAOptimizer(torch.optim.SGD, [triple], weight_update="folded")
+
+
+def test_a_product_that_is_not_zero_is_refused_with_sharded_weights(tmp_path):
+    on_all_ranks(nonzero_product_on_rank, tmp_path)
+
+
+def nonzero_product_on_rank(rank: int) -> None:
+    run = ModelRun("folded", "later", start_step=0)
+    shard(run.model)
+    optimizer = optimizer_for(run.model, weight_update="folded")
+    before = whole(run.model)
+    loss_of(run.model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match=r"the product A @ B is not zero at start_step.*\n.*is a .*DTensor"):
+        optimizer.step()
+    assert same(whole(run.model), before)
+    assert branch_scalings(run.model) == {FIRST_SCALING}
+
+
+def test_a_sharded_factor_that_was_replaced_is_followed(tmp_path):
+    on_all_ranks(replaced_shards_on_rank, tmp_path)
+
+
+def replaced_shards_on_rank(rank: int) -> None:
+    """FSDP2 keeps its unsharded parameter, with the hook of the first one, when ``assign=True`` replaces the shards."""
+    run = ModelRun("folded")
+    shard(run.model)
+    run.optimizer = optimizer_for(run.model, weight_update="folded")
+    data = batches(2)
+    run.train(shares(data, rank))
+    del run.optimizer
+    gc.collect()
+    trained = {id(p) for p in run.factors()}
+    names = [name for name, p in run.model.named_parameters() if id(p) in trained]
+    run.model.load_state_dict({name: p.clone() for name, p in run.model.state_dict().items()}, assign=True)
+    for name, p in run.model.named_parameters():
+        p.requires_grad_(name in names)
+        if "lora_B" in name:
+            nn.init.zeros_(p)
+    run.optimizer = optimizer_for(run.model, torch.optim.SGD, weight_update="folded", lr=0.0)
+    run.backward(shares(data, rank)[0])
+    run.optimizer.step()
+    whole_ones = [p.grad.full_tensor() for p in run.factors()]
+    run.optimizer.zero_grad()
+    run.backward(shares(data, rank)[0])
+    for p, before in zip(run.factors(), whole_ones, strict=True):
+        # With a product of zero the branch is as it was, but for its scaling, by which the gradient is divided.
+        torch.testing.assert_close(p.grad.full_tensor(), before)
+
+
+SHARDED: dict[str, dict] = {
+    "plain": {},
+    "not resharded after forward": {"reshard_after_forward": False},
+    "checkpointing": {},
+    "reentrant checkpointing": {},
+    "accumulation": {},
+    "every linear layer by itself": {"parts": linears},
+    "the factors of one layer by themselves": {"parts": factors_of_one_layer},
+    "one piece": {"parts": lambda model: []},
+}
+
+
+@pytest.mark.parametrize("way", SHARDED)
+def test_sharded_factors_follow_one_process_and_resume_bit_for_bit(way, tmp_path):
+    on_all_ranks(sharded_factors_on_rank, tmp_path, way)
+
+
+def sharded_factors_on_rank(rank: int, way: str) -> None:
+    """FSDP2 brings gradients to the shards past the hooks of the sharded parameters."""
+
+    def new() -> ModelRun:
+        run = ModelRun("folded")
+        if "checkpointing" in way:
+            run.model.enable_input_require_grads()
+            run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": "reent" in way})
+            run.model.train()
+        shard(run.model, **SHARDED[way])
+        run.optimizer = optimizer_for(run.model, torch.optim.SGD, weight_update="folded", momentum=0.9, lr=0.05)
+        return run
+
+    micro = 2 if way == "accumulation" else 1
+
+    def train(run: ModelRun, data: list[Tensor]) -> None:
+        for i, ids in enumerate(data):
+            last = i % micro == micro - 1
+            if isinstance(run.factors()[0], dist.tensor.DTensor):
+                run.model.set_requires_gradient_sync(last)
+                ids = ids.chunk(WORLD)[rank]
+            run.backward(ids, 1 / micro)
+            if last:
+                nn.utils.clip_grad_norm_(run.factors(), 0.05)
+                run.step()
+
+    run, alone = new(), ModelRun("in_place")
+    alone.optimizer = optimizer_for(alone.model, torch.optim.SGD, momentum=0.9, lr=0.05)
+    train(run, batches(4))
+    state, trained = copy.deepcopy(run.optimizer.state_dict()), whole(run.model)
+    twin = new()
+    with torch.no_grad():
+        for name, p in twin.model.named_parameters():
+            p.copy_(dist.tensor.distribute_tensor(trained[name], p.device_mesh, p.placements))
+    twin.optimizer.load_state_dict(state)
+    for each in (run, twin):
+        train(each, batches(4, seed=2))
+    train(alone, batches(4) + batches(4, seed=2))
+    for sharded, resumed, p in zip(run.factors(), twin.factors(), alone.factors(), strict=True):
+        assert relative(sharded.full_tensor(), p) <= EXACT, way
+        assert torch.equal(sharded.full_tensor(), resumed.full_tensor()), way
+    assert branch_scalings(run.model) == branch_scalings(twin.model) == {FIRST_SCALING * (1 + RATIO)}
+    name = run.optimizer.triples[0].label
+    moved = [r.optimizer.displacement(name).product() for r in (run, alone)]
+    assert relative(*moved) <= EXACT
+
+
+def test_whole_parameters_that_were_kept_are_told_from_replaced_ones(tmp_path):
+    on_all_ranks(kept_whole_parameters_on_rank, tmp_path)
+
+
+def kept_whole_parameters_on_rank(rank: int) -> None:
+    """The outermost module of FSDP2 keeps them after a forward pass, and a backward pass is not to come."""
+    run, twin = ModelRun("folded"), ModelRun("folded")
+    for r in (run, twin):
+        shard(r.model, lambda model: [])
+        r.optimizer = optimizer_for(r.model, torch.optim.SGD, weight_update="folded", lr=0.05)
+        r.train(shares(batches(2), rank))
+    with torch.no_grad():
+        loss_of(run.model, batches(1)[0])
+    with pytest.raises(ValueError, match=r"(?s)q_proj: A is not among.*are shards of FSDP2.*model\.reshard\(\) first"):
+        run.optimizer.state_dict()
+    run.optimizer.zero_grad()
+    run.model.reshard()
+    run.optimizer.state_dict()
+    for r in (run, twin):
+        r.train(shares(batches(2), rank))
+    assert same(whole(run.model), whole(twin.model))
+
+
+def test_a_conversion_that_would_lose_the_hooks_is_refused(tmp_path):
+    on_all_ranks(conversion_on_rank, tmp_path)
+
+
+def conversion_on_rank(rank: int) -> None:
+    """FSDP2 exchanges the inside of its parameters; torch refuses that while something refers to them weakly."""
+    run = ModelRun("folded")
+    shard(run.model)
+    run.optimizer = optimizer_for(run.model, weight_update="folded")
+    with pytest.raises(RuntimeError, match="Couldn't swap"):
+        run.model.float()
+
+
+@each_start
+def test_factors_that_stay_whole_follow_with_sharded_weights(start, tmp_path):
+    """Or are refused, where the product is not zero at step K."""
+    on_all_ranks(whole_factors_on_rank, tmp_path, start)
+
+
+def whole_factors_on_rank(rank: int, start: str) -> None:
+    run = ModelRun("folded", start)
+    shard(run.model, ignored_params=set(run.factors()))
+    sharded = [layer.base_layer.weight for layer in layers(run.model).values()]
+    assert all(isinstance(W, dist.tensor.DTensor) for W in sharded)
+    run.optimizer = optimizer_for(run.model, weight_update="folded", start_step=STARTS[start]["start_step"])
+
+    def train(data):
+        for ids in shares(data, rank):
+            run.backward(ids)
+            for p in run.factors():
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+            nn.utils.clip_grad_norm_(run.factors(), 0.05)
+            run.step()
+
+    if start == "later":
+        train(batches(K))
+        before = [p.detach().clone() for p in run.factors()]
+        with pytest.raises(RuntimeError, match=r"the product A @ B is not zero at start_step.*\n.*is a .*DTensor"):
+            train(batches(1))
+        assert same([p.detach() for p in run.factors()], before)
+        assert branch_scalings(run.model) == {FIRST_SCALING}
+        return
+    alone = ModelRun("in_place", start)
+    train(batches(8))
+    for ids in batches(8):
+        alone.backward(ids)
+        nn.utils.clip_grad_norm_(alone.factors(), 0.05)
+        alone.step()
+    for p, q in zip(run.factors(), alone.factors(), strict=True):
+        assert relative(p, q) <= EXACT
+    assert branch_scalings(run.model) == {FIRST_SCALING * (1 + RATIO)}
+    assert run.optimizer.state_dict()["state"].keys() == alone.optimizer.state_dict()["state"].keys()
