@@ -13,21 +13,21 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals, reference, strategies
 from tests.support.compare import refused, through_a_file
 from tests.support.folded import (
-    RATIO,
+    DEFAULT_RATIO,
     both_rules,
     folded_optimizer,
     linear_layer,
     packed_layer,
 )
 from tests.support.runs import LayerRun, assert_agrees, assert_follows
-from tests.support.strategies import each_rule
+from tests.support.strategies import RULES, each_rule
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
 def test_from_a_zero_product_the_ratio_goes_into_the_branch_alone(layout):
     run = LayerRun("folded", layout).train(5)
     assert torch.equal(run.stored.W, run.W0)
-    assert float(run.scale) == 0.5 * (1 + RATIO)
+    assert float(run.scale) == 0.5 * (1 + DEFAULT_RATIO)
     assert run.optimizer.buffer_bytes == 0
     assert not internals.has_moved(run.optimizer)
 
@@ -38,7 +38,7 @@ def test_from_another_product_w_is_written_once(layout):
     run = LayerRun("folded", layout, zero=False, start_step=2).train(2)
     assert torch.equal(run.stored.W, run.W0)
     assert float(run.scale) == 0.5
-    expected = run.base() - RATIO * 0.5 * run.product()
+    expected = run.base() - DEFAULT_RATIO * 0.5 * run.product()
     run.train(1)
     after = run.stored.W.clone()
     torch.testing.assert_close(run.stored.matrix(after), expected, rtol=0, atol=1e-12)
@@ -65,7 +65,7 @@ def test_a_step_does_not_change_the_effective_weight_where_it_folds():
     run = LayerRun("folded", zero=False, start_step=0, lr=0.0)
     before = run.effective().detach().clone()
     run.train(1)
-    assert float(run.scale) == 0.5 * (1 + RATIO)
+    assert float(run.scale) == 0.5 * (1 + DEFAULT_RATIO)
     torch.testing.assert_close(run.effective().detach(), before, rtol=1e-14, atol=1e-14)
 
 
@@ -124,7 +124,7 @@ def test_rebase_counts_from_the_weight_that_is_there():
     run = LayerRun("folded", zero=False).train(5)
     run.optimizer.rebase()
     _, A, B = run.stored.matrices()
-    torch.testing.assert_close(run.optimizer.displacement("q").product(), RATIO * 0.5 * (A @ B))
+    torch.testing.assert_close(run.optimizer.displacement("q").product(), DEFAULT_RATIO * 0.5 * (A @ B))
     change = deltaopt.export_adapter(run.optimizer)["q"].product()
     torch.testing.assert_close(run.stored.W + change, run.effective().detach())
 
@@ -152,7 +152,7 @@ def test_groups_of_several_ratios_and_starts_follow_the_dense_loop(rule, late):
             lambda W, t, problem=problem, first=first: problem(W, t + first),
             lambda params, lr=lr: torch.optim.AdamW(params, lr=lr),
             steps=8 - first,
-            update_ratio=options.get("update_ratio", RATIO),
+            update_ratio=options.get("update_ratio", DEFAULT_RATIO),
             start_step=max(0, options.get("start_step", 0) - first),
             scaling=0.5,
         )
@@ -368,13 +368,34 @@ def test_an_unnamed_triple_is_not_folded_twice():
         folded_optimizer(triple)
 
 
-def test_triples_of_another_folded_run_are_refused():
-    run = LayerRun("folded").train(2)
-    for mode in ("in_place", "folded"):
-        with pytest.raises(
-            ValueError, match="another optimizer has folded its update_ratio into the branch of q: make"
-        ):
-            DeltaLoRAOptimizer(torch.optim.AdamW, [run.triple], weight_update=mode)
+def test_triples_that_another_optimizer_has_folded_are_refused():
+    """All by name, under either rule, and when they are added later; the first optimizer continues."""
+    layers = [linear_layer(name, seed) for seed, name in enumerate("ab")]
+    first = folded_optimizer(*(triple for *_, triple in layers))
+
+    def step():
+        first.zero_grad()
+        for s, scale, _ in layers:
+            (s.W + scale * s.A @ s.B).square().sum().backward()
+        first.step()
+
+    step()
+    match = r"another optimizer has folded its update_ratio into the branch of a, b: make"
+    for rule in RULES:
+        refused(
+            lambda rule=rule: DeltaLoRAOptimizer(torch.optim.AdamW, first.triples, weight_update=rule),
+            ValueError,
+            match,
+            lambda: [scale for _, scale, _ in layers],
+        )
+    other = folded_optimizer(linear_layer("c", 2)[2])
+    refused(
+        lambda: other.add_param_group({"triples": first.triples[:1]}),
+        ValueError,
+        "another optimizer has folded its update_ratio into the branch of a: make",
+    )
+    step()
+    assert first.step_count == 2
 
 
 def test_a_write_that_fails_at_step_K_is_undone(monkeypatch):

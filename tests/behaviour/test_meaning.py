@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support import strategies
-from tests.support.folded import RATIO
+from tests.support.folded import DEFAULT_RATIO
 from tests.support.runs import LayerRun
 from tests.support.strategies import RULES
 
@@ -37,7 +37,7 @@ def apart(now, expected):
 def test_with_adam_it_is_lora_with_a_larger_alpha(rule, weight_decay):
     """Adam divides the scale of gradients out (eps -> 0), with decoupled weight decay too; SGD does not."""
     options = {"lr": 0.02, "eps": 1e-30, "weight_decay": weight_decay}
-    assert apart(delta_lora(rule, **options), plain_lora(0.5 * (1 + RATIO), **options)) < 1e-9
+    assert apart(delta_lora(rule, **options), plain_lora(0.5 * (1 + DEFAULT_RATIO), **options)) < 1e-9
     options = {"inner": torch.optim.SGD, "lr": 0.02}
     assert apart(delta_lora(rule, **options), plain_lora(1.5, **options)) > 1e-2
 
@@ -46,7 +46,7 @@ def test_with_adam_it_is_lora_plus_without_weight_decay():
     """A learning rate of (1 + lambda) times the other's for the factor that starts at zero; with weight decay not."""
 
     def plus(decay):
-        groups = lambda s: [{"params": [s.A], "lr": 0.02 * (1 + RATIO)}, {"params": [s.B]}]  # noqa: E731
+        groups = lambda s: [{"params": [s.A], "lr": 0.02 * (1 + DEFAULT_RATIO)}, {"params": [s.B]}]  # noqa: E731
         return plain_lora(0.5, groups=groups, lr=0.02, eps=1e-30, weight_decay=decay)
 
     assert apart(delta_lora(lr=0.02, eps=1e-30, weight_decay=0.0), plus(0.0)) < 1e-9

@@ -16,12 +16,12 @@ from tests.support.peft_runs import (
     begun,
     branch_scalings,
     each_kind,
-    each_rule,
     each_start,
     effective,
     fresh,
     peft_asks_by_an_old_name,
 )
+from tests.support.strategies import each_rule
 
 pytestmark = peft_asks_by_an_old_name
 

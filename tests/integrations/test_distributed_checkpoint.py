@@ -28,11 +28,11 @@ from tests.support.peft_runs import (
     assert_same_runs,
     begun,
     each_kind,
-    each_rule,
     each_start,
     fresh,
     peft_asks_by_an_old_name,
 )
+from tests.support.strategies import each_rule
 
 pytestmark = [
     peft_asks_by_an_old_name,

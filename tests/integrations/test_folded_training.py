@@ -8,7 +8,6 @@ from torch.optim import swa_utils
 
 from deltaopt import DeltaLoRAOptimizer
 from tests.support.compare import COPIES, bits, refused, relative, same
-from tests.support.folded import CallsTwice
 from tests.support.models import RATIO, batches, causal_lm, loss_of, optimizer_for, peft, plain_loop, weights
 from tests.support.peft_runs import (
     EXACT,
@@ -270,18 +269,6 @@ def test_the_comparison_would_see_undivided_gradients():
 
 
 @each_start
-def test_two_hundred_steps_in_float32(start):
-    """An eps for which the runs are not chaotic: with a small one a float32 run leaves the float64 one just as fast."""
-
-    def train(run):
-        run.train(batches(5) * 40)
-
-    folded, in_place = both_rules_of(train, start, torch.float32, lr=1e-3, eps=1e-2)
-    assert folded.optimizer.step_count == 200
-    assert_models_follow(folded.model, in_place.model, 1e-4)
-
-
-@each_start
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str)
 def test_autocast(dtype, tolerance, start):
     """The scaling is rounded in another place, so the runs are as far apart as each is from float32."""
@@ -353,22 +340,6 @@ def test_a_compiled_model_sees_the_new_scaling(start, whole_graph):
         results.append([*(p for p in model.parameters() if p.requires_grad), model(data[0]), compiled(data[0])])
     for p, q in zip(*results, strict=True):
         assert relative(p, q) <= EXACT
-
-
-@each_start
-def test_a_second_closure_call_in_one_step_is_refused_once_folded(start):
-    run = ModelRun("folded", start, inner=CallsTwice, lr=0.05)
-
-    def closure():
-        run.optimizer.zero_grad()
-        loss = loss_of(run.model, batches(1)[0])
-        loss.backward()
-        return loss
-
-    for _ in range(STARTS[start]["start_step"]):
-        run.optimizer.step(closure)
-    with pytest.raises(RuntimeError, match=r'closure a second time within a step.*weight_update="in_place"'):
-        run.optimizer.step(closure)
 
 
 @each_start

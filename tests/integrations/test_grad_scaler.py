@@ -13,11 +13,11 @@ from tests.support.peft_runs import (
     assert_telescoped,
     both_rules,
     branch_scalings,
-    each_rule,
     each_start,
     effective,
     peft_asks_by_an_old_name,
 )
+from tests.support.strategies import each_rule
 
 pytestmark = peft_asks_by_an_old_name
 

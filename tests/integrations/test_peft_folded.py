@@ -324,20 +324,6 @@ def test_a_scaling_that_peft_puts_back_is_accepted(config, ratio, back):
     assert optimizer.step_count == 2
 
 
-def test_the_triples_of_a_folded_optimizer_are_not_taken_again():
-    model, x = adapted(mlp(7, 5, 4), "0", "1"), image(7)
-    optimizer = folded(model, x)
-    for mode in ("folded", "in_place"):
-        with pytest.raises(
-            ValueError, match=r"folded its update_ratio into the branch of .*model\.0, .*model\.1: make"
-        ):
-            DeltaLoRAOptimizer(torch.optim.SGD, optimizer.triples, lr=0.1, weight_update=mode)
-    train(model, optimizer, x)
-    other = optimizer_of(adapted(mlp(7, 5), "0"))
-    with pytest.raises(ValueError, match=r"folded its update_ratio into the branch of .*model\.0: make"):
-        other.add_param_group({"triples": optimizer.triples[:1]})
-
-
 @pytest.mark.parametrize("mode", ["folded", "in_place"])
 @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_second_optimizer_goes_on_from_the_present_scaling(inner, mode):

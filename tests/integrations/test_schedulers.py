@@ -16,10 +16,10 @@ from tests.support.peft_runs import (
     assert_models_follow,
     assert_telescoped,
     both_rules,
-    each_rule,
     each_start,
     peft_asks_by_an_old_name,
 )
+from tests.support.strategies import each_rule
 
 pytestmark = peft_asks_by_an_old_name
 

@@ -22,11 +22,11 @@ from tests.support.peft_runs import (
     assert_same_models,
     assert_telescoped,
     branch_scalings,
-    each_rule,
     each_start,
     effective,
     peft_asks_by_an_old_name,
 )
+from tests.support.strategies import each_rule
 
 pytestmark = peft_asks_by_an_old_name
 

@@ -1,4 +1,4 @@
-"""A small run that saves after every step and goes on from its file, and is killed many times on the way.
+"""A small run that saves after every step and continues from its file, and is killed many times on the way.
 
 python -m tests.support.crash_loop FILE whole|adapter STEPS KILLS SEED
 

@@ -11,7 +11,7 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import strategies
 from tests.support.runs import LayerRun
 
-RATIO = 2.0
+DEFAULT_RATIO = 2.0
 """The `update_ratio` that an optimizer has by itself: folded into a scaling of 0.5 it gives 1.5."""
 
 

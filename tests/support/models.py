@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from deltaopt import DeltaLoRAOptimizer
+from tests.support.runs import RATIO
 
 peft = pytest.importorskip("peft", reason="runs where peft is installed")
 transformers = pytest.importorskip("transformers", reason="runs where transformers is installed")
 
-RATIO = 0.7
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 

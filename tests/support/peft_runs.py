@@ -22,7 +22,6 @@ from tests.support.models import (
     plain_loop,
     weights,
 )
-from tests.support.strategies import RULES
 
 K = 3
 STARTS = {"zero": {"B_zero": True, "start_step": 0}, "later": {"B_zero": False, "start_step": K}}
@@ -37,7 +36,6 @@ REBUILT = 1e-6
 FIRST_SCALING = 2.0
 """The scaling of the branches of `causal_lm`, before a rule folds anything into them."""
 
-each_rule = pytest.mark.parametrize("rule", RULES)
 each_start = pytest.mark.parametrize("start", STARTS)
 each_kind = pytest.mark.parametrize(
     ("dtype", "rounding"),
