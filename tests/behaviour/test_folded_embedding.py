@@ -12,7 +12,7 @@ from tests.support.folded import folded_optimizer
 from tests.support.strategies import RULES
 
 RATIO, EXACT = 0.7, 1e-10
-BEGINNINGS = {"zero": 0, "later": 3}
+START_STEPS = {"zero": 0, "later": 3}
 
 
 class Table(nn.Module):
@@ -48,7 +48,7 @@ class SparseAndDense(torch.optim.Optimizer):
             part.step()
 
 
-@pytest.mark.parametrize("start", BEGINNINGS)
+@pytest.mark.parametrize("start", START_STEPS)
 @pytest.mark.parametrize("inner", [torch.optim.SGD, SparseAndDense])
 def test_a_run_with_sparse_gradients_follows_the_one_in_place(inner, start):
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def test_a_run_with_sparse_gradients_follows_the_one_in_place(inner, start):
             [model.triple()],
             lr=0.1,
             update_ratio=RATIO,
-            start_step=BEGINNINGS[start],
+            start_step=START_STEPS[start],
             weight_update=mode,
         )
         for ids in data:

@@ -13,8 +13,8 @@ from tests.support.compare import COPIES, refused, same
 from tests.support.folded import (
     CallsTwice,
     HoldsItsOptimizer,
-    both_rules,
     folded_optimizer,
+    in_place_and_folded,
     linear_layer,
     warns_of_a_takeover,
 )
@@ -23,14 +23,14 @@ from tests.support.strategies import each_rule
 
 
 def test_gradients_that_are_asked_for_are_divided_too():
-    in_place, folded = both_rules(3)
+    in_place, folded = in_place_and_folded(3)
     found = [torch.autograd.grad(r.loss(r.effective(), 0), r.factors) for r in (folded, in_place)]
     for now, expected in zip(*found, strict=True):
         torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_gradients_that_are_not_zeroed_go_on_through_step_K():
-    in_place, folded = both_rules(start_step=2, zero=False)
+    in_place, folded = in_place_and_folded(start_step=2, zero=False)
     for run in (in_place, folded):
         for t in range(6):
             run.loss(run.effective(), t).backward()
@@ -39,7 +39,7 @@ def test_gradients_that_are_not_zeroed_go_on_through_step_K():
 
 
 def test_gradients_within_base_weights_are_those_of_the_branch_there():
-    in_place, folded = both_rules(3)
+    in_place, folded = in_place_and_folded(3)
     for run in (in_place, folded):
         with run.optimizer.base_weights():
             run.backward()
@@ -218,7 +218,10 @@ def test_gradients_that_are_kept_elsewhere_are_divided(start):
     def take(p):
         p.main_grad, p.grad = p.grad, None
 
-    runs = both_rules(inner=torch.optim.SGD, start_step=start), both_rules(inner=Main, start_step=start)
+    runs = (
+        in_place_and_folded(inner=torch.optim.SGD, start_step=start),
+        in_place_and_folded(inner=Main, start_step=start),
+    )
     for run in runs[1]:
         for p in run.factors:
             p.register_post_accumulate_grad_hook(take)
@@ -386,7 +389,7 @@ def test_factors_that_were_taken_back_may_be_taken_over_again():
 
 @pytest.mark.parametrize("fate", ["could not be built", "is gone"])
 def test_an_optimizer_in_place_that_is_no_more_leaves_the_first_one_alone(fate):
-    in_place, folded = both_rules(2)
+    in_place, folded = in_place_and_folded(2)
     triple = folded.new_triple()
     if fate == "could not be built":
         with pytest.raises(ValueError, match="A is not among the parameters"):

@@ -14,8 +14,8 @@ from tests.support import internals, reference, strategies
 from tests.support.compare import refused, through_a_file
 from tests.support.folded import (
     DEFAULT_RATIO,
-    both_rules,
     folded_optimizer,
+    in_place_and_folded,
     linear_layer,
     packed_layer,
 )
@@ -92,7 +92,7 @@ def test_a_layer_without_gradients_is_folded_when_it_has_some():
 
 @pytest.mark.parametrize("without", [0, 1], ids=["A", "B"])
 def test_one_factor_with_a_gradient_is_enough(without):
-    in_place, folded = both_rules(zero=False)
+    in_place, folded = in_place_and_folded(zero=False)
     for run in (in_place, folded):
         for _ in range(3):
             run.backward()
@@ -104,7 +104,7 @@ def test_one_factor_with_a_gradient_is_enough(without):
 
 
 def test_changed_factors_need_no_resync():
-    in_place, folded = both_rules(8)
+    in_place, folded = in_place_and_folded(8)
     best = [p.detach().clone() for p in folded.factors]
     for run in (in_place, folded):
         run.train(5)

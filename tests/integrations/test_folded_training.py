@@ -16,6 +16,7 @@ from tests.support.peft_runs import (
     K,
     ModelRun,
     assert_models_follow,
+    both_rules,
     branch_scalings,
     each_start,
     peft_asks_by_an_old_name,
@@ -26,15 +27,6 @@ pytestmark = [
     peft_asks_by_an_old_name,
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
 ]
-
-
-def both_rules_of(way, *arguments, **options) -> tuple[ModelRun, ModelRun]:
-    """A folded and an in-place run of the same data: what `way` returns is equal too."""
-    runs = [ModelRun(rule, *arguments, **options) for rule in ("folded", "in_place")]
-    told = [way(run) for run in runs]
-    if told[0] is not None:
-        assert told[0] == pytest.approx(told[1], rel=1e-8, abs=1e-12)
-    return runs[0], runs[1]
 
 
 def plain(run):
@@ -199,14 +191,14 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_folded_run_follows_the_one_in_place(way, start):
     # SGD shows a gradient that is too large by a factor; Adam hardly does.
-    folded, in_place = both_rules_of(WAYS[way], start, inner=torch.optim.SGD, lr=0.05, momentum=0.9)
+    folded, in_place = both_rules(WAYS[way], start, inner=torch.optim.SGD, lr=0.05, momentum=0.9)
     assert_models_follow(folded.model, in_place.model, 1e-5 if way == "cast" else EXACT)
 
 
 @each_start
 @pytest.mark.parametrize("way", ["plain", "accumulation_and_clipping"])
 def test_a_folded_run_with_adamw_follows_the_one_in_place(way, start):
-    folded, in_place = both_rules_of(WAYS[way], start, eps=1e-4, weight_decay=0.1)
+    folded, in_place = both_rules(WAYS[way], start, eps=1e-4, weight_decay=0.1)
     assert_models_follow(folded.model, in_place.model)
 
 
@@ -285,7 +277,7 @@ def test_autocast(dtype, tolerance, start):
             run.optimizer.zero_grad()
 
     first = ModelRun("folded", start, torch.float32)
-    folded, in_place = both_rules_of(train, start, torch.float32, inner=torch.optim.SGD, lr=0.01)
+    folded, in_place = both_rules(train, start, torch.float32, inner=torch.optim.SGD, lr=0.01)
     for p, q, before in zip(folded.factors(), in_place.factors(), first.factors(), strict=True):
         assert relative(p - before, q - before) < tolerance
     assert branch_scalings(folded.model) == {FIRST_SCALING * (1 + RATIO)}
@@ -359,7 +351,7 @@ def test_an_average_of_the_factors(kind, built_at, start):
             run.train([ids])
             run.average.update_parameters(run.model)
 
-    folded, in_place = both_rules_of(train, start)
+    folded, in_place = both_rules(train, start)
     assert_models_follow(folded.model, in_place.model)
     for p, q in zip(folded.average.module.parameters(), in_place.average.module.parameters(), strict=True):
         if p.requires_grad:

@@ -15,7 +15,9 @@ DEFAULT_RATIO = 2.0
 """The `update_ratio` that an optimizer has by itself: folded into a scaling of 0.5 it gives 1.5."""
 
 
-def both_rules(steps: int = 0, micro: int = 1, clip: str | None = None, **options: Any) -> tuple[LayerRun, LayerRun]:
+def in_place_and_folded(
+    steps: int = 0, micro: int = 1, clip: str | None = None, **options: Any
+) -> tuple[LayerRun, LayerRun]:
     """(in place, folded): two runs of the same layer after the same steps."""
     in_place, folded = (LayerRun(rule, **options) for rule in strategies.RULES)
     return in_place.train(steps, micro, clip), folded.train(steps, micro, clip)
