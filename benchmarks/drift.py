@@ -1,17 +1,18 @@
-"""How far W was asked to move and how far it did: what each rounding keeps of the displacement in 16 bits.
+"""The share of its displacement that a 16-bit W keeps under each rounding.
 
-Every setting trains a few LoRA layers by itself. A layer is a regression: inputs x of unequal scale, a target weight
-W_0 + Delta with Delta of low rank, labels with as much noise as Delta's part of them, squared error over small
-batches. A starts at zero, B uniform in +-1 / sqrt(d), AdamW trains both in float32 with a cosine schedule, and the
-forward pass is W x + s A (B x) with the W that has moved. That is what fine-tuning has and what decides how much
-rounding loses: a pretrained weight of some scale, updates of the size of AdamW's learning rate, gradients that are
-signal and noise, and a W that feeds back. It is not a transformer, and the layers do not meet each other.
+Every setting trains a few LoRA layers, each by itself. A layer is a regression. Its inputs x have unequal scales. Its
+target weight is W_0 + Delta, with Delta of low rank. Its labels have as much noise as signal from Delta. The loss is
+the squared error over small batches. A starts at zero and B uniform in +-1 / sqrt(d); AdamW trains both in float32 with
+a cosine schedule. The forward pass is W x + s A (B x) with the W that has moved. The layers share with fine-tuning what
+decides how much rounding loses: a pretrained weight of some scale, updates of the size of AdamW's learning rate,
+gradients of signal and noise, and a forward pass that sees the moved W. They are no transformer, and no layer feeds
+another.
 
-D is the displacement that was asked for, in float64 from the factors (our rows: `optimizer.displacement`), and
-L = W_T - W_0 the one that landed, from W's bits alone. The fraction kept is <L, D> / <D, D>, the relative error
-|L - D| / |D|; both per layer, and the mean over layers with its standard error. Where compensated rounding keeps a
-remainder beside W, the fraction is given with it as well: an element that was asked to move by less than half a spacing
-has not moved in W's bits though nothing is lost.
+D is the displacement that was asked for, in float64 from the factors (our rows: `optimizer.displacement`). The bits of
+W have the displacement L = W_T - W_0. The fraction kept is <L, D> / <D, D>, and the relative error is |L - D| / |D|.
+Both are computed for each layer; the table has the mean over layers with its standard error. Compensated rounding keeps
+a remainder of W, so a second fraction counts W and remainder together: the bits of an element do not change while it is
+asked to move by less than half a spacing, though nothing is lost.
 
     python -m benchmarks.drift [--quick] [--fresh] [--device cuda] [--threads N] [--seed N] [--out FILE]
 """
@@ -37,17 +38,16 @@ from torch.optim.lr_scheduler import LambdaLR
 import deltaopt
 from benchmarks.machine import cpu_name
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.ledger import full_part
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 DENSE = "dense"
-"""The pattern of public code: the dense product of before the step is kept, and W += coef * (A @ B - old)."""
+"""The pattern of public code: keep the dense product from before the step, then W += coef * (A @ B - old)."""
 
 SHAPES = 3 * ((128, 768), (256, 768), (96, 1536))
-"""Few rows and the inner sizes of real layers: B's size, and with it that of the updates, comes from d."""
+"""Few rows, and the inner sizes of real layers: d decides the size of B's entries, and so that of the updates."""
 QUICK_SHAPES = 2 * ((32, 64), (48, 40))
 TARGET_STD = 0.002
-"""Of Delta's entries, a tenth of the usual W's; the same for every W, so that the factors go the same way."""
+"""Standard deviation of Delta: a tenth of the usual one of W, and the same for every W, so that the factors agree."""
 EXAMPLES = 2048
 BATCH = 16
 
@@ -59,7 +59,7 @@ class Setting:
     method: str
     """A rounding of `DeltaLoRAOptimizer`, or `DENSE`."""
     dtype: str = "bfloat16"
-    """W's."""
+    """Dtype of W."""
     factors: str = "float32"
     """Dtype of A, B and the forward pass."""
     std: float = 0.02
@@ -70,7 +70,7 @@ class Setting:
     scaling: float = 2.0
     shapes: tuple[tuple[int, int], ...] = SHAPES
     feedback: bool = True
-    """Whether the forward pass has the W that was written; else W_0 + D, so that the factors of all methods agree."""
+    """True: the forward pass uses the W that was written. False: W_0 + D, so that all methods get equal factors."""
     seed: int = 0
 
     @property
@@ -79,12 +79,12 @@ class Setting:
 
     @property
     def row(self) -> str:
-        """W's dtype and how it is written."""
+        """Dtype of W and rounding, as the table names them."""
         dense = f"dense pattern, A and B in {self.factors}" if self.method == DENSE else self.method
         return f"{dense} (control)" if self.dtype == "float32" else dense
 
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the setting as the JSON file holds it."""
         return asdict(self) | {"shapes": [list(shape) for shape in self.shapes]}
 
 
@@ -98,15 +98,15 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "update_ratio 2": {"update_ratio": 2.0},
     "4000 steps": {"steps": 4000},
 }
-"""What differs from the reference setting, one thing at a time.
+"""Changes to the reference setting, one at a time.
 
-Whether rounding is unbiased shows with the same factors for all. A run that sees its own W trains against the noise
-that rounding put there, so D has a part that is opposite to the noise, and the fraction kept is a little below 1.
+The rows with equal factors for all methods show if a rounding is unbiased. A run that sees its own W trains against the
+noise of rounding in it. So a part of D is opposite to the noise, and the fraction kept is a little below 1.
 """
 
 
 def settings(seed: int = 0, quick: bool = False) -> dict[str, list[Setting]]:
-    """The settings of each variation, in the order of the table."""
+    """Return the settings of each variation, in the order of the table."""
     ours = [Setting(method, dtype) for dtype in ("bfloat16", "float16") for method in ROUNDINGS]
     rivals = [Setting(DENSE, "bfloat16", "bfloat16"), Setting(DENSE, "bfloat16"), Setting(DENSE, "float16")]
     groups = {}
@@ -131,7 +131,7 @@ class Layer:
     y: Tensor
 
     def loss(self, batch: Tensor, setting: Setting) -> Tensor:
-        """Squared error of the examples `batch`."""
+        """Return the squared error of the examples `batch`."""
         x = self.x[batch]
         W, scaling = self.W, setting.scaling
         if not setting.feedback:  # D is coef * A @ B, as A starts at zero
@@ -141,7 +141,7 @@ class Layer:
 
 
 def make_layers(setting: Setting, device: torch.device) -> list[Layer]:
-    """The same for every method: random numbers are drawn in float32 on the CPU."""
+    """Make the layers of a setting, equal for every method: random numbers are drawn in float32 on the CPU."""
     generator = torch.Generator().manual_seed(setting.seed)
     return [make_layer(f"{i}: {c} x {d}", c, d, setting, device, generator) for i, (c, d) in enumerate(setting.shapes)]
 
@@ -162,7 +162,7 @@ def make_layer(name: str, c: int, d: int, setting: Setting, device: torch.device
 
 
 class Delta:
-    """`DeltaLoRAOptimizer` with the rounding of the setting."""
+    """Trains with `DeltaLoRAOptimizer` and the rounding of the setting."""
 
     def __init__(self, layers: Sequence[Layer], setting: Setting) -> None:
         triples = [LoRATriple(layer.W, layer.A, layer.B, setting.scaling, layer.name) for layer in layers]
@@ -179,19 +179,19 @@ class Delta:
         self.optimizer.step()
 
     def displacements(self) -> Iterator[Tensor]:
-        """D of each layer."""
+        """Yield D of each layer."""
         for triple in self.optimizer.triples:
             D = self.optimizer.displacement(triple.label)
             yield D.A.double() @ D.B.double()
 
     def weights(self) -> Iterator[Tensor]:
-        """Each W, with what compensated rounding has kept beside it."""
-        for triple, ledger in self.optimizer.accounts():
-            yield full_part(triple, ledger).double()
+        """Yield each W together with what compensated rounding has cut off from it."""
+        for weight in self.optimizer.weights():
+            yield weight.full_part().double()
 
 
 class DensePattern:
-    """What public code does around an optimizer of the factors."""
+    """Trains as public code does, around an optimizer of the factors."""
 
     def __init__(self, layers: Sequence[Layer], setting: Setting) -> None:
         self._layers, self._coef = layers, setting.coef
@@ -207,38 +207,38 @@ class DensePattern:
                 layer.W.add_(self._coef * (layer.A @ layer.B - AB))
 
     def displacements(self) -> Iterator[Tensor]:
-        """D of each layer, from where its factors began and where they are."""
+        """Yield D of each layer, from its first and its present factors."""
         for layer, (A, B) in zip(self._layers, self._starts, strict=True):
             A_now, B_now = layer.A.detach(), layer.B.detach()
             yield self._coef * (A_now.double() @ B_now.double() - A.double() @ B.double())
 
     def weights(self) -> Iterator[Tensor]:
-        """Each W: nothing is kept beside it."""
+        """Yield each W; this pattern keeps no remainder."""
         for layer in self._layers:
             yield layer.W.double()
 
 
 class Drift(NamedTuple):
-    """How much of a displacement landed."""
+    """Fraction of a displacement that W kept, and relative error."""
 
     kept: float
     error: float
 
 
 def drift(L: Tensor, D: Tensor) -> Drift:
-    """Of L, where W went, against D, where it was asked to go; in float64."""
+    """Compare L, the displacement of W, with D, the one that was asked for; in float64."""
     L, D = L.double(), D.double()
     return Drift(float((L * D).sum() / (D * D).sum()), float((L - D).norm() / D.norm()))
 
 
 def checkpoints(steps: int) -> list[int]:
-    """Steps after which to measure: 1, 2, 5, 10, 20, .. and the last one."""
+    """Return the steps after which to measure: 1, 2, 5, 10, 20, ... and the last one."""
     marks = (digit * 10**power for power in range(len(str(steps))) for digit in (1, 2, 5))
     return [*(mark for mark in marks if mark < steps), steps]
 
 
 def train(setting: Setting, device: torch.device) -> dict[str, Any]:
-    """Train the layers of a setting; what landed at each checkpoint, per layer."""
+    """Train the layers of a setting; return the measurements at each checkpoint, for each layer."""
     started = time.perf_counter()
     layers = make_layers(setting, device)
     method = (DensePattern if setting.method == DENSE else Delta)(layers, setting)
@@ -264,7 +264,7 @@ def train(setting: Setting, device: torch.device) -> dict[str, Any]:
 
 
 def measured(layers: Sequence[Layer], method: Delta | DensePattern) -> dict[str, list[float]]:
-    """Per layer: fraction kept, relative error, fraction kept with what is kept beside W, root mean square of D."""
+    """Return for each layer: fraction kept, relative error, fraction kept with the remainder, root mean square of D."""
     found: dict[str, list[float]] = {"kept": [], "error": [], "kept_with_remainder": [], "asked_rms": []}
     for layer, D, W in zip(layers, method.displacements(), method.weights(), strict=True):
         landed, whole = (drift(now.double() - layer.W_0.double(), D) for now in (layer.W, W))
@@ -276,7 +276,7 @@ def measured(layers: Sequence[Layer], method: Delta | DensePattern) -> dict[str,
 
 
 class Summary(NamedTuple):
-    """A setting at one checkpoint, over the layers."""
+    """Means over the layers of a setting, at one checkpoint."""
 
     kept: float
     standard_error: float
@@ -287,14 +287,14 @@ class Summary(NamedTuple):
 
     @property
     def distance(self) -> float:
-        """Of the fraction kept from 1, in standard errors."""
+        """Distance of the fraction kept from 1, in standard errors."""
         if self.kept == 1:
             return 0.0
         return (self.kept - 1) / self.standard_error if self.standard_error else math.copysign(math.inf, self.kept - 1)
 
 
 def summary(result: Mapping[str, Any], index: int = -1) -> Summary:
-    """Of a checkpoint of a result. The worst layer is the one that is farthest from 1."""
+    """Summarise a checkpoint of a result. The worst layer is the one that is farthest from 1."""
     row = result["checkpoints"][index]
     kept = row["kept"]
     worst = max(range(len(kept)), key=lambda i: abs(kept[i] - 1))
@@ -315,7 +315,7 @@ HEAD = (
 
 
 def table_row(name: str, setting: Setting, result: Mapping[str, Any]) -> str:
-    """One setting for people, in Markdown; the distance is in standard errors over the layers."""
+    """Return the row of a setting, in Markdown; the distance is in standard errors over the layers."""
     s = summary(result)
     digits = decimals(100 * s.standard_error)
     kept = f"{100 * s.kept:.{digits}f} ± {100 * s.standard_error:.{digits}f} %"
@@ -326,17 +326,17 @@ def table_row(name: str, setting: Setting, result: Mapping[str, Any]) -> str:
 
 
 def decimals(error: float) -> int:
-    """How many show two digits of an error, or one of a large one."""
+    """Return how many decimals show two digits of an error, or one digit of a large one."""
     return min(6, max(1, 1 - math.floor(math.log10(error)))) if 0 < error < math.inf else 1
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The versions that a result holds for."""
+    """Return the versions that a result holds for."""
     return {"device": device.type, "torch": torch.__version__, "deltaopt": deltaopt.__version__}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, as the results keep it."""
+    """Return the description of the machine for the file of results."""
     return environment(device) | {
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
@@ -346,9 +346,9 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 class Results:
-    """The file of results: written after every setting, and read so that what is there need not be run again.
+    """The file of results. It is written after every setting, and read so that no setting is run twice.
 
-    What it holds of other settings, versions or devices is dropped at the first writing.
+    The first write drops results of other settings, versions or devices.
     """
 
     def __init__(self, path: Path, device: torch.device, wanted: Sequence[Setting], fresh: bool = False) -> None:
@@ -362,7 +362,7 @@ class Results:
         return self._entries.get(_key(setting.record()))
 
     def put(self, setting: Setting, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a result to the file; returns it as the file has it."""
+        """Write a result to the file; return it as the file holds it."""
         found = summary(result)
         entry = {"setting": setting.record(), "environment": self._environment}
         entry |= _rounded({"summary": found._asdict() | {"distance": found.distance}, **result})
@@ -378,7 +378,7 @@ def _key(record: Mapping[str, Any]) -> str:
 
 
 def _rounded(content: Any) -> Any:
-    """The same with eight significant digits, which is more than the roundings of a run leave."""
+    """Round all floats to eight significant digits, more than the rounding errors of a run leave."""
     if isinstance(content, float):
         return float(f"{content:.8g}")
     if isinstance(content, dict):
@@ -387,7 +387,7 @@ def _rounded(content: Any) -> Any:
 
 
 def draw(results: Mapping[Setting, Mapping[str, Any]], path: Path) -> bool:
-    """Fraction kept against steps, a panel for each dtype of W; False if there is no matplotlib."""
+    """Plot the fraction kept against steps, one panel for each dtype of W; return False if there is no matplotlib."""
     try:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError:
@@ -437,14 +437,12 @@ def main(arguments: Sequence[str] | None = None, groups: Mapping[str, Sequence[S
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small layers and a tenth of the steps")
-    parser.add_argument("--fresh", action="store_true", help="run again what the file of results holds already")
+    parser.add_argument("--fresh", action="store_true", help="run settings again that the file of results holds")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, examples and rounding noise (default 0)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, examples and the noise of rounding (default 0)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/drift_<device>.json; the plot lies beside it"
+        "--out", type=Path, help="default: benchmarks/results/drift_<device>.json; the plot is next to it"
     )
     return parser
 

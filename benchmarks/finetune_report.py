@@ -1,4 +1,4 @@
-"""What the fine-tuning demonstration tells its reader: the introduction, the table, how to read it, the figure."""
+"""The report of the fine-tuning demonstration: introduction, table, explanation and figure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 @dataclass(frozen=True)
 class Method:
-    """One column of the table: `update_ratio` None is AdamW alone."""
+    """One column of the table; with `update_ratio` None it is AdamW alone."""
 
     name: str
     alpha: float
@@ -36,9 +36,9 @@ class Method:
 
 @dataclass(frozen=True)
 class LayerMove:
-    """How far one layer is from the pretrained W0, as norms relative to ||W0|| and as cosines to W0.
+    """Distance of one layer from the pretrained W0, as norms relative to ||W0|| and as cosines to W0.
 
-    `weight` is W itself; `effective` is W + s A B, what the layer computes with.
+    `weight` is that of W itself; `effective` is that of W + s A B, with which the layer computes.
     """
 
     name: str
@@ -50,7 +50,7 @@ class LayerMove:
 
 @dataclass
 class Run:
-    """What one training run leaves for the report. Seconds, bytes, and accuracies as shares."""
+    """Results of one training run, for the report: seconds, bytes, and accuracies as shares."""
 
     method: Method
     losses: list[float] = field(default_factory=list)
@@ -73,21 +73,21 @@ class Run:
 
 
 def weights_of(triples: Iterable[LoRATriple]) -> dict[str, Tensor]:
-    """A copy of every W, on the CPU."""
-    return {t.label: t.weight_matrix(t.W).detach().to("cpu", copy=True) for t in triples}
+    """Return a copy of every W, on the CPU."""
+    return {t.label: t.view.weight(t.W).detach().to("cpu", copy=True) for t in triples}
 
 
 def branches_of(triples: Iterable[LoRATriple]) -> dict[str, Tensor]:
-    """What every branch adds, s A B, in float64 on the CPU."""
+    """Return s A B, which each branch adds to W, in float64 on the CPU."""
     branches = {}
     for t in triples:
-        A, B = (factor.detach().cpu().double() for factor in t.factor_matrices(t.stored()))
+        A, B = (factor.detach().cpu().double() for factor in t.view.factors(*t.tensors()))
         branches[t.label] = t.branch_scaling * A @ B
     return branches
 
 
 def moves_of(triples: Sequence[LoRATriple], pretrained: Mapping[str, Tensor]) -> list[LayerMove]:
-    """How far every layer is from its pretrained weight."""
+    """Return the distance of every layer from its pretrained weight."""
     branches, weights = branches_of(triples), weights_of(triples)
     moves = []
     for name, W0 in pretrained.items():
@@ -97,7 +97,7 @@ def moves_of(triples: Sequence[LoRATriple], pretrained: Mapping[str, Tensor]) ->
 
 
 def distance(W: Tensor, W0: Tensor) -> tuple[float, float]:
-    """||W - W0|| / ||W0||, and the cosine between the two."""
+    """Return ||W - W0|| / ||W0||, and the cosine between W and W0."""
     cosine = (W * W0).sum() / (W.norm() * W0.norm())
     return float((W - W0).norm() / W0.norm()), float(cosine)
 
@@ -105,14 +105,14 @@ def distance(W: Tensor, W0: Tensor) -> tuple[float, float]:
 def delta_error(
     triples: Sequence[LoRATriple], pretrained: Mapping[str, Tensor], start: Mapping[str, Tensor], ratio: float
 ) -> float | None:
-    """How far W - W0 is from lambda (s A B - s A_K B_K), relative to it; None when W was to stay.
+    """Return how far W - W0 is from lambda (s A B - s A_K B_K), relative to it; None if W should not have moved.
 
-    The steps' deltas telescope while lambda is constant, so that the whole way is known without having summed it.
+    The deltas of the steps telescope while lambda is constant, so the whole movement is known without summing them.
 
     Args:
         triples: the layers after training.
         pretrained: every W0.
-        start: every s A_K B_K, from before the first step that moves W.
+        start: every s A_K B_K, as before the first step that moves W.
         ratio: lambda.
     """
     branches, weights = branches_of(triples), weights_of(triples)
@@ -127,23 +127,23 @@ def paragraphs(*texts: str) -> str:
 
 
 def introduction(methods: Sequence[Method], task: Task, rank: int, start_step: int, steps: int, model: str) -> str:
-    """What is about to happen, for a reader who has heard of neither method."""
+    """Return the text before training, for a reader who has heard of neither method."""
     delta = methods[1]
     return paragraphs(
         f"""Fine-tuning {model} with PEFT: {task.description}. {len(task.labels)} labels, {len(task.train)} training
         and {len(task.test)} test texts, {steps} steps a run, {len(methods)} runs.""",
-        f"""LoRA leaves every pretrained weight matrix W as it is and trains two thin matrices A and B beside it: the
-        layer computes W x + s A B x, with s = alpha / rank = {delta.alpha:g} / {rank}. Delta-LoRA trains A and B in
-        the same way and lets W follow them: after each optimizer step W += lambda * s * (A'B' - A B), where A, B are
-        the factors before the step and A', B' after it. W needs no gradient and no optimizer state for that.
-        Here lambda (update_ratio) is {delta.update_ratio:g} and W follows after the first {start_step} steps
+        f"""LoRA leaves every pretrained weight matrix W as it is and trains two thin matrices A and B: the layer
+        computes W x + s A B x, with s = alpha / rank = {delta.alpha:g} / {rank}. Delta-LoRA trains A and B in the
+        same way and moves W too: after each optimizer step W += lambda * s * (A'B' - A B), where A, B are the factors
+        before the step and A', B' after it. W needs no gradient and no optimizer state for that.
+        Here lambda (update_ratio) is {delta.update_ratio:g}, and W moves after the first {start_step} steps
         (start_step).""",
         "All runs share the seed: the same initial weights, adapters, dropout masks and order of the texts.",
     )
 
 
 def table(runs: Sequence[Run], task: Task) -> str:
-    """The numbers of every run side by side, and the two accuracies that need no training."""
+    """Return the numbers of every run in columns, and the two accuracies that need no training."""
     rows = [("", [run.method.name for run in runs])]
     rows += [(label, [show(run) for run in runs]) for label, show in quantities(runs)]
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(runs))]
@@ -158,7 +158,7 @@ def table(runs: Sequence[Run], task: Task) -> str:
 
 
 def quantities(runs: Sequence[Run]) -> list[tuple[str, Callable[[Run], str]]]:
-    """The rows of the table: a label, and what it shows of a run."""
+    """Return the rows of the table: a label, and the function that shows its number for a run."""
     rows: list[tuple[str, Callable[[Run], str]]] = [
         ("alpha", lambda run: f"{run.method.alpha:g}"),
         ("test accuracy", lambda run: percent(run.accuracies[-1][1])),
@@ -178,7 +178,7 @@ def quantities(runs: Sequence[Run]) -> list[tuple[str, Callable[[Run], str]]]:
 
 
 def reading(runs: Sequence[Run], task: Task, start_step: int) -> str:
-    """What the table says, and what it does not."""
+    """Return the text after the table: what the numbers show, and what they do not show."""
     delta = runs[1]
     ratio, accuracy = delta.method.update_ratio, delta.accuracies[-1][1]
     spread = math.sqrt(accuracy * (1 - accuracy) / len(task.test))
@@ -188,7 +188,7 @@ def reading(runs: Sequence[Run], task: Task, start_step: int) -> str:
         *(folded(run, delta) for run in runs if run.method.folded),
     ]
     texts.append(
-        f"""Which method is better can not be read here. This is one seed on a small task, and with {len(task.test)}
+        f"""Which method is better cannot be read here. This is one seed on a small task, and with {len(task.test)}
         test texts an accuracy has a standard error of {100 * spread:.1f} points by the choice of texts alone.
         Times are medians of single steps on a machine that may do other things: take them as orders of magnitude."""
     )
@@ -198,42 +198,42 @@ def reading(runs: Sequence[Run], task: Task, start_step: int) -> str:
 def moved(delta: Run, start_step: int) -> str:
     if delta.delta_error is None:
         return f"W did not move: lambda is 0, or training ended before step {start_step} (start_step)."
-    return f"""With LoRA W stays and only the sum W + s A B changes; with Delta-LoRA both do. The way that W went
-    equals lambda * s * (A B at the end - A B when it began to follow), as the equation asks for at every step:
-    their relative difference is {delta.delta_error:.0e}."""
+    return f"""With LoRA W stays and only the sum W + s A B changes; with Delta-LoRA both change. The movement of W
+    equals lambda * s * (A B at the end - A B when W began to move), as the equation demands at every step: their
+    relative difference is {delta.delta_error:.0e}."""
 
 
 def folded(run: Run, delta: Run) -> str:
-    """What the folded run shows beside the one that moves W."""
+    """Return the comparison of the folded run with the run that moves W."""
     apart = max(abs(a - b) for a, b in zip(run.losses, delta.losses, strict=True))
     wrote = "was written once, at start_step" if mean(run, "weight") else "was never written"
-    return f"""{run.method.name}: W {wrote}, and the branch is scaled by (1 + lambda) s in its stead. It is the same
-    run as Delta-LoRA to rounding, which training makes more of: the losses of one step differ by {apart:.1e} at
-    most."""
+    return f"""{run.method.name}: W {wrote}; instead the branch is scaled by (1 + lambda) s. This is the same run as
+    Delta-LoRA up to rounding, which training amplifies: the losses of a step differ by at most {apart:.1e}."""
 
 
 def larger_alpha(runs: Sequence[Run], start_step: int) -> str:
-    """Why a constant lambda is no news to Adam."""
+    """Return the explanation of why, with Adam, a constant lambda is a larger alpha."""
     delta = runs[1].method
     factor = 1 + (delta.update_ratio or 0)
     same = f"LoRA with alpha = {delta.alpha:g} * (1 + {delta.update_ratio:g}) = {delta.alpha * factor:g}"
     if start_step:
-        return f"""From step {start_step} on the layers computed with A B counted {factor:g} times, less a constant.
-        With start_step = 0 and Adam, whose steps do not depend on the size of the gradients, that would be {same};
-        because W followed only later, this run is not equal to it, but a larger alpha is still the first thing to
+        return f"""From step {start_step} on the layers computed with {factor:g} times A B, minus a constant.
+        With start_step = 0 and Adam, whose steps do not depend on the size of the gradients, that would be {same}.
+        Here W moved only later, so this run is not equal to it; but a larger alpha is still the first thing to
         compare with{"" if control(runs) else " (--control)"}."""
     seen = (
-        "The third column is that run: what separates it from Delta-LoRA is rounding, and Adam's eps."
+        "The third column is that run: it differs from Delta-LoRA only by rounding and by Adam's eps."
         if control(runs)
         else "The option --control adds that run."
     )
     return f"""With a constant lambda from step 0 and Adam, whose steps do not depend on the size of the gradients,
-    Delta-LoRA computes what {same} computes. Whatever separates the first two columns, a larger alpha would give as
-    well. {seen} It is another method only where W follows later (--start-step) or lambda varies during training."""
+    Delta-LoRA computes the same as {same}. Whatever separates the first two columns, a larger alpha would give as
+    well. {seen} It is another method only if W begins to move later (--start-step) or lambda varies during
+    training."""
 
 
 def control(runs: Sequence[Run]) -> bool:
-    """Whether LoRA with the larger alpha is among the runs."""
+    """Tell if LoRA with the larger alpha is among the runs."""
     return sum(run.method.update_ratio is None for run in runs) > 1
 
 
@@ -258,7 +258,7 @@ def megabytes(count: int) -> str:
 
 
 def draw(runs: Sequence[Run], path: Path, title: str) -> None:
-    """Loss, accuracy, and per layer how far the weights are from the pretrained ones (compare the paper's Fig. 3)."""
+    """Plot loss, accuracy, and for each layer the distance from the pretrained weights (as the paper's Fig. 3)."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained")
     figure.suptitle(title)
     draw_losses(axes[0, 0], runs)
@@ -288,7 +288,7 @@ def draw_accuracies(axis: Axes, runs: Sequence[Run]) -> None:
 
 
 def draw_layers(axis: Axes, runs: Sequence[Run], what: str, title: str) -> None:
-    """One mark a layer: hollow for W itself, filled for W + s A B. Zeros have no place on the logarithmic axis."""
+    """Draw one mark a layer: hollow for W, filled for W + s A B. Zeros are left out: the axis is logarithmic."""
     names = [short(layer.name) for layer in runs[0].layers]
     for run, colour, marker in zip(runs, COLOURS, "osD^", strict=False):
         own, total = distances(run, what)
@@ -304,7 +304,7 @@ def draw_layers(axis: Axes, runs: Sequence[Run], what: str, title: str) -> None:
 
 
 def distances(run: Run, what: str) -> tuple[list[float], list[float]]:
-    """Per layer, of W and of W + s A B: the relative norm, or 1 - cosine, with what rounding leaves as zero."""
+    """Return for W and for W + s A B, per layer, the relative norm or 1 - cosine; rounding errors count as zero."""
     if what == "norm":
         return [layer.weight for layer in run.layers], [layer.effective for layer in run.layers]
     cosines = ([layer.weight_cosine for layer in run.layers], [layer.effective_cosine for layer in run.layers])
@@ -313,7 +313,7 @@ def distances(run: Run, what: str) -> tuple[list[float], list[float]]:
 
 
 def short(name: str) -> str:
-    """A module's name from the number of its layer on: ``encoder.layer.0.attention.query`` -> ``0.attention.query``."""
+    """Shorten a module's name to start at its layer's number: ``encoder.layer.0.mlp.up`` -> ``0.mlp.up``."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[0] :] if numbers else parts[-2:])

@@ -1,9 +1,9 @@
-"""What the update of W costs: time and memory of an optimizer step, with the rivals beside it.
+"""Time and memory of the update of W, compared with the patterns of public code.
 
-Each row of `ROWS` builds one function for a case, a number of equal layers. The functions are called in turn,
-in an order shuffled anew in each round, so that noise and drift of the machine meet all of them alike; ratios
-are formed within a round. Before each call the caches are filled with other memory, as the forward and
-backward pass of a training step would. All rows share the weights; each has its own factors and optimizer.
+Each row of `ROWS` builds one function for a case, a number of equal layers. The functions are called in turn. Each
+round shuffles their order, so that noise and drift of the machine affect all of them alike; ratios are formed within a
+round. Before each call the caches are filled with other memory, as the forward and backward pass of a training step
+would do. All rows share the weights; each has its own factors and optimizer.
 
     python -m benchmarks.step_overhead [--device cuda] [--rounds N] [--threads N] [--out FILE]
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +29,22 @@ from torch import Tensor, nn
 from benchmarks.machine import cpu_name
 from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.fused import Addition, FusedWrites, fused_kernel
-from deltaopt.ledger import Ledger
-from deltaopt.noise import label_hashes
-from deltaopt.writing import Rounding
+from deltaopt.in_place import factored_delta
+from deltaopt.rounding.batch import fused_kernel
+from deltaopt.rounding.blocks import Scratch, add_product_
+from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
 
 UPDATE_RATIO = 2.0
 SCALING = 1.0
 COEF = UPDATE_RATIO * SCALING
 LEARNING_RATE = 1e-4
+SMALL = 1e-4
+"""A factor for products alone: W is added to in every round and stays finite."""
 WARM_UP_ROUNDS = 2
 TOKENS = 256
-"""Rows of the input of a whole training step; few, so that what the optimizer adds weighs more than in practice."""
+"""Rows of the input of a whole training step: few, so that the cost of the optimizer weighs more than in practice."""
 FLUSH_BYTES = 128 << 20
-"""More than the last cache of the machines at hand (32 MiB of a CPU, 50 MiB of a GPU)."""
+"""More than the last-level cache of the machines it was written for (CPU: 32 MiB, GPU: 50 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def make_weights(case: Case, device: torch.device) -> list[Tensor]:
 
 
 def make_layers(case: Case, weights: list[Tensor]) -> Layers:
-    """Factors of their own, equal from call to call, beside the given weights."""
+    """Make layers of the given weights and of new factors, which are equal from call to call."""
     device = weights[0].device
     generator = torch.Generator(device).manual_seed(1)
 
@@ -111,7 +113,7 @@ def make_layers(case: Case, weights: list[Tensor]) -> Layers:
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to measure: `run` does it once; `buffer_bytes` is what it keeps from step to step."""
+    """One thing to measure: `run` does it once; `buffer_bytes` returns the memory it keeps from step to step."""
 
     run: Callable[[], object]
     buffer_bytes: Callable[[], int] = lambda: 0
@@ -130,9 +132,9 @@ def wrapped_row(layers: Layers, rounding: str = "auto") -> Row:
 
 
 def backward_row(layers: Layers, folded: bool = False) -> Row:
-    """Plain LoRA's gradients as autograd brings them to the factors, and the inner step; or both of the folded mode.
+    """Let autograd bring gradients to the factors, then step: plain LoRA, or the folded mode.
 
-    The folded mode divides the gradients on their way, and its step looks at the factors before the inner step.
+    The folded mode divides the gradients on their way, and its step checks the factors before the inner step.
     """
     gradients = [factor.grad for factor in layers.factors]
     optimizer, _ = _lora(layers, folded)
@@ -146,7 +148,7 @@ def backward_row(layers: Layers, folded: bool = False) -> Row:
 
 
 def training_row(layers: Layers, folded: bool = False) -> Row:
-    """A whole training step of plain LoRA or of the folded mode: all layers of one input, backward, the step."""
+    """Do a whole training step of plain LoRA or of the folded mode: all layers on one input, backward pass, step."""
     optimizer, scaling = _lora(layers, folded)
     W = layers.W[0]
     generator = torch.Generator(W.device).manual_seed(2)
@@ -163,47 +165,58 @@ def training_row(layers: Layers, folded: bool = False) -> Row:
 
 
 def addmm_row(layers: Layers) -> Row:
-    """The products alone, of factors that are ready and in W's dtype: what the update costs at the least."""
+    """Add only the products, of prepared factors in W's dtype: the least that the update can cost."""
     factors = [
         (torch.cat([A, A], dim=1).detach().to(W.dtype), torch.cat([B, B]).detach().to(W.dtype)) for W, A, B in layers
     ]
 
     def run() -> None:
         for W, (U, V) in zip(layers.W, factors, strict=True):
-            W.addmm_(U, V, alpha=1e-4)  # small: W is added to in every round and stays finite
+            W.addmm_(U, V, alpha=SMALL)
 
     return Row(run)
 
 
-def write_row(layers: Layers, rounding: str = "stochastic") -> Row:
-    """The products alone, of float32 factors that are ready, added and rounded as the optimizer does it.
+class _Product(NamedTuple):
+    """W += SMALL * U @ V, with what compensated rounding has cut off from W."""
 
-    On CUDA that is the fused kernel, elsewhere blocks of torch operations.
+    W: Tensor
+    U: Tensor
+    V: Tensor
+    compensation: Tensor | None
+
+
+def write_row(layers: Layers, rounding: str = "stochastic") -> Row:
+    """Add only the products, of prepared float32 factors, and round as the optimizer does.
+
+    On CUDA the fused kernel does it, elsewhere blocks of torch operations.
     """
-    rounds = Rounding(rounding, 0)
-    triples = [LoRATriple(*layer, name=str(i)) for i, layer in enumerate(layers)]
-    hashes = label_hashes([triple.label for triple in triples], ())
-    additions = [
-        Addition(triple, Ledger(), W, torch.cat([A, A], dim=1).detach(), torch.cat([B, B]).detach(), 1e-4, hash, i)
-        for i, (triple, (W, A, B), hash) in enumerate(zip(triples, layers, hashes, strict=True))
-    ]
-    kernel = fused_kernel(layers.W[0].device)
+    device = layers.W[0].device
+    hashes = label_hashes([str(i) for i in range(len(layers.W))], ())
+    keys = Keys.of(0, "move", 0) if rounding == "stochastic" else None
+    products = []
+    for W, A, B in layers:
+        U, V = factored_delta((A.detach(), B.detach()), (1.5 * A.detach(), 2.0 * B.detach()))  # 2 A B
+        kept = torch.zeros_like(W, dtype=torch.int16) if rounding == "compensated" else None
+        products.append(_Product(W, U, V, kept))
+    kernel = fused_kernel(device)
     if kernel is not None:
-        fused = FusedWrites(kernel)
-        keep = torch.ones(len(additions), dtype=torch.bool, device=layers.W[0].device)
-        return Row(lambda: fused.add_(additions, keep, rounds.during("move", 0)))
+        batch = kernel.Batch([kernel.Product(*p, int(hashes[i]), i) for i, p in enumerate(products)])
+        keep = torch.ones(len(products), dtype=torch.bool, device=device)
+        return Row(lambda: batch.add_([SMALL] * len(products), keep, keys))
 
     def run() -> None:
-        write = rounds.during("move", 0)
-        noises = write.noise(hashes, *layers.W[0].shape, layers.W[0].device) if write.stochastic else None
-        for i, (triple, ledger, W, U, V, coef, *_) in enumerate(additions):
-            write.product_(triple, ledger, W, U, V, coef, noises and (noises[0][i], noises[1][i]))
+        scratch = Scratch()  # the weights of a step share their blocks
+        noises = None if keys is None else noise_factors(keys, hashes.to(device), *layers.W[0].shape)
+        for i, (W, U, V, kept) in enumerate(products):
+            noise = None if noises is None else (noises[0][i], noises[1][i])
+            add_product_(W, U, V, SMALL, noise, kept, scratch)
 
     return Row(run)
 
 
 def pass_row(layers: Layers) -> Row:
-    """Every W read and written once."""
+    """Read and write every W once."""
 
     def run() -> None:
         for W in layers.W:
@@ -213,9 +226,9 @@ def pass_row(layers: Layers) -> Row:
 
 
 def dense_row(layers: Layers) -> Row:
-    """Public code's first pattern: clones of the factors, two dense products and their difference.
+    """Do the first pattern of public code: clones of the factors, two dense products and their difference.
 
-    A 16-bit W is added to as such code does it, with no cast: torch promotes the sum to float32 and rounds it.
+    As in such code, there is no cast for a 16-bit W: torch promotes the sum to float32 and rounds it.
     """
     inner = _inner(layers)
 
@@ -230,7 +243,7 @@ def dense_row(layers: Layers) -> Row:
 
 
 def product_row(layers: Layers) -> Row:
-    """Public code's second pattern: the dense product of before the step is kept. 16 bits as in `dense_row`."""
+    """Do the second pattern of public code: keep the dense product from before the step. 16 bits as in `dense_row`."""
     inner = _inner(layers)
 
     @torch.no_grad()
@@ -248,7 +261,7 @@ def _inner(layers: Layers) -> torch.optim.Optimizer:
 
 
 def _lora(layers: Layers, folded: bool) -> tuple[torch.optim.Optimizer, Tensor]:
-    """The optimizer of plain LoRA or of the folded mode after its first step, and what the branches multiply by."""
+    """Return the optimizer (plain LoRA or folded mode) after its first step, and the scaling of the branches."""
     scaling = torch.tensor(SCALING, device=layers.W[0].device)
     optimizer = _inner(layers)
     if folded:
@@ -281,19 +294,19 @@ ROWS: dict[str, Callable[[Layers], Row]] = {
     "dense": dense_row,
     "product": product_row,
 }
-"""What is measured. A further row needs an entry here, and one in `RATIOS` for each comparison."""
+"""The rows to measure. To add one, add an entry here, and one in `RATIOS` for each comparison."""
 
 NARROW = ("nearest", "compensated", "write", "write_nearest", "write_compensated")
 """The rows for 16-bit weights only: rounding changes nothing for the others."""
 
 WIDE = ("training", "folded_training")
-"""The rows for float32 weights only: others change the matrix products of the model, and nothing that is ours."""
+"""The rows for float32 weights only: other dtypes change the matrix products of the model, and nothing in deltaopt."""
 
 PARTS = (
     *("inner", "lora", "folded", "training", "folded_training"),
     *("addmm", "pass", "write", "write_nearest", "write_compensated"),
 )
-"""The rows that do a part of the step's work, or leave W alone. The others' W the tests compare with ours."""
+"""The rows that do a part of the step's work, or leave W alone. The tests compare W of the other rows with ours."""
 
 RATIOS: dict[str, Callable[[Mapping[str, float]], float]] = {
     "folded / lora": lambda ms: ms["folded"] / ms["lora"],
@@ -308,23 +321,23 @@ RATIOS: dict[str, Callable[[Mapping[str, float]], float]] = {
     "(dense - inner) / (wrapped - inner)": lambda ms: (ms["dense"] - ms["inner"]) / (ms["wrapped"] - ms["inner"]),
     "(product - inner) / (wrapped - inner)": lambda ms: (ms["product"] - ms["inner"]) / (ms["wrapped"] - ms["inner"]),
 }
-"""Formed from the times of one round, then summarised over the rounds."""
+"""The ratios: each is formed from the times of one round, then summarised over the rounds."""
 
 
 def rows_of(case: Case) -> dict[str, Callable[[Layers], Row]]:
-    """What is measured for a case."""
+    """Return the rows that are measured for a case."""
     absent = WIDE if case.dtype.itemsize == 2 else NARROW
     return {name: row for name, row in ROWS.items() if name not in absent}
 
 
 def ratios_of(case: Case) -> dict[str, Callable[[Mapping[str, float]], float]]:
-    """Those of the ratios whose rows are measured for a case."""
+    """Return the ratios whose rows are measured for a case."""
     absent = ROWS.keys() - rows_of(case).keys()
     return {name: ratio for name, ratio in RATIOS.items() if not absent & set(name.split(" / "))}
 
 
 def measure(case: Case, device: torch.device, rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Times and memory of every row for one case."""
+    """Measure time and memory of every row for one case."""
     weights = make_weights(case, device)
     rows = {name: build(make_layers(case, weights)) for name, build in rows_of(case).items()}
     flush = torch.zeros(FLUSH_BYTES // 4, device=device)
@@ -353,7 +366,7 @@ def _interleaved_times(
         order.shuffle(names)
         measured = {}
         for name in names:
-            flush.sum()  # read, not written: dirty lines would be written back on the measured call's account
+            flush.sum()  # read, not written: the measured call would pay for writing dirty lines back
             measured[name] = _milliseconds(rows[name].run, flush.device)
         times.append(measured)
     return times
@@ -381,7 +394,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def describe(device: torch.device, rounds: int) -> dict[str, Any]:
-    """The settings and the machine, as the results keep them."""
+    """Return the settings and the machine, for the file of results."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": device.type,
@@ -401,7 +414,7 @@ def describe(device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def table(case: Case, result: Mapping[str, Any]) -> str:
-    """One case for people: milliseconds, MiB, and the ratios under it; the spread is 10 % to 90 %."""
+    """Return one case as printed: milliseconds, MiB, and the ratios below; the spread is 10 % to 90 %."""
     lines = [str(case), f"  {'row':<18}{'median ms':>11}{'spread':>19}{'peak extra MiB':>16}{'buffers MiB':>13}"]
     for name, row in result["rows"].items():
         spread = f"{row['p10']:.2f} .. {row['p90']:.2f}"

@@ -1,12 +1,12 @@
 """Delta-LoRA (arXiv 2309.02411) as an optimizer: trains LoRA factors and moves the frozen weight with them."""
 
+from deltaopt.checkpoint.files import load, save
+from deltaopt.checkpoint.format import without_compensation, without_ledger
+from deltaopt.checkpoint.resume import WeightMismatchError
 from deltaopt.export import export_adapter, merged_weights
-from deltaopt.files import load, save
 from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
-from deltaopt.resume import WeightMismatchError
-from deltaopt.state import without_compensation, without_ledger
 from deltaopt.triple import LoRATriple
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Every W as it was before training, for a while: the reference model of DPO, an evaluation of the base."""
+"""The base: every W as it was before training, for a while, and what rounding did to W since."""
 
 from __future__ import annotations
 
@@ -11,49 +11,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from deltaopt.files import load
-from deltaopt.fingerprint import Fingerprint
-from deltaopt.hooks import hook_problem, subtract_from_output
-from deltaopt.ledger import Ledger, add_terms_, displacement_of, full_part
+from deltaopt.base_hooks import hook_problem, subtract_from_output
+from deltaopt.checkpoint.files import load
+from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.lowrank import joined
-from deltaopt.triple import LoRATriple
+from deltaopt.messages import Problem, raise_problems
+from deltaopt.rounding.writer import add_terms_, put_
+from deltaopt.weight import WeightState
 
 BaseSource: TypeAlias = "Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]"
 """Pristine weights: a state_dict, a model, a file, or a folder of .safetensors files."""
 
 METHODS = (None, "copy", "hooks")
-PLACES = (None, "cpu", "device")
-
-
-class KeptBase:
-    """Copies of the W's from before their first move.
-
-    Args:
-        place: "cpu", or "device" for where each W is.
-    """
-
-    def __init__(self, place: str) -> None:
-        self._place = place
-        self._copies: dict[str, Tensor] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copies."""
-        return sum(copy.nbytes for copy in self._copies.values())
-
-    def keep(self, triple: LoRATriple, base: Tensor | None = None) -> None:
-        """Copy W as it is now, or `base`; a copy that is there already is written over."""
-        part = triple.moved_part(triple.W).detach() if base is None else base
-        held = self._copies.get(triple.label)
-        if held is None or held.shape != part.shape or held.dtype != part.dtype:
-            device = "cpu" if self._place == "cpu" else triple.W.device
-            held = self._copies[triple.label] = torch.empty_like(part, device=device)
-        held.copy_(part)
-
-    def find(self, triple: LoRATriple, base: Fingerprint) -> Tensor | None:
-        """The copy, unless it is of a W that had moved already, when a checkpoint with the whole model was loaded."""
-        held = self._copies.get(triple.label)
-        return held if held is not None and Fingerprint(held).record() == base.record() else None
 
 
 class Pristine:
@@ -64,24 +33,19 @@ class Pristine:
         for tensor in _tensors(source):
             self._by_shape.setdefault(tensor.shape, []).append(tensor)
 
-    def find(self, triple: LoRATriple, base: Fingerprint) -> Tensor | None:
-        """The part of the tensor that this W was before its first move; None if it is not among the weights."""
-        W, expected = triple.W, base.record()
-        for tensor in self._by_shape.get(W.shape, ()):
-            part = triple.moved_part(tensor.detach().to(getattr(torch, base.dtype)))
+    def find(self, weight: WeightState) -> Tensor | None:
+        """Return the part of the tensor that this W was before its first move; None if no tensor is."""
+        assert weight.base is not None
+        expected, dtype = weight.base.record(), getattr(torch, weight.base.dtype)
+        for tensor in self._by_shape.get(weight.tensors.W.shape, ()):
+            part = weight.triple.view.part(tensor.detach().to(dtype))
             if Fingerprint(part).record() == expected:
                 return part
         return None
 
 
 @contextmanager
-def at_base(
-    triples: Sequence[LoRATriple],
-    ledgers: Sequence[Ledger],
-    kept: KeptBase | None,
-    source: BaseSource | None,
-    method: str | None,
-) -> Iterator[None]:
+def at_base(weights: Sequence[WeightState], source: BaseSource | None, method: str | None) -> Iterator[None]:
     """Let every W be, or every layer compute, what it was before its first move; see `base_weights`."""
     if method not in METHODS:
         raise ValueError(f"method is one of {METHODS}, got {method!r}")
@@ -90,87 +54,111 @@ def at_base(
             "source and method='hooks' exclude each other: hooks take the displacement off, and need no base"
         )
     pristine = Pristine(source) if source is not None else None
-    decided, problems = [], []
-    for triple, ledger in zip(triples, ledgers, strict=True):
-        if ledger.base is None:
-            continue
-        base, problem = _base_of(triple, ledger, kept, pristine, method)
-        decided.append((triple, ledger, base))
-        problems += [f"{triple.label}: {problem}"] if problem is not None else []
-    if problems:
-        raise RuntimeError("the base can not be had (nothing was changed):\n  " + "\n  ".join(problems))
+    moved = [weight for weight in weights if weight.base is not None]
+    ways = {weight: _way_to_base(weight, pristine, method) for weight in moved}
+    raise_problems(
+        RuntimeError,
+        "the base cannot be brought back (nothing was changed)",
+        [Problem(weight.label, way.sentence) for weight, way in ways.items() if isinstance(way, _NoWay)],
+    )
     with ExitStack() as undo:
-        for triple, ledger, base in decided:
-            if isinstance(base, Tensor):
-                undo.callback(_put, triple, triple.moved_part(triple.W).detach().clone())
-                _put(triple, base)
+        for weight, way in ways.items():
+            if isinstance(way, Tensor):
+                undo.callback(put_, weight, weight.part().detach().clone())
+                put_(weight, way)
                 continue
-            terms = displacement_of(triple, ledger)
-            if terms and base == "hooks":
-                undo.callback(subtract_from_output(triple, joined(terms)).remove)
+            terms = weight.displacement()
+            if terms and way == "hooks":
+                undo.callback(subtract_from_output(weight, joined(terms)).remove)
             elif terms:
-                undo.callback(_put, triple, triple.moved_part(triple.W).detach().clone())
-                add_terms_(triple, triple.moved_part(triple.W), terms, -1.0)
+                undo.callback(put_, weight, weight.part().detach().clone())
+                add_terms_(weight, weight.part(), terms, -1.0)
+        for weight in weights:
+            weight.forget()  # the model may be moved or cast meanwhile
         yield
 
 
 @torch.no_grad()
-def base_by_compensation(triple: LoRATriple, ledger: Ledger) -> Tensor | None:
-    """A 16-bit W with what compensated rounding has cut off, minus its displacement, if that is what it was.
-
-    It is not where float32's own rounding shows (a zero), where W saturated, or where the compensation began later.
-    """
-    part = triple.moved_part(triple.W).detach()
-    if ledger.base is None or ledger.lost is not None or ledger.compensation_of(part) is None:
-        return None
-    full = full_part(triple, ledger)
-    add_terms_(triple, full, displacement_of(triple, ledger), -1.0)
-    found = full.to(part.dtype)
-    return found if Fingerprint(found).record() == ledger.base.record() else None
+def residual(weight: WeightState, source: BaseSource | None) -> Tensor:
+    """Return what rounding did to W; see `DeltaLoRAOptimizer.residual`."""
+    view, label = weight.triple.view, weight.label
+    if problems := weight.weight_problems():
+        raise RuntimeError(f"{label}: {problems[0]}")
+    part = weight.part().detach()
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    if weight.base is None:
+        return view.part_matrix(torch.zeros_like(part, dtype=dtype))
+    base = weight.base_copy(weight.base) if source is None else Pristine(source).find(weight)
+    if base is None and source is not None:
+        raise ValueError(_not_in_source(weight))
+    if base is None and base_by_compensation(weight) is not None:
+        return view.part_matrix(part - weight.full_part())
+    if base is None:
+        raise RuntimeError(
+            f"{label}: what rounding did is known with W from before its first move only: hand it in, "
+            'residual(name, source=...), or build the optimizer with keep_base="cpu"'
+        )
+    asked = base.to(part.device, torch.float64, copy=True)
+    add_terms_(weight, asked, weight.displacement())
+    return view.part_matrix((part - asked).to(dtype))
 
 
 @torch.no_grad()
-def _put(triple: LoRATriple, bits: Tensor) -> None:
-    """Write W, which is looked up: a model may have been moved or cast in between."""
-    triple.moved_part(triple.W).copy_(bits)
+def base_by_compensation(weight: WeightState) -> Tensor | None:
+    """Return a 16-bit W with what compensated rounding has cut off, minus its displacement, if that is the base.
+
+    It is not where float32's own rounding shows (a zero), where W saturated, or where the compensation began later.
+    """
+    part = weight.part().detach()
+    if weight.base is None or weight.ledger.lost is not None or weight.known_compensation(part) is None:
+        return None
+    full = weight.full_part()
+    add_terms_(weight, full, weight.displacement(), -1.0)
+    found = full.to(part.dtype)
+    return found if Fingerprint(found).record() == weight.base.record() else None
 
 
-def _base_of(
-    triple: LoRATriple, ledger: Ledger, kept: KeptBase | None, pristine: Pristine | None, method: str | None
-) -> tuple[Tensor | str, str | None]:
-    """(the exact base, or "computed" or "hooks", and why that does not do)."""
-    assert ledger.base is not None
+class _NoWay:
+    """The reason why a base cannot be brought back."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+
+
+def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | None) -> Tensor | str | _NoWay:
+    """Return the exact base, or "computed" or "hooks", or why none of them will do."""
+    assert weight.base is not None
     ways = 'hand in the pristine weights, base_weights(source=...), or build the optimizer with keep_base="cpu"'
+    lost = weight.ledger.lost
     if method != "hooks":
-        found = None
         if pristine is not None:
-            found = pristine.find(triple, ledger.base)
+            found = pristine.find(weight)
             if found is None:
-                return "", not_in_source(triple, ledger.base)
-            if kept is not None and kept.find(triple, ledger.base) is None:
-                kept.keep(triple, found)
-        elif kept is not None:
-            found = kept.find(triple, ledger.base)
+                return _NoWay(_not_in_source(weight))
+            if weight.copies_base and weight.base_copy(weight.base) is None:
+                weight.copy_base(found)
+        else:
+            found = weight.base_copy(weight.base)
         if found is None:
-            found = base_by_compensation(triple, ledger)
+            found = base_by_compensation(weight)
         if found is not None:
-            return found, None
-        if triple.W.element_size() > 2:
-            return "computed", ledger.lost and f"{ledger.lost}; or {ways}"
+            return found
+        if weight.tensors.W.element_size() > 2:
+            return "computed" if lost is None else _NoWay(f"{lost}; or {ways}")
     if method == "copy":
-        return "", (
-            f"W is {triple.W.dtype}, in which adding and then subtracting does not lead back: {ways}; or take "
+        return _NoWay(
+            f"W is {weight.tensors.W.dtype}, in which adding and then subtracting does not lead back: {ways}; or take "
             'method="hooks"'
         )
-    problem = ledger.lost or hook_problem(triple)
-    return "hooks", problem and f"{problem}; {ways}"
+    problem = lost or hook_problem(weight)
+    return "hooks" if problem is None else _NoWay(f"{problem}; {ways}")
 
 
-def not_in_source(triple: LoRATriple, base: Fingerprint) -> str:
-    """The sentence for a W that `Pristine` does not find."""
+def _not_in_source(weight: WeightState) -> str:
+    assert weight.base is not None
     return (
-        f"no tensor of the source, taken as {base.dtype}, is what this W of {tuple(triple.W.shape)} was before its "
-        "first move: hand in the checkpoint that the fine-tuning began from, as the model stores it"
+        f"no tensor of the source, taken as {weight.base.dtype}, is what this W of {tuple(weight.tensors.W.shape)} was "
+        "before its first move: hand in the checkpoint that the fine-tuning began from, as the model stores it"
     )
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltaopt.ledger import add_terms_, branch_of, full_part, whole_change
+from deltaopt.checks import weight_problems
 from deltaopt.lowrank import LowRank
+from deltaopt.messages import raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.rounding.writer import add_terms_
 
 
 @torch.no_grad()
 def export_adapter(
     optimizer: DeltaLoRAOptimizer, rank: int | None = None, *, from_pristine: bool = False
 ) -> dict[str, LowRank]:
-    """What training did to each effective weight W + scaling * A @ B, as the factors of one adapter on the base.
+    """Return what training did to each effective weight W + scaling * A @ B, as the factors of one adapter on the base.
 
-    Beside W as it was before its first move, an adapter with the factors returned (and a scaling of 1) gives what
+    Next to W as it was before its first move, an adapter with the factors returned (and a scaling of 1) gives what
     the trained W and its branch give. It is exact, to the rounding of the factors: with a constant `update_ratio` of
     rank 2r at most, and r where the product at `start_step` was zero, as at LoRA's usual start.
 
@@ -27,7 +29,7 @@ def export_adapter(
         optimizer: after training.
         rank: compress each layer to this inner size, by QR and SVD of the factors: the best approximation in the
             Frobenius norm. Default: exact.
-        from_pristine: count from the weight before the start of A and B was taken out of it (PiSSA, OLoRA, ..), for
+        from_pristine: count from the weight before the start of A and B was taken out of it (PiSSA, OLoRA, ...), for
             layers that `find_triples` found to have such a start. Default: from W as it was registered.
 
     Returns:
@@ -41,15 +43,15 @@ def export_adapter(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is a positive int or None, got {rank!r}")
     exported = {}
-    for triple, ledger in optimizer.accounts():
-        whole = whole_change(triple, ledger, from_pristine)
-        exported[triple.label] = whole if rank is None or whole.rank <= rank else whole.compressed(rank)
+    for weight in optimizer.weights():
+        whole = weight.change(from_pristine)
+        exported[weight.label] = whole if rank is None or whole.rank <= rank else whole.compressed(rank)
     return exported
 
 
 @torch.no_grad()
 def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
-    """Each W with its branch added, W + scaling * A @ B, for a model without adapters.
+    """Return each W with its branch added, W + scaling * A @ B, for a model without adapters.
 
     The model is not changed. With PEFT, `model.merge_and_unload()` in the training process gives these weights too, but
     for rounding in 16 bits: what compensated rounding has cut off from W is added here, and PEFT does not know of it.
@@ -59,20 +61,23 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
         columns of one weight get all of it, with all of their branches.
 
     Raises:
-        RuntimeError: if a W can not be read (quantized, offloaded), or in `base_weights`.
+        RuntimeError: if a W cannot be read (quantized, offloaded), or in `base_weights`.
     """
-    accounts = optimizer.accounts()
-    found = [f"{triple.label}: {problem}" for triple, _ in accounts for problem in triple.weight_problems()]
-    if found:
-        raise RuntimeError("these W can not be merged with their branch:\n  " + "\n  ".join(found))
+    weights = optimizer.weights()
+    raise_problems(
+        RuntimeError,
+        "these W cannot be merged with their branch",
+        weight_problems(weights),
+    )
     merged = {}
-    for triple, _ in accounts:
-        W = triple.W.detach().clone()
-        for other, ledger in accounts:
-            if other.W.data_ptr() == triple.W.data_ptr():  # rows or columns of one fused weight
-                part = full_part(other, ledger)
-                add_terms_(other, part, [branch_of(other)])
+    for weight in weights:
+        own = weight.tensors.W
+        W = own.detach().clone()
+        for other in weights:
+            if other.tensors.W.data_ptr() == own.data_ptr():  # rows or columns of one fused weight
+                part = other.full_part()
+                add_terms_(other, part, [other.branch()])
                 largest = torch.finfo(W.dtype).max
-                other.moved_part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)
-        merged[triple.label] = W
+                other.triple.view.part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)
+        merged[weight.label] = W
     return merged

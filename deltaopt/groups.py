@@ -1,14 +1,14 @@
-"""What a user may hand over as triples and as other parameters, turned into groups.
+"""Groups: the triples and other parameters that a user hands over, with the settings they share.
 
 A `DeltaGroup` is to W what a param group is to A and B: some triples, and the update_ratio and start_step
-they share. The options of the inner optimizer (lr, weight_decay, ..) go into its own param groups.
+they share. The options of the inner optimizer (lr, weight_decay, ...) go into its own param groups.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -21,30 +21,18 @@ TriplesInput: TypeAlias = Iterable[Any]
 ParamsInput: TypeAlias = Iterable[Any]
 
 
-@dataclass
-class DeltaGroup:
-    """Triples that share one update_ratio (lambda) and one start_step (K)."""
-
-    triples: list[LoRATriple]
-    update_ratio: UpdateRatio
-    start_step: int
-
-    def ratio_at(self, step: int) -> float:
-        """Lambda for the step number `step`, counted from 0; 0.0 during the warm-up.
-
-        Raises:
-            ValueError, TypeError: for values out of range; both attributes may be set between steps.
-        """
-        if step < checked_count(self.start_step, "start_step"):
-            return 0.0
-        if callable(self.update_ratio):
-            return checked_ratio(self.update_ratio(step), f"update_ratio({step})")
-        return checked_ratio(self.update_ratio, "update_ratio")
-
-
 @dataclass(frozen=True)
 class Settings:
-    """The defaults of groups that do not bring their own."""
+    """The settings of a group, checked once: wherever one of them is set.
+
+    Attributes:
+        update_ratio: lambda, finite and at least 0; or a callable step -> lambda.
+        start_step: K, at least 0.
+        scaling: s of plain tuples.
+
+    Raises:
+        ValueError, TypeError: for values out of range.
+    """
 
     update_ratio: UpdateRatio
     start_step: int
@@ -52,15 +40,61 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not callable(self.update_ratio):
-            checked_ratio(self.update_ratio, "update_ratio")
+            object.__setattr__(self, "update_ratio", checked_ratio(self.update_ratio, "update_ratio"))
         checked_count(self.start_step, "start_step")
         checked_scaling(self.scaling, "DeltaLoRAOptimizer")
+
+
+class DeltaGroup:
+    """Triples that share one update_ratio (lambda) and one start_step (K). Both may be set between steps.
+
+    Args:
+        triples: of the group.
+        settings: of the group.
+    """
+
+    def __init__(self, triples: list[LoRATriple], settings: Settings) -> None:
+        self.triples = triples
+        self._settings = settings
+
+    @property
+    def update_ratio(self) -> UpdateRatio:
+        """Lambda, or a callable step -> lambda."""
+        return self._settings.update_ratio
+
+    @update_ratio.setter
+    def update_ratio(self, ratio: UpdateRatio) -> None:
+        self._settings = replace(self._settings, update_ratio=ratio)
+
+    @property
+    def start_step(self) -> int:
+        """K, the number of steps that leave W alone."""
+        return self._settings.start_step
+
+    @start_step.setter
+    def start_step(self, count: int) -> None:
+        self._settings = replace(self._settings, start_step=count)
+
+    def ratio_at(self, step: int) -> float:
+        """Return lambda for the step number `step`, counted from 0; 0.0 during the warm-up.
+
+        Raises:
+            ValueError, TypeError: if a callable update_ratio returns a value out of range.
+        """
+        ratio = self.update_ratio
+        if step < self.start_step:
+            return 0.0
+        return checked_ratio(ratio(step), f"update_ratio({step})") if callable(ratio) else ratio
+
+    def __repr__(self) -> str:
+        settings = f"update_ratio={self.update_ratio}, start_step={self.start_step}"
+        return f"{type(self).__name__}({len(self.triples)} triples, {settings})"
 
 
 def parse_triples(
     triples: TriplesInput, settings: Settings, first: int = 0
 ) -> tuple[list[DeltaGroup], list[dict[str, Any]]]:
-    """The delta groups, and for each of them the options of its inner param group.
+    """Return the delta groups, and for each of them the options of its inner param group.
 
     Args:
         triples: LoRATriples and (W, A, B) tuples, or dicts {"triples": [...], options}.
@@ -93,7 +127,7 @@ def parse_triples(
 
 
 def factor_params(triples: Iterable[LoRATriple]) -> dict[Tensor, str]:
-    """A and B of each triple in order, each once, with a name."""
+    """Return A and B of each triple in order, each once, with a name."""
     named: dict[Tensor, str] = {}
     for triple in triples:
         for letter, factor in (("A", triple.A), ("B", triple.B)):
@@ -104,7 +138,7 @@ def factor_params(triples: Iterable[LoRATriple]) -> dict[Tensor, str]:
 def inner_groups(
     groups: Sequence[DeltaGroup], options: Sequence[dict[str, Any]], params: ParamsInput
 ) -> list[dict[str, Any]]:
-    """The param groups an inner optimizer is built from: the factors, and what else trains.
+    """Return the param groups an inner optimizer is built from: the factors, and what else trains.
 
     Plain tensors in `params` join the factors where all triples form one group, and are a group of their own
     otherwise. Factors among plain tensors are not repeated.
@@ -135,12 +169,12 @@ def inner_groups(
 
 
 def as_list(params: Any) -> list[Any]:
-    """What stands under "params" in a group, a generator too, to be read more than once."""
+    """Return the "params" of a group as a list, so that a generator can be read more than once."""
     return [params] if isinstance(params, Tensor) else list(params)
 
 
 def checked_ratio(ratio: object, what: str) -> float:
-    """An update_ratio as a float, or an error that calls it `what`."""
+    """Return an update_ratio as a float, or raise an error that calls it `what`."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise TypeError(f"{what} is a number (or a callable step -> number), got {ratio!r}")
     if not math.isfinite(ratio) or ratio < 0:
@@ -149,7 +183,7 @@ def checked_ratio(ratio: object, what: str) -> float:
 
 
 def checked_count(count: object, what: str) -> int:
-    """A number of steps as it came, or an error that calls it `what`."""
+    """Return a number of steps as it came, or raise an error that calls it `what`."""
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{what} is an int (a number of steps), got {count!r}")
     if count < 0:
@@ -160,19 +194,15 @@ def checked_count(count: object, what: str) -> int:
 def _parse_group(entry: dict[str, Any], settings: Settings, first: int) -> tuple[DeltaGroup, dict[str, Any]]:
     if "triples" not in entry:
         raise ValueError(f"a dict in triples needs the key 'triples', got the keys {sorted(map(str, entry))}")
-    own = Settings(
-        entry.pop("update_ratio", settings.update_ratio),
-        entry.pop("start_step", settings.start_step),
-        entry.pop("scaling", settings.scaling),
-    )
+    own = {name: entry.pop(name) for name in ("update_ratio", "start_step", "scaling") if name in entry}
+    if own:
+        settings = replace(settings, **own)
     if "params" in entry:
         entry["params"] = as_list(entry["params"])
     members = list(entry.pop("triples"))
     if not members:
         raise ValueError("a dict in triples has an empty 'triples' list: there is no W to move")
-    triples = [_as_triple(m, own.scaling, i) for i, m in enumerate(members, first)]
-    ratio = own.update_ratio if callable(own.update_ratio) else float(own.update_ratio)
-    return DeltaGroup(triples, ratio, own.start_step), entry
+    return DeltaGroup([_as_triple(m, settings.scaling, i) for i, m in enumerate(members, first)], settings), entry
 
 
 def _as_triple(entry: object, scaling: float, number: int) -> LoRATriple:

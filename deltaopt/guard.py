@@ -25,11 +25,11 @@ class FiniteGuard:
 
     @property
     def skipped(self) -> int:
-        """How many updates were not applied. Waits for the device."""
+        """The number of updates that were not applied. Waits for the device."""
         return self._before + (int(self._count) if self._count is not None else 0)
 
     def verdict(self, sizes: Sequence[Tensor]) -> Tensor:
-        """Whether all sizes on all devices are finite: a 0-d bool on the device of the first."""
+        """Tell if all sizes on all devices are finite: a 0-d bool on the device of the first."""
         home = sizes[0].device
         finite = torch.stack([_moved(size.isfinite().all(), home) for size in sizes]).all()
         if self._count is None or self._count.device != home:

@@ -18,15 +18,19 @@ class Term(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Columns of A, rows of B."""
+        """The number of columns of A, and of rows of B."""
         return self.A.shape[-1]
 
+    def is_zero(self) -> bool:
+        """Tell if the product is known to be zero, by its coefficient or a factor. Waits for the device."""
+        return self.coef == 0 or not bool(self.A.any()) or not bool(self.B.any())
+
     def cloned(self) -> Term:
-        """The same with tensors of its own."""
+        """Return the same term with tensors of its own."""
         return Term(self.coef, self.A.clone(), self.B.clone())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Term:
-        """The same on another device and in another dtype."""
+        """Return the same term on another device and in another dtype."""
         return Term(self.coef, self.A.to(device, dtype), self.B.to(device, dtype))
 
 
@@ -49,11 +53,11 @@ class LowRank(NamedTuple):
         return self.A.shape[-1]
 
     def product(self) -> Tensor:
-        """The dense matrix A @ B."""
+        """Compute the dense matrix A @ B."""
         return self.A @ self.B
 
     def compressed(self, rank: int | None = None) -> LowRank:
-        """The same matrix, or the best approximation of it, with an inner size as small as can be.
+        """Return the same matrix, or its best approximation, with the smallest inner size.
 
         The factors go through QR and an SVD of the small core, in float64; the dense product is not formed.
 
@@ -82,7 +86,7 @@ class LowRank(NamedTuple):
 
 
 def joined(terms: Iterable[Term]) -> LowRank:
-    """The sum of the terms as one product: factors side by side, the coefficients in A. The dtype is the terms' own."""
+    """Return the sum of the terms as one product, in their dtype: factors side by side, the coefficients in A."""
     terms = list(terms)
     A = torch.cat([term.A * term.coef for term in terms], dim=-1)
     B = torch.cat([term.B for term in terms], dim=-2)

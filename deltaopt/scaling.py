@@ -1,4 +1,4 @@
-"""What a branch multiplies A @ B by: where the number is, so that it can be compared and set."""
+"""The scaling of a branch: where the number is, how it is read, compared and set."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SetScaling: TypeAlias = Callable[[float], object]
 
 
 class BranchScaling:
-    """Where the scaling of one branch is.
+    """The place of one branch's scaling.
 
     Args:
-        source: the number itself, which can not be set; a 0-d tensor, or ``(module, "attribute.path")``, which the
+        source: the number itself, which cannot be set; a 0-d tensor, or ``(module, "attribute.path")``, which the
             forward pass multiplies by.
         setter: sets the number in another way.
         label: names the layer in messages.
 
     Attributes:
-        first: what it was when this object was made.
+        first: the number when this object was made.
         folded: the update_ratio that was folded into the branch since.
 
     Raises:
@@ -63,7 +63,7 @@ class BranchScaling:
         return twin
 
     def problem(self) -> str | None:
-        """Why it can not be set; None if it can."""
+        """Say why the scaling cannot be set; None if it can."""
         if self._setter is not None or isinstance(self._source, Tensor):
             return None
         if isinstance(self._source, tuple):
@@ -72,32 +72,32 @@ class BranchScaling:
             if not isinstance(found, property) or found.fset is not None:
                 return None
             return (
-                f"its scaling is {self._source[1]}, a property of {type(holder).__name__} that can not be set: "
+                f"its scaling is {self._source[1]}, a property of {type(holder).__name__} that cannot be set: "
                 "register the attribute that it is made from, or a function set_scaling="
             )
         return (
-            'its scaling is a number that can not be set, and weight_update="folded" has to multiply it by '
+            'its scaling is a number that cannot be set, and weight_update="folded" has to multiply it by '
             '1 + update_ratio: register where the forward pass takes it from, scaling=(module, "attribute") or a 0-d '
             'tensor, or a function set_scaling=; or use weight_update="in_place"'
         )
 
     def place(self) -> object:
-        """Where the number is, the same for branches that share it; None for a plain number."""
+        """Return a value that is equal for branches that take their scaling from one place."""
         if isinstance(held := self._held(), Tensor):
             return id(held)
         if isinstance(self._source, tuple):
             holder, name = holder_of(*self._source)
             return id(holder), name
-        return None
+        return id(self)
 
     def tensor(self) -> Tensor | None:
-        """The tensor itself, where it was registered so."""
+        """Return the tensor itself, where it was registered so."""
         return self._source if isinstance(self._source, Tensor) else None
 
     def differs_from(self, expected: float) -> float | None:
-        """What the branch multiplies by now, if that is another number than `expected`.
+        """Return what the branch multiplies by now, if that is another number than `expected`; else None.
 
-        A plain number is not known to be the branch's, and a tensor on a device would have to be waited for.
+        A plain number tells nothing of the branch, and reading a tensor on a device would wait for it: None.
         """
         if not isinstance(self._source, (Tensor, tuple)):
             return None
@@ -111,12 +111,12 @@ class BranchScaling:
         return None if math.isclose(value, expected, rel_tol=tolerance) else value
 
     def rounded(self, value: float) -> float:
-        """What the branch would multiply by after `value` is set: a tensor has a dtype."""
+        """Return what the branch would multiply by after `value` is set: a tensor has a dtype."""
         held = self._held() if self._setter is None and isinstance(self._source, (Tensor, tuple)) else None
         return float(torch.tensor(value, dtype=held.dtype)) if isinstance(held, Tensor) else value
 
     def set(self, value: float) -> None:
-        """Let the branch multiply by `value` from now on."""
+        """Let the branch multiply by `value`."""
         if self._setter is not None:
             self._setter(value)
         elif isinstance(held := self._held(), Tensor):
@@ -143,7 +143,7 @@ class BranchScaling:
 
 
 def checked_scaling(scaling: object, label: str) -> float:
-    """A scaling as a float, or an error that names the layer."""
+    """Return a scaling as a float, or raise an error that names the layer."""
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"{label}: scaling is a number (alpha / r), got {scaling!r}")
     if not math.isfinite(scaling) or scaling == 0:
@@ -152,6 +152,6 @@ def checked_scaling(scaling: object, label: str) -> float:
 
 
 def holder_of(module: nn.Module, path: str) -> tuple[Any, str]:
-    """What has the attribute ``path`` of a module, and the attribute's own name there."""
+    """Return the object that has the attribute ``path`` of a module, and the attribute's own name there."""
     owner, _, name = path.rpartition(".")
     return (attrgetter(owner)(module) if owner else module), name

@@ -1,4 +1,4 @@
-"""Which tensors can be moved in place, and which of them share memory."""
+"""Sorts of tensors: plain, 16-bit, quantized, offloaded; and overlaps in memory."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ WAY_OUT = (
 
 
 def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
-    """Why this tensor, called `letter`, can not be read and written as a matrix of numbers; empty if it can."""
+    """Say why this tensor, called `letter`, cannot be read and written as a matrix of numbers."""
     if tensor.is_meta:
         return [
             f"{letter} is on the meta device (offloaded, or not loaded yet), where an in-place update would be "
             "lost: load the model onto a real device first"
         ]
     if hasattr(tensor, "ds_id"):
-        return [f"{letter} is partitioned by DeepSpeed ZeRO-3, which this optimizer can not move"]
+        return [f"{letter} is partitioned by DeepSpeed ZeRO-3, which this optimizer cannot move"]
     if not is_plain(tensor):
         return [
             f"{letter} is a {type(tensor).__module__}.{type(tensor).__qualname__}, expected a plain tensor or "
-            "Parameter: quantized, sharded and wrapped ones can not be read and written as a matrix"
+            "Parameter: quantized, sharded and wrapped ones cannot be read and written as a matrix"
         ]
     if tensor.dtype not in FLOATS:
         return [
             f"{letter} has dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64: integer, float8 and "
-            "packed ones can not be read and written as a matrix"
+            "packed ones cannot be read and written as a matrix"
         ]
     if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
         return [
@@ -37,12 +37,12 @@ def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
             "Give a tensor of its own, .contiguous()"
         ]
     if tensor.is_inference():
-        return [f"{letter} was made under torch.inference_mode() and can not be updated: load the model outside of it"]
+        return [f"{letter} was made under torch.inference_mode() and cannot be updated: load the model outside of it"]
     return []
 
 
 def offload_problems(owner: nn.Module) -> list[str]:
-    """Whether accelerate keeps the weights of this module elsewhere and fetches them for each forward pass."""
+    """Say if accelerate keeps the weights of this module elsewhere and fetches them for each forward pass."""
     hook = getattr(owner, "_hf_hook", None)
     if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
         return [
@@ -53,12 +53,12 @@ def offload_problems(owner: nn.Module) -> list[str]:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """A tensor of its own, not a packed, sharded or fake one that only looks like it."""
+    """Tell if this is a tensor of its own, and no packed, sharded or fake one that only looks like it."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 
 def memory_overlaps(first: Tensor, second: Tensor) -> bool:
-    """Whether two views share an element. Exact for slices of one array, else by their extents."""
+    """Tell if two views share an element. Exact for slices of one array, else by their extents."""
     if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
         return False
     spans = [_span(t) for t in (first, second)]

@@ -1,4 +1,4 @@
-"""Finding the triples of a model: asks only the libraries that are already imported.
+"""Finding the triples of a model, with the libraries that are already imported.
 
 A model can hold layers of a library only if that library was imported, so nothing is imported here that the
 program did not import itself. One file a library.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from deltaopt.messages import Problem, raise_problems
 from deltaopt.tensors import is_plain, memory_overlaps
 from deltaopt.triple import LoRATriple
 
@@ -26,11 +27,11 @@ def find_triples(
     allow_dropout: bool = False,
     allow_tied: bool = False,
 ) -> list[LoRATriple]:
-    """All LoRA layers of a model as triples, in the order of ``model.named_modules()``.
+    """Return all LoRA layers of a model as triples, in the order of ``model.named_modules()``.
 
     For PEFT: ``Linear`` (on ``nn.Linear`` and GPT-2's ``Conv1D``), ``Embedding``, ``Conv1d``/``2d``/``3d`` and
     ``target_parameters``, with ``PeftModel``, transformers' ``add_adapter`` or diffusers. Layers on a quantized base
-    (bitsandbytes, torchao, GPTQ, AWQ, ..) are found too, for ``weight_update="folded"``.
+    (bitsandbytes, torchao, GPTQ, AWQ, ...) are found too, for ``weight_update="folded"``.
 
     Args:
         model: the model, with its adapters in place and initialised.
@@ -43,7 +44,7 @@ def find_triples(
         The triples, named as their modules.
 
     Raises:
-        ValueError: if there is no LoRA layer, or for layers that can not be moved, all in one message.
+        ValueError: if there is no LoRA layer, or for layers that cannot be moved, all in one message.
     """
     triples: list[LoRATriple] = []
     for library, integration in LIBRARIES.items():
@@ -63,7 +64,7 @@ def find_triples(
 
 
 def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn.Parameter]:
-    """What else of `model` trains: every parameter that requires grad and is no factor of a triple.
+    """Return what else of `model` trains: every parameter that requires grad and is no factor of a triple.
 
     Classifier heads, biases, norms, ``modules_to_save``: hand them to the optimizer as `params`, or they are
     left as they are.
@@ -73,7 +74,7 @@ def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn
 
 
 def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[LoRATriple, list[str]]]:
-    """Each triple whose W is in more than one place of `model`, with the names of the places."""
+    """Return each triple whose W is in more than one place of `model`, with the names of the places."""
     by_storage: dict[int, list[tuple[str, Tensor]]] = {}
     for module_name, module in model.named_modules():  # a module under two names is one place
         for name, parameter in module.named_parameters(recurse=False):
@@ -93,9 +94,9 @@ def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[L
 
 
 def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
-    found = [f"{triple.label}: its W is {' and '.join(names)}" for triple, names in tied_places(model, triples)]
-    if found:
-        raise ValueError(
-            "these weights are used in more than one place, and moving them for their LoRA branch would move the "
-            "others too. Leave them out of target_modules, or say allow_tied=True:\n  " + "\n  ".join(found)
-        )
+    raise_problems(
+        ValueError,
+        "these weights are used in more than one place, and moving them for their LoRA branch would move the "
+        "others too. Leave them out of target_modules, or say allow_tied=True",
+        [Problem(triple.label, f"its W is {' and '.join(places)}") for triple, places in tied_places(model, triples)],
+    )

@@ -6,11 +6,12 @@ import struct
 
 import pytest
 import torch
+from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals, strategies
 from tests.support.compare import refused, same, through_a_file
-from tests.support.runs import LayerRun
+from tests.support.runs import LayerRun, noisy_step
 from tests.support.strategies import RULES
 
 
@@ -120,7 +121,7 @@ def test_our_keys_are_neither_in_the_live_groups_nor_in_the_state(rule):
     plain = torch.optim.AdamW(run.factors, lr=0.01)
     assert run.optimizer.param_groups[0].keys() == plain.param_groups[0].keys()
     assert set(state["param_groups"][0]) - set(plain.state_dict()["param_groups"][0]) == {"deltaopt"}
-    assert [set(entries) for entries in state["state"].values()] == [{"deltaopt"}] * 2
+    assert [set(entries) for entries in state["state"].values()] == [{"deltaopt", "deltaopt.ledger.q"}, {"deltaopt"}]
     assert len(run.optimizer.state) == 0
 
 
@@ -223,21 +224,21 @@ def test_refuses_a_state_of_another_number_of_triples(rule, saved_state):
     runs = [layer_run(rule, seed=seed) for seed in range(2)]
     triples = [run.stored.triple(run.scale, name=f"{i}") for i, run in enumerate(runs)]
     registered_again(runs[0], triples, rule)
-    loading_is_refused(runs[0], saved_state, "1 triples were saved, 2 are registered")
+    loading_is_refused(runs[0], saved_state, "triples: 1 were saved, 2 are registered")
 
 
 def test_refuses_a_state_of_another_number_of_groups(rule, saved_state):
     runs = [layer_run(rule, seed=seed) for seed in range(2)]
     groups = [{"triples": [run.stored.triple(run.scale, name=f"{i}")]} for i, run in enumerate(runs)]
     registered_again(runs[0], groups, rule)
-    loading_is_refused(runs[0], saved_state, "the saved state has 1 groups of triples, this optimizer 2")
+    loading_is_refused(runs[0], saved_state, "groups: the saved state has 1, this optimizer 2")
 
 
 def test_refuses_a_state_of_another_schema(rule, saved_state):
     record = internals.record_of(saved_state)
     schema = record["schema"]
     record["schema"] = schema + 1
-    message = f"schema {schema + 1}, this version of deltaopt reads {schema}"
+    message = f"schema {schema + 1}, this version of deltaopt reads 4 and {schema}"
     loading_is_refused(trained_run(rule), saved_state, message)
 
 
@@ -336,3 +337,26 @@ def test_refuses_a_state_that_the_inner_optimizer_refuses(rule):
     other.optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [other.new_triple()], [head], weight_update=rule)
     loading_is_refused(other, state, "doesn't match the size of optimizer's group")
     assert torch.equal(other.stored.W, strategies.make("linear").W)
+
+
+@pytest.mark.parametrize("moment", ["state_dict", "load_state_dict"])
+def test_a_hook_may_replace_a_weight(moment):
+    """The state that is saved or loaded then is of the weight that is there."""
+    module = nn.Module()
+    stored = strategies.make("linear", dtype=torch.float32)
+    for name in "WAB":
+        setattr(module, name, nn.Parameter(getattr(stored, name).detach(), requires_grad=name != "W"))
+    triple = LoRATriple(*((module, name) for name in "WAB"), name="q")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+    noisy_step(optimizer, module.A, module.B)
+
+    def replace(*_) -> None:
+        module.W = nn.Parameter(module.W.detach().clone(), requires_grad=False)
+
+    register = getattr(optimizer, f"register_{moment}_pre_hook")
+    handle = register(replace)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    handle.remove()
+    assert same(optimizer.state_dict(), state)
+    assert optimizer.weights()[0].moved

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, WeightMismatchError
-from deltaopt.fingerprint import SAMPLES, sampled_positions
+from deltaopt.checkpoint.fingerprint import SAMPLES, sampled_positions
 from tests.support import strategies
 from tests.support.compare import close, refused, same, through_a_file
 from tests.support.histories import after, histories, random_run
@@ -166,7 +166,7 @@ def test_loading_any_number_of_times_moves_W_once(rule, layout, seed, whole, loa
 def test_one_changed_number_is_refused_and_nothing_is_changed(rule, layout, seed, letter, place):
     run = random_run(rule, layout, seed=seed).train(1)
     state, twin = through_a_file(run.optimizer.state_dict()), resumed_run(run, whole=True)
-    part = twin.triple.moved_part(twin.stored.W) if letter == "W" else getattr(twin.stored, letter).detach()
+    part = twin.triple.view.part(twin.stored.W) if letter == "W" else getattr(twin.stored, letter).detach()
     part[tuple(min(place, n - 1) for n in part.shape)] *= 1.0000001
     refused(
         lambda: twin.optimizer.load_state_dict(state),
@@ -207,7 +207,7 @@ def test_a_lost_displacement_cannot_rebuild_W():
     optimizer.load_state_dict(state)
     moved = W.clone()
     W.copy_(W0)
-    with pytest.raises(WeightMismatchError, match=r"triple0: W can ?not be moved from its base to where it was: the"):
+    with pytest.raises(WeightMismatchError, match=r"triple0: W cannot be moved from its base to where it was: the"):
         optimizer.load_state_dict(state)
     W.copy_(moved)
     optimizer.load_state_dict(state)

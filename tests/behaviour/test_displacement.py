@@ -1,6 +1,7 @@
 """The displacement: what W was asked to move by, whatever happened to A, B, update_ratio and the step."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -38,24 +39,21 @@ def test_is_what_W_was_asked_to_move_by_and_did(layout, seed, start_step, zero, 
 @given(seed=strategies.seeds, events=strategies.events("in_place", min_size=1))
 def test_the_path_of_a_gpu_keeps_the_same_ledger(seed, events):
     """Let the host learn later whether a step was applied, and from where it began."""
-    run = noisy_run(seed=seed)
-    with pytest.MonkeyPatch.context() as patch:
-        internals.outcome_unknown_to_host(patch, arrived=False)
-        after(run, events)
-        assert close(run.displacement(), run.asked)
-        assert close(run.moved(), run.asked)
+    run = noisy_run(seed=seed, weight_update=internals.as_on_a_gpu(reports=itertools.repeat(False)))
+    after(run, events)
+    assert close(run.displacement(), run.asked)
+    assert close(run.moved(), run.asked)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("changed", ["A", "B"])
-def test_an_outside_change_of_one_factor_of_one_of_several_layers(monkeypatch, changed, gpu):
+def test_an_outside_change_of_one_factor_of_one_of_several_layers(changed, gpu):
     """Tell apart what each layer was, though layers of one shape share buffers."""
-    if gpu:
-        internals.outcome_unknown_to_host(monkeypatch)
+    options = {"weight_update": internals.as_on_a_gpu()} if gpu else {}
     stored = [strategies.make("linear", seed) for seed in range(3)]
     W0 = [s.W.clone() for s in stored]
     triples = [s.triple(SCALING, name=f"{i}") for i, s in enumerate(stored)]
-    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1, **options)
     factors = [f for s in stored for f in (s.A, s.B)]
     noisy_step(optimizer, *factors)
     getattr(stored[1], changed).data.mul_(1.5)
@@ -67,15 +65,13 @@ def test_an_outside_change_of_one_factor_of_one_of_several_layers(monkeypatch, c
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_pending_entries_do_not_pile_up(monkeypatch, late):
+def test_pending_updates_do_not_pile_up(late):
     """Keep at most those of the steps that the device has not reported yet."""
-    run = noisy_run()
-    internals.outcome_unknown_to_host(monkeypatch)
-    reported = iter([False, False, True, True] * 20)
-    internals.arrivals(monkeypatch, lambda: next(reported) if late else True)
+    reports = itertools.cycle([False, False, True, True] if late else [True])
+    run = noisy_run(weight_update=internals.as_on_a_gpu(reports=reports))
     for _ in range(12):
         run.train()
-        assert len(internals.pending_entries(run.optimizer)) <= (3 if late else 0)
+        assert len(internals.pending_updates(run.optimizer)) <= (3 if late else 0)
 
 
 @pytest.mark.parametrize(("zero", "start_step", "rank"), [(True, 0, 3), (False, 0, 6), (True, 2, 6)])

@@ -121,7 +121,7 @@ def test_is_refused_within_base_weights(rule, read):
 class TakenFromBase(LoRATriple):
     """Say that the start of A and B was taken out of W, as PiSSA does."""
 
-    def took_from_base(self):
+    def took_from_base(self, tensors):
         return True
 
 

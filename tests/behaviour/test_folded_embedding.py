@@ -132,7 +132,7 @@ def test_triples_of_plain_tensors_are_copied_without_a_warning(way):
     other, other_scaling = COPIES[way]((optimizer, scaling))
     original, twin = train(optimizer, scaling), train(other, other_scaling)
     assert float(other_scaling) == 3.0
-    assert all(map(torch.equal, original.stored(), twin.stored()))
+    assert all(map(torch.equal, original.tensors(), twin.tensors()))
 
 
 def test_factors_are_saved_without_a_warning(tmp_path):

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals
-from tests.support.compare import refused
+from tests.support.compare import assert_close, refused
 from tests.support.runs import LayerRun, assert_follows
 from tests.support.small import HandmadeLayer, random_steps, small_layer
 from tests.support.strategies import each_rule
@@ -358,3 +358,21 @@ def test_a_model_is_trained_through_its_parameters():
     assert torch.equal(old, kept)
     assert not torch.equal(model.weight, kept)
     assert isinstance(optimizer.triples[0], LoRATriple)
+
+
+def test_a_setting_that_is_changed_within_a_step_is_for_the_next_one():
+    """The ratio of a step is that of its start, for W and for the ledger, whatever a closure does."""
+    run = LayerRun(zero=False, dtype=torch.float64).train(1)
+    before, ratio = run.product(), run.optimizer.groups[0].update_ratio
+
+    def closure():
+        run.optimizer.groups[0].update_ratio = 3 * ratio
+        run.optimizer.resync()
+        run.optimizer.zero_grad()
+        return run.closure()
+
+    W = run.stored.matrices()[0]
+    run.optimizer.step(closure)
+    expected = ratio * run.scaling * (run.product() - before)
+    assert_close(run.stored.matrices()[0] - W, expected, 1e-12)
+    assert_close(run.displacement(), run.moved(), 1e-12)

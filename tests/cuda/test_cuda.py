@@ -63,27 +63,23 @@ NARROW = [
 WIDE = [pytest.param(torch.float32, "auto", True, id="torch.float32")]
 
 
-@pytest.fixture
-def choose(monkeypatch):
-    """Whether the kernel may be used; without it blocks of torch operations do its work."""
-
-    def chosen(kernel):
-        if kernel:
-            assert internals.kernel_for(torch.device("cuda", torch.cuda.current_device())) is not None
-        else:
-            internals.use_kernel(monkeypatch, None)
-
-    return chosen
+def choose(kernel):
+    """Return the options with which an optimizer uses the kernel; without it blocks of torch operations do its work."""
+    if not kernel:
+        return {"weight_update": internals.without_kernel()}
+    assert internals.kernel_for(torch.device("cuda", torch.cuda.current_device())) is not None
+    return {}
 
 
 @pytest.mark.parametrize(("dtype", "rounding", "kernel"), WIDE + NARROW)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_step_is_the_exact_sum_rounded_once(layout, dtype, rounding, kernel, choose):
-    choose(kernel)
+def test_one_step_is_the_exact_sum_rounded_once(layout, dtype, rounding, kernel):
+    options = choose(kernel)
     stored = on_cuda(layout, dtype=dtype, factor_dtype=torch.float32)
     stored.A.grad, stored.B.grad = torch.randn_like(stored.A), torch.randn_like(stored.B)
     W, A, B = (t.double() for t in stored.matrices())
-    DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(SCALING)], update_ratio=RATIO, rounding=rounding, lr=0.1).step()
+    options |= {"update_ratio": RATIO, "rounding": rounding}
+    DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(SCALING)], lr=0.1, **options).step()
     W_new, A_new, B_new = (t.double() for t in stored.matrices())
     exact = W + RATIO * SCALING * (A_new @ B_new - A @ B)
     spacing = torch.finfo(dtype).eps * exact.abs()
@@ -93,9 +89,9 @@ def test_one_step_is_the_exact_sum_rounded_once(layout, dtype, rounding, kernel,
 
 @pytest.mark.parametrize(("dtype", "rounding", "kernel"), NARROW)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_16_bit_weights_are_those_of_the_cpu(layout, dtype, rounding, kernel, choose):
+def test_16_bit_weights_are_those_of_the_cpu(layout, dtype, rounding, kernel):
     """Bit for bit, noise and compensation too: factors of integers, whose products every order of summing gives."""
-    choose(kernel)
+    options = choose(kernel)
     runs = []
     for device in ("cpu", "cuda"):
         stored = strategies.make(layout, 3, dtype, torch.float32, device=device)
@@ -103,7 +99,9 @@ def test_16_bit_weights_are_those_of_the_cpu(layout, dtype, rounding, kernel, ch
             stored.A.round_()
             stored.B.round_()
         triple = stored.triple(2.0**-9, name="q")
-        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], update_ratio=1.0, rounding=rounding, lr=1.0)
+        optimizer = DeltaLoRAOptimizer(
+            torch.optim.SGD, [triple], update_ratio=1.0, rounding=rounding, lr=1.0, **options
+        )
         for t in range(3):
             generator = torch.Generator().manual_seed(t)
             for factor in (stored.A, stored.B):
@@ -134,10 +132,10 @@ def test_tf32_does_not_reach_the_delta():
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize(("dtype", "rounding", "kernel"), WIDE + NARROW)
-def test_step_never_waits_for_the_device(dtype, rounding, kernel, choose):
-    choose(kernel)
+def test_step_never_waits_for_the_device(dtype, rounding, kernel):
+    options = choose(kernel)
     optimizer = DeltaLoRAOptimizer(
-        torch.optim.SGD, triples_on_cuda(dtype=dtype), lr=0.1, momentum=0.9, rounding=rounding
+        torch.optim.SGD, triples_on_cuda(dtype=dtype), lr=0.1, momentum=0.9, rounding=rounding, **options
     )
     optimizer.step()
     torch.cuda.synchronize()
@@ -239,14 +237,14 @@ def test_a_bad_factor_leaves_every_W_alone_and_is_reported_later():
     ("dtype", "rounding", "kernel"), [*WIDE, pytest.param(torch.float64, "auto", True, id="torch.float64"), *NARROW]
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_unchanged_factor_keeps_the_bits_of_W(layout, dtype, rounding, kernel, scaling, choose):
-    choose(kernel)
+def test_an_unchanged_factor_keeps_the_bits_of_W(layout, dtype, rounding, kernel, scaling):
+    options = choose(kernel)
     stored = on_cuda(layout, dtype=dtype)
     stored.W.copy_(torch.where(stored.W > 0.5, -0.0, stored.W))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.W.element_size()]
     before = stored.W.clone().view(bits)
     stored.A.grad, stored.B.grad = torch.randn_like(stored.A), torch.randn_like(stored.B)
-    DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(scaling)], rounding=rounding, lr=0.0).step()
+    DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(scaling)], rounding=rounding, lr=0.0, **options).step()
     assert torch.equal(stored.W.view(bits), before)
 
 

@@ -11,7 +11,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as dcp
 
 from tests.support.compare import assert_same_bits, bits
-from tests.support.internals import terms_of
+from tests.support.internals import as_schema_4, terms_of
 from tests.support.models import batches, layers
 from tests.support.peft_runs import (
     DATA,
@@ -196,6 +196,27 @@ def test_ledgers_of_several_terms_reach_a_fresh_optimizer(tmp_path):
         r.train(DATA[6:])
     assert_same_runs(run, others[0])
     assert_models_close(run.model, others[1].model)
+
+
+def test_a_checkpoint_of_schema_4_is_loaded_by_a_planner_that_allows_missing_keys(tmp_path):
+    """It has no key for the ledger of each triple, which the template of a fresh optimizer asks for."""
+    run, other = begun(), fresh()
+    run.train(DATA[:STOP])
+    model, optimizer = dcp.get_state_dict(run.model, run.optimizer)
+    checkpoint.save(
+        {"model": model, "optimizer": as_schema_4(optimizer), **run.small_state()}, checkpoint_id=tmp_path / "old"
+    )
+    model, optimizer = dcp.get_state_dict(other.model, other.optimizer)
+    state = {"model": model, "optimizer": optimizer, **other.small_state()}
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)
+    checkpoint.load(state, checkpoint_id=tmp_path / "old", planner=planner)
+    dcp.set_state_dict(
+        other.model, other.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    other.load_small(state)
+    for r in (run, other):
+        r.train(DATA[STOP:])
+    assert_same_runs(run, other)
 
 
 def test_saving_a_flattened_optimizer_state_is_refused():

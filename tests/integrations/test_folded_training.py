@@ -464,8 +464,8 @@ def test_a_copy_of_the_optimizer_alone_goes_on_with_the_same_gradients(way, star
         other.step()
         other.zero_grad()
     for triple, twin in zip(run.optimizer.triples, other.triples, strict=True):
-        assert all(map(torch.equal, triple.stored(), twin.stored()))
-        assert all(a is not b for a, b in zip(triple.stored(), twin.stored(), strict=True))
+        assert all(map(torch.equal, triple.tensors(), twin.tensors()))
+        assert all(a is not b for a, b in zip(triple.tensors(), twin.tensors(), strict=True))
         assert twin.layer.scaling == triple.layer.scaling
         (twin.A.sum() + twin.B.sum()).backward()  # divided, in the copy too
         for factor in (twin.A, twin.B):

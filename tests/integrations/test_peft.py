@@ -495,7 +495,7 @@ def test_a_grouped_convolution_is_refused():
 def test_a_merged_adapter_is_refused_at_registration():
     model = with_adapters(mlp(7, 5), "0")
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"model\.0: .* is merged into W.*unmerge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"is merged into W.*unmerge_adapter\(\)"):
         DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
     model.unmerge_adapter()
     assert len(DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1).triples) == 1
@@ -505,7 +505,7 @@ def test_an_adapter_merged_between_find_triples_and_the_optimizer_is_refused():
     model = with_adapters(mlp(7, 5), "0")
     triples = find_triples(model)
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"model\.0: .* is merged into W.*unmerge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"is merged into W.*unmerge_adapter\(\)"):
         DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
 
 

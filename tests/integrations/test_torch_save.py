@@ -251,28 +251,31 @@ def test_a_checkpoint_that_was_cut_off_is_refused(tmp_path):
             deltaopt.load(cut)
 
 
-def first_ledger(state: dict[str, Any]) -> Any:
-    """The number of the parameter whose state holds the first ledger."""
-    return next(number for number, entries in state["state"].items() if entries["deltaopt"])
+def first_ledger(state: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Find the first ledger: the state of the parameter that holds it, and its key there."""
+    return next(
+        (entries, key) for entries in state["state"].values() for key in entries if key.startswith("deltaopt.ledger.")
+    )
 
 
 def test_an_edited_ledger_is_refused(saved_run):
     state = copy.deepcopy(saved_run[0]["optimizer"])
     run = target(saved_run[0]["model"])
-    number = first_ledger(state)
-    text, match = state["state"][number]["deltaopt"], "a saved ledger was edited or cut off: its checksum differs"
+    entries, key = first_ledger(state)
+    text, match = entries[key], "a saved ledger was edited or cut off: its checksum differs"
     for place in range(0, len(text), max(1, len(text) // 12)):
-        state["state"][number]["deltaopt"] = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
+        entries[key] = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
         assert_load_refused(run, state, ValueError, match)
-    state["state"][number]["deltaopt"] = text[:-1]
+    entries[key] = text[:-1]
     assert_load_refused(run, state, ValueError, match)
-    state["state"][number]["deltaopt"] = text
+    entries[key] = text
     run.optimizer.load_state_dict(state)
 
 
 def test_a_missing_ledger_is_refused(saved_run):
     state, run = copy.deepcopy(saved_run[0]["optimizer"]), target(saved_run[0]["model"])
-    state["state"][first_ledger(state)]["deltaopt"] = ""
+    entries, key = first_ledger(state)
+    del entries[key]
     match = rf"no ledger for .*{re.escape(layer_names(run)[0])}.* dropped or cut the optimizer's `state`"
     assert_load_refused(run, state, ValueError, match)
 

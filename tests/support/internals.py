@@ -6,26 +6,44 @@ file is adapted and the tests stay.
 
 import copy
 import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, folding, rounding, update, writing
-from deltaopt.ledger import Ledger, full_part
-from deltaopt.state import _sealed, split_ledgers
-from deltaopt.update import BufferKind, FactoredDelta, Move
-from deltaopt.writing import checked_rounding
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, gradient_hooks
+from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
+from deltaopt.groups import DeltaGroup, Settings
+from deltaopt.in_place import Host, InPlaceUpdate
+from deltaopt.ledger import Ledger
+from deltaopt.rounding import blocks, writer
+from deltaopt.rounding.writer import Writer, checked_rounding
+from deltaopt.weight import WeightState
 
 AUTO = checked_rounding("auto", 0).during("move", 0)
 """Writes W as an optimizer does in its first step when nothing else is asked for."""
 
 
-def move_of(triple: LoRATriple, coef: float) -> Move:
-    """One update of one triple, as the optimizer makes it."""
-    now = triple.stored()
-    return Move(triple, now, coef, BufferKind.of(triple, now), Ledger())
+def weight_of(triple: LoRATriple, coef: float) -> WeightState:
+    """Return one weight as it is in a step that multiplies the delta by `coef`."""
+    weight = WeightState(triple, DeltaGroup([triple], Settings(1.0, 0, 1.0)))
+    triple.scaling, weight.ratio = math.copysign(1.0, coef), abs(coef)
+    return weight
+
+
+def coefs_noted(note: Callable[[float, Tensor, Tensor], object]) -> Writer:
+    """Return a writer that calls `note(coef, U, V)` in place of adding coef * U @ V to W."""
+
+    class Noting(Writer):
+        def add_product_(self, weight, U, V, coef, noise=None):
+            note(coef, U, V)
+
+    return Noting(*AUTO)
 
 
 def ledger_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Ledger:
@@ -33,107 +51,136 @@ def ledger_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Ledger:
 
 
 def terms_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> list[Any]:
-    """The low-rank terms that the ledger keeps, without those of the last move."""
+    """Return the low-rank terms that the ledger keeps, without those of the last move."""
     return ledger_of(optimizer, index).terms
 
 
 def has_moved(optimizer: DeltaLoRAOptimizer, index: int = 0) -> bool:
-    """Whether W of this triple was ever moved."""
-    return ledger_of(optimizer, index).moved
+    """Tell if W of this triple was ever moved."""
+    return optimizer.weights()[index].moved
 
 
 def compensation_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Tensor | None:
-    """The bits that rounding cut off from a 16-bit W, or None where nothing is kept."""
-    kept = ledger_of(optimizer, index).compensation
+    """Return the bits that rounding cut off from a 16-bit W, or None where nothing is kept."""
+    kept = optimizer.weights()[index].compensation
     return None if kept is None else kept.bits
 
 
+def forget_compensation(optimizer: DeltaLoRAOptimizer, index: int = 0) -> None:
+    optimizer.weights()[index].compensation = None
+
+
 def full_weight(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Tensor:
-    """The part of W that moves, with what rounding cut off from it."""
-    triple, ledger = optimizer.accounts()[index]
-    return full_part(triple, ledger)
+    """Return the part of W that moves, with what rounding cut off from it."""
+    return optimizer.weights()[index].full_part()
 
 
-def pending_entries(optimizer: DeltaLoRAOptimizer) -> list[Any]:
-    """Ledger updates whose outcome the device has not reported yet."""
-    return optimizer._delta._entries
+def pending_updates(optimizer: DeltaLoRAOptimizer) -> list[Any]:
+    """Return the ledger updates whose outcome the device has not reported yet."""
+    return list(optimizer._rule._pending)
 
 
-def new_delta() -> FactoredDelta:
-    return FactoredDelta()
+class _HostOfAGpu(Host):
+    def __init__(self, reads: bool, reports: Iterator[bool] | None, kernel: Any) -> None:
+        self._reads, self._reports, self._kernel = reads, reports, kernel
+
+    def reads(self, device: torch.device) -> bool:
+        return self._reads
+
+    def arrived(self, event: Any) -> bool:
+        return super().arrived(event) if self._reports is None else next(self._reports)
+
+    def kernel(self, device: torch.device) -> Any:
+        return self._kernel
 
 
-def outcome_unknown_to_host(patch: pytest.MonkeyPatch, arrived: bool | None = None) -> None:
-    """Take the path of a GPU, where the host learns later whether a step was applied.
+def as_on_a_gpu(
+    reads: bool = False, reports: Iterator[bool] | None = None, kernel: Any = None
+) -> Callable[[], InPlaceUpdate]:
+    """Return a `weight_update` that takes the path of a GPU, where the host learns later whether a step was applied.
 
     Args:
-        patch: undoes it.
-        arrived: whether a report counts as arrived; None asks the device.
+        reads: the host can read the device after all.
+        reports: answer, one after the other, whether the report of a step has arrived; None asks the device.
+        kernel: writes 16-bit weights; None for blocks of torch operations.
     """
-    patch.setattr(update, "_known_to_host", lambda device: False)
-    if arrived is not None:
-        patch.setattr(update._Entry, "arrived", lambda self: arrived)
+    return partial(InPlaceUpdate, _HostOfAGpu(reads, reports, kernel))
 
 
-def arrivals(patch: pytest.MonkeyPatch, arrived: Any) -> None:
-    """Let `arrived()` answer whether the report of a step has arrived."""
-    patch.setattr(update._Entry, "arrived", lambda self: arrived())
+class _HostWithoutKernel(Host):
+    def kernel(self, device: torch.device) -> None:
+        return None
 
 
-def use_kernel(patch: pytest.MonkeyPatch, kernel: Any) -> None:
-    """Let optimizers write 16-bit weights by this kernel, or by blocks of torch operations where it is None."""
-    patch.setattr(update, "fused_kernel", lambda device: kernel)
+def without_kernel() -> Callable[[], InPlaceUpdate]:
+    """Return a `weight_update` that writes 16-bit weights by blocks of torch operations on every device."""
+    return partial(InPlaceUpdate, _HostWithoutKernel())
 
 
 def kernel_for(device: torch.device) -> Any:
-    """The kernel that optimizers take on this device, or None."""
-    return update.fused_kernel(device)
+    """Return the kernel that optimizers take on this device, or None."""
+    return Host().kernel(device)
 
 
 def forget_hooks(optimizer: DeltaLoRAOptimizer, *factors: Tensor) -> None:
     """Lose the hooks of these factors, as a copy does that was made before its module was complete."""
-    fresh = copy.deepcopy(optimizer._folding)
+    fresh = copy.deepcopy(optimizer._rule)
     for factor in factors:
-        folding._divisors.pop(factor)
+        gradient_hooks._divisors.pop(factor)
         factor._backward_hooks.clear()
-    optimizer._folding, optimizer._signatures = fresh, []
+    optimizer._rule, optimizer._seen = fresh, False
+    optimizer._weights = [copy.copy(weight) for weight in optimizer._weights]
 
 
-def note_products(patch: pytest.MonkeyPatch, note: Any) -> None:
-    """Call `note(coef, U, V)` in place of adding coef * U @ V to a W that moves in place."""
-    patch.setattr(writing, "add_to_weight_", lambda triple, W, U, V, coef, *_: note(coef, U, V))
+def note_products(patch: pytest.MonkeyPatch, note: Callable[[float, Tensor, Tensor], object]) -> None:
+    """Let optimizers call `note(coef, U, V)` in place of adding coef * U @ V to a W that moves in place."""
+    patch.setattr(Writer, "add_product_", lambda self, weight, U, V, coef, noise=None: note(coef, U, V))
 
 
 def use_blocks_of(patch: pytest.MonkeyPatch, elements: int) -> None:
     """Lift 16-bit weights to 32 bits in blocks of this many elements."""
-    patch.setattr(rounding, "BLOCK_ELEMENTS", elements)
+    patch.setattr(blocks, "BLOCK_ELEMENTS", elements)
 
 
 def buffer_addresses(optimizer: DeltaLoRAOptimizer) -> list[int]:
-    """Where the buffers are that the factors are kept in during a step."""
-    return [stack.U.data_ptr() for stack in optimizer._delta._stacks.values()]
+    """Return the places of the buffers that hold the factors during a step."""
+    return [buffers.U.data_ptr() for buffers in optimizer._rule._buffers.values()]
 
 
 def fail_at_write(patch: pytest.MonkeyPatch, number: int) -> None:
     """Let the write of this number, counted from 1, run out of memory before it changes anything."""
-    add_terms, count = writing.add_terms_, itertools.count(1)
+    add_terms, count = writer.add_terms_, itertools.count(1)
 
     def failing(*arguments: Any, **options: Any) -> None:
         if next(count) == number:
             raise torch.OutOfMemoryError("out of memory")
         add_terms(*arguments, **options)
 
-    patch.setattr(writing, "add_terms_", failing)
+    patch.setattr(writer, "add_terms_", failing)
 
 
 def record_of(state: dict) -> dict[str, Any]:
-    """What a state says of the triples and their settings; it may be edited."""
+    """Return what a state says of the triples and their settings; it may be edited."""
     return state["param_groups"][0]["deltaopt"]
 
 
 def change_ledger(state: dict[str, Any], name: str, change: Any) -> None:
-    """Let `change` edit the saved ledger of the only triple of a state, under a checksum that fits."""
+    """Let `change` edit the saved ledger of a triple, under a checksum that fits."""
     ledgers, _, _ = split_ledgers(state)
     change(ledgers[name])
-    (number,) = (n for n, entries in state["state"].items() if entries.get("deltaopt"))
-    state["state"][number] = state["state"][number] | {"deltaopt": _sealed(ledgers)}
+    for entries in state["state"].values():
+        if LEDGER + name in entries:
+            entries[LEDGER + name] = _sealed({name: ledgers[name]})
+
+
+def as_schema_4(state: dict[str, Any]) -> dict[str, Any]:
+    """Write a state as 6f8145d did: the ledgers of all triples of one A in one string."""
+    state = copy.deepcopy(state)
+    for group in state["param_groups"]:
+        group[KEY] = {**group[KEY], "schema": 4}
+    for entries in state["state"].values():
+        ours = [key for key in entries if key.startswith(LEDGER)]
+        found = {name: record for key in ours for name, record in json.loads(entries.pop(key)[9:]).items()}
+        if found:
+            entries[KEY] = _sealed(found)
+    return state

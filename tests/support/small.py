@@ -57,7 +57,7 @@ def random_steps(optimizer: torch.optim.Optimizer, count: int = 1, seed: int = 0
 def refuses_triples(*triples: Any) -> str:
     """Return the message with which an optimizer refuses these triples."""
     return refused(
-        lambda: DeltaLoRAOptimizer(torch.optim.SGD, list(triples), lr=0.1), ValueError, "these triples can ?not be used"
+        lambda: DeltaLoRAOptimizer(torch.optim.SGD, list(triples), lr=0.1), ValueError, "these triples cannot be used"
     )
 
 

@@ -5,21 +5,21 @@ On the CPU the kernel runs in Triton's interpreter. tests/unit/test_triton.py ha
 
 import copy
 import sys
-import types
 import warnings
 import weakref
 
 import pytest
 import torch
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, fused
-from deltaopt.fused import fused_kernel, try_out
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.rounding import batch
+from deltaopt.rounding.batch import fused_kernel, try_out
 from tests.support import internals, strategies
 from tests.support.strategies import ROUNDINGS
 
 pytest.importorskip("triton", reason="runs where Triton is installed")
 
-from deltaopt import _triton
+from deltaopt.rounding import _triton
 
 pytestmark = [
     pytest.mark.extra,
@@ -32,19 +32,29 @@ pytestmark = [
 each_rounding_of_a_batch = pytest.mark.parametrize("mode", ROUNDINGS)
 
 
+class CountingKernel:
+    """The kernel, as on a GPU. `made` has the number of products of each batch that optimizers made of it."""
+
+    Product = _triton.Product
+
+    def __init__(self):
+        made = self.made = []
+
+        class Batch(_triton.Batch):
+            def __init__(self, products):
+                made.append(len(products))
+                super().__init__(products)
+
+        self.Batch = Batch
+
+    def rule(self, reads=True):
+        """Return a `weight_update` that takes this kernel."""
+        return internals.as_on_a_gpu(reads=reads, kernel=self)
+
+
 @pytest.fixture
-def with_kernel(monkeypatch):
-    """Let the optimizers of this test take the kernel, as on a GPU, and count the batches that they make."""
-    made = []
-
-    class Batch(_triton.Batch):
-        def __init__(self, products):
-            made.append(len(products))
-            super().__init__(products)
-
-    kernel = types.SimpleNamespace(Batch=Batch, Product=_triton.Product)
-    internals.use_kernel(monkeypatch, kernel)
-    return made
+def kernel():
+    return CountingKernel()
 
 
 def gradients(stored, seed):
@@ -64,13 +74,14 @@ def integer_layers(layouts, dtype, seed=0):
     return stored
 
 
-def batch_optimizer(stored, mode, **options):
+def batch_optimizer(stored, mode, rule):
     triples = [s.triple(scaling=2.0**-9, name=str(i)) for i, s in enumerate(stored)]
-    return DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=1.0, update_ratio=1.0, rounding=mode, **options)
+    options = {"update_ratio": 1.0, "rounding": mode, "weight_update": rule}
+    return DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=1.0, **options)
 
 
-def batched_run(stored, mode, schedule=(1.0, 1.0, 1.0), **options):
-    optimizer = batch_optimizer(stored, mode, **options)
+def batched_run(stored, mode, rule, schedule=(1.0, 1.0, 1.0)):
+    optimizer = batch_optimizer(stored, mode, rule)
     for t, ratio in enumerate(schedule):
         optimizer.groups[0].update_ratio = ratio
         gradients(stored, t)
@@ -86,53 +97,52 @@ def compensations(optimizer):
 @each_rounding_of_a_batch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
-def test_every_layout_as_by_blocks(layout, dtype, mode, with_kernel, monkeypatch):
+def test_every_layout_as_by_blocks(layout, dtype, mode, kernel):
     here, there = integer_layers([layout] * 2, dtype), integer_layers([layout] * 2, dtype)
-    first = batched_run(here, mode)
-    assert len(with_kernel) == 1
-    internals.use_kernel(monkeypatch, None)
-    second = batched_run(there, mode)
-    assert len(with_kernel) == 1
+    first = batched_run(here, mode, kernel.rule())
+    assert len(kernel.made) == 1
+    second = batched_run(there, mode, "in_place")
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a.W.view(torch.int16), b.W.view(torch.int16))
     for a, b in zip(compensations(first), compensations(second), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def test_a_batch_is_kept_while_its_tensors_are(with_kernel):
+def test_a_batch_is_kept_while_its_tensors_are(kernel):
     stored = integer_layers(["linear", "linear"], torch.bfloat16)
-    optimizer = batched_run(stored, "stochastic")
-    assert with_kernel == [2]
+    optimizer = batched_run(stored, "stochastic", kernel.rule())
+    assert kernel.made == [2]
     optimizer.groups[0].update_ratio = 0.5
     gradients(stored, 9)
     optimizer.step()
-    assert with_kernel == [2]
+    assert kernel.made == [2]
     stored[0].W.data = stored[0].W.clone()
     optimizer.step()
-    assert with_kernel == [2, 2]
+    assert kernel.made == [2, 2]
 
 
-def test_a_schedule_of_the_ratio_makes_one_batch(with_kernel, monkeypatch):
+def test_a_schedule_of_the_ratio_makes_one_batch(kernel):
     """Move the weights as without the kernel."""
     here, there = (
         integer_layers(["linear", "experts"], torch.bfloat16),
         integer_layers(["linear", "experts"], torch.bfloat16),
     )
-    batched_run(here, "stochastic", schedule=[2.0, 1.0, 0.5])
-    assert with_kernel == [1, len(here[1].W)]
-    internals.use_kernel(monkeypatch, None)
-    batched_run(there, "stochastic", schedule=[2.0, 1.0, 0.5])
+    batched_run(here, "stochastic", kernel.rule(), schedule=[2.0, 1.0, 0.5])
+    assert kernel.made == [1, len(here[1].W)]
+    batched_run(there, "stochastic", "in_place", schedule=[2.0, 1.0, 0.5])
     assert all(torch.equal(a.W, b.W) for a, b in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["linear", "transposed", "experts", "columns"])
-def test_a_replaced_weight_is_not_held(layout, with_kernel):
+def test_a_replaced_weight_is_not_held(layout, kernel):
     """Free what was on the device at once after `model.cpu()`, not at the next step."""
     module = torch.nn.Module()
     s = integer_layers([layout], torch.bfloat16)[0]
     module.W = torch.nn.Parameter(s.W, requires_grad=False)
     triple = LoRATriple((module, "W"), s.A, s.B, scaling=2.0**-9, **s.options)
-    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1.0, rounding="compensated")
+    optimizer = DeltaLoRAOptimizer(
+        torch.optim.SGD, [triple], lr=1.0, rounding="compensated", weight_update=kernel.rule()
+    )
     gradients([s], 0)
     optimizer.step()
     gone = weakref.ref(s.W.untyped_storage())
@@ -142,37 +152,35 @@ def test_a_replaced_weight_is_not_held(layout, with_kernel):
 
 
 @each_rounding_of_a_batch
-def test_autograd_hears_of_the_write(mode, with_kernel):
+def test_autograd_hears_of_the_write(mode, kernel):
     """Tell it through the Parameter that W is now, after one was replaced by another in the same place."""
     module = torch.nn.Module()
     s = integer_layers(["transposed"], torch.bfloat16)[0]
     module.W = torch.nn.Parameter(s.W, requires_grad=False)
     triple = LoRATriple((module, "W"), s.A, s.B, scaling=2.0**-9, **s.options)
-    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1.0, rounding=mode)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=1.0, rounding=mode, weight_update=kernel.rule())
     for t in range(2):
         gradients([s], t)
         before = module.W._version
         optimizer.step()
         assert module.W._version > before
         module.W = torch.nn.Parameter(module.W.data, requires_grad=False)
-    assert len(with_kernel) == 1
+    assert len(kernel.made) == 1
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known to the host", "not known"])
-def test_wide_weights_next_to_narrow_ones(known, with_kernel, monkeypatch):
+def test_wide_weights_next_to_narrow_ones(known, kernel):
     """Share buffers, as they are of one shape: one of each moves, one of each does not."""
-    if not known:
-        internals.outcome_unknown_to_host(monkeypatch)
     stored = integer_layers(["linear"] * 4, torch.bfloat16)
     for s in stored[2:]:
         s.W = s.W.float()
     before = copy.deepcopy(stored)
-    optimizer = batch_optimizer(stored, "nearest")
+    optimizer = batch_optimizer(stored, "nearest", kernel.rule(reads=known))
     gradients(stored, 0)
     for s in stored[1::2]:
         s.A.grad, s.B.grad = torch.zeros_like(s.A), torch.zeros_like(s.B)
     optimizer.step()
-    assert with_kernel == [2]
+    assert kernel.made == [2]
     for i, (s, old) in enumerate(zip(stored, before, strict=True)):
         if i % 2:
             assert torch.equal(s.W, old.W)
@@ -182,10 +190,9 @@ def test_wide_weights_next_to_narrow_ones(known, with_kernel, monkeypatch):
 
 
 @each_rounding_of_a_batch
-def test_a_bad_factor_reaches_no_weight(mode, with_kernel, monkeypatch):
-    internals.outcome_unknown_to_host(monkeypatch)
+def test_a_bad_factor_reaches_no_weight(mode, kernel):
     stored = integer_layers(["linear", "experts"], torch.bfloat16)
-    optimizer = batched_run(stored, mode)
+    optimizer = batched_run(stored, mode, kernel.rule(reads=False))
     before = [s.W.clone() for s in stored], copy.deepcopy(compensations(optimizer))
     gradients(stored, 9)
     stored[1].B.grad.flatten()[0] = torch.inf
@@ -197,11 +204,11 @@ def test_a_bad_factor_reaches_no_weight(mode, with_kernel, monkeypatch):
     assert mode != "compensated" or all(map(torch.equal, compensations(optimizer), before[1]))
 
 
-def test_float64_factors_do_without_it(with_kernel):
+def test_float64_factors_do_without_it(kernel):
     stored = [strategies.make("linear", dtype=torch.bfloat16, factor_dtype=torch.float64)]
     before = stored[0].W.clone()
-    batched_run(stored, "stochastic")
-    assert with_kernel == []
+    batched_run(stored, "stochastic", kernel.rule())
+    assert kernel.made == []
     assert not torch.equal(stored[0].W, before)
 
 
@@ -222,51 +229,49 @@ def test_each_rounding_is_tried_before_any_is_used(failing, monkeypatch):
 
     monkeypatch.setattr(_triton, "Batch", Batch)
     monkeypatch.setattr(_triton, "is_available", lambda device: True)
-    monkeypatch.setattr(fused, "_usable", {})
-    monkeypatch.setattr(fused, "try_out", lambda kernel, device: try_out(kernel, torch.device("cpu")))
+    monkeypatch.setattr(batch, "_usable", {})
+    monkeypatch.setattr(batch, "try_out", lambda kernel, device: try_out(kernel, torch.device("cpu")))
     device = torch.device("cuda", 0)
     if failing is None:
         assert fused_kernel(device) is _triton
     else:
-        with pytest.warns(
-            RuntimeWarning, match=r"the kernel .* can ?not be used on cuda:0, .* slower: .*no C compiler"
-        ):
+        with pytest.warns(RuntimeWarning, match=r"the kernel .* cannot be used on cuda:0, .* slower: .*no C compiler"):
             assert fused_kernel(device) is None
         assert fused_kernel(device) is None
 
 
 def test_warns_of_a_triton_that_cannot_be_imported(monkeypatch):
     """Lack names, as an old Triton does, that the module takes from it."""
-    monkeypatch.setattr(fused, "_usable", {})
-    monkeypatch.delattr("deltaopt._triton")
-    monkeypatch.setitem(sys.modules, "deltaopt._triton", None)
-    with pytest.warns(RuntimeWarning, match=r"the kernel .* can ?not be used on cuda, .* slower"):
+    monkeypatch.setattr(batch, "_usable", {})
+    monkeypatch.delattr("deltaopt.rounding._triton")
+    monkeypatch.setitem(sys.modules, "deltaopt.rounding._triton", None)
+    with pytest.warns(RuntimeWarning, match=r"the kernel .* cannot be used on cuda, .* slower"):
         assert fused_kernel(torch.device("cuda")) is None
 
 
 def test_without_triton_there_is_none(monkeypatch):
     monkeypatch.setattr(_triton, "triton", None)
-    monkeypatch.setattr(fused, "_usable", {})
+    monkeypatch.setattr(batch, "_usable", {})
     assert not _triton.is_available(torch.device("cuda"))
     assert fused_kernel(torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("other", [lambda W: W.as_strided((5, 7), (1, 5)), lambda W: W.view(torch.float16)])
-def test_a_batch_is_not_for_another_tensor_in_the_same_place(other, with_kernel):
+def test_a_batch_is_not_for_another_tensor_in_the_same_place(other, kernel):
     stored = integer_layers(["linear"], torch.bfloat16)
-    optimizer = batched_run(stored, "nearest")
+    optimizer = batched_run(stored, "nearest", kernel.rule())
     stored[0].W.data = other(stored[0].W.data)
     gradients(stored, 9)
     optimizer.step()
-    assert with_kernel == [1, 1]
+    assert kernel.made == [1, 1]
 
 
-def test_a_batch_is_not_for_another_compensation(with_kernel):
+def test_a_batch_is_not_for_another_compensation(kernel):
     stored = integer_layers(["linear"], torch.bfloat16)
-    optimizer = batched_run(stored, "compensated")
-    ledger = internals.ledger_of(optimizer)
-    before, ledger.compensation = ledger.compensation, None
+    optimizer = batched_run(stored, "compensated", kernel.rule())
+    before = internals.compensation_of(optimizer)
+    internals.forget_compensation(optimizer)
     gradients(stored, 9)
     optimizer.step()
-    assert with_kernel == [1, 1]
-    assert ledger.compensation.bits is not before.bits
+    assert kernel.made == [1, 1]
+    assert internals.compensation_of(optimizer) is not before

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaopt.noise import Keys, label_hashes, noise_factors
-from deltaopt.rounding import add_product_, cut_off, lifted
+from deltaopt.rounding.blocks import add_product_, cut_off, lifted
+from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
 from tests.support import internals, strategies
 from tests.support.sixteen_bits import BOTH_DTYPES, int16_of, normal, spacing
 from tests.support.strategies import ROUNDINGS

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from tests.support import strategies
 from tests.support.compare import refused
 from tests.support.small import refuses_triples, small_layer, small_triple
 from tests.support.strategies import RULES
@@ -54,7 +55,7 @@ def test_refuses_a_weight_that_was_unfrozen_since():
     triple = small_triple()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
     triple.W.requires_grad_()
-    refused(optimizer.step, ValueError, "q: W requires grad", kept=lambda: [t.detach() for t in triple.stored()])
+    refused(optimizer.step, ValueError, "q: W requires grad", kept=lambda: [t.detach() for t in triple.tensors()])
 
 
 def test_refuses_a_weight_that_became_unusable():
@@ -144,7 +145,7 @@ def test_refuses_flattened_copies():
     """Hold one flat tensor in place of A and B, as the optimizers of DeepSpeed and FSDP1 do."""
     W, A, B = small_layer()
     flat = torch.cat([A.detach().flatten(), B.detach().flatten()]).requires_grad_()
-    with pytest.raises(ValueError, match=r"flattened copies \(DeepSpeed ZeRO, FSDP1, CPU offload\) can ?not be"):
+    with pytest.raises(ValueError, match=r"flattened copies \(DeepSpeed ZeRO, FSDP1, CPU offload\) cannot be"):
         DeltaLoRAOptimizer(torch.optim.SGD([flat]), [(W, A, B)])
 
 
@@ -162,7 +163,7 @@ def test_refuses_an_optimizer_of_deepspeed_by_name():
 def test_refuses_W_in_the_inner_optimizer():
     triple = small_triple()
     with pytest.raises(ValueError, match="q: W is among the parameters of the inner SGD"):
-        DeltaLoRAOptimizer(torch.optim.SGD(triple.stored()), [triple])
+        DeltaLoRAOptimizer(torch.optim.SGD(triple.tensors()), [triple])
     with pytest.raises(ValueError, match="q: W is among the parameters"):
         DeltaLoRAOptimizer(torch.optim.SGD, [triple], [triple.W])
 
@@ -186,3 +187,26 @@ def test_refuses_factors_replaced_in_the_groups(rule):
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, weight_update=rule)
     optimizer.param_groups[0]["params"] = [p.detach().clone().requires_grad_() for p in (A, B)]
     refused(optimizer.step, ValueError, r"q: A is not among .*\n.*q: B is not among", kept=lambda: optimizer.step_count)
+
+
+def test_W_among_named_parameters_is_refused():
+    stored = strategies.make("linear")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(name="q")], lr=0.1)
+    for params in ([("base", stored.W)], [stored.W]):
+        with pytest.raises(ValueError, match="params holds the W of q, which this optimizer moves itself"):
+            optimizer.add_param_group({"params": params})
+
+
+def test_a_problem_of_many_layers_is_one_line():
+    """Two hundred layers with dropout or frozen factors make one sentence, not two hundred."""
+    triples = []
+    for i in range(200):
+        stored = strategies.make("linear", seed=i)
+        stored.A.requires_grad_(False)
+        triples.append(stored.triple(name=f"layers.{i}.q_proj"))
+    with pytest.raises(
+        ValueError, match=r"A does not require grad.*\(200 layers: layers\.0\.q_proj, .*\.\.\.\)"
+    ) as caught:
+        DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
+    assert len(str(caught.value).splitlines()) == 2
+    assert len(str(caught.value)) < 500

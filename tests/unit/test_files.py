@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from deltaopt import files, load, save
+from deltaopt import load, save
+from deltaopt.checkpoint import files
 
 either_format = pytest.mark.parametrize(
     "name", ["state.pt", pytest.param("model.safetensors", marks=pytest.mark.extra)]
@@ -56,7 +57,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, name):
     load(path)
     for cut in [0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 200, len(whole) - 1]:
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match=f"{name} can ?not be read, it was cut off"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read, it was cut off"):
             load(path)
 
 
@@ -75,7 +76,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_save(tmp_path):
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"f": os.getcwd}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match=r"state.pt can ?not be read"):
+    with pytest.raises(ValueError, match=r"state.pt cannot be read"):
         load(tmp_path / "state.pt")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.memory import peak_allocation
-from deltaopt.fingerprint import (
+from deltaopt.checkpoint.fingerprint import (
     BLOCK_ELEMENTS,
     SAMPLES,
     Fingerprint,

@@ -194,10 +194,11 @@ def test_the_scaling_of_a_group_is_that_of_its_tuples():
     ],
 )
 @pytest.mark.parametrize("rule", RULES)
-def test_settings_of_a_group_are_checked_when_they_are_used(rule, attribute, value, error, message):
-    run = LayerRun(rule).train(1)
-    setattr(run.optimizer.groups[0], attribute, value)
-    refused(run.optimizer.step, error, message, kept=lambda: (run.tensors, run.scale, run.optimizer.step_count))
+def test_settings_of_a_group_are_checked_when_they_are_set(rule, attribute, value, error, message):
+    group = LayerRun(rule).train(1).optimizer.groups[0]
+    refused(
+        lambda: setattr(group, attribute, value), error, message, kept=lambda: (group.update_ratio, group.start_step)
+    )
 
 
 def test_settings_of_a_group_can_be_changed_between_steps():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from deltaopt import DeltaLoRAOptimizer
-from deltaopt.guard import FiniteGuard
 from tests.support import internals, strategies
 from tests.support.runs import LayerRun
 
@@ -109,26 +108,25 @@ def test_the_count_survives_copies():
     assert copy.deepcopy(optimizer).skipped_updates == 1
 
 
-def masked_update(monkeypatch, change, dtype=torch.float32):
+def masked_update(change, dtype=torch.float32):
     """Take the path of a GPU on a CPU: the host does not know which weights move."""
     stored = [strategies.make("linear", seed, dtype=dtype) for seed in range(3)]
-    delta = internals.new_delta()
-    delta.snapshot([internals.move_of(s.triple(), 0.5) for s in stored])
+    rule, weights = internals.as_on_a_gpu()(), [internals.weight_of(s.triple(), 0.5) for s in stored]
+    rule.before_step(weights, internals.AUTO, None)
     before = [s.matrices() for s in stored]
     with torch.no_grad():
         change(stored)
-    internals.outcome_unknown_to_host(monkeypatch)
-    delta.apply_(FiniteGuard(), internals.AUTO)
+    rule.after_step(weights, internals.AUTO)
     return stored, before
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_masking_moves_what_changed_and_nothing_else(monkeypatch, dtype):
+def test_masking_moves_what_changed_and_nothing_else(dtype):
     def change(stored):
         stored[1].A.mul_(1.5)
         stored[2].B.add_(0.25)
 
-    stored, before = masked_update(monkeypatch, change, dtype)
+    stored, before = masked_update(change, dtype)
     assert torch.equal(stored[0].W, before[0][0])
     for s, old in zip(stored[1:], before[1:], strict=True):
         W, A, B = (t.double() for t in s.matrices())
@@ -136,28 +134,28 @@ def test_masking_moves_what_changed_and_nothing_else(monkeypatch, dtype):
         assert torch.allclose(W, W_old + 0.5 * (A @ B - A_old @ B_old), rtol=0.01)
 
 
-def test_masking_makes_every_coefficient_negative(monkeypatch):
+def test_masking_makes_every_coefficient_negative():
     """Keep every bit whatever the sign of scaling: +0 times a negative number is -0, which is added without effect."""
     stored = [strategies.make("linear", seed) for seed in range(2)]
-    delta, coefs, dense = internals.new_delta(), (0.5, -0.5), []
-    delta.snapshot([internals.move_of(s.triple(), coef) for s, coef in zip(stored, coefs, strict=True)])
+    rule, coefs, dense = internals.as_on_a_gpu()(), (0.5, -0.5), []
+    weights = [internals.weight_of(s.triple(), coef) for s, coef in zip(stored, coefs, strict=True)]
+    rule.before_step(weights, internals.AUTO, None)
     before = [s.matrices() for s in stored]
     with torch.no_grad():
         for s in stored:
             s.A.mul_(1.5)
-    internals.outcome_unknown_to_host(monkeypatch)
-    internals.note_products(monkeypatch, lambda coef, U, V: dense.append((coef, U @ V)))
-    delta.apply_(FiniteGuard(), internals.AUTO)
+    rule.after_step(weights, internals.coefs_noted(lambda coef, U, V: dense.append((coef, U @ V))))
+    assert len(dense) == len(weights)
     for (used, product), coef, (_, A, B) in zip(dense, coefs, before, strict=True):
         assert used == -0.5
         assert torch.allclose(used * product, coef * 0.5 * A @ B, atol=1e-14)
 
 
-def test_masking_drops_everything_for_one_bad_factor(monkeypatch):
+def test_masking_drops_everything_for_one_bad_factor():
     def change(stored):
         stored[1].A.mul_(1.5)
         stored[2].B[0, 0] = float("inf")
 
     with pytest.warns(RuntimeWarning, match=NOT_FINITE):
-        stored, before = masked_update(monkeypatch, change)
+        stored, before = masked_update(change)
     assert all(torch.equal(s.W, old[0]) for s, old in zip(stored, before, strict=True))

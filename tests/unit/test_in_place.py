@@ -1,6 +1,7 @@
 """The mathematics of the update as properties, over random layouts, shapes and values."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 
 from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.guard import FiniteGuard
-from deltaopt.rounding import Scratch
+from deltaopt.in_place import InPlaceUpdate, delta_lora_, factored_delta_
+from deltaopt.rounding.blocks import Scratch
 from tests.support import internals, strategies
 from tests.support.compare import assert_close
 
@@ -26,14 +27,44 @@ def change_factors(stored, seed, scale=1.0):
         stored.B.add_(random64(*stored.B.shape, seed=seed + 1), alpha=scale)
 
 
+@contextmanager
+def update_of(*weights):
+    """Move these weights by what changes their factors within it."""
+    rule = InPlaceUpdate()
+    rule.before_step(weights, internals.AUTO, None)
+    yield
+    rule.after_step(weights, internals.AUTO)
+
+
 def move_once(stored, coef, seed, scale=1.0):
     """Update `stored` once for a change of its factors; return the dense matrices before and after."""
     before = stored.matrices()
-    delta = internals.new_delta()
-    delta.snapshot([internals.move_of(stored.triple(), coef)])
-    change_factors(stored, seed, scale)
-    delta.apply_(FiniteGuard(), internals.AUTO)
+    with update_of(internals.weight_of(stored.triple(), coef)):
+        change_factors(stored, seed, scale)
     return before, stored.matrices()
+
+
+@given(strategies.shapes, strategies.seeds, st.sampled_from([(), (2,)]))
+def test_the_free_functions_are_equation_6(shape, seed, lead):
+    """Need tensors alone: no triple, no optimizer."""
+    c, d, r = shape
+    W, A, A_new = (random64(*lead, *size, seed=seed + i) for i, size in enumerate(((c, d), (c, r), (c, r))))
+    B, B_new = random64(*lead, r, d, seed=seed + 3), random64(*lead, r, d, seed=seed + 4)
+    expected = W + 0.7 * (A_new @ B_new - A @ B)
+    U, V = torch.cat([A_new, A], dim=-1), torch.cat([B_new, B], dim=-2)
+    factored_delta_(U, V)
+    assert_close(W + 0.7 * U @ V, expected, 1e-13)
+    delta_lora_(W, (A, B), (A_new, B_new), 0.7)
+    assert_close(W, expected, 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_free_function_rounds_a_16_bit_weight_once(dtype):
+    W = random64(5, 7, seed=0).to(dtype)
+    A, B, A_new, B_new = (random64(*size, seed=i).float() for i, size in enumerate([(5, 3), (3, 7), (5, 3), (3, 7)]))
+    exact = W.double() + 0.1 * (A_new.double() @ B_new.double() - A.double() @ B.double())
+    delta_lora_(W, (A, B), (A_new, B_new), 0.1)
+    assert torch.equal(W, exact.to(dtype))
 
 
 @given(strategies.layouts, strategies.seeds, strategies.ratios, strategies.scalings)
@@ -125,15 +156,12 @@ def test_linear_in_the_coefficient(layout, seed, ratio):
 def test_invariant_to_the_order_of_rank_components(seed, order):
     plain, permuted = strategies.make("linear", seed), strategies.make("linear", seed)
     before, after = (plain.matrices(), move_once(plain, 1.0, seed)[1])
-    delta = internals.new_delta()
     with torch.no_grad():
         permuted.A.copy_(before[1][:, order])
         permuted.B.copy_(before[2][order])
-    delta.snapshot([internals.move_of(permuted.triple(), 1.0)])
-    with torch.no_grad():
-        permuted.A.copy_(after[1][:, order])
-        permuted.B.copy_(after[2][order])
-    delta.apply_(FiniteGuard(), internals.AUTO)
+        with update_of(internals.weight_of(permuted.triple(), 1.0)):
+            permuted.A.copy_(after[1][:, order])
+            permuted.B.copy_(after[2][order])
     assert_close(permuted.W, plain.W, 1e-13)
 
 
@@ -147,14 +175,11 @@ def test_block_rows_move_as_their_own_triples(seed):
         LoRATriple(fused, whole.A.detach()[s].clone().requires_grad_(), whole.B, rows=(s.start, s.stop), name=str(i))
         for i, s in enumerate((top, bottom))
     ]
-    delta = internals.new_delta()
-    delta.snapshot([internals.move_of(t, 1.0) for t in parts])
     before = whole.matrices()
-    change_factors(whole, seed)
-    with torch.no_grad():
+    with update_of(*(internals.weight_of(t, 1.0) for t in parts)), torch.no_grad():
+        change_factors(whole, seed)
         for part, rows in zip(parts, (top, bottom), strict=True):
             part.A.copy_(whole.A[rows])
-    delta.apply_(FiniteGuard(), internals.AUTO)
     assert_close(fused - before[0], whole.A.detach() @ whole.B.detach() - before[1] @ before[2], 1e-13)
 
 
@@ -171,12 +196,10 @@ def test_transposition(seed):
         lambda B: B,
         {},
     )
-    delta = internals.new_delta()
-    delta.snapshot([internals.move_of(turned.triple(), 0.7)])
-    _, (W, A, B) = move_once(stored, 0.7, seed)
-    turned.A.copy_(B.T)
-    turned.B.copy_(A.T)
-    delta.apply_(FiniteGuard(), internals.AUTO)
+    with update_of(internals.weight_of(turned.triple(), 0.7)):
+        _, (W, A, B) = move_once(stored, 0.7, seed)
+        turned.A.copy_(B.T)
+        turned.B.copy_(A.T)
     assert_close(turned.W.T, W, 1e-13)
 
 

@@ -11,7 +11,7 @@ from tests.support.small import refuses_triples, small_layer, small_triple
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
 def test_the_matrix_of_W_is_a_view(layout):
     stored = strategies.make(layout)
-    view = stored.triple().weight_matrix(stored.W)
+    view = stored.triple().view.weight(stored.W)
     assert torch.equal(view, stored.matrix(stored.W)) or layout == "conv2d_channels_last"
     view.fill_(42.0)
     assert bool((stored.matrix(stored.W) == 42.0).all())
@@ -22,9 +22,9 @@ def test_the_factors_multiply_in_the_order_of_the_weight(layout):
     """Hold also where the columns of the matrix of W stand in another order than in storage."""
     stored = strategies.make(layout)
     triple = stored.triple()
-    A, B = (factor.detach() for factor in triple.factor_matrices(triple.stored()))
+    A, B = (factor.detach() for factor in triple.view.factors(*triple.tensors()))
     stored.W.zero_()
-    triple.weight_matrix(stored.W).add_(A @ triple.columns_of(stored.W, B))
+    triple.view.weight(stored.W).add_(A @ triple.view.ordered(B, stored.W))
     _, dense_A, dense_B = stored.matrices()
     assert torch.allclose(stored.matrix(stored.W), dense_A @ dense_B, atol=1e-14)
 

@@ -78,3 +78,13 @@ def test_counts_its_bytes():
     assert ledger.nbytes == 0
     ledger.add(Term(1.0, torch.ones(9, 2), torch.ones(2, 7)))
     assert ledger.nbytes == 4 * 2 * (9 + 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_its_tensors_go_along_with_a_change_of_dtype(dtype):
+    ledger = Ledger()
+    ledger.end = torch.ones(3, 1), torch.ones(1, 4)
+    ledger.coef = 2.0
+    ledger.add(Term(0.5, torch.ones(3, 1), torch.ones(1, 4)))
+    assert ledger.to(torch.device("cpu"), dtype) is ledger
+    assert {t.dtype for t in ledger.end} == {t.dtype for term in ledger.terms for t in term[1:]} == {dtype}

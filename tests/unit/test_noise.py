@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from deltaopt.noise import EVENTS, Keys, label_hashes, noise_factors
+from deltaopt.rounding.noise import EVENTS, Keys, label_hashes, noise_factors
 
 CUT = 16
 GOLDEN_KEYS = Keys(66041136, 122831992)

@@ -134,5 +134,14 @@ def test_refuses_a_weight_that_is_computed():
     """Refuse it: a parametrization makes a new tensor at each access, in which an update is lost."""
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4, bias=False)).requires_grad_(False)
     message = refuses_weight(None, linear)
-    assert "each time it is read (a parametrization such as weight_norm)" in message
+    assert "at each access (a parametrization such as weight_norm)" in message
     assert "q: W is computed " in message
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_views_of_two_shapes_that_follow_each_other_do_not_overlap(order):
+    memory = torch.zeros(24)
+    views = memory[:12].view(3, 4), memory[12:].view(4, 3)
+    assert not memory_overlaps(views[order[0]], views[order[1]])
+    one_more = memory[11:23].view(4, 3)
+    assert memory_overlaps(*((views[0], one_more) if order == (0, 1) else (one_more, views[0])))

@@ -74,7 +74,7 @@ def test_refuses_a_merged_branch_at_registration_and_at_a_step():
     refused(
         optimizer.step,
         RuntimeError,
-        "W can ?not be moved now:\n  q: the branch is merged into W",
+        "W cannot be moved now:\n  q: the branch is merged into W",
         kept=lambda: [p.detach().clone() for p in module.parameters()],
     )
     module.merged = False

@@ -1,4 +1,4 @@
-"""The kernel does what `deltaopt.rounding` does, bit for bit where the sums are exact.
+"""The kernel does what `deltaopt.rounding.blocks` does, bit for bit where the sums are exact.
 
 On a CPU it runs in Triton's interpreter. What only a compiler refuses is found by compiling for devices that are not
 there.
@@ -16,16 +16,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deltaopt import rounding
-from deltaopt.noise import Keys, noise_factors
+from deltaopt.rounding import blocks as rounding
+from deltaopt.rounding.noise import Keys, noise_factors
 from tests.support import strategies
 from tests.support.sixteen_bits import BOTH_DTYPES, int16_of, normal, spacing
 from tests.support.strategies import ROUNDINGS
 
 triton = pytest.importorskip("triton", reason="runs where Triton is installed")
 
-from deltaopt import _triton  # noqa: E402
-from deltaopt._triton import Batch, Product  # noqa: E402
+from deltaopt.rounding import _triton  # noqa: E402
+from deltaopt.rounding._triton import Batch, Product  # noqa: E402
 
 pytestmark = pytest.mark.extra
 

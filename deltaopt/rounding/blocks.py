@@ -3,7 +3,7 @@
 A weight in the dtype of the computation takes the product in one `torch.addmm_`. One of 16 bits is lifted in blocks of
 rows of bounded size, so that the sum is exact to float32 and no dense copy of W is made. Then it is rounded
 
-- to nearest, which loses every update that is small beside the spacing of W's values;
+- to nearest, which loses every update that is small compared with the spacing of W's values;
 - stochastically: up with the probability of the fraction that is cut off, which keeps the mean;
 - with compensation: to nearest, and what was cut off is kept and added the next time. Both halves together
   are W in float32.
@@ -22,13 +22,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaopt.triple import LoRATriple
-
 BLOCK_ELEMENTS = 1 << 20
 """Elements of W that are lifted at a time: 4 MiB in float32."""
 
 NoiseFactors: TypeAlias = "tuple[Tensor, Tensor]"
-"""R (c, 1) and C (1, d), or (e, c, 1) and (e, 1, d): see deltaopt.noise."""
+"""R (c, 1) and C (1, d), or (e, c, 1) and (e, 1, d): see deltaopt.rounding.noise."""
 
 
 class Scratch:
@@ -38,7 +36,7 @@ class Scratch:
         self._kept: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def block(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Numbers, whatever they are, of the shape of `like`: where the last block of this name and dtype was."""
+        """Return an uninitialised tensor shaped like `like`, in the memory last handed out for this name and dtype."""
         key, n = (name, dtype, like.device), like.numel()
         kept = self._kept.get(key)
         if kept is None or kept.numel() < n:
@@ -47,7 +45,7 @@ class Scratch:
 
 
 class Grid(NamedTuple):
-    """How the values of a 16-bit dtype lie among those of float32."""
+    """The values of a 16-bit dtype among those of float32."""
 
     cut: int
     """Bits of float32 below the last one of the dtype."""
@@ -67,25 +65,6 @@ GRIDS = {
 }
 
 
-def add_to_weight_(
-    triple: LoRATriple,
-    W: Tensor,
-    U: Tensor,
-    V: Tensor,
-    coef: float,
-    noise: NoiseFactors | None = None,
-    compensation: Tensor | None = None,
-    scratch: Scratch | None = None,
-) -> None:
-    """The part of W that `triple` moves += coef * U @ V, with U (c, k) and V (k, d) as `triple` has its factors.
-
-    `compensation` has the shape of that part. For the others see `add_product_`.
-    """
-    if compensation is not None:
-        compensation = triple.part_matrix(compensation)
-    add_product_(triple.weight_matrix(W), U, triple.columns_of(W, V), coef, noise, compensation, scratch)
-
-
 def add_product_(
     W: Tensor,
     U: Tensor,
@@ -95,7 +74,7 @@ def add_product_(
     compensation: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> None:
-    """W += coef * U @ V, computed in the dtype of U and V and rounded once into W's.
+    """Compute W += coef * U @ V in the dtype of U and V, rounded once into W's.
 
     With `noise` or `compensation` that is by way of float32. A sum beyond a 16-bit W's largest finite value becomes
     that. A W in the dtype of U and V is always rounded to nearest.
@@ -108,7 +87,7 @@ def add_product_(
         noise: rounds stochastically.
         compensation: of W's shape, int16: what was cut off before, in units of float32's last place. It is added, and
             written in place.
-        scratch: memory to compute in, which the next call may use again. Default: memory of its own.
+        scratch: memory to compute in, which the next call may use too. Default: memory of its own.
     """
     if not W.numel():
         return
@@ -121,7 +100,7 @@ def add_product_(
 
 
 def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:
-    """A 16-bit W in float32, with what was cut off; of W's shape."""
+    """Return a 16-bit W in float32, with what was cut off; of W's shape."""
     full = W.to(torch.float32)
     if compensation is not None:
         marks = torch.empty_like(full, dtype=torch.int32)
@@ -130,7 +109,7 @@ def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:
 
 
 def cut_off(W: Tensor, full: Tensor) -> Tensor:
-    """The compensation, int16, of a 16-bit W that is `full` (float32) rounded to nearest.
+    """Return the compensation, int16, of a 16-bit W that is `full` (float32) rounded to nearest.
 
     `full` may differ in its last bits from what was rounded, and so lie just on the far side of a tie from W: half a
     spacing is kept there, the most that rounding to nearest cuts off. Where W is no rounding of `full`, nothing is.
@@ -284,7 +263,7 @@ def _take_off_(x: Tensor, offset: Tensor | None) -> None:
 
 
 def _offset(x: Tensor, marks: Tensor, grid: Grid) -> Tensor:
-    """What `_put_on_` adds: the smallest normal number where x is below it, else zero, with the sign of x.
+    """Return what `_put_on_` adds: the smallest normal number where x is below it, else zero, with the sign of x.
 
     It is made in `marks`, int32.
     """
@@ -297,7 +276,7 @@ def _offset(x: Tensor, marks: Tensor, grid: Grid) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no TF32 or bf16 shortcut in float32 products: the delta has few bits to spare."""
+    """Switch off autocast and the TF32 and bf16 shortcuts of float32 products: the delta has few bits to spare."""
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     matmul = backend.matmul
     before = matmul.fp32_precision

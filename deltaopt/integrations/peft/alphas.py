@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from deltaopt.integrations.peft_save import configs_of, name_in_base, with_config
+from deltaopt.integrations.peft.adapter_files import configs_of, name_in_base, with_config
 
 
 class Alphas:
@@ -24,12 +24,12 @@ class Alphas:
         adapter: its name.
 
     Attributes:
-        changed: whether a layer was given another alpha, of which the config does not know yet.
+        changed: True if a layer has another alpha than its config says.
     """
 
     @classmethod
     def within(cls, model: nn.Module, adapter: str) -> dict[int, Alphas]:
-        """For the id of each layer that has a config above it, those of the outermost module that holds it.
+        """Return, by the id of each layer that has a config above it, those of the outermost module that holds it.
 
         A model may have several: PeftModels side by side in a module of the user's.
         """
@@ -73,7 +73,7 @@ class Alphas:
         config.alpha_pattern = {f"^{re.escape(name)}": a for name, a in alphas.items() if a != common}
 
     def _own_config(self) -> LoraConfig:
-        """The adapter's config; a copy, once, of one that may be the user's own and serve other models."""
+        """Return the adapter's config; a copy, made once, as it may be the user's own and serve other models."""
         config = self._configs[self._adapter]
         if _copies.get(id(config)) is not config:
             config = self._configs[self._adapter] = copy.copy(config)
@@ -89,7 +89,7 @@ _copies: WeakValueDictionary[int, LoraConfig] = WeakValueDictionary()
 
 
 def _key(name: str, layer: lora.LoraLayer) -> str:
-    """What PEFT looks for in ``alpha_pattern``."""
+    """Return the name that PEFT looks for in ``alpha_pattern``."""
     return f"{name}.{layer.parameter_name}" if _is_parameter(layer) else name
 
 

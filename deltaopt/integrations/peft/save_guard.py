@@ -22,44 +22,44 @@ class SaveGuard:
     """
 
     def __init__(self) -> None:
-        self._told = False
+        self._has_warned = False
 
     def watch(self, layer: nn.Module) -> None:
-        """W of this layer moves, or has moved. A guard of an earlier search of the model is replaced."""
+        """Watch a layer whose W moves, or has moved; replace the guard of an earlier search of the model."""
         _remove(layer)
         layer.register_state_dict_pre_hook(self)
 
     @staticmethod
     def watches(layer: nn.Module) -> bool:
-        """Whether W of this layer is known to have moved."""
+        """Tell if W of this layer is known to have moved."""
         return any(isinstance(hook, SaveGuard) for hook in layer._state_dict_pre_hooks.values())
 
     def leave(self, layer: nn.Module) -> None:
-        """W of this layer, as it is, is the base."""
+        """Leave a layer whose W, as it is, is the base."""
         if _remove(layer):
-            self._told = False
+            self._has_warned = False
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        """Called by torch before the layer's tensors are collected."""
-        if self._told:
+        """Warn if an adapter is being saved; torch calls this before it collects the layer's tensors."""
+        if self._has_warned:
             return
         stacklevel = _stacklevel_of_an_adapter_save(sys._getframe(1))
         if stacklevel is None:
             return
-        self._told = True
+        self._has_warned = True
         warnings.warn(
             "save_pretrained writes the adapter alone, but Delta-LoRA has moved the weights under it too, and that "
             "movement is not in these files: on the pristine base they do not give the trained model. Write an adapter "
             "that does with deltaopt.integrations.peft.save_adapter(model, optimizer, directory), or all weights with "
             "model.merge_and_unload().save_pretrained(directory). To *resume* training these files are enough, as long "
-            "as optimizer.state_dict() is saved beside them",
+            "as optimizer.state_dict() is saved with them",
             UserWarning,
             stacklevel=stacklevel,
         )
 
 
 def _remove(layer: nn.Module) -> bool:
-    """Whether there was one."""
+    """Remove the guard of a layer; return True if there was one."""
     hooks = layer._state_dict_pre_hooks
     found = [key for key, hook in hooks.items() if isinstance(hook, SaveGuard)]
     for key in found:
@@ -68,7 +68,7 @@ def _remove(layer: nn.Module) -> bool:
 
 
 def _stacklevel_of_an_adapter_save(frame: FrameType | None) -> int | None:
-    """Where a warning of the hook points to the call of a library's save of an adapter; None if none is running.
+    """Return the stack level of the call of a library's adapter save, for a warning; None if none is running.
 
     Args:
         frame: of the caller of the hook, which is level 2.
@@ -89,7 +89,7 @@ def _saves_everything(library: str, model: Any) -> bool:
 
 
 def _saves_the_optimizer_too(frame: FrameType) -> bool:
-    """Whether this is a checkpoint of Trainer's to resume from, with ``optimizer.pt`` beside the adapter."""
+    """Tell if this is a checkpoint of Trainer's to resume from, with ``optimizer.pt`` next to the adapter."""
     caller = frame.f_back
     while caller is not None:
         if caller.f_code.co_name == "_save_checkpoint" and caller.f_globals.get("__name__") == "transformers.trainer":

@@ -1,7 +1,7 @@
-"""The same sum as `deltaopt.rounding` for many 16-bit weights at once: W is read once, rounded once, and written once.
+"""The kernel: the sum of blocks.py for many 16-bit weights at once. W is read, rounded and written once.
 
 Matrices of the same shape, dtype and strides share a launch. What differs between them (where they lie, the hash of
-their noise, their place in `keep`) is in a table on the device, and their coefficients beside it, which are copied
+their noise, their place in `keep`) is in a table on the device, and their coefficients next to it, which are copied
 there only when they are other ones than before. Nothing waits for the device. Each program makes one tile of W. The
 product is summed in float32, without TF32.
 
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaopt import noise
-from deltaopt.noise import Keys
-from deltaopt.rounding import GRIDS
+from deltaopt.rounding import noise
+from deltaopt.rounding.blocks import GRIDS
+from deltaopt.rounding.noise import Keys
 
 try:
     import triton
@@ -51,8 +51,8 @@ class Product(NamedTuple):
         W: (c, d), bfloat16 or float16, any strides, no two elements in the same place; written in place.
         U: (c, k), float32, any strides.
         V: (k, d), float32, any strides.
-        compensation: (c, d), int16, any strides: rounds with compensation (see `deltaopt.rounding`), written in place.
-        hash: which noise the matrix gets, an int32 (see `deltaopt.noise.label_hashes`).
+        compensation: (c, d), int16, any strides: rounds with compensation (see blocks.py), written in place.
+        hash: which noise the matrix gets, an int32 (see `deltaopt.rounding.noise.label_hashes`).
         place: its index in `keep`.
     """
 
@@ -80,7 +80,7 @@ class Batch:
         self.groups = [_Group(likeness, members) for likeness, members in alike.items()]
 
     def add_(self, coefs: Sequence[float], keep: Tensor, keys: Keys | None) -> None:
-        """Add each product to its W. Autograd is not told.
+        """Add each product to its W. Autograd does not see it.
 
         Args:
             coefs: the factor of each product.
@@ -93,7 +93,7 @@ class Batch:
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether Triton is installed and compiles for `device`, or interprets for a CPU (TRITON_INTERPRET=1)."""
+    """Tell if Triton is installed and compiles for `device`, or interprets for a CPU (TRITON_INTERPRET=1)."""
     if triton is None:
         return False
     if INTERPRETED:
@@ -102,7 +102,7 @@ def is_available(device: torch.device) -> bool:
 
 
 class _Likeness(NamedTuple):
-    """What the matrices of one launch have in common."""
+    """The properties that the matrices of one launch share."""
 
     dtype: torch.dtype
     c: int
@@ -170,7 +170,7 @@ def _addresses(product: Product) -> list[int]:
 
 
 def options(likeness: _Likeness, aligned: bool) -> dict[str, Any]:
-    """What the kernel is compiled for, but for the choice of stochastic rounding."""
+    """Return what the kernel is compiled for, but for the choice of stochastic rounding."""
     cut, largest, subnormal = GRIDS[likeness.dtype]
     rows, columns = (min(TILE_SIDE, _power_of_two(n)) for n in (likeness.c, likeness.d))
     return {
@@ -304,7 +304,7 @@ def _rounded(x: tl.tensor, addend: tl.tensor, CUT: tl.constexpr, SUBNORMAL: tl.c
 
 @_jit()
 def _cut_off(x: tl.tensor, rounded: tl.tensor, SUBNORMAL: tl.constexpr) -> tl.tensor:
-    """What rounding took from x. It counts from the rounded value, from which it is known where the spacing changes."""
+    """Return what rounding took from x, counted from the rounded value, which tells where the spacing changes."""
     size = tl.abs(rounded)
     small = size < SUBNORMAL
     return (_spread(tl.abs(x), small, SUBNORMAL) - _spread(size, small, SUBNORMAL)).to(tl.int16)
@@ -346,7 +346,7 @@ def _number(bits: tl.tensor) -> tl.tensor:
 
 @_jit()
 def _scrambled(label: tl.tensor, key: tl.tensor, n: tl.tensor) -> tl.tensor:
-    """Those of the odd random numbers of `deltaopt.noise` with the indices n."""
+    """Return the odd random numbers of `deltaopt.rounding.noise` with the indices n."""
     return _mixed(_mixed(label ^ key.to(tl.uint32)) + n.to(tl.uint32) * WEYL) | 1
 
 

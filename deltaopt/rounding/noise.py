@@ -29,14 +29,14 @@ EVENTS = ("move", "restart", "resync", "resume")
 
 
 class Keys(NamedTuple):
-    """What the noise of one event of the run is made from: two int32, for rows and for columns."""
+    """The keys of one event's noise: two int32, for rows and for columns."""
 
     rows: int
     columns: int
 
     @classmethod
     def of(cls, seed: int, event: str, step: int, repeat: int = 0) -> Keys:
-        """The keys of `event`, one of `EVENTS`, for the `repeat`-th time in step `step` of a run with this seed."""
+        """Return the keys of `event`, one of `EVENTS`, for the `repeat`-th time in step `step` with this seed."""
         words = (seed, seed >> 32, EVENTS.index(event) + repeat * len(EVENTS), step)
         rows, columns = 0, WEYL
         for word in map(_int32, words):
@@ -47,7 +47,7 @@ class Keys(NamedTuple):
 
 
 def label_hashes(labels: Sequence[str], lead: Sequence[int]) -> Tensor:
-    """(n, *lead) int32, one number for each matrix of the triples `labels`, of which one has `lead` matrices."""
+    """Return (n, *lead) int32, one number for each matrix of the triples `labels`, of which one has `lead` matrices."""
     hashes = torch.tensor([_int32(_label_hash(label)) for label in labels], dtype=torch.int32)
     for e in lead:
         hashes = hashes.unsqueeze(-1) + torch.arange(e, dtype=torch.int32)
@@ -55,20 +55,20 @@ def label_hashes(labels: Sequence[str], lead: Sequence[int]) -> Tensor:
 
 
 def noise_factors(keys: Keys, hashes: Tensor, c: int, d: int) -> tuple[Tensor, Tensor]:
-    """R (.., c, 1) and C (.., 1, d), int32 and odd, for each of the matrices with the hashes (..)."""
+    """Return R (..., c, 1) and C (..., 1, d), int32 and odd, for each of the matrices with the hashes (...)."""
     R = _scrambled(hashes, keys.rows, c)
     C = _scrambled(hashes, keys.columns, d)
     return R.unsqueeze(-1), C.unsqueeze(-2)
 
 
 def _scrambled(hashes: Tensor, key: int, n: int) -> Tensor:
-    """(.., n) odd random numbers."""
+    """Return (..., n) odd random numbers."""
     start = mixed(hashes ^ key).unsqueeze(-1)
     return mixed(start + torch.arange(n, dtype=torch.int32, device=hashes.device) * WEYL) | 1
 
 
 def mixed(x: Int32) -> Int32:
-    """Each int32 scrambled, one-to-one: xor-shifts and odd multiplications."""
+    """Scramble each int32, one-to-one: xor-shifts and odd multiplications."""
     for shift, factor in MIX:
         product = (x ^ _shifted(x, shift)) * factor
         x = _int32(product) if isinstance(product, int) else product  # tensors wrap around by themselves
@@ -76,12 +76,12 @@ def mixed(x: Int32) -> Int32:
 
 
 def _shifted(x: Int32, shift: int) -> Int32:
-    """A right shift that brings in zeros: that of int32 brings in the sign."""
+    """Shift right and bring in zeros: the shift of int32 brings in the sign."""
     return (x >> shift) & ((1 << (32 - shift)) - 1)
 
 
 def _label_hash(label: str) -> int:
-    """FNV-1a: the same in every process, as Python's own hash is not."""
+    """Hash by FNV-1a: the same in every process, as Python's own hash is not."""
     value = 0x811C9DC5
     for byte in label.encode():
         value = ((value ^ byte) * 0x01000193) & 0xFFFFFFFF
@@ -89,5 +89,5 @@ def _label_hash(label: str) -> int:
 
 
 def _int32(word: int) -> int:
-    """The lowest 32 bits of an int, as int32."""
+    """Return the lowest 32 bits of an int, as int32."""
     return ((word & 0xFFFFFFFF) ^ (1 << 31)) - (1 << 31)

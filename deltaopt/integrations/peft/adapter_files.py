@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deltaopt.files import PathLike, replacing_together
+from deltaopt.checkpoint.files import PathLike, replacing_together
 from deltaopt.lowrank import LowRank
 
 PREFIX = "base_model.model."
-"""What stands before the names of the base model's modules in a PeftModel, and in every adapter file."""
+"""The prefix of the names of the base model's modules in a PeftModel, and in every adapter file."""
 
 
 class LayerChange(NamedTuple):
-    """What training did to one layer.
+    """The change that training made to one layer.
 
     Attributes:
         layer: PEFT's.
@@ -58,7 +58,7 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
 
 
 def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> dict[str, Tensor]:
-    """The factors, and whatever else PEFT saves: biases, modules_to_save, trainable tokens."""
+    """Return the factors, and whatever else PEFT saves: biases, modules_to_save, trainable tokens."""
     # PEFT itself picks from the state_dict and names what it picks, so the factors are exchanged before.
     state = model.state_dict()
     names = _names(model)
@@ -78,7 +78,7 @@ def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> 
 
 
 def _stored(layer: lora.LoraLayer, adapter: str, change: LowRank) -> dict[str, Tensor]:
-    """The factors in the shapes and under the names in which PEFT holds them."""
+    """Return the factors in the shapes and under the names in which PEFT holds them."""
     A, B, _ = change
     if isinstance(layer, lora.Embedding):
         return {f"lora_embedding_B.{adapter}": A, f"lora_embedding_A.{adapter}": B}
@@ -91,7 +91,7 @@ def _stored(layer: lora.LoraLayer, adapter: str, change: LowRank) -> dict[str, T
 
 
 def _parameters_padded(changes: Sequence[LayerChange]) -> list[LayerChange]:
-    """Zeros appended to the factors of ``target_parameters``, so that all of those have one rank.
+    """Append zeros to the factors of ``target_parameters``, so that all of those have one rank.
 
     Then they need no entry in ``rank_pattern``; PEFT takes such entries for mistakes and says so when it loads them.
     """
@@ -109,7 +109,7 @@ def _padded(change: LowRank, rank: int) -> LowRank:
 
 
 def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> LoraConfig:
-    """The adapter's config, with the ranks of these factors, a scaling of 1, and a start that leaves the base alone."""
+    """Return the adapter's config with the ranks of these factors, a scaling of 1, and a start that leaves the base."""
     config = copy.deepcopy(configs_of(model)[adapter])
     names = _names(model)
     parameters = [change.rank for layer, change, _ in changes if isinstance(layer, lora.ParamWrapper)]
@@ -136,7 +136,7 @@ def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> L
 
 
 def _auto_mapping(model: nn.Module, config: LoraConfig) -> dict[str, str] | None:
-    """The class of the base, by which PEFT's AutoPeftModel finds it where there is no task type."""
+    """Return the class of the base, by which PEFT's AutoPeftModel finds it where there is no task type."""
     if config.task_type is not None:
         return None
     base = type(_base_model(model))
@@ -144,7 +144,7 @@ def _auto_mapping(model: nn.Module, config: LoraConfig) -> dict[str, str] | None
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, no two with one storage, which safetensors does not take."""
+    """Copy tensors that share their storage with another one, which safetensors refuses."""
     seen: set[tuple[torch.device, int]] = set()
     separate = {}
     for key, tensor in tensors.items():
@@ -155,7 +155,7 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_embedding(model: nn.Module, name: str, layer: nn.Module) -> bool:
-    """Whether PEFT takes this for one of the model's embeddings, which it may save as a whole."""
+    """Tell if PEFT takes this for one of the model's embeddings, which it may save as a whole."""
     if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES:
         return True
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -166,7 +166,7 @@ def _is_embedding(model: nn.Module, name: str, layer: nn.Module) -> bool:
 
 
 def name_in_base(model: nn.Module, name: str) -> str:
-    """The name in the base model of a module of `model`."""
+    """Return the name in the base model of a module of `model`."""
     name = name.removeprefix(PREFIX) if isinstance(model, PeftModel) else name
     return name.replace(".base_layer", "")  # of a module within one whose parameters are targets
 
@@ -180,7 +180,7 @@ def _base_model(model: nn.Module) -> nn.Module:
 
 
 def with_config(model: nn.Module) -> nn.Module:
-    """The model without what DistributedDataParallel and torch.compile put around it, and without PEFT's tuner."""
+    """Return the model without the wrappers of DistributedDataParallel and torch.compile, and without PEFT's tuner."""
     children = dict(model.named_children())
     if "_orig_mod" in children:
         return with_config(children["_orig_mod"])
@@ -197,5 +197,5 @@ def with_config(model: nn.Module) -> nn.Module:
 
 
 def configs_of(model: Any) -> dict[str, LoraConfig]:
-    """The configs of a model's adapters, by their names."""
+    """Return the configs of a model's adapters, by their names."""
     return model.peft_config  # type: ignore[no-any-return]

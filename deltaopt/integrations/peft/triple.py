@@ -8,16 +8,15 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from deltaopt.integrations.peft_alpha import Alphas
-from deltaopt.integrations.save_guard import SaveGuard
-from deltaopt.ledger import Ledger
-from deltaopt.triple import LoRATriple
+from deltaopt.integrations.peft.alphas import Alphas
+from deltaopt.integrations.peft.save_guard import SaveGuard
+from deltaopt.triple import LoRATriple, Tensors
 
 CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
 
 
 SUBTRACTING = ("pissa", "corda", "olora", "lora_ga")
-"""How the values of ``init_lora_weights`` begin with which PEFT takes the product of the first A and B out of W."""
+"""The beginnings of the values of ``init_lora_weights`` for which PEFT takes the first A @ B out of W."""
 
 
 class PeftTriple(LoRATriple):
@@ -63,35 +62,35 @@ class PeftTriple(LoRATriple):
         )
         self._first_scaling = self.scaling
 
-    def took_from_base(self) -> bool:
-        """Whether A and B are the start that PEFT has taken out of W: by PiSSA, CorDA, OLoRA or LoRA-GA."""
-        return self._subtracts() and self._is_at_its_start()
+    def took_from_base(self, tensors: Tensors) -> bool:
+        """Tell if A and B are the start that PEFT has taken out of W: by PiSSA, CorDA, OLoRA or LoRA-GA."""
+        return self._subtracts() and self._is_at_its_start(tensors)
 
     def has_moved(self) -> bool:
-        """Whether an earlier optimizer has moved W: its mark is still on the layer."""
+        """Tell if an earlier optimizer has moved W: its mark is still on the layer."""
         return SaveGuard.watches(self.layer)
 
     def weight_moves(self) -> None:
-        """From now on PEFT's own save of the adapter leaves something out."""
+        """Let PEFT's own save of the adapter warn: it leaves the movement of W out."""
         self._guard.watch(self.layer)
 
     def weight_rests(self) -> None:
-        """From now on it does not."""
+        """Let PEFT's own save of the adapter be: W is the base."""
         self._guard.leave(self.layer)
 
     def branch_problems(self) -> list[str]:
-        """Merged, or rescaled or given dropout since it was registered."""
+        """Say if the branch was merged, rescaled or given dropout since it was registered."""
         allowed = self._allow_dropout and not self.folded
         return self.change_problems() or ([] if allowed else dropout_problems(self.layer, self.adapter))
 
     def change_problems(self) -> list[str]:
-        """Why W and branch_scaling * A @ B are not what the layer computes with."""
+        """Say why W and branch_scaling * A @ B are not what the layer computes with."""
         return self.merge_problems() or self.scaling_problems()
 
     def scaling_problems(self) -> list[str]:
-        """Whether the layer's scaling is another one than `branch_scaling`."""
+        """Say if the layer's scaling is another one than `branch_scaling`."""
         now = self.layer.scaling.get(self.adapter)
-        if now is not None and math.isclose(now, self.branch_scaling, rel_tol=1e-9):  # PEFT makes it anew from alpha
+        if now is not None and math.isclose(now, self.branch_scaling, rel_tol=1e-9):  # PEFT recomputes it from alpha
             return []
         when = "folded" if self.folded else "registered"
         return [
@@ -100,7 +99,7 @@ class PeftTriple(LoRATriple):
         ]
 
     def set_branch_scaling(self, value: float) -> None:
-        """In the layer, with the alpha that it comes from."""
+        """Set the layer's scaling, and the alpha that it comes from."""
         alpha = float(f"{self._alpha * (value / self._first_scaling):.12g}")
         self.layer.scaling[self.adapter] = value
         self.layer.lora_alpha[self.adapter] = int(alpha) if alpha.is_integer() else alpha
@@ -108,12 +107,12 @@ class PeftTriple(LoRATriple):
             self._alphas.changed = True
 
     def keep_branch_scaling(self) -> None:
-        """The adapter's config gets this alpha, so that ``save_pretrained`` writes what the layer computes."""
+        """Give the adapter's config this alpha, so that ``save_pretrained`` writes what the layer computes."""
         if self._alphas is not None:
             self._alphas.follow()
 
     def folding_problems(self) -> list[str]:
-        """What W would do and a folded branch does not, or the other way round."""
+        """Say what W would do and a folded branch does not, or the other way round."""
         found = []
         if self.tied:
             found.append(
@@ -137,8 +136,12 @@ class PeftTriple(LoRATriple):
             )
         return found
 
-    def pristine_problems(self, ledger: Ledger) -> list[str]:
-        """Why the change of this layer since the pristine base is not known."""
+    def pristine_problems(self, origin_known: bool) -> list[str]:
+        """Say why the change of this layer since the pristine base is not known.
+
+        Args:
+            origin_known: what the start of A and B took out of the base was seen, or is in a loaded state.
+        """
         if self._start == "loftq":
             return [
                 "LoftQ has replaced its base weight by a quantized one, which is not the pristine one minus a product "
@@ -151,11 +154,11 @@ class PeftTriple(LoRATriple):
                 "PEFT's OLoRA takes A @ B out of a Conv1D's weight without transposing it, so W was another one than "
                 "the branch belongs to: use another init_lora_weights"
             ]
-        if ledger.origin is not None:
+        if origin_known:
             return []
         return [
             f"init_lora_weights={self._start!r} takes the start of A and B out of W, but what that was is not known: "
-            "the adapter was trained before the optimizer was built (with rank 1 it can not be told), or rebase() was "
+            "the adapter was trained before the optimizer was built (with rank 1 it cannot be known), or rebase() was "
             "called. Load the optimizer's "
             "state that was saved with the adapter, or save all weights, merge_and_unload().save_pretrained(directory)"
         ]
@@ -166,24 +169,23 @@ class PeftTriple(LoRATriple):
         return rewritten and isinstance(self._start, str) and self._start.lower().startswith(SUBTRACTING)
 
     @torch.no_grad()
-    def _is_at_its_start(self) -> bool:
-        """Whether the columns of A are orthogonal, as at all of these starts. For rank 1 nothing can be told.
+    def _is_at_its_start(self, tensors: Tensors) -> bool:
+        """Tell if the columns of A are orthogonal, as at all of these starts. For rank 1 nothing is known.
 
         Those of a trained adapter that was loaded are not. PEFT then takes its own new start out of W, or none.
         """
-        stored = self.stored()
-        A = self.factor_matrices(stored)[0].float()
+        A = self.view.factors(*tensors)[0].float()
         if A.shape[-1] == 1:
             return False
         lengths = A.norm(dim=-2)
         cosines = A.mT @ A / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp_min(1e-30)
         cosines.diagonal(dim1=-2, dim2=-1).zero_()
-        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in stored)  # PEFT computes the start in W's dtype
+        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)  # PEFT computes the start in W's dtype
         return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
 
 
 def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
-    """That the branch has dropout; empty if it has none."""
+    """Say that the branch has dropout; empty if it has none."""
     dropout = layer.lora_dropout[adapter]
     if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
         return []

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed."""
+"""Files that are whole or not there: written next to their place, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """A path beside `path` to write a file to, which takes its place at the end, or never.
+    """Give a path next to `path` to write a file to, which takes its place at the end, or never.
 
     A process that is killed at any moment leaves the old file or the new one. An exception leaves the old one.
     """
     path = Path(path)
-    beside = _beside(path.parent, path.name)
+    part = _free_name(path.parent, path.name)
     try:
-        yield beside
-        _flush(beside)
-        os.replace(beside, path)
+        yield part
+        _flush(part)
+        os.replace(part, path)
         _flush(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_together(folder: PathLike, last: str) -> Iterator[Path]:
-    """A folder to write files to that belong together, which take their places in `folder` at the end, or never.
+    """Give a folder for files that belong together, which take their places in `folder` at the end, or never.
 
     A folder that was not there appears whole. In one that was, other files stay, and a process that is killed at any
-    moment leaves the old files, the new ones, or a folder without `last`, never some old and some new beside it.
+    moment leaves the old files, the new ones, or a folder without `last`, never some old and some new ones together.
 
     Args:
         folder: the place.
@@ -52,43 +52,43 @@ def replacing_together(folder: PathLike, last: str) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, expected a folder: name another place")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(folder if folder.is_dir() else folder.parent, folder.name)
-    beside.mkdir()
+    part = _free_name(folder if folder.is_dir() else folder.parent, folder.name)
+    part.mkdir()
     try:
-        yield beside
-        names = sorted(file.name for file in beside.iterdir())
-        for path in (*(beside / name for name in names), beside):
+        yield part
+        names = sorted(file.name for file in part.iterdir())
+        for path in (*(part / name for name in names), part):
             _flush(path)
         if folder.is_dir():
-            # Several files can not be replaced at once. Either order alone would pass through old tensors under a new
+            # Several files cannot be replaced at once. Either order alone would pass through old tensors under a new
             # config or the other way round, which may load and be wrong: so there is no config in between, unless it
             # is the same one.
-            if not _same_bytes(beside / last, folder / last):
+            if not _same_bytes(part / last, folder / last):
                 (folder / last).unlink(missing_ok=True)
                 _flush(folder)
             for name in sorted(names, key=last.__eq__):
-                os.replace(beside / name, folder / name)
+                os.replace(part / name, folder / name)
                 _flush(folder)
         else:
-            os.rename(beside, folder)
+            os.rename(part, folder)
             _flush(folder.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def save(obj: Any, path: PathLike) -> None:
-    """`torch.save` that is never seen half done: a temporary file, fsync, rename.
+    """Save as `torch.save` does, but never half: a temporary file, fsync, rename.
 
     Args:
         obj: what to save, such as ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``.
         path: the file.
     """
-    with replacing(path) as beside:
-        torch.save(obj, beside)
+    with replacing(path) as part:
+        torch.save(obj, part)
 
 
 def load(path: PathLike, map_location: Any = "cpu") -> Any:
-    """What `save` wrote, read with ``weights_only=True``; a .safetensors file as a dict of tensors.
+    """Read what `save` wrote, with ``weights_only=True``; a .safetensors file as a dict of tensors.
 
     Args:
         path: the file.
@@ -107,16 +107,16 @@ def load(path: PathLike, map_location: Any = "cpu") -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError, ImportError):
         raise
-    except Exception as error:  # torch.load has many: RuntimeError, EOFError, OSError, UnpicklingError, ..
-        raise ValueError(f"{path} can not be read, it was cut off or is something else: {error}") from error
+    except Exception as error:  # torch.load has many: RuntimeError, EOFError, OSError, UnpicklingError, ...
+        raise ValueError(f"{path} cannot be read, it was cut off or is something else: {error}") from error
 
 
 def _same_bytes(a: Path, b: Path) -> bool:
     return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
-def _beside(folder: Path, name: str) -> Path:
-    """A name that is not taken; what killed processes of this machine have left for `name` is removed."""
+def _free_name(folder: Path, name: str) -> Path:
+    """Return a name that is not taken; remove what killed processes of this machine have left for `name`."""
     stem = f".{name}.{platform.node()}."
     for left in folder.glob(f"{glob.escape(stem)}*.part"):
         pid = left.name.removeprefix(stem).partition(".")[0]
@@ -126,7 +126,7 @@ def _beside(folder: Path, name: str) -> Path:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is a process with this number."""
+    """Tell if there is a process with this number."""
     if os.name != "posix":
         return True  # nothing to ask that does no harm there
     try:

@@ -1,26 +1,28 @@
 """PEFT: its LoRA layers as triples, and the trained change as a PEFT adapter.
 
-Layers are told by their class, not by ``PeftModel``: transformers and diffusers inject them without one.
+Layers are recognised by their class, not by ``PeftModel``: transformers and diffusers inject them without one.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
-from deltaopt.files import PathLike
 from deltaopt.integrations import tied_places
-from deltaopt.integrations.peft_alpha import Alphas
-from deltaopt.integrations.peft_save import LayerChange, configs_of, with_config, write_adapter
-from deltaopt.integrations.peft_triple import CONVOLUTIONS, PeftTriple, dropout_problems
-from deltaopt.integrations.save_guard import SaveGuard
-from deltaopt.ledger import Ledger
+from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
+from deltaopt.integrations.peft.alphas import Alphas
+from deltaopt.integrations.peft.save_guard import SaveGuard
+from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
+from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.triple import LoRATriple
+from deltaopt.weight import WeightState
 
 SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
 QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "awq", "eetq", "hqq", "aqlm", "inc")]
@@ -28,26 +30,30 @@ QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "
 
 
 def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
-    """The triples of every PEFT LoRA layer of `model` that holds `adapter`.
+    """Return the triples of every PEFT LoRA layer of `model` that holds `adapter`.
 
     Raises:
-        ValueError: for layers that Delta-LoRA can not move, all in one message.
+        ValueError: for layers that Delta-LoRA cannot move, all in one message.
     """
-    layers = [
+    holders = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and adapter in _adapters(module)
     ]
-    refused = [
-        f"{name}: {reason}" for name, layer in layers if (reason := _refusal(layer, adapter, allow_dropout)) is not None
-    ]
-    if refused:
-        raise ValueError("these PEFT layers can not be used:\n  " + "\n  ".join(refused))
-    _warn_about_companions(layers, adapter)
+    raise_problems(
+        ValueError,
+        "these PEFT layers cannot be used",
+        [
+            Problem(name, reason)
+            for name, layer in holders
+            if (reason := _refusal(layer, adapter, allow_dropout)) is not None
+        ],
+    )
+    _warn_about_companions(holders, adapter)
     start, guard, alphas = _start(model, adapter), SaveGuard(), Alphas.within(model, adapter)
     return [
         PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard, alphas.get(id(layer)))
-        for name, layer in layers
+        for name, layer in holders
     ]
 
 
@@ -100,15 +106,15 @@ def save_adapter(
             "model (accelerate wraps it: optimizer.optimizer)"
         )
     model = with_config(model)
-    accounts = _peft_accounts(optimizer)
-    adapter = _adapter_to_save(model, sorted({triple.adapter for triple, _ in accounts}), adapter)
-    accounts = [account for account in accounts if account[0].adapter == adapter]
-    _refuse_to_save(model, accounts, adapter)
+    weights = _peft_weights(optimizer)
+    adapter = _adapter_to_save(model, sorted({triple.adapter for triple in weights}), adapter)
+    weights = {triple: weight for triple, weight in weights.items() if triple.adapter == adapter}
+    _check_savable(model, weights, adapter)
     exported = export_adapter(optimizer, rank, from_pristine=True)
-    _warn_of_other_bases(accounts)
-    changes = [LayerChange(triple.layer, exported[triple.label], triple.branch_scaling) for triple, _ in accounts]
+    _warn_of_other_bases(weights.values())
+    changes = [LayerChange(triple.layer, exported[triple.label], triple.branch_scaling) for triple in weights]
     write_adapter(model, adapter, changes, directory)
-    return {triple.label: exported[triple.label].error for triple, _ in accounts}
+    return {triple.label: exported[triple.label].error for triple in weights}
 
 
 def _start(model: nn.Module, adapter: str) -> bool | str:
@@ -120,15 +126,15 @@ def _start(model: nn.Module, adapter: str) -> bool | str:
     return True
 
 
-def _peft_accounts(optimizer: DeltaLoRAOptimizer) -> list[tuple[PeftTriple, Ledger]]:
-    accounts = [(triple, ledger) for triple, ledger in optimizer.accounts() if isinstance(triple, PeftTriple)]
+def _peft_weights(optimizer: DeltaLoRAOptimizer) -> dict[PeftTriple, WeightState]:
+    weights = {weight.triple: weight for weight in optimizer.weights() if isinstance(weight.triple, PeftTriple)}
     foreign = [triple.label for triple in optimizer.triples if not isinstance(triple, PeftTriple)]
     if foreign:
         raise ValueError(
-            f"the triples {', '.join(foreign)} are no layers of PEFT (found by find_triples), so a PEFT adapter can "
-            "not hold their change: give them an optimizer of their own, or take all changes from export_adapter()"
+            f"the triples {names(foreign)} are no layers of PEFT (found by find_triples), so a PEFT adapter cannot "
+            "hold their change: give them an optimizer of their own, or take all changes from export_adapter()"
         )
-    return accounts
+    return weights
 
 
 def _adapter_to_save(model: nn.Module, trained: list[str], adapter: str | None) -> str:
@@ -138,46 +144,52 @@ def _adapter_to_save(model: nn.Module, trained: list[str], adapter: str | None) 
             f"save_adapter(..., adapter={trained[0]!r})"
         )
     adapter = adapter if adapter is not None else trained[0]
-    for place, names in (("the optimizer trains", trained), ("the model holds", sorted(configs_of(model)))):
-        if adapter not in names:
-            raise ValueError(f"adapter {adapter!r} can not be saved: {place} {', '.join(names)}. Name one of these")
+    for place, known in (("the optimizer trains", trained), ("the model holds", sorted(configs_of(model)))):
+        if adapter not in known:
+            raise ValueError(f"adapter {adapter!r} cannot be saved: {place} {', '.join(known)}. Name one of these")
     return adapter
 
 
-def _refuse_to_save(model: nn.Module, accounts: list[tuple[PeftTriple, Ledger]], adapter: str) -> None:
-    modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple, _ in accounts}
-    found = []
-    for triple, ledger in accounts:
-        problems = triple.change_problems() + triple.pristine_problems(ledger)
-        problems += [ledger.lost] if ledger.lost is not None else []
+def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], adapter: str) -> None:
+    """Raise ValueError if the change of a layer is not known, or not expressible as an adapter of this model."""
+    modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple in weights}
+    problems: list[Problem] = []
+    for triple, weight in weights.items():
+        found = triple.change_problems() + triple.pristine_problems(origin_known=weight.origin is not None)
+        found += [weight.ledger.lost] if weight.ledger.lost is not None else []
         if id(triple.layer) not in modules:
-            problems = [
+            found = [
                 f"it is no layer of this {type(model).__name__} (a copy, another model, or the adapter was unloaded): "
                 "hand in the model whose triples the optimizer has"
             ]
-        found += [f"{triple.label}: {problem}" for problem in problems]
-    found += [
-        f"{name}: it holds {adapter!r} and is no triple of the optimizer: register it too; in a group of its own, "
-        '{"triples": [..], "update_ratio": 0.0}, it is plain LoRA'
+        problems += problems_of(triple.label, found)
+    problems += [
+        Problem(
+            name,
+            f"it holds {adapter!r} and is no triple of the optimizer: register it too; in a group of its own, "
+            '{"triples": [...], "update_ratio": 0.0}, it is plain LoRA',
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, lora.LoraLayer) and adapter in _adapters(layer) and id(layer) not in saved
     ]
-    found += [
-        f"{triple.label}: its W is {' and '.join(names)}, and has moved in all of these places, which an adapter of "
-        "one layer can not express: save all weights, merge_and_unload().save_pretrained(directory)"
-        for triple, names in tied_places(model, [triple for triple, ledger in accounts if ledger.moved])
+    problems += [
+        Problem(
+            triple.label,
+            f"its W is {' and '.join(places)}, and has moved in all of these places, which an adapter of "
+            "one layer cannot express: save all weights, merge_and_unload().save_pretrained(directory)",
+        )
+        for triple, places in tied_places(model, [triple for triple, weight in weights.items() if weight.moved])
     ]
-    if found:
-        raise ValueError("this adapter can not be saved (nothing was written):\n  " + "\n  ".join(found))
+    raise_problems(ValueError, "this adapter cannot be saved (nothing was written)", problems)
 
 
-def _warn_of_other_bases(accounts: list[tuple[PeftTriple, Ledger]]) -> None:
-    others = [triple.label for triple, ledger in accounts if ledger.rebased]
+def _warn_of_other_bases(weights: Iterable[WeightState]) -> None:
+    others = [weight.label for weight in weights if weight.rebased]
     if others:
         warnings.warn(
-            f"the base of {len(others)} layers ({others[0]}, ..) is what their weights were at rebase() or "
-            "without_ledger(), or when this optimizer was built on weights that another one had moved. This adapter is "
-            "right on those weights, and not on the pristine ones",
+            f"the base of {layers(others)} is what their weights were at rebase() or without_ledger(), or when this "
+            "optimizer was built on weights that another one had moved. This adapter is right on those weights, and "
+            "not on the pristine ones",
             stacklevel=3,
         )
 
@@ -209,8 +221,8 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
     return problems[0] if problems else None
 
 
-def _warn_about_companions(layers: list[tuple[str, lora.LoraLayer]], adapter: str) -> None:
-    others = {other for _, layer in layers for other in _adapters(layer)} - {adapter}
+def _warn_about_companions(holders: list[tuple[str, lora.LoraLayer]], adapter: str) -> None:
+    others = {other for _, layer in holders for other in _adapters(layer)} - {adapter}
     if others:
         warnings.warn(
             f"adapters {', '.join(sorted(others))} sit on the same weights as {adapter!r}, which will move: they "

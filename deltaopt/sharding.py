@@ -1,4 +1,4 @@
-"""Tensors that are sharded over the ranks of a job: told from others, gathered. The only file that knows DTensor."""
+"""Sharded tensors: recognised and gathered. The only file that knows DTensor."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor, as FSDP2 and tensor parallelism make of parameters."""
+    """Tell if this is a DTensor, as FSDP2 and tensor parallelism make of parameters."""
     module: Any = sys.modules.get("torch.distributed.tensor")  # nothing is one before that was imported
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every rank, which all have to ask for it; another tensor as it is."""
+    """Return all of a sharded tensor; every rank has to call this. Another tensor comes back as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What of a sharded tensor is on this rank; another tensor as it is."""
+    """Return this rank's part of a sharded tensor; another tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,10 +1,11 @@
-"""What a checkpoint of the optimizer holds beside the inner optimizer's own state.
+"""The format of a checkpoint: what `state_dict()` holds next to the inner optimizer's own state, written and read.
 
-The settings are written into every param group as plain numbers, strings, lists and dicts, and each ledger as
-one string into the state of its A: these forms survive `torch.load(weights_only=True)`, Accelerate's and
-Lightning's device moves and `torch.distributed.checkpoint`, all of which drop or refuse other places and types.
-(A tensor whose shape depends on what was saved, as that of a ledger does, can not be loaded by the last one. Its
-`flatten_optimizer_state_dict=True` takes numbers and tensors only, and refuses the state when it is to be saved.)
+The settings are written into every param group as plain numbers, strings, lists and dicts. The ledger of each triple is
+one string under the triple's name, in the state of a parameter that the triple trains. These forms survive
+`torch.load(weights_only=True)`, Accelerate's and Lightning's device moves and `torch.distributed.checkpoint`, all of
+which drop or refuse other places and types. (A tensor whose shape depends on what was saved, as that of a ledger does,
+cannot be loaded by the last one. Its `flatten_optimizer_state_dict=True` takes numbers and tensors only, and refuses
+the state when it is to be saved.)
 """
 
 from __future__ import annotations
@@ -18,25 +19,32 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deltaopt.checkpoint.records import ledger_record, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
-from deltaopt.triple import LoRATriple
-from deltaopt.writing import checked_seed
+from deltaopt.messages import Problem, raise_problems
+from deltaopt.rounding.writer import checked_seed
+from deltaopt.weight import WeightState
 
-SCHEMA = 4
+SCHEMA = 5
+READ = (4, 5)
+"""The schemas that are read. In 4 the state of each A held the ledgers of all its triples, in one string."""
 KEY = "deltaopt"
+LEDGER = f"{KEY}.ledger."
+"""In the state of a parameter, followed by the name of the triple."""
 COMPENSATION = f"{KEY}.compensation."
-"""In the state of a triple's A, followed by the name of the triple."""
+"""In the state of a parameter, followed by the name of the triple."""
 
 
 def add_record(
     state_dict: dict[str, Any],
     groups: Sequence[DeltaGroup],
+    weights: Sequence[WeightState],
     step_count: int,
     skipped_updates: int,
     rounding_seed: int,
     weight_update: str,
 ) -> dict[str, Any]:
-    """The inner optimizer's state_dict with our record in each param group; the input is not changed."""
+    """Return the inner optimizer's state_dict with our record in each param group; the input is not changed."""
     record = {
         "schema": SCHEMA,
         "step_count": step_count,
@@ -46,15 +54,19 @@ def add_record(
         "groups": [
             {
                 # As with LambdaLR, a callable is code and not state.
-                "update_ratio": None if callable(g.update_ratio) else g.update_ratio,
-                "start_step": g.start_step,
-                "triples": [triple.record() for triple in g.triples],
+                "update_ratio": None if callable(group.update_ratio) else group.update_ratio,
+                "start_step": group.start_step,
+                "triples": _triple_records(group, weights),
             }
-            for g in groups
+            for group in groups
         ],
         "ledgers": True,
     }
     return _with_record(state_dict, record)
+
+
+def _triple_records(group: DeltaGroup, weights: Sequence[WeightState]) -> list[dict[str, Any]]:
+    return [triple_record(weight.triple, *weight.factors()) for weight in weights if weight.group is group]
 
 
 def _with_record(state_dict: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +75,7 @@ def _with_record(state_dict: dict[str, Any], record: dict[str, Any]) -> dict[str
 
 
 def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(our record, the inner optimizer's state_dict); the input is not changed.
+    """Return our record and the inner optimizer's state_dict; the input is not changed.
 
     Raises:
         ValueError: if there is no record, or one of another schema.
@@ -79,10 +91,10 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             "the moments of a plain optimizer's state, load it into optimizer.inner instead"
         )
     schema = records[0].get("schema")
-    if schema != SCHEMA:
+    if schema not in READ:
         raise ValueError(
-            f"this state has the schema {schema}, this version of deltaopt reads {SCHEMA}: load it "
-            "with the version that wrote it"
+            f"this state has the schema {schema}, this version of deltaopt reads {' and '.join(map(str, READ))}: load "
+            "it with the version that wrote it"
         )
     return records[0], {**state_dict, "param_groups": param_groups}
 
@@ -90,31 +102,40 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 def add_ledgers(
     state_dict: dict[str, Any],
     inner: Optimizer,
-    triples: Sequence[LoRATriple],
-    records: Sequence[dict[str, Any]],
-    compensations: Sequence[Tensor | None],
+    weights: Sequence[WeightState],
+    compensations: Mapping[WeightState, Tensor | None],
 ) -> dict[str, Any]:
-    """`state_dict` with each triple's ledger and compensation in the state of its A; the input is not changed."""
+    """Return `state_dict` with each triple's ledger and compensation, under its name; the input is not changed.
+
+    They are kept in the state of a parameter, since some tools keep nothing else: in that of the triple's A.
+    """
     numbers = {
         id(p): number
         for group, saved in zip(inner.param_groups, state_dict["param_groups"], strict=True)
         for p, number in zip(group["params"], saved["params"], strict=True)
     }
-    of_factor: dict[Any, dict[str, Any]] = {}
-    for triple, record in zip(triples, records, strict=True):
-        of_factor.setdefault(numbers[id(triple.A)], {})[triple.label] = record
     # torch.distributed.checkpoint wants state for all parameters or for none.
-    state = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
-    for number, ledgers in of_factor.items():
-        state[number] = {**state[number], KEY: _sealed(ledgers)}
-    for triple, compensation in zip(triples, compensations, strict=True):
+    state: dict[Any, dict[str, Any]] = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
+    for weight in weights:
+        number = numbers[id(weight.tensors.A)]
+        # The empty entry is the place of ledgers of schema 4, which a distributed checkpoint may bring.
+        ledger = {LEDGER + weight.label: _sealed({weight.label: ledger_record(weight)})}
+        state[number] = {KEY: "", **state[number], **ledger}
+        compensation = compensations.get(weight)
         if compensation is not None:
-            state[numbers[id(triple.A)]][COMPENSATION + triple.label] = compensation
+            state[number][COMPENSATION + weight.label] = compensation
     return {**state_dict, "state": state}
 
 
-def split_ledgers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def split_ledgers(
+    state_dict: dict[str, Any], schema: int = SCHEMA
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Take out of a state_dict, which is not changed, what `add_ledgers` has put in.
+
+    Args:
+        state_dict: of the inner optimizer, with our entries in its `state`.
+        schema: that it was saved with. A distributed checkpoint of schema 4 comes in a template of schema 5, whose own
+            ledgers are those of a fresh optimizer.
 
     Returns:
         The records of the ledgers and the compensations, by the triples' names, and the state_dict without them.
@@ -126,18 +147,23 @@ def split_ledgers(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     found: dict[str, Any] = {}
     compensations: dict[str, Any] = {}
     for number, entries in state_dict["state"].items():
-        if isinstance(entries, Mapping) and KEY in entries:
-            found |= _opened(entries[KEY]) if entries[KEY] != "" else {}
-            ours = [key for key in entries if isinstance(key, str) and key.startswith(COMPENSATION)]
-            compensations |= {key.removeprefix(COMPENSATION): entries[key] for key in ours}
-            state[number] = {key: value for key, value in entries.items() if key not in (KEY, *ours)}
+        if not isinstance(entries, Mapping):
+            continue
+        ours = [key for key in entries if key == KEY or str(key).startswith(f"{KEY}.")]
+        for key in ours:
+            if key.startswith(COMPENSATION):
+                compensations[key.removeprefix(COMPENSATION)] = entries[key]
+            elif entries[key] != "" and (key == KEY) == (schema == 4):
+                found |= _opened(entries[key])
+        if ours:
+            state[number] = {key: value for key, value in entries.items() if key not in ours}
             if not state[number]:  # made for the ledger: the inner optimizer had nothing there
                 del state[number]
     return found, compensations, {**state_dict, "state": state}
 
 
 def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a state of `DeltaLoRAOptimizer` that asks nothing of W, A and B when it is loaded.
+    """Copy a state of `DeltaLoRAOptimizer` that asks nothing of W, A and B when it is loaded.
 
     For weights that were changed on purpose since it was saved (pruned, merged, cast): loading it restores the
     inner optimizer's state, the step count and the settings, and takes each W as it is then as the new base. What W
@@ -150,15 +176,15 @@ def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:
         ValueError: if it is not such a state.
     """
     record, inner_state = split_record(state_dict)
-    *_, inner_state = split_ledgers(inner_state)
+    *_, inner_state = split_ledgers(inner_state, record["schema"])
     return _with_record(inner_state, {**record, "ledgers": False})
 
 
 def without_compensation(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a state of `DeltaLoRAOptimizer` without what compensated rounding has cut off from each W.
+    """Copy a state of `DeltaLoRAOptimizer` without what compensated rounding has cut off from each W.
 
-    That is as large as the W's. Beside an adapter it is of no use, since W and the compensation are rebuilt from the
-    base; beside the whole model a run resumes bit for bit with it. Without it the compensation is computed where the
+    That is as large as the weights. With an adapter it is of no use, since W and the compensation are rebuilt from the
+    base; with the whole model a run resumes bit for bit with it. Without it the compensation is computed where the
     optimizer has a copy of the base (`keep_base`), or starts at zero with a warning.
 
     Args:
@@ -190,14 +216,15 @@ def _opened(sealed: str) -> dict[str, Any]:
     raise ValueError("a saved ledger was edited or cut off: its checksum differs. Take another checkpoint")
 
 
-def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup], weight_update: str) -> None:
-    """Refuse a record of other triples, of the other `weight_update`, and a damaged one.
+def check_record(
+    record: dict[str, Any], groups: Sequence[DeltaGroup], weights: Sequence[WeightState], weight_update: str
+) -> None:
+    """Raise ValueError for a record of other triples, of the other `weight_update`, and for a damaged one.
 
-    Raises:
-        ValueError: naming each triple that differs, with what was saved and what is here.
+    The message names each triple that differs, with what was saved and what is here.
     """
     try:
-        found = _differences(record["groups"], groups)
+        found = _differences(record["groups"], groups, weights)
         checked_count(record["step_count"], "step_count")
         checked_count(record["skipped_updates"], "skipped_updates")
         checked_seed(record["rounding_seed"])
@@ -217,32 +244,32 @@ def check_record(record: dict[str, Any], groups: Sequence[DeltaGroup], weight_up
             f"the state was saved with weight_update={saved_mode!r}, this optimizer has {weight_update!r}: they differ "
             "in what is in W and what in the branch. Build the optimizer as in the run that was saved"
         )
-    if found:
-        raise ValueError(
-            "the saved state belongs to other triples (register them as in the run that was saved):\n  "
-            + "\n  ".join(found)
-        )
+    raise_problems(
+        ValueError, "the saved state belongs to other triples (register them as in the run that was saved)", found
+    )
 
 
-def _differences(saved_groups: list[dict[str, Any]], groups: Sequence[DeltaGroup]) -> list[str]:
+def _differences(
+    saved_groups: list[dict[str, Any]], groups: Sequence[DeltaGroup], weights: Sequence[WeightState]
+) -> list[Problem]:
     if len(saved_groups) != len(groups):
-        return [f"the saved state has {len(saved_groups)} groups of triples, this optimizer {len(groups)}"]
-    found = []
+        return [Problem("groups", f"the saved state has {len(saved_groups)}, this optimizer {len(groups)}")]
+    found: list[Problem] = []
     for saved, group in zip(saved_groups, groups, strict=True):
-        here = [triple.record() for triple in group.triples]
+        here = _triple_records(group, weights)
         if len(saved["triples"]) != len(here):
-            found.append(f"{len(saved['triples'])} triples were saved, {len(here)} are registered")
+            found.append(Problem("triples", f"{len(saved['triples'])} were saved, {len(here)} are registered"))
             continue
         found += [
-            f"{new['name']}: saved {_told(old)}, registered {_told(new)}"
+            Problem(new["name"], f"saved {_described(old)}, registered {_described(new)}")
             for old, new in zip(saved["triples"], here, strict=True)
-            if not _are_one(old, new)
+            if not _are_same(old, new)
         ]
     return found
 
 
-def _are_one(saved: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether two records are of one triple. A folded branch may be registered with its present scaling."""
+def _are_same(saved: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Tell if two records are of one triple. A folded branch may be registered with its present scaling."""
     same = all(saved[key] == here[key] for key in ("name", "A", "B"))
     as_now = math.isclose(saved["scaling"] * (1.0 + saved["folded"]), here["scaling"], rel_tol=1e-6)
     return same and (saved["scaling"] == here["scaling"] or (saved["folded"] > 0 and as_now))
@@ -256,6 +283,6 @@ def restore_settings(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> No
             group.update_ratio = saved["update_ratio"]
 
 
-def _told(record: dict[str, Any]) -> str:
-    told = {key: value for key, value in record.items() if key != "folded"}
-    return ", ".join(f"{key} {tuple(v) if isinstance(v, list) else v}" for key, v in told.items())
+def _described(record: dict[str, Any]) -> str:
+    shown = {key: value for key, value in record.items() if key != "folded"}
+    return ", ".join(f"{key} {tuple(v) if isinstance(v, list) else v}" for key, v in shown.items())

@@ -1,0 +1,142 @@
+"""Records: what a checkpoint keeps of each W's ledger, as plain numbers and strings, and back."""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash
+from deltaopt.ledger import Ledger
+from deltaopt.lowrank import Term
+from deltaopt.sharding import gathered
+from deltaopt.tensors import FLOATS
+from deltaopt.triple import LoRATriple
+from deltaopt.weight import WeightState
+
+
+def triple_record(triple: LoRATriple, A: Tensor, B: Tensor) -> dict[str, Any]:
+    """Return what a checkpoint keeps of a triple to know it again.
+
+    Args:
+        triple: as registered.
+        A: its factor as a (c, r) matrix.
+        B: its factor as a (r, d) matrix.
+    """
+    return {
+        "name": triple.label,
+        "A": list(A.shape),
+        "B": list(B.shape),
+        "scaling": triple.scaling,
+        "folded": triple.folded,
+    }
+
+
+def ledger_record(weight: WeightState) -> dict[str, Any]:
+    """Return the ledger of a W with the fingerprints of this moment. Waits for the device.
+
+    `SavedLedger` makes the ledger of it again.
+    """
+    ledger, now = weight.placed_ledger(), weight_record(weight)
+    # W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits.
+    hides = weight.base is not None and weight.base.record() == now
+    return {
+        "coef": ledger.coef,
+        "terms": [] if ledger.lost else [_term_record(term) for term in ledger.terms if not term.is_zero()],
+        "end": _end_record(weight, ledger),
+        "origin": None if weight.origin is None else _term_record(weight.origin),
+        "lost": ledger.lost,
+        "rebased": weight.rebased,
+        "base": None if weight.base is None else weight.base.record(),
+        "W": now,
+        "whole": whole_hash(weight.part()) if hides else None,
+        "A": factor_fingerprint(weight.tensors.A).record(),
+        "B": factor_fingerprint(weight.tensors.B).record(),
+    }
+
+
+def weight_record(weight: WeightState) -> dict[str, Any] | None:
+    """Return what a checkpoint keeps to know W again; None of one that cannot be read (quantized, offloaded)."""
+    return None if weight.weight_problems() else weight.fingerprint().record()
+
+
+def factor_fingerprint(factor: Tensor) -> Fingerprint:
+    """Take the fingerprint of a factor, of all of it."""
+    return Fingerprint(gathered(factor), whole=True)
+
+
+class SavedLedger:
+    """A ledger as it was saved, with the fingerprints of that moment.
+
+    Attributes:
+        ledger: its terms, on the CPU.
+        base: the fingerprint of W before its first move; None if it had not moved.
+        origin: what the start of A and B had taken out of the pristine weight; None if nothing.
+        rebased: see `WeightState`.
+        whole: the hash of all of W, where its fingerprint was that of its base; else None.
+        W: the record of W's fingerprint when it was saved; None of a W that could not be read.
+        now: by letter, the record of each factor's fingerprint when it was saved.
+    """
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.ledger = Ledger()
+        self.ledger.coef = float(record["coef"])
+        self.ledger.terms = [_term_of(term) for term in record["terms"]]
+        self.ledger.lost = None if record["lost"] is None else str(record["lost"])
+        self.origin = None if record["origin"] is None else _term_of(record["origin"])
+        self.rebased = bool(record["rebased"])
+        self.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
+        self._end_is_live = record["end"] == "live"
+        if record["end"] is not None and not self._end_is_live:
+            A, B = record["end"]
+            self.ledger.end = _tensor_of(A), _tensor_of(B)
+        self.whole = None if record["whole"] is None else int(record["whole"])
+        self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "AB"}
+        W = record["W"]
+        self.W = None if W is None else Fingerprint.of_record(W).record()
+
+    def give_to(self, weight: WeightState) -> None:
+        """Copy this ledger into `weight`, whose A and B are those that were saved."""
+        if self._end_is_live:
+            A, B = weight.factors()
+            self.ledger.end = A.detach().clone(), B.detach().clone()
+        weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
+        weight.compensation = None
+        weight.placed_ledger()
+
+
+def _end_record(weight: WeightState, ledger: Ledger) -> Any:
+    """Return "live" if A and B still are what the last move left, which is the rule; else the factors."""
+    if ledger.end is None:
+        return None
+    if all(
+        torch.equal(kept, now.detach().to(kept.dtype)) for kept, now in zip(ledger.end, weight.factors(), strict=True)
+    ):
+        return "live"
+    return [_tensor_record(factor) for factor in ledger.end]
+
+
+def _term_record(term: Term) -> dict[str, Any]:
+    return {"coef": term.coef, "A": _tensor_record(term.A), "B": _tensor_record(term.B)}
+
+
+def _term_of(record: dict[str, Any]) -> Term:
+    return Term(float(record["coef"]), _tensor_of(record["A"]), _tensor_of(record["B"]))
+
+
+def _tensor_record(tensor: Tensor) -> dict[str, Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"shape": list(tensor.shape), "dtype": dtype, "data": base64.b64encode(data).decode("ascii")}
+
+
+def _tensor_of(record: dict[str, Any]) -> Tensor:
+    dtype = getattr(torch, record["dtype"])
+    if dtype not in FLOATS:
+        raise ValueError(f"a tensor of {dtype}")
+    data = bytearray(base64.b64decode(record["data"], validate=True))
+    return torch.frombuffer(data, dtype=dtype).reshape(record["shape"]).clone()

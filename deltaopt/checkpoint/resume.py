@@ -1,0 +1,290 @@
+"""Resuming: after a checkpoint was loaded, W is left alone, rebuilt from its ledger, or refused.
+
+Some tools save the whole model and some the adapter alone. Only W itself tells which.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaopt.checkpoint.fingerprint import whole_hash
+from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_record
+from deltaopt.messages import Problem, layers, problems_of, raise_problems
+from deltaopt.rounding.blocks import cut_off
+from deltaopt.rounding.writer import Writer, add_terms_, put_
+from deltaopt.sharding import gathered
+from deltaopt.weight import WeightState
+
+_rebuilt_for: dict[int, int] = {}
+"""Hash of all of a W that was rebuilt -> the hash that was saved of the one it was rebuilt for. They differ by
+rounding, so this is how a second load of the same state knows it. Facts about contents, hence for the process."""
+
+
+class WeightMismatchError(ValueError):
+    """The weights of the model are not those that a loaded optimizer state belongs to.
+
+    Nothing was changed. The message names the layers, and what to do.
+    """
+
+
+class Resumption(NamedTuple):
+    """The effect of loading a state on one W: it is rebuilt from its ledger, on a base, or left alone.
+
+    A W that is left alone gets the compensation of its rounding that was saved, if one was.
+    """
+
+    weight: WeightState
+    saved: SavedLedger
+    rebuild: bool
+    base: Tensor | None = None
+    compensation: Tensor | None = None
+
+    @torch.no_grad()
+    def carry_out(self, writer: Writer) -> None:
+        """Give the weight its saved ledger, and let `writer` rebuild W if need be."""
+        weight = self.weight
+        if self.rebuild and self.base is None:
+            weight.copy_base()  # W is the base
+        self.saved.give_to(weight)
+        if self.rebuild:
+            if self.base is not None:
+                put_(weight, self.base)
+            writer.add_terms_(weight, weight.displacement())
+            _rebuilt_for[whole_hash(weight.part())] = _saved_hash(self.saved)
+        elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
+            weight.writable_compensation(weight.part()).copy_(self.compensation)
+        if weight.moved:
+            weight.triple.weight_moves()
+        else:
+            weight.triple.weight_rests()
+
+
+def plan(
+    weights: Sequence[WeightState], records: Mapping[str, Any], compensations: Mapping[str, Tensor]
+) -> list[Resumption]:
+    """Compare each W, A and B with the fingerprints that were saved, and decide; changes nothing.
+
+    Args:
+        weights: as registered now, with their tensors resolved.
+        records: of the saved ledgers, by the triples' names.
+        compensations: that were saved, by the triples' names.
+
+    Raises:
+        ValueError: if the ledger of a triple is missing or damaged.
+        WeightMismatchError: if a W is neither what it was when the state was saved nor what it was before its
+            first move, if a factor is not what was saved, or if W would have to be rebuilt and cannot be.
+    """
+    missing = [weight.label for weight in weights if weight.label not in records]
+    if missing:
+        raise ValueError(
+            f"the state has no ledger for {layers(missing)}: whatever carried it has dropped or cut the optimizer's "
+            "`state`. Save optimizer.state_dict() as it is, or load without_ledger(state), which takes W as it is now "
+            "as the base"
+        )
+    decided: list[Resumption] = []
+    problems: list[Problem] = []
+    for weight in weights:
+        saved = _parsed(weight, records[weight.label])
+        compensation = _checked_compensation(weight, compensations.get(weight.label))
+        resumption, found = _decide(weight, saved, compensation)
+        decided.append(resumption)
+        problems += problems_of(weight.label, found)
+    raise_problems(
+        WeightMismatchError,
+        "the model's weights do not belong to this optimizer state (nothing was changed)",
+        problems,
+        "Load the model's weights (at least A, B and what else trained, onto the base that was fine-tuned) of "
+        "the same checkpoint before the optimizer's state. If the weights were changed on purpose, load "
+        "deltaopt.without_ledger(state), which takes W as it is now as the new base. An optimizer with keep_base "
+        "goes back to adapters of its own run without their base being loaded",
+    )
+    return decided
+
+
+def carry_out(decided: Sequence[Resumption], writer: Writer) -> None:
+    """Do what was decided, and warn of what is not as it was in the saved run."""
+    for resumption in decided:
+        resumption.carry_out(writer)
+    _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
+    _warn_of_what_was_done(decided, writer)
+    _warn_of_bases_not_kept([resumption.weight for resumption in decided])
+
+
+def _compensate(left_alone: Sequence[WeightState], writer: Writer) -> None:
+    """Recompute compensations that the checkpoint does not hold."""
+    missing = []
+    for weight in left_alone:
+        part = weight.part()
+        if writer.rounding.of(part.dtype) != "compensated" or weight.base is None or weight.compensation is not None:
+            continue
+        base = weight.base_copy(weight.base) if weight.ledger.lost is None else None
+        if base is None:
+            missing.append(weight.label)
+            continue
+        full = base.to(part.device, torch.float32, copy=True)
+        add_terms_(weight, full, weight.displacement())
+        weight.writable_compensation(part).copy_(cut_off(part, full))
+    if missing:
+        warnings.warn(
+            f"what rounding had cut off from the 16-bit W of {layers(missing)} is not in the state, and without a copy "
+            "of the base (keep_base) it cannot be computed: it starts at zero, and W continues from its bits",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_what_was_done(decided: Sequence[Resumption], writer: Writer) -> None:
+    """Say where W was neither what was saved nor the base, and where 16 bits were rebuilt: no ledger has roundings."""
+    replaced = [r.weight.label for r in decided if r.base is not None]
+    if replaced:
+        warnings.warn(
+            f"the W of {layers(replaced)} was neither what it was when the state was saved nor its base: it was "
+            "rebuilt on the copy that keep_base had kept. What else had changed it is gone",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    rounded = [
+        r.weight.label
+        for r in decided
+        if r.rebuild
+        and (dtype := r.weight.tensors.W.dtype).itemsize == 2
+        and writer.rounding.of(dtype) != "compensated"
+    ]
+    if rounded:
+        warnings.warn(
+            f"the 16-bit W of {layers(rounded)} was rebuilt as base + displacement, rounded once. The saved run had "
+            "rounded after each step, so W differs slightly from what it was: save the whole model to resume exactly",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_bases_not_kept(weights: Sequence[WeightState]) -> None:
+    missing = [w.label for w in weights if w.copies_base and w.base is not None and w.base_copy(w.base) is None]
+    if missing:
+        warnings.warn(
+            f"keep_base: the W of {layers(missing)} had moved before this optimizer was built, so the base could not "
+            "be kept. Hand in the pristine weights once, base_weights(source=...): they are kept then",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _parsed(weight: WeightState, record: Any) -> SavedLedger:
+    try:
+        saved = SavedLedger(record)
+        _check_shapes(saved, [list(factor.shape) for factor in weight.factors()])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{weight.label}: its saved ledger is damaged or incomplete: {error!r}") from error
+    return saved
+
+
+def _check_shapes(saved: SavedLedger, expected: list[list[int]]) -> None:
+    (*lead, c, _), (*_, d) = expected
+    terms = saved.ledger.terms + ([saved.origin] if saved.origin is not None else [])
+    pairs = [(term.A, term.B) for term in terms] + ([saved.ledger.end] if saved.ledger.end is not None else [])
+    for A, B in pairs:
+        if [*A.shape[:-1]] != [*lead, c] or [*B.shape[:-2], B.shape[-1]] != [*lead, d] or A.shape[-1] != B.shape[-2]:
+            raise ValueError(f"a term of {tuple(A.shape)} and {tuple(B.shape)} for a weight of {(*lead, c, d)}")
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError("a term that is not finite")
+
+
+def _checked_compensation(weight: WeightState, kept: Any) -> Tensor | None:
+    if kept is None:
+        return None
+    shape = weight.part().shape
+    if isinstance(kept, Tensor) and kept.dtype == torch.int16 and kept.shape == shape:
+        return kept
+    found = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
+    raise ValueError(
+        f"{weight.label}: its saved compensation is damaged, expected torch.int16 of shape {tuple(shape)}, got "
+        f"{found}. Take another checkpoint, or load deltaopt.without_compensation(state)"
+    )
+
+
+@torch.no_grad()
+def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> tuple[Resumption, list[str]]:
+    """Return what to do, and why it cannot be done."""
+    found = []
+    for letter in "AB":
+        factor = _as_saved(gathered(getattr(weight.tensors, letter)).detach(), saved.now[letter]["dtype"])
+        here = factor_fingerprint(factor).record()
+        if here != saved.now[letter]:
+            found.append(f"{letter} {_difference(here, saved.now[letter])}")
+    W, ledger = weight_record(weight), saved.ledger
+    if W is None or saved.W is None:
+        return Resumption(weight, saved, rebuild=False), found + _format_problems(W, saved)
+    part = weight.part()
+    match = _what_is_there(part, W, saved)
+    if match == "rebuilt":  # in other bits than were saved, by this optimizer if it knows what it cut off
+        compensation = weight.known_compensation(part)
+    if match is not None:
+        return Resumption(weight, saved, rebuild=False, compensation=compensation), found
+    problem, base = None, None
+    if saved.base is None:
+        problem = _difference(W, saved.W)
+    elif saved.base.record() != W:
+        problem = f"{_difference(W, saved.W)}, and not what it was before its first move either"
+        moved_from_it = weight.base is not None and weight.base.record() == saved.base.record()
+        if moved_from_it and W["dtype"] == saved.base.dtype:
+            base = weight.base_copy(saved.base)
+            problem = problem if base is None else None
+    elif saved.whole is not None and weight.moved:
+        problem = (
+            "has moved in this process in few places, so that its fingerprint does not tell whether it is its base: "
+            "load the state in a new process, or the whole model with it"
+        )
+    found += [f"W {problem}"] if problem is not None else []
+    if ledger.lost is not None:
+        found.append(f"W cannot be moved from its base to where it was: {ledger.lost}")
+    return Resumption(weight, saved, rebuild=True, base=base), found
+
+
+def _what_is_there(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> str | None:
+    """Tell if W, with this fingerprint, is the one "saved", or one "rebuilt" for it before; None if neither."""
+    assert saved.W is not None
+    if any(W[key] != saved.W[key] for key in ("shape", "dtype")):
+        return None
+    if saved.whole is None and W["hash"] == saved.W["hash"]:
+        return "saved"
+    if saved.whole is None and not _rebuilt_for:
+        return None
+    whole = whole_hash(part)
+    if whole == saved.whole:
+        return "saved"
+    return "rebuilt" if _rebuilt_for.get(whole) == _saved_hash(saved) else None
+
+
+def _saved_hash(saved: SavedLedger) -> int:
+    assert saved.W is not None
+    return int(saved.W["hash"]) if saved.whole is None else saved.whole
+
+
+def _format_problems(W: dict[str, Any] | None, saved: SavedLedger) -> list[str]:
+    """Say if W could be read when the state was saved and cannot now, or the other way round."""
+    if W is None and saved.W is None:
+        return []
+    here, then = ("cannot be read", "could") if W is None else ("can be read", "could not")
+    return [
+        f"W {here} now (quantized or offloaded weights cannot) and {then} when the state was saved: load the base in "
+        "the format it was trained in"
+    ]
+
+
+def _as_saved(factor: Tensor, dtype: str) -> Tensor:
+    """Cast a factor to the dtype it was saved from, if no number changes; PEFT loads 16-bit adapters in float32."""
+    cast = factor.to(getattr(torch, dtype))
+    return cast if torch.equal(cast.to(factor.dtype), factor) else factor
+
+
+def _difference(here: dict[str, Any], saved: dict[str, Any]) -> str:
+    differing = [key for key in ("shape", "dtype") if here[key] != saved[key]]
+    if differing:
+        return " and ".join(f"has the {key} {here[key]}, saved was {saved[key]}" for key in differing)
+    return "has other contents than when the state was saved"

@@ -1,0 +1,258 @@
+"""Every refusal of a triple, of a set of triples and of an inner optimizer, before anything is changed.
+
+``..._problems`` returns sentences; ``check_...`` raises once, with the problems of all layers in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deltaopt.groups import ParamsInput
+from deltaopt.messages import Problem, names, problems_of, raise_problems
+from deltaopt.rule import UpdateRule
+from deltaopt.sharding import is_sharded, local_part
+from deltaopt.tensors import memory_overlaps
+from deltaopt.triple import LoRATriple
+from deltaopt.weight import WeightState
+
+PLACES = (None, "cpu", "device")
+
+
+def check_weights(weights: Sequence[WeightState], rule: UpdateRule) -> None:
+    """Raise ValueError if a triple, or the set of them, cannot be moved by this rule.
+
+    Args:
+        weights: all of an optimizer, with their tensors resolved.
+        rule: of the optimizer.
+    """
+    unwritable = {weight: weight.weight_problems() for weight in weights}
+    problems = [
+        problem
+        for weight in weights
+        for problem in problems_of(weight.label, triple_problems(weight, rule, unwritable[weight]))
+    ]
+    if not problems:
+        readable = {weight for weight in weights if not unwritable[weight]}
+        problems = [*_name_problems(weights), *_sharing_problems(weights, readable)]
+    raise_problems(ValueError, "these triples cannot be used", problems)
+
+
+def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]) -> list[str]:
+    """Say in sentences what is wrong with the tensors of one triple.
+
+    Args:
+        weight: with its tensors resolved.
+        rule: of the optimizer.
+        unwritable: the problems of reading and writing W in place.
+    """
+    W, A, B = weight.tensors
+    found = list(rule.weight_problems(weight, unwritable))
+    for letter, factor in (("A", A), ("B", B)):
+        found += rule.factor_problems(weight, letter, factor)
+        if not factor.requires_grad:
+            found.append(
+                f"{letter} does not require grad, so no optimizer can train it: call "
+                f"{letter}.requires_grad_(True), or activate the adapter it belongs to"
+            )
+        if factor.device != W.device and not unwritable:
+            found.append(f"{letter} is on {factor.device} and W on {W.device}: move them to one device")
+    if W.requires_grad:
+        found.append(
+            "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train "
+            "W itself and drop this triple"
+        )
+    view = weight.triple.view
+    shapes = view.product_problems if unwritable else view.shape_problems
+    return found or shapes(W, A, B) or weight.triple.branch_problems()
+
+
+def _name_problems(weights: Iterable[WeightState]) -> list[Problem]:
+    seen: set[str] = set()
+    found = []
+    for weight in weights:
+        if weight.label in seen:
+            found.append(Problem(weight.label, "two triples have this name; give each its own"))
+        seen.add(weight.label)
+    return found
+
+
+def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]) -> list[Problem]:
+    """Find a W that two triples would move, and factors that the inner optimizer would step twice."""
+    found = []
+    by_storage: dict[int, list[tuple[str, str, Tensor]]] = {}
+    for weight in weights:
+        tensors = [("A", weight.tensors.A), ("B", weight.tensors.B)]
+        if weight in readable:
+            tensors.insert(0, ("W", weight.matrix()))
+        for letter, shared in tensors:
+            tensor = local_part(shared)
+            neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
+            for other_label, other_letter, other in neighbours:
+                shared_factor = letter != "W" and other is shared
+                if not shared_factor and memory_overlaps(tensor, local_part(other)):
+                    found.append(Problem(weight.label, _sharing_sentence(letter, other_label, other_letter)))
+            neighbours.append((weight.label, letter, shared))
+    return found
+
+
+def _sharing_sentence(letter: str, other_label: str, other_letter: str) -> str:
+    if letter == other_letter == "W":
+        return (
+            f"its W shares memory with the W of {other_label} (a duplicate triple, tied weights or a "
+            "replicated layer), which would be moved by both: keep one of them, or register disjoint rows or columns"
+        )
+    return (
+        f"its {letter} shares memory with {other_letter} of {other_label} though they are two "
+        "tensors (tied adapters), so that one step would change it twice: untie them"
+    )
+
+
+def check_not_folded(triples: Iterable[LoRATriple]) -> None:
+    """Raise ValueError for triples of an optimizer that has folded them: their `scaling` is not the branch's."""
+    found = [triple.label for triple in triples if triple.folded]
+    if found:
+        raise ValueError(
+            f"another optimizer has folded its update_ratio into the branch of {names(found)}: make new "
+            "triples (find_triples, LoRATriple), with the scaling that the branch has now"
+        )
+
+
+def check_branches(weights: Iterable[WeightState], rescaled: bool = False) -> None:
+    """Raise RuntimeError if a branch was merged, or rescaled or given dropout since it was registered.
+
+    Args:
+        weights: of the optimizer.
+        rescaled: accept another scaling, which is about to be set.
+    """
+    raise_problems(
+        RuntimeError,
+        "W cannot be moved now",
+        [
+            problem
+            for weight in weights
+            for problem in problems_of(
+                weight.label, weight.triple.merge_problems() if rescaled else weight.triple.branch_problems()
+            )
+        ],
+    )
+
+
+def check_finite(weights: Iterable[WeightState]) -> None:
+    """Raise ValueError for factors that are NaN or infinite, before their product is added to W."""
+    bad = [weight.label for weight in weights if not _finite(weight)]
+    if bad:
+        raise ValueError(f"a factor of {names(bad)} is NaN or infinite, which would reach W (nothing was changed)")
+
+
+def _finite(weight: WeightState) -> bool:
+    _, A, B = weight.branch()
+    return bool(A.isfinite().all()) and bool(B.isfinite().all())
+
+
+def weight_problems(weights: Iterable[WeightState]) -> list[Problem]:
+    """Say which weights cannot be read as a matrix and written in place, and why: quantized or offloaded ones."""
+    return [problem for weight in weights for problem in problems_of(weight.label, weight.weight_problems())]
+
+
+def check_writable(weights: Iterable[WeightState]) -> None:
+    """Raise RuntimeError for weights that cannot be written: quantized or offloaded ones."""
+    raise_problems(
+        RuntimeError,
+        "these W cannot be written (nothing was changed)",
+        weight_problems(weights),
+    )
+
+
+def check_keep_base(place: object) -> None:
+    """Raise ValueError for another place than `PLACES`."""
+    if place not in PLACES:
+        raise ValueError(f"keep_base is one of {PLACES}, got {place!r}")
+
+
+def check_not_capturing() -> None:
+    """Raise RuntimeError while a CUDA graph is captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph, which would freeze the test t >= start_step "
+            "and update_ratio: capture forward and backward only"
+        )
+
+
+def check_nothing_unused(
+    options: Iterable[Mapping[str, Any]], params: ParamsInput, inner_kwargs: Mapping[str, Any]
+) -> None:
+    """Raise TypeError for options and parameters that an inner optimizer that is already built would never see."""
+    unused = [key for rest in options for key in rest] + list(inner_kwargs)
+    if unused:
+        raise TypeError(
+            f"{', '.join(sorted(unused))}: no effect, because the inner optimizer is already built. Set "
+            "them where it is built, or hand over its class"
+        )
+    if list(params):
+        raise TypeError(
+            "params: no effect, because the inner optimizer is already built. Give it these parameters, or hand "
+            "over its class"
+        )
+
+
+def check_not_differentiable(inner: Optimizer) -> None:
+    """Raise ValueError for an inner optimizer that builds a graph of its step."""
+    if any(group.get("differentiable") for group in inner.param_groups):
+        raise ValueError(
+            "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
+        )
+
+
+def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
+    """Raise ValueError unless the inner optimizer holds the very Parameter objects of every A and B, and no W."""
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    if all(id(W) not in held and id(A) in held and id(B) in held for W, A, B in (w.tensors for w in weights)):
+        return
+    parameters = f"the parameters of the inner {type(inner).__name__}"
+    problems = []
+    for weight in weights:
+        if id(weight.tensors.W) in held:
+            problems.append(
+                Problem(
+                    weight.label,
+                    f"W is among {parameters}; give it what requires grad only, "
+                    "[p for p in model.parameters() if p.requires_grad]",
+                )
+            )
+        problems += [
+            Problem(weight.label, f"{letter} is not among {parameters}")
+            for letter in "AB"
+            if id(getattr(weight.tensors, letter)) not in held
+        ]
+    closing = ""
+    if any(is_sharded(p) for group in inner.param_groups for p in group["params"]) and not any(
+        is_sharded(factor) for weight in weights for factor in weight.tensors[1:]
+    ):
+        closing = (
+            "Its parameters are shards of FSDP2, and those of the layers are whole: a forward pass has put these in "
+            "their place and kept them, as one without gradients does for the outermost module. Call model.reshard() "
+            "first, and continue with this optimizer"
+        )
+    raise_problems(
+        ValueError,
+        "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
+        "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
+        "afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) cannot be "
+        "wrapped",
+        problems,
+        closing,
+    )
+
+
+def check_no_weight_trains(weights: Iterable[WeightState], params: Iterable[Any]) -> None:
+    """Raise ValueError for a W among parameters that the inner optimizer is to train."""
+    labels = {id(weight.tensors.W): weight.label for weight in weights}
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    taken = [labels[id(p)] for p in tensors if id(p) in labels]
+    if taken:
+        raise ValueError(f"params holds the W of {names(taken)}, which this optimizer moves itself: leave it out")

@@ -1,0 +1,158 @@
+"""The writer: the only code that writes a W. It knows the rounding, and the event of the run, which decides the noise.
+
+The arithmetic on tensors is in blocks.py and, on a GPU, in _triton.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaopt.lowrank import Term, joined
+from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_
+from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
+from deltaopt.weight import WeightState
+
+MODES = ("auto", "nearest", "stochastic", "compensated")
+
+
+class Rounding(NamedTuple):
+    """The rounding of an optimizer, and the seed of its noise."""
+
+    mode: str
+    seed: int
+
+    def of(self, dtype: torch.dtype) -> str:
+        """Return how a W of this dtype is rounded: "nearest", "stochastic" or "compensated"."""
+        if dtype.itemsize > 2:
+            return "nearest"
+        return "stochastic" if self.mode == "auto" else self.mode
+
+    def during(self, event: str, step: int, repeat: int = 0) -> Writer:
+        """Return the writer of `event` in step `step`, for the `repeat`-th time there: each has noise of its own."""
+        return Writer(self, event, step, repeat, Scratch())
+
+
+def checked_rounding(mode: object, seed: object) -> Rounding:
+    """Return the `Rounding` that a user asked for.
+
+    Raises:
+        ValueError, TypeError: if there is no such mode, or the seed is not an int of 64 bits.
+    """
+    if mode not in MODES:
+        raise ValueError(f"rounding is one of {', '.join(MODES)}, got {mode!r}")
+    return Rounding(str(mode), checked_seed(seed))
+
+
+def checked_seed(seed: object) -> int:
+    """Return a seed as it came, or raise an error."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"rounding_seed is an int, the same on every rank, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"rounding_seed is at least 0 and below 2^64, got {seed}")
+    return seed
+
+
+class Writer(NamedTuple):
+    """Adds products to weights, each rounded as the optimizer rounds, with the noise of one event."""
+
+    rounding: Rounding
+    event: str
+    step: int
+    repeat: int
+    scratch: Scratch
+
+    def add_product_(
+        self, weight: WeightState, U: Tensor, V: Tensor, coef: float, noise: NoiseFactors | None = None
+    ) -> None:
+        """Add coef * U @ V to the part of W that moves.
+
+        Args:
+            weight: whose W is written.
+            U: (c, k) or (e, c, k), float32 or float64.
+            V: (k, d) or (e, k, d), with its columns in B's order.
+            coef: the factor of the product.
+            noise: of this matrix; used if this W is rounded stochastically.
+        """
+        view, W = weight.triple.view, weight.tensors.W
+        kept = self.compensation(weight)
+        if kept is not None:
+            kept = view.part_matrix(kept)
+        if noise is not None and self.rounding.of(W.dtype) != "stochastic":
+            noise = None
+        add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch)
+
+    def add_terms_(self, weight: WeightState, terms: list[Term]) -> None:
+        """Add the sum of the terms, computed in float64, to the part of W that moves."""
+        part = weight.part()
+        noise = None
+        if self.rounding.of(part.dtype) == "stochastic":
+            *lead, c, d = weight.matrix().shape
+            noise = self.noise(label_hashes([weight.label], lead)[0], c, d, part.device)
+        add_terms_(weight, part, terms, noise=noise, compensation=self.compensation(weight), scratch=self.scratch)
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of this event's noise."""
+        return Keys.of(self.rounding.seed, self.event, self.step, self.repeat)
+
+    @property
+    def stochastic(self) -> bool:
+        """True if a 16-bit W is rounded stochastically."""
+        return self.rounding.of(torch.bfloat16) == "stochastic"
+
+    def noise(self, hashes: Tensor, c: int, d: int, device: torch.device) -> NoiseFactors:
+        """Make the noise of (c, d) matrices with these hashes."""
+        return noise_factors(self.keys, _on(device, hashes), c, d)
+
+    def compensation(self, weight: WeightState) -> Tensor | None:
+        """Return what rounding has cut off from W so far, to be added and written; None if this W keeps nothing."""
+        if self.rounding.of(weight.tensors.W.dtype) != "compensated":
+            weight.compensation = None  # of a W that was cast since
+            return None
+        return weight.writable_compensation(weight.part())
+
+
+@torch.no_grad()
+def add_terms_(
+    weight: WeightState,
+    part: Tensor,
+    terms: Iterable[Term],
+    coef: float = 1.0,
+    noise: NoiseFactors | None = None,
+    compensation: Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> None:
+    """Add coef * the sum of the terms, computed in float64 and rounded once, to a tensor like W's moving part.
+
+    Terms may be much larger than their sum: an anchor takes most of the running product away again.
+
+    Args:
+        weight: whose layout it is.
+        part: the part of W that moves, or a copy with its shape and order of strides; written in place.
+        terms: of `weight`.
+        coef: what multiplies all of them.
+        noise: see `deltaopt.rounding.blocks.add_product_`.
+        compensation: see there; of the form of `part`.
+        scratch: see there.
+    """
+    terms = [term.to(part.device, torch.float64) for term in terms]
+    if not terms:
+        return
+    total, view = joined(terms), weight.triple.view
+    kept = None if compensation is None else view.part_matrix(compensation)
+    add_product_(view.part_matrix(part), total.A, view.ordered(total.B, weight.tensors.W), coef, noise, kept, scratch)
+
+
+@torch.no_grad()
+def put_(weight: WeightState, bits: Tensor) -> None:
+    """Write the part of W that moves, bit for bit."""
+    weight.part().copy_(bits)
+
+
+def _on(device: torch.device, hashes: Tensor) -> Tensor:
+    """Send a tensor of the host to the device, without waiting."""
+    return hashes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else hashes.to(device)

@@ -1,0 +1,105 @@
+"""UpdateRule: what the optimizer asks of the two ways to bring about Eq. 6, in_place.py and folded.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deltaopt.groups import DeltaGroup
+from deltaopt.rounding.writer import Writer
+from deltaopt.tensors import tensor_problems
+from deltaopt.weight import WeightState
+
+Closure: TypeAlias = Callable[[], float]
+
+
+class UpdateRule:
+    """One way to move the effective weights. The optimizer is built with one and never asks which it is.
+
+    The methods are listed in the order in which a run meets them; what a rule does not need does nothing.
+
+    Attributes:
+        name: the value of the argument ``weight_update``.
+        moves_weights: True if every W moves, so that checkpoints hold a place for the compensation of each.
+        scales_branches: True if branches get another scaling, which export and loading have to look at.
+        skipped_updates: steps that left every W alone because a factor was not finite.
+    """
+
+    name: str
+    moves_weights: bool
+    scales_branches: bool
+    skipped_updates: int = 0
+
+    def check_inner(self, inner: Optimizer) -> None:
+        """Raise ValueError for an inner optimizer that this rule cannot follow."""
+
+    def check_groups(self, groups: Sequence[DeltaGroup]) -> None:
+        """Raise ValueError for settings that this rule cannot follow."""
+
+    def check_ratios(self, groups: Sequence[DeltaGroup]) -> None:
+        """Raise ValueError for ratios that this rule cannot follow; asked at every step, as they may be set."""
+
+    def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
+        """Say why this rule cannot move a weight.
+
+        Args:
+            weight: with its tensors resolved.
+            unwritable: the problems of reading and writing W in place.
+        """
+        raise NotImplementedError
+
+    def factor_problems(self, weight: WeightState, letter: str, factor: Tensor) -> list[str]:
+        """Say why this rule cannot train a factor."""
+        return tensor_problems(letter, factor)
+
+    def attach(self, weights: Sequence[WeightState]) -> None:
+        """Claim the gradients of these weights' factors, for this rule's optimizer."""
+
+    def follow(self, weights: Sequence[WeightState], replaced: bool) -> None:
+        """Note the tensors there are now, before each event.
+
+        Args:
+            weights: all of the optimizer.
+            replaced: True if some are not those of the last event.
+
+        Raises:
+            RuntimeError: if another optimizer has claimed a factor, or gradients came past this rule.
+        """
+
+    def release(self) -> None:
+        """Stop acting on the gradients, until the next `follow`."""
+
+    def before_step(self, weights: Sequence[WeightState], writer: Writer, closure: Closure | None) -> None:
+        """Do what has to be done before the inner step; each weight's `ratio` is that of this step."""
+        raise NotImplementedError
+
+    def inner_step(
+        self, weights: Sequence[WeightState], closure: Closure | None
+    ) -> AbstractContextManager[Closure | None]:
+        """Return a context for the inner step, which gives the closure to hand over."""
+        return nullcontext(closure)
+
+    def after_step(self, weights: Sequence[WeightState], writer: Writer) -> None:
+        """Do what has to be done after the inner step."""
+
+    def flush(self) -> None:
+        """Complete the ledgers; waits for the device."""
+
+    def unfolded(self, weights: Sequence[WeightState]) -> AbstractContextManager[None]:
+        """Return a context in which every branch adds scaling * A @ B, as next to a W that moves."""
+        return nullcontext()
+
+    def restored(
+        self, weights: Sequence[WeightState], records: Iterable[Mapping[str, Any]]
+    ) -> AbstractContextManager[None]:
+        """Return a context that puts the branches in the state of a saved run; undone if an exception leaves it."""
+        return nullcontext()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that stay from step to step."""
+        return 0

@@ -1,0 +1,255 @@
+"""WeightState: everything about one W in training, in one record."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaopt.checkpoint.fingerprint import Fingerprint
+from deltaopt.groups import DeltaGroup
+from deltaopt.ledger import Ledger, combined
+from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.rounding.blocks import lifted
+from deltaopt.sharding import gathered
+from deltaopt.tensors import offload_problems, tensor_problems
+from deltaopt.triple import LoRATriple, Tensors
+
+
+class Compensation(NamedTuple):
+    """The part of a 16-bit W that rounding has cut off: `bits` (int16, as the part of W that moves), W's `dtype`."""
+
+    bits: Tensor
+    dtype: torch.dtype
+
+
+class WeightState:
+    """One W in training: its triple, its tensors during an event, and what is known of its movement.
+
+    Args:
+        triple: as registered.
+        group: which gives it its update_ratio and start_step.
+        keep_base: "cpu" or "device" to keep a copy of W from before its first move, there or next to W; None for none.
+
+    Attributes:
+        ratio: lambda in the current step; 0.0 while W rests.
+        ledger: what W was asked to move by since its base.
+        base: the fingerprint of W before its first move; None until then.
+        origin: the product that the start of A and B took out of the pristine weight (PiSSA, OLoRA); None if none.
+        rebased: True if the base is known to be another weight than the pristine one: after `rebase`, or where W had
+            moved when it was registered.
+        compensation: with compensated rounding, what was cut off from W so far; it is added the next time.
+    """
+
+    def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
+        self.triple = triple
+        self.group = group
+        self.ratio = 0.0
+        self.ledger = Ledger()
+        self.base: Fingerprint | None = None
+        self.origin: Term | None = None
+        self.rebased = False
+        self.compensation: Compensation | None = None
+        self._copy_place = keep_base
+        self._base_copy: Tensor | None = None
+        self._tensors: Tensors | None = None
+        self._checked: tuple[object, ...] | None = None
+
+    def register(self) -> None:
+        """Record the state of W at registration: moved before, reduced by a start of A and B; copy it if asked."""
+        self.rebased = self.triple.has_moved()
+        if self.triple.took_from_base(self.tensors):
+            self.origin = self.branch().cloned()
+        if self._copy_place is not None and not self.weight_problems():
+            self.copy_base()
+
+    # The tensors. They are looked up once for each event: libraries replace Parameter objects between events.
+
+    @property
+    def tensors(self) -> Tensors:
+        """W, A and B as the event under way has looked them up, or else as they are stored now."""
+        return self.triple.tensors() if self._tensors is None else self._tensors
+
+    def resolve(self) -> bool:
+        """Look W, A and B up for an event; return True if one of them is not what was checked last."""
+        self._tensors = self.triple.tensors()
+        return self._tensors.signature() != self._checked
+
+    def accept(self) -> None:
+        """Note that the tensors that were looked up have passed all checks."""
+        self._checked = self.tensors.signature()
+
+    def forget(self) -> None:
+        """Let go of the tensors after an event, so that a replaced W is freed."""
+        self._tensors = None
+
+    @property
+    def label(self) -> str:
+        """The name of the triple, for messages."""
+        return self.triple.label
+
+    def matrix(self) -> Tensor:
+        """View the part of W that moves as a (c, d) or (e, c, d) matrix."""
+        return self.triple.view.weight(self.tensors.W)
+
+    def part(self) -> Tensor:
+        """View the part of W that moves, in an order that does not depend on strides where it is all of W."""
+        return self.triple.view.part(self.tensors.W)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """View A as (c, r) and B as (r, d), with a leading e for experts. To be read, not written."""
+        tensors = self.tensors
+        return self.triple.view.factors(tensors.W, tensors.A, tensors.B)
+
+    def weight_problems(self) -> list[str]:
+        """Say why W cannot be read as a matrix and written in place."""
+        W = self.tensors.W
+        found = tensor_problems("W", W)
+        module = self.triple.weight_module()
+        if module is not None:
+            found += offload_problems(module)
+            if self.triple.W is not W:
+                found.append(
+                    "W is computed at each access (a parametrization such as weight_norm), so an in-place update would "
+                    "be lost: register the tensor it is made from, or remove the parametrization"
+                )
+        return found
+
+    # What W was asked to move by, and the branch next to it.
+
+    def branch(self) -> Term:
+        """Return what the branch adds now, branch_scaling * A @ B, in the dtype of the computation. Read only."""
+        tensors = self.tensors
+        tensors = tensors._replace(A=gathered(tensors.A), B=gathered(tensors.B))
+        dtype = tensors.compute_dtype()
+        A, B = (factor.detach().to(dtype) for factor in self.triple.view.factors(*tensors))
+        return Term(self.triple.branch_scaling, A, B)
+
+    def placed_ledger(self) -> Ledger:
+        """Bring the ledger to where W is now, in the dtype of the computation: models are moved and cast."""
+        tensors = self.tensors
+        device, dtype = tensors.W.device, tensors.compute_dtype()
+        if self.origin is not None:
+            self.origin = self.origin.to(device, dtype)
+        return self.ledger.to(device, dtype)
+
+    def displacement(self) -> list[Term]:
+        """Return terms that add up to what W was asked to move by since its base.
+
+        Raises:
+            RuntimeError: if that is not known as low-rank terms any more, with the layer's name and the reason.
+        """
+        if self.ledger.lost is not None:
+            raise RuntimeError(f"{self.label}: {self.ledger.lost}")
+        return self.placed_ledger().displacement()
+
+    def asked_movement(self) -> LowRank:
+        """Return the displacement as one product; of a folded W, with what its branch holds instead of W."""
+        _, A, B = self.branch()
+        terms = self.displacement()
+        if self.triple.folded:
+            terms = [*terms, Term(self.triple.folded * self.triple.scaling, A, B)]
+        return joined(terms or [Term(0.0, A[..., :0], B[..., :0, :])])
+
+    def change(self, from_pristine: bool = False) -> LowRank:
+        """Return the displacement of W and the branch next to it as one product.
+
+        Args:
+            from_pristine: add what the start of A and B took out of the pristine weight.
+
+        Raises:
+            RuntimeError: if the displacement is not known any more.
+        """
+        branch = self.branch()
+        terms = [*self.displacement(), branch]
+        if from_pristine and self.origin is not None:
+            terms.append(self.origin._replace(coef=-self.origin.coef))
+        return joined([term for term in combined(terms) if not term.is_zero()] or [branch])
+
+    # The base.
+
+    @property
+    def moved(self) -> bool:
+        """True if W was asked to move, as far as the host knows."""
+        return self.base is not None
+
+    def fingerprint(self) -> Fingerprint:
+        """Take the fingerprint of the part of W that moves."""
+        return Fingerprint(self.part())
+
+    def note_base(self) -> None:
+        """Take W as it is now as its base, unless it has moved before. Called before every write."""
+        if self.base is None:
+            self.base = self.fingerprint()
+            self.copy_base()
+            self.triple.weight_moves()
+
+    def rebase(self) -> None:
+        """Take W as it is now as its base, and forget how it came there."""
+        self.ledger, self.base, self.origin, self.compensation = Ledger(), None, None, None
+        self.rebased = True
+        self.triple.weight_rests()
+
+    def copy_base(self, bits: Tensor | None = None) -> None:
+        """Copy W as it is now, or `bits`, over an earlier copy; nothing without ``keep_base``."""
+        if self._copy_place is None:
+            return
+        part = self.part().detach() if bits is None else bits
+        if self._base_copy is None or self._base_copy.shape != part.shape or self._base_copy.dtype != part.dtype:
+            device = "cpu" if self._copy_place == "cpu" else self.tensors.W.device
+            self._base_copy = torch.empty_like(part, device=device)
+        self._base_copy.copy_(part)
+
+    def base_copy(self, base: Fingerprint) -> Tensor | None:
+        """Return the copy, unless it is of another weight: W may have moved before this optimizer was built."""
+        return (
+            self._base_copy
+            if self._base_copy is not None and Fingerprint(self._base_copy).record() == base.record()
+            else None
+        )
+
+    @property
+    def copies_base(self) -> bool:
+        """True if copies of the base are asked for."""
+        return self._copy_place is not None
+
+    # Compensated rounding.
+
+    def known_compensation(self, part: Tensor) -> Tensor | None:
+        """Return what was cut off from `part`, the part of W that moves; None if W was cast or replaced since."""
+        held = self.compensation
+        if held is None or held.dtype != part.dtype or held.bits.shape != part.shape:
+            return None
+        bits = held.bits.to(part.device)
+        # A convolution's matrix has its columns in the order of memory, which channels_last changes.
+        if part.dim() > 2 and bits.stride() != torch.empty_like(part, dtype=torch.int16, device="meta").stride():
+            bits = torch.empty_like(part, dtype=torch.int16).copy_(bits)
+        if bits is not held.bits:
+            self.compensation = Compensation(bits, held.dtype)
+        return bits
+
+    def writable_compensation(self, part: Tensor) -> Tensor:
+        """Return what was cut off from `part`, to be written; zero at first."""
+        bits = self.known_compensation(part)
+        if bits is None:
+            bits = torch.zeros_like(part, dtype=torch.int16)
+            self.compensation = Compensation(bits, part.dtype)
+        return bits
+
+    @torch.no_grad()
+    def full_part(self) -> Tensor:
+        """Copy the part of W that moves; in float32 with what compensated rounding has cut off, where it has."""
+        part = self.part().detach()
+        compensation = self.known_compensation(part)
+        return part.clone() if compensation is None else lifted(part, compensation)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the closed terms, the compensation and the copy of the base."""
+        compensation = self.compensation.bits.nbytes if self.compensation is not None else 0
+        return self.ledger.nbytes + compensation + (self._base_copy.nbytes if self._base_copy is not None else 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
+        return {**self.__dict__, "_tensors": None, "_checked": None}

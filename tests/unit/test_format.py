@@ -1,0 +1,96 @@
+"""The format of a saved state: each ledger under its triple's name, and the schemas that are read."""
+
+import pytest
+import torch
+
+import deltaopt
+from deltaopt import DeltaLoRAOptimizer
+from deltaopt.checkpoint.format import KEY, LEDGER, READ, SCHEMA, split_ledgers, split_record
+from tests.support import strategies
+from tests.support.compare import same, through_a_file
+from tests.support.internals import as_schema_4
+from tests.support.runs import noisy_run, noisy_step
+
+
+def two_triples_of_one_A() -> tuple[DeltaLoRAOptimizer, list[torch.Tensor]]:
+    q, k = strategies.make("linear", seed=1), strategies.make("linear", seed=2)
+    k.A = q.A
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [q.triple(1.0, "q"), k.triple(1.0, "k")], lr=0.1)
+    return optimizer, [q.A, q.B, k.B]
+
+
+def test_each_ledger_is_under_the_name_of_its_triple():
+    optimizer, factors = two_triples_of_one_A()
+    noisy_step(optimizer, *factors)
+    entries = optimizer.state_dict()["state"][0]
+    ours = sorted(key for key in entries if key.startswith(LEDGER))
+    assert ours == [f"{LEDGER}k", f"{LEDGER}q"]
+    assert all(isinstance(entries[key], str) for key in ours)
+
+
+def test_triples_that_share_a_parameter_are_resumed():
+    optimizer, factors = two_triples_of_one_A()
+    noisy_step(optimizer, *factors)
+    state = through_a_file(optimizer.state_dict())
+    asked = [optimizer.displacement(name).product() for name in "qk"]
+    optimizer.load_state_dict(state)
+    assert all(torch.equal(optimizer.displacement(name).product(), was) for name, was in zip("qk", asked, strict=True))
+
+
+def test_schema_4_is_read_as_what_it_says():
+    run = noisy_run(zero=False, start_step=1)
+    run.train(4)
+    state = run.optimizer.state_dict()
+    old = as_schema_4(state)
+    assert same(split_ledgers(split_record(old)[1], schema=4), split_ledgers(split_record(state)[1]))
+    twin = run.twin()
+    twin.optimizer.load_state_dict(through_a_file(old))
+    run.train(3)
+    twin.train(3)
+    assert all(map(torch.equal, run.tensors, twin.tensors))
+
+
+def test_what_is_made_of_schema_4_can_be_loaded():
+    run = noisy_run()
+    run.train(2)
+    old = as_schema_4(run.optimizer.state_dict())
+    run.optimizer.load_state_dict(deltaopt.without_compensation(old))
+    assert run.optimizer.step_count == 2
+    run.optimizer.load_state_dict(deltaopt.without_ledger(old))
+    assert not run.optimizer.weights()[0].moved
+
+
+def test_the_schema_that_is_written_is_read():
+    assert SCHEMA in READ
+    assert noisy_run().optimizer.state_dict()["param_groups"][0][KEY]["schema"] == SCHEMA
+
+
+@pytest.mark.parametrize("schema", [3, 6, None, "5"])
+def test_other_schemas_are_refused_with_those_that_are_read(schema):
+    run = noisy_run()
+    state = run.optimizer.state_dict()
+    state["param_groups"][0][KEY]["schema"] = schema
+    with pytest.raises(ValueError, match=f"has the schema {schema}, this version of deltaopt reads 4 and 5"):
+        run.optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("schema", READ)
+def test_ledgers_of_the_other_schema_are_not_read(schema):
+    """A distributed checkpoint of schema 4 comes in a template of schema 5, with ledgers of a fresh optimizer."""
+    run, fresh = noisy_run(zero=False), noisy_run(zero=False)
+    run.train(2)
+    state, other = run.optimizer.state_dict(), fresh.optimizer.state_dict()
+    if schema == 4:
+        state, template = as_schema_4(state), other
+        for number, entries in template["state"].items():
+            state["state"][number] |= {key: entry for key, entry in entries.items() if key.startswith(LEDGER)}
+    else:
+        for number, entries in as_schema_4(other)["state"].items():
+            state["state"][number] |= {KEY: entries[KEY]}
+    fresh.stored.W.copy_(run.stored.W)
+    with torch.no_grad():
+        fresh.stored.A.copy_(run.stored.A)
+        fresh.stored.B.copy_(run.stored.B)
+    fresh.optimizer.load_state_dict(state)
+    assert torch.equal(fresh.displacement(), run.displacement())
+    assert float(run.displacement().norm()) > 0

@@ -1,0 +1,52 @@
+"""Lists of problems: every layer in one message, a shared problem in one sentence."""
+
+import pytest
+
+from deltaopt.messages import NAMED, Problem, layers, names, problem_lines, problems_of, raise_problems
+
+MANY = [f"layers.{i}.q" for i in range(224)]
+
+
+def test_one_layer_stands_before_its_sentence():
+    assert problem_lines([Problem("q", "it is tied"), Problem("k", "it is merged")]) == [
+        "q: it is tied",
+        "k: it is merged",
+    ]
+
+
+def test_a_shared_problem_is_one_sentence_with_the_layers_after_it():
+    problems = [Problem("q", "it is tied"), Problem("k", "it is merged"), Problem("v", "it is tied")]
+    assert problem_lines(problems) == ["it is tied (2 layers: q, v)", "k: it is merged"]
+
+
+def test_many_layers_are_counted_and_the_first_ones_named():
+    (line,) = problem_lines([Problem(name, "it has lora_dropout=0.05") for name in MANY])
+    assert line.startswith("it has lora_dropout=0.05 (224 layers: layers.0.q, layers.1.q")
+    assert line.endswith(f"layers.{NAMED - 1}.q, ...)")
+    assert len(line) < 200
+
+
+def test_names_are_cut_only_when_there_are_more():
+    assert names(MANY[:NAMED]).endswith(MANY[NAMED - 1])
+    assert names(MANY[: NAMED + 1]).endswith(f"{MANY[NAMED - 1]}, ...")
+
+
+def test_layers_are_counted_in_singular_and_plural():
+    assert layers(["q"]) == "1 layer (q)"
+    assert layers(["q", "k"]) == "2 layers (q, k)"
+
+
+def test_no_problem_raises_nothing():
+    raise_problems(ValueError, "these cannot be used", [])
+
+
+def test_all_problems_are_raised_at_once_with_what_to_do():
+    problems = [*problems_of("q", ["A is wrong", "B is wrong"]), *problems_of("k", ["A is wrong"])]
+    with pytest.raises(ValueError, match="these cannot be used") as caught:
+        raise_problems(ValueError, "these cannot be used", problems, "Mend them")
+    assert str(caught.value).split("\n") == [
+        "these cannot be used:",
+        "  A is wrong (2 layers: q, k)",
+        "  q: B is wrong",
+        "Mend them",
+    ]
