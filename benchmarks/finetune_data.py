@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Folders whose texts are no documentation of their package; distutils left the library with Python 3.12.
+# Folders whose texts do not document their package. Python 3.12 removed distutils, so older versions leave it out too.
 NOT_PACKAGES = {"site-packages", "test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "distutils", "__pycache__"}
 PACKAGES = 12
 SHORTEST = 20
 TEST_SHARE = 5
-"""One text in so many is a test text."""
+"""One text in this many is a test text."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example as it is read: a text, perhaps a second one, and the label as it is written."""
+    """One example as read: a text, an optional second text, and the label as written."""
 
     text: str
     pair: str | None
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """One example as it is trained: the label is its place in `Task.labels`."""
+    """One example as trained: the label is its index in `Task.labels`."""
 
     text: str
     pair: str | None
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: what it asks, its labels, and two sets of examples."""
+    """A classification task: a description, the labels, and two sets of examples."""
 
     description: str
     labels: list[str]
@@ -50,13 +50,13 @@ class Task:
     test: list[Example]
 
     def majority_accuracy(self) -> float:
-        """Accuracy on the test texts of always saying the commonest label of the training texts."""
+        """Return the test accuracy of always answering with the commonest label of the training texts."""
         return self._accuracy([self._commonest()] * len(self.test))
 
     def named_accuracy(self) -> float | None:
-        """Accuracy of saying the label whose name stands in the text, else the commonest; None for numbered labels.
+        """Return the accuracy of answering with the label that the text names, or else with the commonest.
 
-        It tells how much of the task is given away by the text itself.
+        It shows how far the texts alone give the answer away. None for numbered labels.
         """
         if all(label.lstrip("-").isdigit() for label in self.labels):
             return None
@@ -75,7 +75,7 @@ class Task:
 
 
 def load_task(data: str | None, test_data: str | None = None) -> Task:
-    """The task that the options ``--data`` and ``--test-data`` name.
+    """Return the task that the options ``--data`` and ``--test-data`` name.
 
     Args:
         data: a JSONL file, a hub data set (``name`` or ``name:config``), or None for the docstrings.
@@ -83,7 +83,7 @@ def load_task(data: str | None, test_data: str | None = None) -> Task:
             validation or test split of a hub data set.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: with what to do instead.
+        ValueError, FileNotFoundError, ModuleNotFoundError: if the data cannot be used; the message says what to do.
     """
     if data is None:
         if test_data is not None:
@@ -96,13 +96,13 @@ def load_task(data: str | None, test_data: str | None = None) -> Task:
 
 
 def docstring_task(stdlib: Path | None = None) -> Task:
-    """From which package of the standard library does a docstring come? The 12 packages with most docstrings.
+    """Return the default task: tell from which package of the standard library a docstring comes.
 
-    Nothing is masked: a docstring may name its package. `Task.named_accuracy` says how far that alone goes, and
-    the report prints it.
+    The labels are the 12 packages with most docstrings. Nothing is masked: a docstring may name its package.
+    `Task.named_accuracy` says how far that alone goes, and the report prints it.
 
     Args:
-        stdlib: the folder of the library. Default: the one of the running interpreter.
+        stdlib: the folder of the library. Default: that of the running interpreter.
     """
     stdlib = stdlib or Path(sysconfig.get_path("stdlib"))
     packages: dict[str, set[str]] = defaultdict(set)
@@ -117,7 +117,7 @@ def docstring_task(stdlib: Path | None = None) -> Task:
 
 
 def docstrings(folder: Path) -> Iterator[str]:
-    """The docstrings below a folder, white space collapsed, without those of its tests."""
+    """Yield the docstrings below a folder, except those of its tests, with white space collapsed."""
     for path in sorted(folder.rglob("*.py")):
         if {"test", "tests"} & set(path.relative_to(folder).parts):
             continue
@@ -133,7 +133,7 @@ def docstrings(folder: Path) -> Iterator[str]:
 
 
 def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """Train and test rows. The text alone decides, so that equal texts stand on one side, on every machine."""
+    """Split into train and test rows. The text alone decides, so equal texts are on the same side on every machine."""
     sides: tuple[list[Row], list[Row]] = [], []
     for row in rows:
         text = "\n".join((row.text, row.pair or "")).casefold()
@@ -143,7 +143,7 @@ def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def encode(description: str, train: Sequence[Row], test: Sequence[Row]) -> Task:
-    """The task of these rows, labels numbered in the order of their names.
+    """Return the task of these rows, with labels numbered in the order of their names.
 
     Raises:
         ValueError: for an empty side, fewer than two labels, or a test label that no training row has.
@@ -166,7 +166,7 @@ def is_file(data: str) -> bool:
 
 
 def read_splits(data: str) -> tuple[list[Row], list[Row]]:
-    """Train and test rows of a file (split by hash) or of a hub data set (its own splits)."""
+    """Read train and test rows of a file (split by hash) or of a hub data set (its own splits)."""
     if is_file(data):
         return split(read_jsonl(Path(data)))
     splits = load_hub(data)
@@ -178,12 +178,12 @@ def read_splits(data: str) -> tuple[list[Row], list[Row]]:
 
 
 def read_all(data: str) -> list[Row]:
-    """All rows of a file, or the test side of a hub data set."""
+    """Read all rows of a file, or the test side of a hub data set."""
     return read_jsonl(Path(data)) if is_file(data) else read_splits(data)[1]
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of ``{"sentence1", "sentence2" (optional), "label"}``, one JSON object a line, plain or gzip."""
+    """Read rows of ``{"sentence1", "sentence2" (optional), "label"}``, one JSON object a line, plain or gzip."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     opener = gzip.open if path.suffix == ".gz" else open
@@ -196,7 +196,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def load_hub(data: str) -> Any:
-    """The splits of a hub data set, ``name`` or ``name:config``, loaded with the package `datasets`."""
+    """Load the splits of a hub data set, ``name`` or ``name:config``, with the package `datasets`."""
     try:
         import datasets
     except ImportError as error:
@@ -208,7 +208,7 @@ def load_hub(data: str) -> Any:
 
 
 def hub_rows(rows: Iterable[dict[str, Any]], data: str) -> list[Row]:
-    """Rows of one split: the first one or two columns that hold strings are the texts, "label" is the label."""
+    """Read the rows of one split. The first one or two columns of strings are the texts, "label" is the label."""
     rows = list(rows)
     columns = [key for key, value in rows[0].items() if isinstance(value, str) and key != "label"][:2] if rows else []
     if rows and not columns:
@@ -217,7 +217,7 @@ def hub_rows(rows: Iterable[dict[str, Any]], data: str) -> list[Row]:
 
 
 def make_row(row: dict[str, Any], columns: tuple[str, ...], where: str) -> Row:
-    """One row, checked.
+    """Return one row, checked.
 
     Raises:
         ValueError: for a missing text or label, and for a label that is neither an int nor a string.

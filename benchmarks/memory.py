@@ -1,8 +1,8 @@
-"""Peak memory that a piece of code allocates beyond what was there before.
+"""Peak memory that a piece of code allocates beyond what was allocated before.
 
-On a CUDA device torch's allocator counts. On a CPU the profiler records every allocation and release of
-torch's allocator, and the largest running sum of them is the peak. Scratch memory that a library under torch
-(oneDNN, MKL) takes for itself is in neither.
+On a CUDA device torch's allocator counts. On a CPU the profiler records every allocation and release of torch's
+allocator; the largest running sum of them is the peak. Neither counts the scratch memory that a library under torch
+(oneDNN, MKL) takes for itself.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_allocation(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Bytes allocated on `device` at the worst moment of `fn()`, beyond those held when it begins.
+    """Return the bytes allocated on `device` at the worst moment of `fn()`, beyond those held when it begins.
 
-    What `fn` returns is dropped at once. `fn` should release nothing that was there before: on a CPU that goes
-    unseen (the profiler does not know the size), on CUDA it makes room.
+    The result of `fn` is dropped at once. `fn` should release nothing that was allocated before. On a CPU such a
+    release is not seen (the profiler does not know the size); on CUDA it lowers the peak.
 
     Args:
-        fn: called once.
+        fn: the code to measure; it is called once.
         device: the device whose memory is counted.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The tables of the pages, made from the results that are kept beside them.
+"""Tables of the pages, made from the files in `benchmarks/results/`.
 
-    python -m benchmarks.tables     # after a run: writes README.md and benchmarks/README.md anew between the marks
+    python -m benchmarks.tables     # after a run: replaces the tables of README.md and benchmarks/README.md
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; `TABLES` has the names.
 """
@@ -45,17 +45,17 @@ MEMORY = (
 KEPT = ("wrapped", "compensated", "folded")
 
 Cell: TypeAlias = Callable[[Mapping[str, Any]], str]
-"""Of a case of `step_overhead`."""
+"""Makes one cell of a table from a case of `step_overhead`."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """Return a table in Markdown."""
     first, *others = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
     return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def overhead(device: str) -> str:
-    """Times and ratios of `step_overhead`: those of all weights, of float32 alone and of 16 bits alone."""
+    """Return the times and ratios of `step_overhead`: for all weights, for float32 alone and for 16 bits alone."""
     found = _results(f"step_overhead_{device}")
     if found is None:
         return "Not measured yet."
@@ -82,7 +82,7 @@ def overhead(device: str) -> str:
 
 
 def memory(device: str) -> str:
-    """What one call allocates at its worst moment, and what is kept from step to step, in MiB."""
+    """Return the peak memory of one call, and the memory kept from step to step, in MiB."""
     found = _results(f"step_overhead_{device}")
     if found is None:
         return "Not measured yet."
@@ -92,7 +92,7 @@ def memory(device: str) -> str:
 
 
 def costs() -> str:
-    """The short table of `step_overhead`: what a step costs here and in public code."""
+    """Return the short table of `step_overhead`: the cost of a step here and in public code."""
     found = _results("step_overhead_cpu")
     assert found is not None
     cells: dict[str, Cell] = {
@@ -111,7 +111,7 @@ def costs() -> str:
 
 
 def kept(device: str) -> str:
-    """Every row of `drift`."""
+    """Return every row of `drift`."""
     found = _drifts(device)
     if not found:
         return "Not measured yet."
@@ -125,14 +125,20 @@ def kept(device: str) -> str:
 
 
 def kept_at_the_reference() -> str:
-    """The short table of `drift`: the reference setting, and the same with equal factors for all roundings."""
+    """Return the short table of `drift`: the reference setting, with feedback from the rounded W and without."""
     found = _drifts("cpu")
     names = {
         "nearest": "nearest, as public code does",
         "stochastic": "stochastic (default)",
         "compensated": "compensated",
     }
-    head = ("W", "rounding", "movement kept", "the same factors for all", "relative error")
+    head = (
+        "W",
+        "rounding",
+        "share of the movement kept in W",
+        "the same share, training with an unrounded W",
+        "relative error",
+    )
     rows = []
     for dtype in ("bfloat16", "float16"):
         for rounding, name in names.items():
@@ -157,10 +163,10 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(page: str) -> str:
-    """A page with its tables made anew.
+    """Return a page with its tables replaced by those of the present results.
 
     Raises:
-        KeyError: if it asks for a table that there is not.
+        KeyError: if the page names a table that `TABLES` does not have.
     """
     return re.sub(
         r"(<!-- table: ([^>]*) -->\n).*?(\n<!-- end of table -->)",
@@ -171,7 +177,7 @@ def filled(page: str) -> str:
 
 
 def main() -> None:
-    """Fill all pages."""
+    """Write the tables into all pages."""
     for page in PAGES:
         page.write_text(filled(page.read_text()))
 
