@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.data.make_states import CASES, END, SAVE, Peft, Plain, begun, displacements_of, settings_of
+from tests.data.make_states import END, SAVE, STATES, Peft, Plain, displacements_of, rebuilt_run, settings_of
+from tests.support.compare import relative
 
-DATA = Path(__file__).parents[1] / "data"
+FOLDER = Path(__file__).parents[1] / "data"
 
-CLOSE = 1e-6
+CLOSE_TO_RECORDED = 1e-6
 """What float32 tensors, losses and displacements may differ by: relative, Frobenius norm."""
 
 FLIPPED = 0.02
@@ -38,23 +39,23 @@ Every element within so many spacings of W's largest value, and W as a whole (Fr
 random around the same displacement. Measured: 3 spacings and 0.0075 at most.
 """
 
-ways = pytest.mark.parametrize("way", ["weights", "adapter"])
-each_case = pytest.mark.parametrize("case", CASES)
+each_way = pytest.mark.parametrize("way", ["weights", "adapter"])
+each_case = pytest.mark.parametrize("case", STATES)
 
 
 def opened(case: str) -> dict[str, Any]:
-    kind, _ = CASES[case]
+    kind, _ = STATES[case]
     if kind == "peft":
         pytest.importorskip("peft", reason="runs where peft is installed")
-    return torch.load(DATA / f"{case}.pt", weights_only=True)
+    return torch.load(FOLDER / f"{case}.pt", weights_only=True)
 
 
 def resumed(case: str, way: str, file: dict[str, Any]) -> Plain | Peft:
     """A run with settings of its own that has loaded the state, beside the saved weights or beside base and adapter."""
-    kind, mode = CASES[case]
+    kind, mode = STATES[case]
     others = {"lr": 0.5, "update_ratio": 3.0, "start_step": 99}
     config = {**file["config"], "groups": [group | others for group in file["config"]["groups"]], "rounding_seed": 77}
-    run = begun(kind, config, file["base"])
+    run = rebuilt_run(kind, config, file["base"])
     if way == "weights":
         run.load(file["saved"])
         run.optimizer.load_state_dict(file["optimizer"])
@@ -68,10 +69,6 @@ def resumed(case: str, way: str, file: dict[str, Any]) -> Plain | Peft:
     return run
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 def spacings(found: Tensor, expected: Tensor, *others: Tensor) -> Tensor:
     """How far apart elements are, in spacings of bfloat16 at the largest value that they had on the way."""
     largest = torch.stack([t.double().abs() for t in (found, expected, *others)]).amax(0)
@@ -81,7 +78,7 @@ def spacings(found: Tensor, expected: Tensor, *others: Tensor) -> Tensor:
 
 def tolerance(file: dict[str, Any], differing: int) -> float:
     """Of float32 tensors and losses. Plain triples are given their gradients, whatever W is."""
-    return FED_BACK if differing and "x" in file["data"] else CLOSE
+    return FED_BACK if differing and "x" in file["data"] else CLOSE_TO_RECORDED
 
 
 def compared(found: dict[str, Tensor], expected: dict[str, Tensor], file: dict[str, Any]) -> int:
@@ -99,8 +96,8 @@ def compared(found: dict[str, Tensor], expected: dict[str, Tensor], file: dict[s
 
 
 def test_there_is_a_file_for_each_case():
-    assert len(CASES) == 8
-    assert {path.stem for path in DATA.glob("*.pt")} == set(CASES)
+    assert len(STATES) == 8
+    assert {path.stem for path in FOLDER.glob("*.pt")} == set(STATES)
 
 
 @each_case
@@ -118,11 +115,11 @@ def test_the_files_hold_runs_in_the_middle_with_closed_terms(case):
     assert len(weights) == len(counts)
     for name in weights:
         before, then, end = file["base"][name], file["saved"][name], file["expected"]["tensors"][name]
-        assert relative(then, before) > 1e4 * CLOSE
+        assert relative(then, before) > 1e4 * CLOSE_TO_RECORDED
         assert torch.equal(end, then) != in_place
 
 
-@ways
+@each_way
 @each_case
 def test_loading_restores_the_settings_the_scalings_and_the_displacements(case, way):
     file = opened(case)
@@ -133,10 +130,10 @@ def test_loading_restores_the_settings_the_scalings_and_the_displacements(case, 
     found = displacements_of(run.optimizer)
     assert found.keys() == file["displacements"].keys()
     for name, expected in file["displacements"].items():
-        assert relative(found[name], expected) <= CLOSE, name
+        assert relative(found[name], expected) <= CLOSE_TO_RECORDED, name
 
 
-@ways
+@each_way
 @each_case
 def test_a_run_goes_on_as_it_went_on(case, way):
     """From base and adapter too, where only a W that is rounded at random is not what it was: see the next test."""
@@ -151,7 +148,7 @@ def test_a_run_goes_on_as_it_went_on(case, way):
     assert run.optimizer.step_count == END
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("stochastic")])
+@pytest.mark.parametrize("case", [case for case in STATES if case.endswith("stochastic")])
 def test_a_stochastic_weight_that_is_rebuilt_stays_beside_the_one_that_was_not(case):
     file = opened(case)
     run = resumed(case, "adapter", file)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support.compare import COPIES, bits, relative, same
 from tests.support.folded import folded_optimizer
+from tests.support.runs import RATIO
 from tests.support.strategies import RULES
 
-RATIO, EXACT = 0.7, 1e-10
 START_STEPS = {"zero": 0, "later": 3}
 
 
@@ -74,7 +74,7 @@ def test_a_run_with_sparse_gradients_follows_the_one_in_place(inner, start):
         assert torch.equal(model.base.weight, W0) == (mode == "folded" and start == "zero")
         ends.append((model.A.weight, model.B, model(torch.arange(12))))
     for p, q in zip(*ends, strict=True):
-        assert relative(p, q) <= EXACT
+        assert relative(p, q) <= 1e-10
 
 
 def test_a_copy_with_sparse_gradients_goes_on():

@@ -22,7 +22,7 @@ def plain_lora(alpha, seed=0, inner=torch.optim.AdamW, steps=200, groups=None, *
     return (stored.W + alpha * (stored.A @ stored.B)).detach()
 
 
-def delta_lora(rule="in_place", steps=200, **options):
+def delta_lora_run(rule="in_place", steps=200, **options):
     return LayerRun(rule, **options).train(steps).effective().detach()
 
 
@@ -37,9 +37,9 @@ def apart(now, expected):
 def test_with_adam_it_is_lora_with_a_larger_alpha(rule, weight_decay):
     """Adam divides the scale of gradients out (eps -> 0), with decoupled weight decay too; SGD does not."""
     options = {"lr": 0.02, "eps": 1e-30, "weight_decay": weight_decay}
-    assert apart(delta_lora(rule, **options), plain_lora(0.5 * (1 + DEFAULT_RATIO), **options)) < 1e-9
+    assert apart(delta_lora_run(rule, **options), plain_lora(0.5 * (1 + DEFAULT_RATIO), **options)) < 1e-9
     options = {"inner": torch.optim.SGD, "lr": 0.02}
-    assert apart(delta_lora(rule, **options), plain_lora(1.5, **options)) > 1e-2
+    assert apart(delta_lora_run(rule, **options), plain_lora(1.5, **options)) > 1e-2
 
 
 def test_with_adam_it_is_lora_plus_without_weight_decay():
@@ -49,14 +49,14 @@ def test_with_adam_it_is_lora_plus_without_weight_decay():
         groups = lambda s: [{"params": [s.A], "lr": 0.02 * (1 + DEFAULT_RATIO)}, {"params": [s.B]}]  # noqa: E731
         return plain_lora(0.5, groups=groups, lr=0.02, eps=1e-30, weight_decay=decay)
 
-    assert apart(delta_lora(lr=0.02, eps=1e-30, weight_decay=0.0), plus(0.0)) < 1e-9
-    assert apart(delta_lora(lr=0.02, eps=1e-30, weight_decay=0.1), plus(0.1)) > 1e-2
+    assert apart(delta_lora_run(lr=0.02, eps=1e-30, weight_decay=0.0), plus(0.0)) < 1e-9
+    assert apart(delta_lora_run(lr=0.02, eps=1e-30, weight_decay=0.1), plus(0.1)) > 1e-2
 
 
 def test_the_papers_control_is_another_thing():
     """LoRA with three times the learning rate."""
     options = {"eps": 1e-30, "weight_decay": 0.0}
-    assert apart(delta_lora(lr=0.02, **options), plain_lora(0.5, lr=0.06, **options)) > 1e-2
+    assert apart(delta_lora_run(lr=0.02, **options), plain_lora(0.5, lr=0.06, **options)) > 1e-2
 
 
 @pytest.mark.parametrize("beyond", ["a changing ratio", "a restart", "K > 0"])
@@ -81,4 +81,4 @@ def test_what_goes_beyond_a_larger_alpha(beyond):
 def test_an_eps_that_is_not_small_goes_beyond_a_larger_alpha():
     """Adam then sees the scale of the gradients, so that A and B differ."""
     options = {"lr": 0.02, "eps": 1e-2, "weight_decay": 0.0, "steps": 60}
-    assert apart(delta_lora(**options), plain_lora(1.5, **options)) > 1e-3
+    assert apart(delta_lora_run(**options), plain_lora(1.5, **options)) > 1e-3

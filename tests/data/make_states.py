@@ -9,7 +9,7 @@ they say what the earlier one did. To make them again, from the root of the repo
 
 Each file is a dict for `torch.load(weights_only=True)`:
 
-    config        what `begun` needs to build the run again, with the run's own settings
+    config        what `rebuilt_run` needs to build the run again, with the run's own settings
     base          every tensor of the run before its first step
     saved         the same tensors at the moment of saving
     adapter       what is kept of them where the base is not: A and B, and what else trains
@@ -44,13 +44,13 @@ MODES = {
     "bfloat16_compensated": {"dtype": "bfloat16", "rounding": "compensated", "weight_update": "in_place"},
     "folded": {"dtype": "float32", "rounding": "auto", "weight_update": "folded"},
 }
-CASES = {f"{kind}_{mode}": (kind, mode) for kind in ("plain", "peft") for mode in MODES}
+STATES = {f"{kind}_{mode}": (kind, mode) for kind in ("plain", "peft") for mode in MODES}
 
 CHANGE, RESTART, SAVE, END = 4, 6, 9, 13
 """Steps before which update_ratio changes, A and B start afresh (in place only), the run is saved, and it ends."""
 
 # Of plain triples: (shapes of W, A and B; options). c, d and r are three numbers, in both groups.
-LAYERS: dict[str, tuple[tuple[tuple[int, ...], ...], dict[str, Any]]] = {
+PLAIN_LAYERS: dict[str, tuple[tuple[tuple[int, ...], ...], dict[str, Any]]] = {
     "linear": (((8, 11), (8, 2), (2, 11)), {"scaling": 0.5}),
     "transposed": (((11, 7), (7, 3), (3, 11)), {"scaling": 2.0, "layout": "transposed"}),
     "conv": (((6, 3, 2, 2), (6, 2, 1, 1), (2, 3, 2, 2)), {"scaling": 0.5, "layout": "conv"}),
@@ -58,7 +58,7 @@ LAYERS: dict[str, tuple[tuple[tuple[int, ...], ...], dict[str, Any]]] = {
     "rows": (((3 * 6, 10), (6, 2), (2, 10)), {"scaling": -0.7, "rows": (6, 12)}),
 }
 PLAIN: dict[str, Any] = {
-    "layers": {name: options for name, (_, options) in LAYERS.items()},
+    "layers": {name: options for name, (_, options) in PLAIN_LAYERS.items()},
     "groups": [
         {"layers": ["linear", "transposed", "conv"], "lr": 2e-2, "update_ratio": 2.0, "start_step": 2},
         {"layers": ["experts", "rows"], "lr": 1e-2, "update_ratio": 0.6, "start_step": 3},
@@ -195,7 +195,7 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in ("rounding", "rounding_seed", "weight_update")}
 
 
-def begun(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Plain | Peft:
+def rebuilt_run(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Plain | Peft:
     """A run with a new optimizer and these tensors."""
     return {"plain": Plain, "peft": Peft}[kind](config, tensors)
 
@@ -219,7 +219,7 @@ def _start(kind: str, dtype: torch.dtype, generator: torch.Generator) -> dict[st
     if kind == "plain":
         shapes = {
             f"{name}.{letter}": shape
-            for name, (three, _) in LAYERS.items()
+            for name, (three, _) in PLAIN_LAYERS.items()
             for letter, shape in zip("WAB", three, strict=True)
         }
     else:
@@ -244,25 +244,25 @@ def _data(kind: str, start: dict[str, Tensor], generator: torch.Generator) -> di
     return {"x": new(5, first), "y": new(5, last)}
 
 
-def _rows(data: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+def _slices(data: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     return {name: rows[start:stop].clone() for name, rows in data.items()}
 
 
 def made(kind: str, mode: str) -> dict[str, Any]:
     """The contents of one file."""
-    generator = torch.Generator().manual_seed(1 + list(CASES).index(f"{kind}_{mode}"))
+    generator = torch.Generator().manual_seed(1 + list(STATES).index(f"{kind}_{mode}"))
     config = {**(PLAIN if kind == "plain" else PEFT), **MODES[mode], "rounding_seed": 5}
     base = _start(kind, getattr(torch, config["dtype"]), generator)
     data = _data(kind, base, generator)
-    run = begun(kind, config, base)
-    run.train(_rows(data, 0, CHANGE))
+    run = rebuilt_run(kind, config, base)
+    run.train(_slices(data, 0, CHANGE))
     if mode == "folded":
-        run.train(_rows(data, CHANGE, SAVE))
+        run.train(_slices(data, CHANGE, SAVE))
     else:
         run.optimizer.groups[0].update_ratio = 1.4
-        run.train(_rows(data, CHANGE, RESTART))
+        run.train(_slices(data, CHANGE, RESTART))
         run.optimizer.restart(generator=generator)
-        run.train(_rows(data, RESTART, SAVE))
+        run.train(_slices(data, RESTART, SAVE))
     saved = {
         "config": config,
         "base": base,
@@ -272,7 +272,7 @@ def made(kind: str, mode: str) -> dict[str, Any]:
         "settings": settings_of(run.optimizer),
         "scalings": run.scalings(),
         "displacements": displacements_of(run.optimizer),
-        "data": _rows(data, SAVE, END),
+        "data": _slices(data, SAVE, END),
     }
     schemas = {group["deltaopt"]["schema"] for group in saved["optimizer"]["param_groups"]}
     if schemas != {SCHEMA}:
@@ -281,7 +281,7 @@ def made(kind: str, mode: str) -> dict[str, Any]:
     losses = run.train(saved["data"])
     saved["expected"] = {"tensors": run.tensors(), "losses": losses}
     if config["rounding"] == "stochastic":
-        again = begun(kind, config, base)
+        again = rebuilt_run(kind, config, base)
         again.load_adapter(saved["adapter"])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the 16-bit W of .* was rebuilt as base", RuntimeWarning)
@@ -302,7 +302,7 @@ def _copied(state: Any) -> Any:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    for name, (kind, mode) in CASES.items():
+    for name, (kind, mode) in STATES.items():
         torch.save(made(kind, mode), folder / f"{name}.pt")
         print(f"{name}.pt: {(folder / f'{name}.pt').stat().st_size} bytes")
 

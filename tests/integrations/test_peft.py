@@ -28,6 +28,7 @@ from tests.support.peft_layers import (
     assert_step_refused,
     gpt2_config,
     image,
+    layer_weights,
     lora_layers,
     mlp,
     peft_deltas,
@@ -36,9 +37,8 @@ from tests.support.peft_layers import (
     rows_of_tokens,
     tied_weights_are_meant,
     tiny_llama,
-    train,
+    train_model,
     weight,
-    weights,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -58,9 +58,9 @@ def assert_moves_by_peft_delta(model: nn.Module, x: Tensor, steps: int = 3) -> N
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
     assert [triple.name for triple in optimizer.triples] == list(lora_layers(model))
     for _ in range(steps):
-        before, deltas_before = weights(model), peft_deltas(model)
-        train(model, optimizer, x, steps=1)
-        after, deltas_after = weights(model), peft_deltas(model)
+        before, deltas_before = layer_weights(model), peft_deltas(model)
+        train_model(model, optimizer, x, steps=1)
+        after, deltas_after = layer_weights(model), peft_deltas(model)
         for name, W in before.items():
             asked = RATIO * (deltas_after[name] - deltas_before[name])
             assert asked.abs().max() > 1e-4, name
@@ -86,7 +86,7 @@ def test_the_forward_pass_after_training_is_a_dense_one(name):
     plain, model, x = case(name)
     start = peft_deltas(model)
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
-    train(model, optimizer, x, steps=3)
+    train_model(model, optimizer, x, steps=3)
     end = peft_deltas(model)
     with torch.no_grad():
         untouched = plain(x)
@@ -144,7 +144,7 @@ def test_any_shape_rank_and_alpha(drawn):
     (layer,) = lora_layers(model).values()
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, find_triples(model), lr=1e-3, update_ratio=RATIO)
     W, delta = weight(layer).clone(), layer.get_delta_weight("default").detach()
-    train(model, optimizer, x, steps=1)
+    train_model(model, optimizer, x, steps=1)
     asked = RATIO * (layer.get_delta_weight("default").detach() - delta)
     assert asked.abs().max() > 0
     torch.testing.assert_close(weight(layer), W + asked, rtol=1e-12, atol=1e-12)
@@ -157,7 +157,7 @@ def test_any_shape_rank_and_alpha(drawn):
 def test_base_weights_and_disable_adapter_give_the_pristine_output(name, method):
     plain, model, x = case(name)
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO, start_step=1)
-    train(model, optimizer, x, steps=4)
+    train_model(model, optimizer, x, steps=4)
     with torch.no_grad():
         trained, pristine = model(x), plain(x)
         with model.disable_adapter():
@@ -171,7 +171,7 @@ def test_base_weights_and_disable_adapter_give_the_pristine_output(name, method)
 def test_hooks_are_refused_where_a_layer_computes_something_else_from_w(name):
     _, model, x = case(name)
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO, start_step=1)
-    train(model, optimizer, x, steps=4)
+    train_model(model, optimizer, x, steps=4)
     refused(
         lambda: optimizer.base_weights(method="hooks").__enter__(),
         RuntimeError,
@@ -192,12 +192,12 @@ def lm_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def assert_lm_moves(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    before, deltas = weights(model), peft_deltas(model)
+    before, deltas = layer_weights(model), peft_deltas(model)
     lm_step(model, optimizer)
     for name, delta in peft_deltas(model).items():
         asked = RATIO * (delta - deltas[name])
         assert asked.abs().max() > 1e-5, name
-        torch.testing.assert_close(weights(model)[name], before[name] + asked, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer_weights(model)[name], before[name] + asked, rtol=0, atol=1e-12)
 
 
 # PEFT sets the flag for lm_head, an nn.Linear, itself.
@@ -249,7 +249,7 @@ def test_the_adapter_is_chosen_by_name():
     assert triple.A is model.base_model.model[0].lora_B["mine"].weight
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, adapter="mine", lr=0.1)
     W = triple.W.clone()
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     assert not torch.equal(triple.W, W)
 
 
@@ -264,7 +264,7 @@ def assert_everything_trains(model: nn.Module, x: Tensor, others: list[str]) -> 
     assert names_of(model, other_parameters(model, triples)) == others
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, update_ratio=RATIO)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, optimizer, x, steps=1)
+    train_model(model, optimizer, x, steps=1)
     W_names = names_of(model, [triple.W for triple in triples])
     for name, parameter in model.named_parameters():
         changed = not torch.equal(parameter, before[name])
@@ -341,7 +341,7 @@ def test_a_bf16_weight_moves_with_float32_adapters():
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=0.1, update_ratio=RATIO)
     for _ in range(3):
         W, delta = weight(layer).float(), layer.get_delta_weight("default").detach().double()
-        train(model, optimizer, torch.randn(4, 7, dtype=torch.bfloat16), steps=1)
+        train_model(model, optimizer, torch.randn(4, 7, dtype=torch.bfloat16), steps=1)
         asked = RATIO * (layer.get_delta_weight("default").detach().double() - delta)
         assert not torch.equal(weight(layer).float(), W)
         # A unit in the last place of bf16's 8 bits: one of the two neighbours.
@@ -351,27 +351,27 @@ def test_a_bf16_weight_moves_with_float32_adapters():
 def test_w_is_found_again_after_a_conversion_of_the_model():
     model = get_peft_model(mlp(7, 5), LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, update_ratio=RATIO)
-    train(model, optimizer, torch.randn(2, 7), steps=1)
+    train_model(model, optimizer, torch.randn(2, 7), steps=1)
     model.to(torch.float64)
-    before, deltas = weights(model), peft_deltas(model)
-    train(model, optimizer, image(7), steps=1)
+    before, deltas = layer_weights(model), peft_deltas(model)
+    train_model(model, optimizer, image(7), steps=1)
     for name, delta in peft_deltas(model).items():
         asked = RATIO * (delta - deltas[name])
         assert asked.abs().max() > 1e-4
-        torch.testing.assert_close(weights(model)[name], before[name] + asked, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer_weights(model)[name], before[name] + asked, rtol=0, atol=1e-12)
 
 
 def test_a_new_parameter_in_the_base_layer_is_the_one_that_moves():
     model = with_adapters(mlp(7, 5), "0")
     (layer,) = lora_layers(model).values()
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, update_ratio=RATIO)
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     old = layer.base_layer.weight
     old_bits = old.detach().clone()
     new = nn.Parameter(torch.randn(5, 7, dtype=torch.float64), requires_grad=False)
     layer.base_layer.weight = new
     start, delta = new.clone(), layer.get_delta_weight("default").detach()
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     asked = RATIO * (layer.get_delta_weight("default").detach() - delta)
     torch.testing.assert_close(new, start + asked, rtol=0, atol=1e-12)
     assert layer.base_layer.weight is new
@@ -382,7 +382,7 @@ def test_factors_replaced_by_load_adapter_are_refused(tmp_path):
     model = with_adapters(mlp(7, 5), "0")
     model.save_pretrained(tmp_path)
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     model.load_adapter(tmp_path, "default", is_trainable=True, low_cpu_mem_usage=True)
     model(image(7)).sum().backward()
     match = r"(?s)must hold the very Parameter objects.*build the optimizer afterwards.*model\.0: A is not among"
@@ -394,13 +394,13 @@ def test_factors_loaded_in_place_are_trained_on(tmp_path):
     model = with_adapters(mlp(7, 5), "0")
     model.save_pretrained(tmp_path)
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, update_ratio=RATIO)
-    train(model, optimizer, image(7), steps=2)
-    moved = weights(model)
+    train_model(model, optimizer, image(7), steps=2)
+    moved = layer_weights(model)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     deltas = peft_deltas(model)
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     for name, delta in peft_deltas(model).items():
-        torch.testing.assert_close(weights(model)[name], moved[name] + RATIO * (delta - deltas[name]))
+        torch.testing.assert_close(layer_weights(model)[name], moved[name] + RATIO * (delta - deltas[name]))
 
 
 def test_parameters_replaced_by_a_conversion_are_refused():
@@ -449,10 +449,10 @@ def test_dropout_is_accepted_when_asked_for():
     model = with_adapters(mlp(7, 5), "0", lora_dropout=0.25)
     assert len(find_triples(model, allow_dropout=True)) == 1
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, update_ratio=RATIO, allow_dropout=True)
-    before, deltas = weights(model), peft_deltas(model)
-    train(model, optimizer, image(7), steps=1)
+    before, deltas = layer_weights(model), peft_deltas(model)
+    train_model(model, optimizer, image(7), steps=1)
     for name, delta in peft_deltas(model).items():
-        torch.testing.assert_close(weights(model)[name], before[name] + RATIO * (delta - deltas[name]))
+        torch.testing.assert_close(layer_weights(model)[name], before[name] + RATIO * (delta - deltas[name]))
 
 
 def test_dora_is_refused():
@@ -513,7 +513,7 @@ def test_an_adapter_merged_between_find_triples_and_the_optimizer_is_refused():
 def test_a_step_while_the_adapter_is_merged_is_refused(merge):
     model = with_adapters(mlp(7, 5, 4), "0", "1")
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     model(image(7)).sum().backward()
     getattr(model, merge)()
     match = naming("model.0", "model.1") + r"moved now.* is merged into W.*unmerge_adapter\(\)"
@@ -523,25 +523,25 @@ def test_a_step_while_the_adapter_is_merged_is_refused(merge):
 def test_training_continues_after_unmerging():
     model = with_adapters(mlp(7, 5), "0")
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, update_ratio=RATIO)
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     model.merge_adapter()
     model.unmerge_adapter()
-    before, deltas = weights(model), peft_deltas(model)
-    train(model, optimizer, image(7), steps=1)
+    before, deltas = layer_weights(model), peft_deltas(model)
+    train_model(model, optimizer, image(7), steps=1)
     for name, delta in peft_deltas(model).items():
-        torch.testing.assert_close(weights(model)[name], before[name] + RATIO * (delta - deltas[name]))
+        torch.testing.assert_close(layer_weights(model)[name], before[name] + RATIO * (delta - deltas[name]))
 
 
 def test_evaluation_with_the_adapter_disabled_does_not_disturb_the_next_step():
     model = with_adapters(mlp(7, 5), "0")
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, update_ratio=RATIO)
-    train(model, optimizer, image(7), steps=1)
-    before, deltas = weights(model), peft_deltas(model)
+    train_model(model, optimizer, image(7), steps=1)
+    before, deltas = layer_weights(model), peft_deltas(model)
     with model.disable_adapter(), torch.no_grad():
         model(image(7))
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     for name, delta in peft_deltas(model).items():
-        torch.testing.assert_close(weights(model)[name], before[name] + RATIO * (delta - deltas[name]))
+        torch.testing.assert_close(layer_weights(model)[name], before[name] + RATIO * (delta - deltas[name]))
 
 
 @pytest.mark.parametrize(
@@ -671,7 +671,7 @@ def test_a_weight_unfrozen_between_steps_is_refused():
     model = with_adapters(mlp(7, 5), "0")
     (layer,) = lora_layers(model).values()
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
-    train(model, optimizer, image(7), steps=1)
+    train_model(model, optimizer, image(7), steps=1)
     layer.base_layer.weight.requires_grad_(True)
     assert_step_refused(model, optimizer, ValueError, r"model\.0: W requires grad.*requires_grad_\(False\)")
 
@@ -737,7 +737,7 @@ def test_the_moved_weight_and_the_adapter_reload_to_the_same_outputs():
     plain, model, x = case("linear")
     fresh = with_adapters(copy.deepcopy(plain), "0", "1")
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
-    train(model, optimizer, x, steps=3)
+    train_model(model, optimizer, x, steps=3)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))
 
@@ -746,16 +746,16 @@ def test_copies_of_model_and_optimizer_train_alike():
     """A deepcopy of both together keeps the triples on the copied model."""
     _, model, x = case("linear")
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
-    train(model, optimizer, x, steps=1)
+    train_model(model, optimizer, x, steps=1)
     other, other_optimizer = copy.deepcopy((model, optimizer))
-    bits = weights(model)
-    train(other, other_optimizer, x, steps=1)
-    for name, W in weights(model).items():
+    bits = layer_weights(model)
+    train_model(other, other_optimizer, x, steps=1)
+    for name, W in layer_weights(model).items():
         assert torch.equal(W, bits[name])
-    train(model, optimizer, x, steps=1)
-    for name, W in weights(model).items():
+    train_model(model, optimizer, x, steps=1)
+    for name, W in layer_weights(model).items():
         assert not torch.equal(W, bits[name])
-        assert torch.equal(W, weights(other)[name])
+        assert torch.equal(W, layer_weights(other)[name])
 
 
 def test_dropout_that_is_set_after_registration_is_refused_at_the_step():

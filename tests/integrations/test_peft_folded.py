@@ -20,9 +20,9 @@ from peft import (
 from deltaopt.integrations.peft import save_adapter
 from tests.support.peft_folded import (
     ALPHA,
+    FOLDED_RATIO,
     LARGER,
     NAMES,
-    RATIO,
     SOME,
     Trained,
     adapted,
@@ -33,8 +33,8 @@ from tests.support.peft_folded import (
     both_rules_on,
     folded,
     grouped,
+    layer_scalings,
     optimizer_of,
-    scalings,
 )
 from tests.support.peft_layers import (
     CASES,
@@ -42,13 +42,13 @@ from tests.support.peft_layers import (
     assert_loads,
     assert_step_refused,
     image,
+    layer_weights,
     lora_layers,
     mlp,
     output,
     tied_weights_are_meant,
     tiny_llama,
-    train,
-    weights,
+    train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -59,11 +59,11 @@ pytestmark = peft_asks_by_an_old_name
 def test_every_kind_of_layer_from_a_zero_product(name):
     build, targets, inputs, config = CASES[name]
     model, x = adapted(build(), *targets, **config), inputs()
-    start = weights(model)
+    start = layer_weights(model)
     mine, its = both_rules_on(model, x)
-    for label, W in weights(mine.model).items():
+    for label, W in layer_weights(mine.model).items():
         assert torch.equal(W, start[label])
-        assert not torch.equal(weights(its.model)[label], start[label])
+        assert not torch.equal(layer_weights(its.model)[label], start[label])
     assert alphas(mine.model) == [LARGER] * len(start)
     assert_alike(mine, its, x)
 
@@ -74,18 +74,18 @@ def test_every_kind_of_layer_where_the_product_is_not_zero(name, zero, start_ste
     """W is written at step K, and not before or after."""
     build, targets, inputs, config = CASES[name]
     model, x = adapted(build(), *targets, zero=zero, **config), inputs()
-    start, expected = weights(model), scalings(model)
+    start, expected = layer_weights(model), layer_scalings(model)
     mine, its = both_rules_on(model, x, steps=start_step, start_step=start_step)
-    assert scalings(mine.model) == expected
-    assert all(torch.equal(W, start[label]) for label, W in weights(mine.model).items())
-    train(*mine, x, 1)
-    train(*its, x, 1)
-    assert scalings(mine.model) == [s * (1 + RATIO) for s in expected]
-    once = weights(mine.model)
+    assert layer_scalings(mine.model) == expected
+    assert all(torch.equal(W, start[label]) for label, W in layer_weights(mine.model).items())
+    train_model(*mine, x, 1)
+    train_model(*its, x, 1)
+    assert layer_scalings(mine.model) == [s * (1 + FOLDED_RATIO) for s in expected]
+    once = layer_weights(mine.model)
     assert not any(torch.equal(W, start[label]) for label, W in once.items())
-    train(*mine, x, 3)
-    train(*its, x, 3)
-    assert all(torch.equal(W, once[label]) for label, W in weights(mine.model).items())
+    train_model(*mine, x, 3)
+    train_model(*its, x, 3)
+    assert all(torch.equal(W, once[label]) for label, W in layer_weights(mine.model).items())
     assert_alike(mine, its, x)
 
 
@@ -115,8 +115,8 @@ def test_copies_of_model_and_optimizer_train_alike():
     other, other_optimizer = copy.deepcopy((model, optimizer))
     other_optimizer.zero_grad()
     for _ in range(2):
-        train(model, optimizer, x, 1)
-        train(other, other_optimizer, x, 1)
+        train_model(model, optimizer, x, 1)
+        train_model(other, other_optimizer, x, 1)
     assert_trained_alike(model, other, x)
     assert alphas(model) == alphas(other) == [LARGER] * 2
 
@@ -125,10 +125,10 @@ def test_a_copy_that_is_folded_leaves_the_first_models_alpha_alone():
     model, x = adapted(mlp(7, 5, 4), "0", "1"), image(7)
     optimizer = optimizer_of(model)
     other, other_optimizer = copy.deepcopy((model, optimizer))
-    train(other, other_optimizer, x)
+    train_model(other, other_optimizer, x)
     assert alphas(model) == [ALPHA] * 2
     assert (model.peft_config["default"].lora_alpha, other.peft_config["default"].lora_alpha) == (ALPHA, LARGER)
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     assert_trained_alike(model, other, x)
 
 
@@ -136,8 +136,8 @@ def test_a_compiled_model_sees_the_other_scaling():
     model, x = adapted(mlp(7, 5, 4), "0", "1"), image(7)
     mine, its = both_rules_on(model, x, steps=0, start_step=1)
     compiled = torch.compile(mine.model, backend="eager")
-    train(compiled, mine.optimizer, x)
-    train(*its, x)
+    train_model(compiled, mine.optimizer, x)
+    train_model(*its, x)
     assert_alike(mine, its, x)
     with torch.no_grad():
         assert_near(output(compiled, x), output(its.model, x))
@@ -147,7 +147,7 @@ def test_the_users_own_config_does_not_change():
     """A second model made with it starts as the first one did."""
     config = LoraConfig(r=2, lora_alpha=ALPHA, target_modules=["0"])
     folded(get_peft_model(mlp(7, 5), config).double(), image(7))
-    assert scalings(get_peft_model(mlp(7, 5), config)) == [ALPHA / 2]
+    assert layer_scalings(get_peft_model(mlp(7, 5), config)) == [ALPHA / 2]
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -177,7 +177,7 @@ def test_training_goes_on_after_unmerging():
         run.model.merge_adapter()
         assert_step_refused(*run, RuntimeError, r"is merged into W.*\(2 layers: .*\.0, .*\.1\)")
         run.model.unmerge_adapter()
-        train(*run, x)
+        train_model(*run, x)
     assert_alike(*runs, x)
 
 
@@ -205,7 +205,7 @@ def test_base_weights_computes_what_it_does_in_place(name, zero, method):
     runs = both_rules_on(adapted(plain, *targets, zero=zero, **config), x)
     found = []
     for model, optimizer in runs:
-        before, config = scalings(model), copy.deepcopy(model.peft_config["default"])
+        before, config = layer_scalings(model), copy.deepcopy(model.peft_config["default"])
         with torch.no_grad():
             trained = output(model, x)
             with optimizer.base_weights(method=method):
@@ -214,9 +214,9 @@ def test_base_weights_computes_what_it_does_in_place(name, zero, method):
                     assert_near(output(model, x), output(plain, x))
             assert torch.equal(output(model, x), trained)
         assert (found[-1] - trained).abs().max() > 1e-3
-        assert scalings(model) == before
+        assert layer_scalings(model) == before
         assert model.peft_config["default"] == config
-        train(model, optimizer, x)
+        train_model(model, optimizer, x)
     assert_near(*found)
     assert_alike(*runs, x)
 
@@ -320,7 +320,7 @@ def test_a_scaling_that_peft_puts_back_is_accepted(config, ratio, back):
     layer.set_scale("default", 0.5)
     assert_step_refused(model, optimizer, RuntimeError, r"model\.0: its scaling was")
     back(layer)
-    train(model, optimizer, x, 1)
+    train_model(model, optimizer, x, 1)
     assert optimizer.step_count == 2
 
 
@@ -337,8 +337,8 @@ def test_a_second_optimizer_goes_on_from_the_present_scaling(inner, mode):
     other = adapted(mlp(7, 5, 4), "0", "1", lora_alpha=LARGER)
     other.load_state_dict(model.state_dict())
     reference = optimizer_of(other, inner, update_ratio=0.5, weight_update="in_place")
-    train(model, second, x)
-    train(other, reference, x)
+    train_model(model, second, x)
+    train_model(other, reference, x)
     assert_alike(Trained(model, second), Trained(other, reference), x)
     rescaled, claimed = (
         r"its scaling was .* when it was folded .*\(2 layers: .*\.0, ",
@@ -347,8 +347,8 @@ def test_a_second_optimizer_goes_on_from_the_present_scaling(inner, mode):
     with pytest.raises(RuntimeError, match=rescaled if mode == "folded" else claimed):
         first.step()
     assert first.step_count == 3
-    train(model, second, x)
-    train(other, reference, x)
+    train_model(model, second, x)
+    train_model(other, reference, x)
     assert_alike(Trained(model, second), Trained(other, reference), x)
 
 
@@ -358,7 +358,7 @@ def test_a_second_optimizer_after_the_first_one_is_gone():
     other = adapted(mlp(7, 5, 4), "0", "1", lora_alpha=LARGER)
     other.load_state_dict(model.state_dict())
     for run in (model, other):
-        train(run, torch.optim.SGD([p for p in run.parameters() if p.requires_grad], lr=0.1), x)
+        train_model(run, torch.optim.SGD([p for p in run.parameters() if p.requires_grad], lr=0.1), x)
     assert_trained_alike(model, other, x)
 
 
@@ -373,7 +373,7 @@ def test_triples_made_by_hand_in_a_peft_layer():
 
     def make(twin: nn.Module, **options) -> DeltaLoRAOptimizer:
         return DeltaLoRAOptimizer(
-            torch.optim.AdamW, [by_hand(twin.base_model.model[0])], lr=2e-2, update_ratio=RATIO, **options
+            torch.optim.AdamW, [by_hand(twin.base_model.model[0])], lr=2e-2, update_ratio=FOLDED_RATIO, **options
         )
 
     assert_alike(*both_rules_on(model, x, make=make), x)
@@ -389,6 +389,6 @@ def test_the_triples_of_a_part_of_a_model():
     """Where no config is in sight, the layers alone are scaled."""
     model, x = adapted(mlp(7, 5), "0"), image(7)
     optimizer = optimizer_of(model.base_model.model[0])
-    train(model, optimizer, x, 2)
+    train_model(model, optimizer, x, 2)
     assert alphas(model) == [LARGER]
     assert model.peft_config["default"].lora_alpha == ALPHA

@@ -27,8 +27,8 @@ from tests.support.peft_folded import (
     assert_alike,
     assert_trained_alike,
     folded,
+    layer_scalings,
     optimizer_of,
-    scalings,
     state_of,
 )
 from tests.support.peft_layers import (
@@ -37,7 +37,7 @@ from tests.support.peft_layers import (
     image,
     mlp,
     output,
-    train,
+    train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -69,10 +69,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, way, config):
     other = way(plain, tmp_path / "first", **config)
     resumed = optimizer_of(other, update_ratio=0.25)
     resumed.load_state_dict(state_of(optimizer))
-    assert scalings(other) == scalings(model)
+    assert layer_scalings(other) == layer_scalings(model)
     assert alphas(other) == pytest.approx(alphas(model), rel=1e-11)
-    train(model, optimizer, x)
-    train(other, resumed, x)
+    train_model(model, optimizer, x)
+    train_model(other, resumed, x)
     assert_trained_alike(model, other, x)
     other.save_pretrained(tmp_path / "second")
     assert_loads(plain, tmp_path / "second", model, x, tolerance=1e-10)
@@ -89,8 +89,8 @@ def test_a_resumed_run_whose_w_was_written(tmp_path, way):
     other = way(plain, tmp_path / "peft")
     resumed = optimizer_of(other)
     resumed.load_state_dict(state_of(optimizer))
-    train(model, optimizer, x)
-    train(other, resumed, x)
+    train_model(model, optimizer, x)
+    train_model(other, resumed, x)
     assert_alike(Trained(other, resumed), Trained(model, optimizer), x, 1e-12)
     save_adapter(other, resumed, tmp_path / "ours")
     assert_loads(plain, tmp_path / "ours", model, x, tolerance=1e-10)
@@ -106,8 +106,8 @@ def test_a_run_that_was_saved_before_step_k_is_resumed(tmp_path, way):
     resumed = optimizer_of(other)
     resumed.load_state_dict(state_of(optimizer))
     assert alphas(other) == [ALPHA] * 2
-    train(model, optimizer, x)
-    train(other, resumed, x)
+    train_model(model, optimizer, x)
+    train_model(other, resumed, x)
     assert_trained_alike(model, other, x)
 
 
@@ -117,7 +117,7 @@ def test_a_state_from_before_step_k_unfolds(tmp_path, way):
     model = adapted(plain, "0", "1", alpha_pattern={"1": 3})
     optimizer = optimizer_of(model)
     first, first_state = copy.deepcopy(get_peft_model_state_dict(model)), state_of(optimizer)
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     model.save_pretrained(tmp_path / "later")
     other = way(plain, tmp_path / "later", alpha_pattern={"1": 3})
     resumed = optimizer_of(other)
@@ -125,7 +125,7 @@ def test_a_state_from_before_step_k_unfolds(tmp_path, way):
     for run in (Trained(model, optimizer), Trained(other, resumed)):
         set_peft_model_state_dict(run.model, first)
         run.optimizer.load_state_dict(first_state)
-        assert scalings(run.model) == [ALPHA / 2, 1.5]
+        assert layer_scalings(run.model) == [ALPHA / 2, 1.5]
         assert alphas(run.model) == [ALPHA, 3]
         run.model.save_pretrained(tmp_path / "unfolded")
         assert output(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "unfolded"), x).equal(plain(x))
@@ -134,7 +134,7 @@ def test_a_state_from_before_step_k_unfolds(tmp_path, way):
     fresh = adapted(plain, "0", "1", alpha_pattern={"1": 3})
     set_peft_model_state_dict(fresh, first)
     for run in (Trained(model, optimizer), Trained(other, resumed), Trained(fresh, optimizer_of(fresh))):
-        train(*run, x)
+        train_model(*run, x)
         assert_trained_alike(run.model, model, x)
 
 
@@ -142,7 +142,7 @@ def test_a_state_from_before_a_written_w_unfolds_with_the_whole_model():
     model, x = adapted(mlp(7, 5, 4), "0", "1"), image(7)
     optimizer = folded(model, x, 1, start_step=2)
     whole, state = copy.deepcopy(model.state_dict()), state_of(optimizer)
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     expected = copy.deepcopy(model)
     with pytest.raises(deltaopt.WeightMismatchError, match=r"W has other contents .*\(2 layers: .*\.0, .*\.1\)"):
         optimizer.load_state_dict(state)
@@ -150,7 +150,7 @@ def test_a_state_from_before_a_written_w_unfolds_with_the_whole_model():
     model.load_state_dict(whole)
     optimizer.load_state_dict(state)
     assert alphas(model) == [ALPHA] * 2
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     assert_trained_alike(model, expected, x)
 
 
@@ -192,7 +192,7 @@ def test_a_config_that_is_unfolded_is_the_users_again(tmp_path):
     given = dict(model.peft_config["default"].alpha_pattern)
     optimizer = optimizer_of(model, start_step=2)
     state, factors = state_of(optimizer), copy.deepcopy(model.state_dict())
-    train(model, optimizer, x, 3)
+    train_model(model, optimizer, x, 3)
     assert model.peft_config["default"].alpha_pattern != given
     model.load_state_dict(factors)
     optimizer.load_state_dict(state)

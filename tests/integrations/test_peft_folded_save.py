@@ -21,9 +21,9 @@ from peft import (
 from deltaopt.integrations.peft import save_adapter
 from tests.support.peft_folded import (
     ALPHA,
+    FOLDED_RATIO,
     LARGER,
     NAMES,
-    RATIO,
     SOME,
     adapted,
     alphas,
@@ -47,7 +47,7 @@ from tests.support.peft_layers import (
     randomised,
     tiny_llama,
     tokens,
-    train,
+    train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -72,11 +72,11 @@ def test_save_pretrained_is_right_at_any_time(tmp_path, config):
     model.save_pretrained(tmp_path / "before")
     assert config_in(tmp_path / "before")["lora_alpha"] == ALPHA
     for steps in (1, 4):
-        train(model, optimizer, x, steps)
+        train_model(model, optimizer, x, steps)
         model.save_pretrained(tmp_path / str(steps))
-        assert config_in(tmp_path / str(steps))["lora_alpha"] in [a * (1 + RATIO) for a in before]
+        assert config_in(tmp_path / str(steps))["lora_alpha"] in [a * (1 + FOLDED_RATIO) for a in before]
         loaded = assert_loads(plain, tmp_path / str(steps), model, x, tolerance=1e-10)
-        assert alphas(loaded) == [a * (1 + RATIO) for a in before]
+        assert alphas(loaded) == [a * (1 + FOLDED_RATIO) for a in before]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +96,7 @@ def test_an_adapter_of_different_ratios(tmp_path, config):
     plain, x = mlp(7, 5, 6, 4).double(), image(7)
     model = adapted(plain, "0", "1", "2", **CONFIGS[config])
     before = alphas(model)
-    train(model, grouped(model, [0.5, 0.0, 2.0], weight_update="folded"), x)
+    train_model(model, grouped(model, [0.5, 0.0, 2.0], weight_update="folded"), x)
     assert alphas(model) == [before[0] * 1.5, before[1], before[2] * 3]
     model.save_pretrained(tmp_path)
     assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
@@ -111,7 +111,7 @@ def test_parameters_of_different_ratios(tmp_path):
     """Two wrappers of one module, each with an alpha of its own."""
     plain, x = nn.Sequential(Experts(3, 7, 5, False)).double(), image(4, 7)
     model = adapted(plain, target_parameters=["0.up", "0.down"])
-    train(model, grouped(model, [0.5, 2.0], weight_update="folded"), x)
+    train_model(model, grouped(model, [0.5, 2.0], weight_update="folded"), x)
     model.save_pretrained(tmp_path)
     assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
 
@@ -129,7 +129,7 @@ def test_parameters_that_had_alphas_of_their_own(tmp_path):
 def test_a_layer_next_to_parameters_has_an_alpha_of_its_own(tmp_path):
     plain, x = nn.Sequential(Experts(3, 7, 5, False), nn.Linear(7, 6)).double(), image(4, 7)
     model = adapted(plain, "1", target_parameters=["0.up", "0.down"])
-    train(model, grouped(model, [2.0, 2.0, 0.5], weight_update="folded"), x)
+    train_model(model, grouped(model, [2.0, 2.0, 0.5], weight_update="folded"), x)
     model.save_pretrained(tmp_path)
     assert config_in(tmp_path)["lora_alpha"] == 3 * ALPHA
     assert config_in(tmp_path)["alpha_pattern"] == {"^1": 1.5 * ALPHA}
@@ -143,9 +143,9 @@ def test_layers_that_are_no_triples_keep_their_alpha(tmp_path, registered):
     triples = [find_triples(model)[i] for i in registered]
     others = other_parameters(model, triples)
     optimizer = DeltaLoRAOptimizer(
-        torch.optim.AdamW, triples, others, lr=2e-2, update_ratio=RATIO, weight_update="folded"
+        torch.optim.AdamW, triples, others, lr=2e-2, update_ratio=FOLDED_RATIO, weight_update="folded"
     )
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     assert alphas(model) == [LARGER if i in registered else ALPHA for i in range(3)]
     model.save_pretrained(tmp_path)
     assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
@@ -154,7 +154,7 @@ def test_layers_that_are_no_triples_keep_their_alpha(tmp_path, registered):
 def test_a_layer_whose_name_ends_like_anothers_keeps_its_own_alpha(tmp_path):
     plain = nn.Sequential(nn.Linear(7, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 6)).double()
     model, x = adapted(plain, "0", "1.0", "1.1", "2"), image(7)
-    train(model, grouped(model, [0.5, 2.0, 1.0, 1.0], weight_update="folded"), x)
+    train_model(model, grouped(model, [0.5, 2.0, 1.0, 1.0], weight_update="folded"), x)
     model.save_pretrained(tmp_path)
     assert config_in(tmp_path)["alpha_pattern"] == {"^0": 1.5 * ALPHA, r"^1\.0": 3 * ALPHA}
     assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
@@ -193,8 +193,8 @@ def test_a_model_with_transformers_own_adapters(tmp_path):
     model.add_adapter(LoraConfig(r=2, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"]))
     model.double()
     triples = find_triples(model)
-    groups = [{"triples": triples[:1], "update_ratio": 0.5}, {"triples": triples[1:], "update_ratio": RATIO}]
-    train(model, DeltaLoRAOptimizer(torch.optim.AdamW, groups, lr=2e-2, weight_update="folded"), x)
+    groups = [{"triples": triples[:1], "update_ratio": 0.5}, {"triples": triples[1:], "update_ratio": FOLDED_RATIO}]
+    train_model(model, DeltaLoRAOptimizer(torch.optim.AdamW, groups, lr=2e-2, weight_update="folded"), x)
     model.save_pretrained(tmp_path)
     assert config_in(tmp_path)["lora_alpha"] == LARGER
     assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
@@ -246,9 +246,9 @@ def test_the_triples_of_a_wrapped_model(tmp_path, wrapper):
     plain, x = mlp(7, 5, 4).double(), image(7)
     model = adapted(plain, "0", "1")
     optimizer = DeltaLoRAOptimizer.for_model(
-        WRAPPERS[wrapper](model), torch.optim.AdamW, lr=2e-2, update_ratio=RATIO, weight_update="folded"
+        WRAPPERS[wrapper](model), torch.optim.AdamW, lr=2e-2, update_ratio=FOLDED_RATIO, weight_update="folded"
     )
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     model.save_pretrained(tmp_path / "peft")
     assert_loads(plain, tmp_path / "peft", model, x, tolerance=1e-10)
     save_adapter(model, optimizer, tmp_path / "ours")
@@ -269,7 +269,7 @@ class Two(nn.Module):
 def test_two_models_of_one_optimizer(tmp_path):
     model, x = Two(), image(7)
     plain = copy.deepcopy(model)
-    train(model, grouped(model, [0.5, 2.0, 1.0], weight_update="folded"), x)
+    train_model(model, grouped(model, [0.5, 2.0, 1.0], weight_update="folded"), x)
     for name in ("first", "second"):
         part, pristine = getattr(model, name), getattr(plain, name).unload()
         part.save_pretrained(tmp_path / name)
@@ -283,7 +283,11 @@ def test_two_adapters_of_one_optimizer(tmp_path):
     model.double().base_model.set_adapter(["first", "second"])
     groups = [{"triples": find_triples(model, name)} for name in ("first", "second")]
     groups[0]["update_ratio"] = 0.5
-    train(model, DeltaLoRAOptimizer(torch.optim.AdamW, groups, lr=2e-2, update_ratio=RATIO, weight_update="folded"), x)
+    train_model(
+        model,
+        DeltaLoRAOptimizer(torch.optim.AdamW, groups, lr=2e-2, update_ratio=FOLDED_RATIO, weight_update="folded"),
+        x,
+    )
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "first", adapter_name="first")
     loaded.load_adapter(tmp_path / "second", "second")
@@ -314,7 +318,7 @@ def test_two_adapters_of_one_config(tmp_path):
     model.set_adapter("default")
     with pytest.warns(UserWarning, match="adapters other sit on the same weights"):
         optimizer = optimizer_of(model)
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     model.save_pretrained(tmp_path)
     assert config_in(tmp_path / "other")["lora_alpha"] == ALPHA
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "other")
@@ -335,11 +339,11 @@ def test_what_peft_leaves_out_is_warned_of_and_written_by_save_adapter(tmp_path,
     plain, x = mlp(7, 5, 4).double(), image(7)
     model = adapted(plain, "0", "1", zero=zero)
     optimizer = optimizer_of(model, **options)
-    train(model, optimizer, x, options.get("start_step", 0))
+    train_model(model, optimizer, x, options.get("start_step", 0))
     if options:
         model.save_pretrained(tmp_path / "before")
         assert_loads(plain, tmp_path / "before", model, x, tolerance=1e-10)
-    train(model, optimizer, x, 3)
+    train_model(model, optimizer, x, 3)
     with pytest.warns(UserWarning, match=GUARD):
         model.save_pretrained(tmp_path / "peft")
     with pytest.raises(AssertionError, match="not close"):
@@ -358,7 +362,7 @@ def test_save_adapter_is_right_always(tmp_path, name, zero):
     optimizer = optimizer_of(model)
     before = copy.deepcopy(model.peft_config["default"])
     for steps in (1, 3):
-        train(model, optimizer, x, steps)
+        train_model(model, optimizer, x, steps)
         save_adapter(model, optimizer, tmp_path / str(steps))
         assert_loads(plain, tmp_path / str(steps), model, x, tolerance=1e-10)
     assert config_in(tmp_path / "3")["r"] == (2 if zero else 4)
@@ -371,7 +375,7 @@ def test_save_adapter_after_a_restart(tmp_path):
     runs = both_rules_on(adapted(plain, "0", "1"), x)
     for run in runs:
         run.optimizer.restart(generator=torch.Generator().manual_seed(0))
-        train(*run, x)
+        train_model(*run, x)
     assert_alike(*runs, x)
     save_adapter(*runs[0], tmp_path)
     assert_loads(plain, tmp_path, runs[0].model, x, tolerance=1e-10)
@@ -414,7 +418,7 @@ def test_the_common_alpha_is_that_of_a_parameter(tmp_path):
     plain = nn.Sequential(Experts(3, 7, 5, False), nn.Linear(7, 6), nn.Linear(6, 4)).double()
     model = adapted(plain, "1", "2", target_parameters=["0.up"])
     ratios = [2.0 if triple.label.endswith("up") else 0.5 for triple in find_triples(model)]
-    train(model, grouped(model, ratios, weight_update="folded"), x := image(4, 7))
+    train_model(model, grouped(model, ratios, weight_update="folded"), x := image(4, 7))
     model.save_pretrained(tmp_path)
     assert config_in(tmp_path)["lora_alpha"] == 3 * ALPHA
     assert config_in(tmp_path)["alpha_pattern"] == {"^1": 1.5 * ALPHA, "^2": 1.5 * ALPHA}
@@ -426,7 +430,7 @@ def test_the_triples_of_pefts_tuner(tmp_path):
     plain, x = mlp(7, 5, 6, 4).double(), image(7)
     model = adapted(plain, "0", "1", "2")
     optimizer = grouped(model.base_model, [0.5, 0.0, 2.0], weight_update="folded")
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     model.save_pretrained(tmp_path)
     assert_loads(plain, tmp_path, model, x, tolerance=1e-10)
 

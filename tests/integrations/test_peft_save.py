@@ -46,7 +46,7 @@ from tests.support.peft_layers import (
     tied_weights_are_meant,
     tiny_llama,
     tokens,
-    train,
+    train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -64,10 +64,10 @@ def trained_optimizer(model: nn.Module, x, *, restart: bool = False, ratios=(1.5
     )
     for ratio in ratios:
         optimizer.groups[0].update_ratio = ratio
-        train(model, optimizer, x)
+        train_model(model, optimizer, x)
     if restart:
         optimizer.restart(generator=torch.Generator().manual_seed(0))
-        train(model, optimizer, x)
+        train_model(model, optimizer, x)
     return optimizer
 
 
@@ -324,7 +324,7 @@ def test_two_adapters_of_one_optimizer(tmp_path):
     model.base_model.set_adapter(["first", "second"])
     triples = [*find_triples(model, "first"), *find_triples(model, "second")]
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=2e-2)
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     with pytest.raises(ValueError, match=r"several adapters \(first, second\).*adapter='first'"):
         save_adapter(model, optimizer, tmp_path)
     assert list(save_adapter(model, optimizer, tmp_path / "1", adapter="first")) == ["base_model.model.0"]
@@ -503,7 +503,7 @@ def test_pissa_continues_after_a_resume(tmp_path):
     with pytest.raises(ValueError, match=naming("model.0", "model.2") + "init_lora_weights='pissa'.*not known"):
         save_adapter(other, resumed, tmp_path)
     resumed.load_state_dict(optimizer.state_dict())
-    train(other, resumed, x)
+    train_model(other, resumed, x)
     save_adapter(other, resumed, tmp_path)
     assert_loads(plain, tmp_path, other, x)
 
@@ -588,7 +588,7 @@ def test_other_files_in_the_folder_stay_and_no_part_is_left(tmp_path):
     assert set(saved_files(folder)) == {CONFIG, TENSORS}
     (folder / "README.md").write_text("mine")
     before = saved_files(folder)
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     save_adapter(model, optimizer, str(folder))
     after = saved_files(folder)
     assert set(after) == {CONFIG, TENSORS, "README.md"}
@@ -651,7 +651,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
     optimizer = trained_optimizer(model, inputs(7))
     save_adapter(model, optimizer, tmp_path / "old")
     before = saved_files(tmp_path / "old")
-    train(model, optimizer, inputs(7))
+    train_model(model, optimizer, inputs(7))
 
     def fail(*args, **kwargs):
         raise OSError("no space left")
@@ -705,12 +705,12 @@ def test_a_layer_that_is_no_triple_is_refused(tmp_path):
     model = get_peft_model(mlp(7, 5, 4), LoraConfig(r=2, target_modules=["0", "1"]))
     triples = find_triples(model)
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples[:1], lr=2e-2)
-    train(model, optimizer, inputs(7))
+    train_model(model, optimizer, inputs(7))
     match = r"base_model\.model\.1: it holds 'default' and is no triple.*register it too.*\"update_ratio\": 0\.0"
     assert_refused(tmp_path, model, optimizer, match)
     # The message says to do this.
     optimizer.add_param_group({"triples": triples[1:], "update_ratio": 0.0})
-    train(model, optimizer, inputs(7))
+    train_model(model, optimizer, inputs(7))
     assert list(save_adapter(model, optimizer, tmp_path)) == ["base_model.model.0", "base_model.model.1"]
 
 
@@ -784,7 +784,7 @@ def test_a_tied_weight_that_moved_in_two_places_is_refused(tmp_path):
     save_adapter(model, optimizer, tmp_path)  # it has not moved yet
     assert_loads(plain, tmp_path, model, x)
     optimizer.groups[0].update_ratio = 1.0
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     match = r"embed_tokens: its W is .*embed_tokens.* and .*lm_head.*moved in all of these places.*merge_and_unload"
     assert_refused(tmp_path, model, optimizer, match)
 
@@ -818,9 +818,9 @@ def test_before_the_first_move_nothing_warns(tmp_path):
     model, x = get_peft_model(mlp(7, 5), LoraConfig(r=2, target_modules=["0"])), inputs(7)
     optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, start_step=2)
     quiet(lambda: model.save_pretrained(tmp_path))
-    train(model, optimizer, x, steps=2)
+    train_model(model, optimizer, x, steps=2)
     quiet(lambda: model.save_pretrained(tmp_path))
-    train(model, optimizer, x, steps=1)
+    train_model(model, optimizer, x, steps=1)
     with pytest.warns(UserWarning, match=GUARD):
         model.save_pretrained(tmp_path)
 
@@ -868,7 +868,7 @@ def test_rebase_silences_the_warning_until_the_next_move(tmp_path, trained_pair)
         model.save_pretrained(tmp_path)
     optimizer.rebase()
     quiet(lambda: model.save_pretrained(tmp_path))
-    train(model, optimizer, inputs(7), steps=1)
+    train_model(model, optimizer, inputs(7), steps=1)
     with pytest.warns(UserWarning, match=GUARD):
         model.save_pretrained(tmp_path)
 
@@ -881,7 +881,7 @@ def test_a_resume_brings_the_warning_and_a_state_from_before_the_first_move_take
 
     model, optimizer = build()
     first = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    train(model, optimizer, inputs(7))
+    train_model(model, optimizer, inputs(7))
     other, resumed = build()
     quiet(lambda: other.save_pretrained(tmp_path))
     other.load_state_dict(model.state_dict())
@@ -893,7 +893,7 @@ def test_a_resume_brings_the_warning_and_a_state_from_before_the_first_move_take
     quiet(lambda: other.save_pretrained(tmp_path))  # it has been said
     other.load_state_dict(first[0])
     resumed.load_state_dict(first[1])
-    train(model, optimizer, inputs(7))
+    train_model(model, optimizer, inputs(7))
     hooks = [len(module._state_dict_pre_hooks) for module in other.modules()]
     assert sum(hooks) == 0
 
@@ -902,7 +902,7 @@ def test_a_second_search_of_the_model_does_not_double_the_warning(tmp_path, trai
     model, _ = trained_pair
     for _ in range(2):
         second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
-        train(model, second, inputs(7), steps=1)
+        train_model(model, second, inputs(7), steps=1)
     with pytest.warns(UserWarning, match=GUARD) as caught:
         model.save_pretrained(tmp_path)
     assert len(caught) == 1
@@ -914,7 +914,7 @@ def test_only_the_layers_that_moved_have_a_hook(tmp_path):
     first, second = find_triples(model)
     groups = [{"triples": [first]}, {"triples": [second], "update_ratio": 0.0}]
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, groups, other_parameters(model, [first, second]), lr=2e-2)
-    train(model, optimizer, inputs(7))
+    train_model(model, optimizer, inputs(7))
     hooked = [name for name, module in model.named_modules() if module._state_dict_pre_hooks]
     assert hooked == ["base_model.model.0"]
     with pytest.warns(UserWarning, match=GUARD):
@@ -945,7 +945,7 @@ def test_an_adapter_for_another_base_than_the_pristine_one_is_saved_with_a_warni
         optimizer.rebase()
     else:
         optimizer.load_state_dict(deltaopt.without_ledger(optimizer.state_dict()))
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     with pytest.warns(UserWarning, match=OTHER_BASE):
         save_adapter(model, optimizer, tmp_path / "adapter")
     served = PeftModel.from_pretrained(base, tmp_path / "adapter")

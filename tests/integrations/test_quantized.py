@@ -28,23 +28,23 @@ from deltaopt.integrations.peft import save_adapter
 from tests.support.compare import same
 from tests.support.peft_folded import (
     ALPHA,
+    FOLDED_RATIO,
     LARGER,
-    RATIO,
     Trained,
     alphas,
     assert_near,
     assert_trained_alike,
     folded,
+    layer_scalings,
     optimizer_of,
-    scalings,
     state_of,
 )
 from tests.support.peft_layers import (
     config_in,
+    layer_weights,
     output,
     quantized,
-    train,
-    weights,
+    train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -171,7 +171,7 @@ def test_a_quantized_base_trains_as_if_it_moved(kind):
     assert find_triples(model)[0].layer is model.base_model.model[0]
     mine = Trained(model, folded(model, x, 4, lr=1e-2))
     its = Trained(reference, folded(reference, x, 4, lr=1e-2, weight_update="in_place"))
-    assert float(weights(reference)["base_model.model.0.zero"].abs().max()) > 1e-2
+    assert float(layer_weights(reference)["base_model.model.0.zero"].abs().max()) > 1e-2
     for one, other in zip(mine.optimizer.triples, its.optimizer.triples, strict=True):
         assert other.A.abs().max() > 1e-2
         assert_near(one.A, other.A, 1e-4)
@@ -211,8 +211,8 @@ def test_a_quantized_run_goes_on_bit_for_bit(kind, from_code, tmp_path):
         other = loaded_onto(base, tmp_path, kind, is_trainable=True)
     resumed = optimizer_of(other)
     resumed.load_state_dict(state)
-    train(model, optimizer, x)
-    train(other, resumed, x)
+    train_model(model, optimizer, x)
+    train_model(other, resumed, x)
     assert_trained_alike(model, other, x)
     assert alphas(model) == alphas(other) == [LARGER] * 2
 
@@ -242,7 +242,7 @@ def test_a_product_that_is_not_zero_is_refused_for_a_quantized_base(kind, start_
             optimizer.step()
         assert "model.2" not in str(caught.value)
     assert bits_of(model) == before
-    assert scalings(model) == [ALPHA / 3] * 2
+    assert layer_scalings(model) == [ALPHA / 3] * 2
     assert model.peft_config["default"] == config
     assert optimizer.step_count == start_step
     assert same(state_of(optimizer), state)
@@ -271,7 +271,7 @@ def test_what_needs_the_weight_of_a_quantized_base_is_refused_by_name(kind):
         optimizer.residual("base_model.model.0")
     assert not optimizer.residual("base_model.model.2").any()
     assert bits_of(model) == before
-    train(model, optimizer, x)
+    train_model(model, optimizer, x)
     assert optimizer.step_count == 6
 
 
@@ -281,7 +281,7 @@ def test_the_base_and_the_displacement_of_a_quantized_run(kind):
     model = quantized_model(base, kind)
     optimizer = folded(model, x, keep_base="cpu")
     triple = optimizer.triples[0]
-    assert_near(optimizer.displacement(triple.name).product(), RATIO * ALPHA / 3 * triple.A @ triple.B, 1e-5)
+    assert_near(optimizer.displacement(triple.name).product(), FOLDED_RATIO * ALPHA / 3 * triple.A @ triple.B, 1e-5)
     with torch.no_grad():
         trained = output(model.eval(), x)
         with optimizer.base_weights():
@@ -303,4 +303,4 @@ def test_another_format_of_the_base_is_refused_on_resume():
     match = r"(?s)model\.0: W can be read now .* and could not when the state was saved"
     with pytest.raises(deltaopt.WeightMismatchError, match=match):
         resumed.load_state_dict(state)
-    assert scalings(other) == [ALPHA / 3] * 2
+    assert layer_scalings(other) == [ALPHA / 3] * 2

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 import deltaopt
 from deltaopt import DeltaLoRAOptimizer, find_triples, other_parameters
 from tests.support.compare import through_a_file
-from tests.support.peft_layers import CASES, PEFT_CAN_NOT, lora_layers, output, peft, randomised, train
+from tests.support.peft_layers import CASES, PEFT_CAN_NOT, lora_layers, output, peft, randomised, train_model
 
-RATIO, ALPHA = 1.5, 5
-LARGER = ALPHA * (1 + RATIO)
+FOLDED_RATIO, ALPHA = 1.5, 5
+LARGER = ALPHA * (1 + FOLDED_RATIO)
 """What the alpha is when the ratio is in the branch."""
 
 NAMES = sorted(CASES.keys() - PEFT_CAN_NOT)
@@ -35,14 +35,14 @@ def adapted(plain: nn.Module, *targets: str, zero: bool = True, **config: Any) -
 
 
 def optimizer_of(model: nn.Module, inner: type = torch.optim.AdamW, **options: Any) -> DeltaLoRAOptimizer:
-    options = {"lr": 2e-2, "update_ratio": RATIO, "weight_update": "folded", **options}
+    options = {"lr": 2e-2, "update_ratio": FOLDED_RATIO, "weight_update": "folded", **options}
     return DeltaLoRAOptimizer.for_model(model, inner, **options)
 
 
 def folded(model: nn.Module, x: Any, steps: int = 3, **options: Any) -> DeltaLoRAOptimizer:
     """An optimizer of `model` after some steps."""
     optimizer = optimizer_of(model, **options)
-    train(model, optimizer, x, steps)
+    train_model(model, optimizer, x, steps)
     return optimizer
 
 
@@ -61,7 +61,7 @@ def both_rules_on(
     for rule in ("folded", "in_place"):
         twin = copy.deepcopy(model)
         runs.append(Trained(twin, make(twin, weight_update=rule, **options)))
-        train(*runs[-1], x, steps)
+        train_model(*runs[-1], x, steps)
     return runs
 
 
@@ -94,7 +94,7 @@ def assert_trained_alike(one: nn.Module, other: nn.Module, x: Any) -> None:
         assert torch.equal(output(one.eval(), x), output(other.eval(), x))
 
 
-def scalings(model: nn.Module) -> list[float]:
+def layer_scalings(model: nn.Module) -> list[float]:
     return [layer.scaling["default"] for layer in lora_layers(model).values()]
 
 

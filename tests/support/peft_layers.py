@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft", reason="runs where peft is installed")
-transformers = pytest.importorskip("transformers", reason="runs where transformers is installed")
+from tests.support.models import peft as peft
+from tests.support.models import transformers  # skips where they are not installed
 
-from peft import PeftModel  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
+# isort: split
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 GUARD = "save_pretrained writes the adapter alone"
@@ -91,7 +92,7 @@ def weight(layer: LoraLayer) -> Tensor:
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+def layer_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight(layer).detach().clone() for name, layer in lora_layers(model).items()}
 
 
@@ -106,7 +107,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
     return result if isinstance(result, Tensor) else result.logits
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x, steps: int = 3) -> None:
+def train_model(model: nn.Module, optimizer: torch.optim.Optimizer, x, steps: int = 3) -> None:
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
