@@ -360,3 +360,17 @@ def test_a_hook_may_replace_a_weight(moment):
     handle.remove()
     assert same(optimizer.state_dict(), state)
     assert optimizer.weights()[0].moved
+
+
+def test_factors_that_were_changed_after_the_last_move_are_saved_as_they_were():
+    """The ledger ends with the factors of the last move; those that are there now are not a step's."""
+    run = LayerRun(zero=False, gradients="noise").train(3)
+    asked = run.displacement()
+    with torch.no_grad():
+        run.stored.A.mul_(1.5)
+    twin = run.twin()
+    assert torch.equal(twin.displacement(), asked)
+    for r in (run, twin):
+        r.train(2)
+    assert torch.equal(twin.displacement(), run.displacement())
+    assert all(map(torch.equal, run.tensors, twin.tensors))

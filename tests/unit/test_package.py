@@ -101,6 +101,24 @@ def test_the_cuda_target_collects_tests_from_each_of_its_paths():
         assert f"{path}::" in done.stdout, f"{path} has no test for a CUDA device"
 
 
+@pytest.mark.extra
+def test_the_cuda_benchmarks_take_the_options_they_are_given():
+    """Look at the commands of the target, with --help after their options, which are parsed before it."""
+    root = Path(__file__).parents[2]
+    target = (root / "Makefile").read_text("utf8").split("\ncuda-benchmarks:\n")[1].split("\n\n")[0]
+    commands = re.findall(r"-m (benchmarks\.\w+) ([^)\n]*)", target)
+    assert [module for module, _ in commands] == [
+        f"benchmarks.{name}" for name in ("step_overhead", "drift", "finetune")
+    ]
+    for module, options in commands:
+        given = options.replace("$(MODEL", "folder").split()
+        done = subprocess.run(
+            [sys.executable, "-m", module, *given, "--help"], cwd=root, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout
+
+
 def test_public_names():
     assert sorted(deltaopt.__all__) == deltaopt.__all__
     assert all(getattr(deltaopt, name).__doc__ for name in deltaopt.__all__)
