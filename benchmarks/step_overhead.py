@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from benchmarks.machine import cpu_name
 from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.in_place import factored_delta
+from deltaopt.in_place import delta_lora_, factored_delta
 from deltaopt.rounding.batch import fused_kernel
-from deltaopt.rounding.blocks import Scratch, add_product_
+from deltaopt.rounding.blocks import Scratch
 from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
 
 UPDATE_RATIO = 2.0
@@ -210,7 +210,7 @@ def write_row(layers: Layers, rounding: str = "stochastic") -> Row:
         noises = None if keys is None else noise_factors(keys, hashes.to(device), *layers.W[0].shape)
         for i, (W, U, V, kept) in enumerate(products):
             noise = None if noises is None else (noises[0][i], noises[1][i])
-            add_product_(W, U, V, SMALL, noise, kept, scratch)
+            delta_lora_(W, U, V, SMALL, noise, kept, scratch)
 
     return Row(run)
 

@@ -20,7 +20,7 @@ from deltaopt.gradient_hooks import leave_whole
 from deltaopt.guard import FiniteGuard
 from deltaopt.ledger import Factors, Ledger, warn_of_lost
 from deltaopt.rounding.batch import Addition, KernelBatch, fused_kernel
-from deltaopt.rounding.blocks import NoiseFactors, add_product_, full_precision
+from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
@@ -62,25 +62,26 @@ def factored_delta(before: Factors, after: Factors) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def delta_lora_(
     W: Tensor,
-    before: Factors,
-    after: Factors,
+    U: Tensor,
+    V: Tensor,
     coef: float,
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> None:
-    """Move one W by Eq. 6: W += coef * (A'B' - AB).
+    """Move one W by Eq. 6, W += coef * (A'B' - AB), with U and V of `factored_delta`.
 
     Args:
         W: (c, d) or (e, c, d), float16, bfloat16, float32 or float64; written in place.
-        before: A (c, r) and B (r, d) before the inner step, or with a leading e; float32 or float64.
-        after: A' and B' after it.
+        U: (c, 2r) or (e, c, 2r), float32 or float64.
+        V: (2r, d) or (e, 2r, d).
         coef: lambda * s, update_ratio times scaling.
         noise: rounds a 16-bit W stochastically, see `deltaopt.rounding.blocks.add_product_`. Default: to nearest.
         compensation: rounds a 16-bit W with compensation, see there.
+        scratch: memory for blocks, see there.
     """
-    U, V = factored_delta(before, after)
     with full_precision(W.device):
-        add_product_(W, U, V, coef, noise, compensation)
+        add_product_(W, U, V, coef, noise, compensation, scratch)
 
 
 class Host:

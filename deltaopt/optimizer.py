@@ -175,6 +175,8 @@ class DeltaLoRAOptimizer(Optimizer):
         check_not_capturing()
         rule.check_inner(inner)
         rule.check_groups(groups)
+        for weight in weights:
+            weight.register()
         self._settings = settings
         self._keep_base = keep_base
         self._become(inner, groups, weights, rounds, rule, step_count=0)
@@ -228,8 +230,8 @@ class DeltaLoRAOptimizer(Optimizer):
             What the inner optimizer's ``step`` returns.
 
         Raises:
-            ValueError: if a factor or W was replaced by something that cannot be used, or `update_ratio` or
-                `start_step` is out of range.
+            ValueError, TypeError: if a factor or W was replaced by something that cannot be used, or a callable
+                `update_ratio` returns a value out of range.
             RuntimeError: if the branch was merged, rescaled or deleted, the step is being captured into a CUDA
                 graph, or it is called in `base_weights`. In each case nothing has changed.
         """
@@ -392,9 +394,9 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, a W cannot be written (quantized), or in `base_weights`.
         """
         with self._resolved("restart()") as weights:
-            writer = self._writer("restart")
+            start = reinit if reinit is not None else lora_start(generator)
+            restarts.restart(weights, start, self._writer("restart"))
             self._repeats += 1
-            restarts.restart(weights, reinit if reinit is not None else lora_start(generator), writer)
             for factor in (factor for weight in weights for factor in weight.tensors[1:]):
                 factor.grad = None
                 self.state.pop(factor, None)
@@ -510,6 +512,8 @@ class DeltaLoRAOptimizer(Optimizer):
         check_weights(weights, self._rule)
         check_no_weight_trains(self._weights, options[0].get("params", ()))
         self._rule.check_groups([*self._groups, *groups])
+        for weight in added:
+            weight.register()
         self._inner.add_param_group(inner_groups(groups, options, ())[0])
         self._groups += groups
         self._weights = weights
@@ -584,15 +588,16 @@ class DeltaLoRAOptimizer(Optimizer):
             records = [triple for group in record["groups"] for triple in group["triples"]]
             with self._rule.restored(weights, records):
                 self._inner.load_state_dict(inner_state)
+            writer = rounding.during("resume", record["step_count"])
             if decided is None:
                 for weight in weights:
                     weight.rebase()
-            else:
-                resume.carry_out(decided, rounding.during("resume", record["step_count"]))
+            uncompensated = resume.carry_out(decided or [], writer)
             restore_settings(record, self._groups)
             self._rounding = rounding
             self._step_count = int(record["step_count"])
             self._rule.skipped_updates = record["skipped_updates"]
+            resume.warn(decided or [], uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
 
@@ -644,9 +649,8 @@ class DeltaLoRAOptimizer(Optimizer):
         super().__setstate__({})  # the hooks of torch's Optimizer; its __init__ would make groups of its own
 
     def _take(self, weights: Sequence[WeightState]) -> None:
-        """Note what these weights are, whose checks have passed, and claim their factors."""
+        """Accept the tensors of these weights, whose checks have passed, and claim their factors."""
         for weight in weights:
-            weight.register()
             weight.accept()
             weight.forget()
         self._claim(weights)

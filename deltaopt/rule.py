@@ -18,9 +18,10 @@ Closure: TypeAlias = Callable[[], float]
 
 
 class UpdateRule:
-    """One way to move the effective weights. The optimizer is built with one and never asks which it is.
+    """One way to move the effective weights.
 
-    The methods are listed in the order in which a run meets them; what a rule does not need does nothing.
+    The optimizer is built with one and never asks which it is, only what it does to weights and branches. The methods
+    are listed in the order in which a run meets them; what a rule does not need does nothing.
 
     Attributes:
         name: the value of the argument ``weight_update``.
@@ -50,7 +51,7 @@ class UpdateRule:
             weight: with its tensors resolved.
             unwritable: the problems of reading and writing W in place.
         """
-        raise NotImplementedError
+        raise NotImplementedError("an update rule has to say which weights it cannot move")
 
     def factor_problems(self, weight: WeightState, letter: str, factor: Tensor) -> list[str]:
         """Say why this rule cannot train a factor."""
@@ -75,7 +76,7 @@ class UpdateRule:
 
     def before_step(self, weights: Sequence[WeightState], writer: Writer, closure: Closure | None) -> None:
         """Do what has to be done before the inner step; each weight's `ratio` is that of this step."""
-        raise NotImplementedError
+        raise NotImplementedError("an update rule has to say what it does before the inner step")
 
     def inner_step(
         self, weights: Sequence[WeightState], closure: Closure | None

@@ -33,7 +33,7 @@ class WeightState:
         keep_base: "cpu" or "device" to keep a copy of W from before its first move, there or next to W; None for none.
 
     Attributes:
-        ratio: lambda in the current step; 0.0 while W rests.
+        ratio: lambda of the last step or `resync`; 0.0 while W rests.
         ledger: what W was asked to move by since its base.
         base: the fingerprint of W before its first move; None until then.
         origin: the product that the start of A and B took out of the pristine weight (PiSSA, OLoRA); None if none.

@@ -106,17 +106,28 @@ def plan(
     return decided
 
 
-def carry_out(decided: Sequence[Resumption], writer: Writer) -> None:
-    """Do what was decided, and warn of what is not as it was in the saved run."""
+def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
+    """Do what was decided; return the labels of the weights whose compensation is not known."""
     for resumption in decided:
         resumption.carry_out(writer)
-    _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
+    return _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
+
+
+def warn(decided: Sequence[Resumption], uncompensated: list[str], writer: Writer) -> None:
+    """Warn of what is not as it was in the saved run; last, as a warning may be made an error."""
+    if uncompensated:
+        warnings.warn(
+            f"what rounding had cut off from the 16-bit W of {layers(uncompensated)} is not in the state, and without "
+            "a copy of the base (keep_base) it cannot be computed: it starts at zero, and W continues from its bits",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     _warn_of_what_was_done(decided, writer)
     _warn_of_bases_not_kept([resumption.weight for resumption in decided])
 
 
-def _compensate(left_alone: Sequence[WeightState], writer: Writer) -> None:
-    """Recompute compensations that the checkpoint does not hold."""
+def _compensate(left_alone: Sequence[WeightState], writer: Writer) -> list[str]:
+    """Recompute compensations that the checkpoint does not hold; return the labels of those that cannot be."""
     missing = []
     for weight in left_alone:
         part = weight.part()
@@ -129,13 +140,7 @@ def _compensate(left_alone: Sequence[WeightState], writer: Writer) -> None:
         full = base.to(part.device, torch.float32, copy=True)
         add_terms_(weight, full, weight.displacement())
         weight.writable_compensation(part).copy_(cut_off(part, full))
-    if missing:
-        warnings.warn(
-            f"what rounding had cut off from the 16-bit W of {layers(missing)} is not in the state, and without a copy "
-            "of the base (keep_base) it cannot be computed: it starts at zero, and W continues from its bits",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    return missing
 
 
 def _warn_of_what_was_done(decided: Sequence[Resumption], writer: Writer) -> None:

@@ -1,7 +1,7 @@
 """Finding the triples of a model, with the libraries that are already imported.
 
 A model can hold layers of a library only if that library was imported, so nothing is imported here that the
-program did not import itself. One file a library.
+program did not import itself. One file or folder a library.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
@@ -93,8 +92,8 @@ def test_the_branch_has_its_own_scaling_within(rule, dtype, keep):
     rule=strategies.rules,
     layout=strategies.layouts,
     dtype=strategies.wide_dtypes,
-    start_step=st.integers(0, 3),
-    restarts=st.integers(0, 2),
+    start_step=strategies.early_start_steps,
+    restarts=strategies.restarts,
     seed=strategies.seeds,
 )
 def test_without_either_it_is_computed_to_rounding(rule, layout, dtype, start_step, restarts, seed):

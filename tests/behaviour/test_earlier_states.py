@@ -27,7 +27,7 @@ one element in a file: the version that wrote the files differs in none.
 """
 
 FED_BACK = 2e-3
-"""What A, B and losses may differ by beside a 16-bit W that is not the recorded one in `FLIPPED` of its elements.
+"""What A, B and losses may differ by next to a 16-bit W that is not the recorded one in `FLIPPED` of its elements.
 
 The gradients of the PEFT model know W. With 2 elements of each W changed by hand it was 1e-3 at most.
 """
@@ -51,7 +51,7 @@ def opened(case: str) -> dict[str, Any]:
 
 
 def resumed(case: str, way: str, file: dict[str, Any]) -> Plain | Peft:
-    """A run with settings of its own that has loaded the state, beside the saved weights or beside base and adapter."""
+    """A run with settings of its own that has loaded the state, with the saved weights or next to base and adapter."""
     kind, mode = STATES[case]
     others = {"lr": 0.5, "update_ratio": 3.0, "start_step": 99}
     config = {**file["config"], "groups": [group | others for group in file["config"]["groups"]], "rounding_seed": 77}
@@ -70,19 +70,19 @@ def resumed(case: str, way: str, file: dict[str, Any]) -> Plain | Peft:
 
 
 def spacings(found: Tensor, expected: Tensor, *others: Tensor) -> Tensor:
-    """How far apart elements are, in spacings of bfloat16 at the largest value that they had on the way."""
+    """Return how far apart elements are, in spacings of bfloat16 at the largest value that they had on the way."""
     largest = torch.stack([t.double().abs() for t in (found, expected, *others)]).amax(0)
     spacing = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
     return (found.double() - expected.double()).abs() / spacing
 
 
 def tolerance(file: dict[str, Any], differing: int) -> float:
-    """Of float32 tensors and losses. Plain triples are given their gradients, whatever W is."""
+    """Return the tolerance of float32 tensors and losses. Plain triples are given their gradients, whatever W is."""
     return FED_BACK if differing and "x" in file["data"] else CLOSE_TO_RECORDED
 
 
 def compared(found: dict[str, Tensor], expected: dict[str, Tensor], file: dict[str, Any]) -> int:
-    """How many 16-bit elements differ, which are few, each by one spacing. All other tensors are close."""
+    """Count the 16-bit elements that differ, which are few, each by one spacing. All other tensors are close."""
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == expected[name].dtype for name in expected)
     narrow = [name for name in expected if expected[name].dtype == torch.bfloat16]
@@ -135,7 +135,7 @@ def test_loading_restores_the_settings_the_scalings_and_the_displacements(case, 
 
 @each_way
 @each_case
-def test_a_run_goes_on_as_it_went_on(case, way):
+def test_a_run_continues_as_it_continued(case, way):
     """From base and adapter too, where only a W that is rounded at random is not what it was: see the next test."""
     file = opened(case)
     run = resumed(case, way, file)

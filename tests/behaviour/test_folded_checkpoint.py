@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a folded run: the branch is scaled by the state, W is the base."""
+"""Checkpoints of a folded run: the branch is scaled by the state, W is the base."""
 
 import copy
 
@@ -117,7 +117,7 @@ def test_other_factors_with_a_packed_weight_are_refused():
 
 @pytest.mark.parametrize("fails", ["in the second layer", "in the inner optimizer"])
 def test_a_state_that_cannot_be_set_changes_nothing(fails):
-    """Of a setter, and of a state that the inner optimizer refuses."""
+    """Undo a failure of a setter, and of a state that the inner optimizer refuses."""
     scale = torch.tensor(0.5, dtype=torch.float64)
     broken = []
 

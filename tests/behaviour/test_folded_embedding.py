@@ -77,7 +77,7 @@ def test_a_run_with_sparse_gradients_follows_the_one_in_place(inner, start):
         assert relative(p, q) <= 1e-10
 
 
-def test_a_copy_with_sparse_gradients_goes_on():
+def test_a_copy_with_sparse_gradients_continues():
     model = Table(zero=True)
     optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [model.triple()], lr=0.1, weight_update="folded")
     ids = torch.arange(5)

@@ -29,7 +29,7 @@ def test_gradients_that_are_asked_for_are_divided_too():
         torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_that_are_not_zeroed_go_on_through_step_K():
+def test_gradients_that_are_not_zeroed_continue_through_step_K():
     in_place, folded = in_place_and_folded(start_step=2, zero=False)
     for run in (in_place, folded):
         for t in range(6):
@@ -237,7 +237,7 @@ def test_gradients_that_are_kept_elsewhere_are_divided(start):
 @pytest.mark.parametrize("way", COPIES)
 @each_rule
 @pytest.mark.filterwarnings("ignore:backward hook .* on tensor will not be serialized:UserWarning")
-def test_a_copy_goes_on_as_the_original_and_apart_from_it(rule, way):
+def test_a_copy_continues_as_the_original_and_apart_from_it(rule, way):
     run = LayerRun(rule, start_step=2, zero=False).train(5)
     twin, before = COPIES[way](run), [t.clone() for t in run.tensors]
     twin.train(4)

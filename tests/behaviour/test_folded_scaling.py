@@ -1,4 +1,4 @@
-"""Where the scaling of a branch is, how the folded rule sets it, and what it refuses."""
+"""The place of a branch's scaling, how the folded rule sets it, and what it refuses."""
 
 import contextlib
 import copy

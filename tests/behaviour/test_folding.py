@@ -1,4 +1,4 @@
-"""What the folded rule does by itself: when it folds, when it writes W, and what it refuses.
+"""The folded rule's own behaviour: when it folds, when it writes W, and what it refuses.
 
 That it follows the paper is in tests/conformance.
 """
@@ -302,7 +302,7 @@ def test_a_weight_that_cannot_be_written_needs_a_zero_product():
 
 
 def test_a_weight_that_cannot_be_written_trains_from_a_zero_product():
-    """What needs W is refused; the displacement, the export and the base of the branch do not need it."""
+    """Refuse what needs W; the displacement, the export and the base of the branch do not need it."""
     stored, scale, optimizer, step = packed_run(keep_base="cpu")
     W = stored.W.clone()
     step()
@@ -406,7 +406,7 @@ def test_a_write_that_fails_at_step_K_is_undone(monkeypatch):
     effective = [(s.W + scale * (s.A @ s.B)).detach() for s, scale, _ in layers]
     weights = [s.W.clone() for s, *_ in layers]
     internals.fail_at_write(monkeypatch, 3)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         optimizer.step()
     assert [float(scale) for _, scale, _ in layers] == [0.5] * 3
     for (s, *_), W in zip(layers, weights, strict=True):

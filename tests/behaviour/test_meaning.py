@@ -1,4 +1,4 @@
-"""What Delta-LoRA is next to LoRA: the statements of docs/method.md."""
+"""Delta-LoRA next to LoRA: the statements of docs/method.md."""
 
 import pytest
 import torch

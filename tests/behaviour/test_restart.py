@@ -198,3 +198,16 @@ def test_a_restart_ends_what_the_ledger_follows():
     assert internals.ledger_of(run.optimizer).end is not None
     run.optimizer.restart()
     assert internals.ledger_of(run.optimizer).end is None
+
+
+def test_a_refused_restart_does_not_change_the_noise_of_the_next_one():
+    """Nothing is changed by it, not even which noise the next write gets."""
+    runs = [random_run("in_place", dtype=torch.bfloat16, zero=False) for _ in range(2)]
+
+    def fail(triple):
+        raise OSError("no start")
+
+    refused(lambda: runs[0].optimizer.restart(fail), OSError, "no start", kept=lambda: runs[0].tensors)
+    for run in runs:
+        run.optimizer.restart(generator=torch.Generator().manual_seed(1))
+    assert all(map(torch.equal, runs[0].tensors, runs[1].tensors))

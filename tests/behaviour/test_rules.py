@@ -1,4 +1,4 @@
-"""What holds under every rule: displacement, export, merged weights, the base, restarts and checkpoints.
+"""Properties of every rule: displacement, export, merged weights, the base, restarts and checkpoints.
 
 What W was asked to move by is known from the dense account that `LayerRun` keeps of its own factors.
 """
@@ -19,7 +19,7 @@ from tests.support.strategies import EVENTS, LAYOUTS, ROUNDINGS, RULES, each_rul
 
 @torch.no_grad()
 def assert_account(run: LayerRun, tolerance: float = 1e-10) -> None:
-    """What the optimizer tells of the change of W is the dense account, and so is what W has made of it."""
+    """Compare what the optimizer tells of the change of W: it is the dense account, and so is what W has made of it."""
     change = run.asked + run.scaling * run.product()
     assert close(run.displacement(), run.asked, tolerance)
     assert close(run.moved(), run.asked, tolerance)
@@ -132,7 +132,7 @@ def test_a_restart_with_a_product_that_is_not_finite_changes_nothing(rule):
     ("start", "stop", "zero"), [(0, 4, True), (3, 6, False), (6, 6, False), (9, 4, False), (0, 0, True)]
 )
 @each_rule
-def test_a_resumed_run_goes_on(rule, start, stop, zero, W):
+def test_a_resumed_run_continues(rule, start, stop, zero, W):
     """Bit for bit with W as it was; from the base to rounding."""
     run = LayerRun(rule, zero=zero, start_step=start).train(stop)
     twin = run.twin(whole=W == "saved", start_step=77, update_ratio=0.25, lr=9.0)

@@ -22,7 +22,7 @@ from tests.support.strategies import INNERS, LAYOUTS, ROUNDINGS, RULES, fits
 
 
 class Start(NamedTuple):
-    """When W begins to move, and from what product."""
+    """The step and the product from which W begins to move."""
 
     step: int
     zero: bool
@@ -32,7 +32,7 @@ BEGINNINGS = {"zero product": Start(0, True), "random product": Start(0, False),
 
 
 class Row(NamedTuple):
-    """What is asked of a rule.
+    """The statements about one rule.
 
     Args:
         steps: how many are compared with the reference, by start.
@@ -51,7 +51,7 @@ def moves_each_step(t: int, start: Start, before: Tensor, after: Tensor) -> Tens
 
 
 def moves_once(t: int, start: Start, before: Tensor, after: Tensor) -> Tensor | None:
-    """By what the branch says more from then on."""
+    """Return what the branch adds from step K on."""
     return -before if t == start.step and not start.zero else None
 
 
@@ -158,11 +158,11 @@ class Clipping(NamedTuple):
     name=strategies.inners,
     layout=strategies.layouts,
     seed=strategies.seeds,
-    start=st.builds(Start, st.integers(0, 4), st.booleans()),
-    ratio=st.floats(0.1, 8.0),
-    scaling=st.sampled_from([0.5, -1.3, 4.0]),
-    clip=st.sampled_from([None, "norm", "value"]),
-    micro=st.integers(1, 3),
+    start=st.builds(Start, strategies.early_start_steps, st.booleans()),
+    ratio=strategies.moving_ratios,
+    scaling=strategies.some_scalings,
+    clip=strategies.clippings,
+    micro=strategies.micro_batches,
 )
 def test_follows_with_any_ratio_scaling_clipping_and_accumulation(
     rule, name, layout, seed, start, ratio, scaling, clip, micro

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. `make cuda` runs these."""
+"""Tests that only a CUDA device can make. `make cuda` runs these."""
 
 import pytest
 import torch

@@ -141,7 +141,7 @@ class Network(nn.Module):
 
 
 class Peft:
-    """A tiny network under PEFT, with a head that trains beside the adapter."""
+    """A tiny network under PEFT, with a head that trains next to the adapter."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         import peft
@@ -201,7 +201,7 @@ def rebuilt_run(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -
 
 
 def settings_of(optimizer: DeltaLoRAOptimizer) -> dict[str, Any]:
-    """What loading a state restores beside the moments."""
+    """Return what loading a state restores besides the moments."""
     return {
         "step_count": optimizer.step_count,
         "update_ratio": [group.update_ratio for group in optimizer.groups],
@@ -292,7 +292,7 @@ def made(kind: str, mode: str) -> dict[str, Any]:
 
 
 def _copied(state: Any) -> Any:
-    """The same state with tensors of its own: an optimizer goes on to change those that it gave or was given."""
+    """Copy a state with tensors of its own: an optimizer still changes those that it gave or was given."""
     if isinstance(state, Tensor):
         return state.clone()
     if isinstance(state, dict):

@@ -256,7 +256,7 @@ def test_the_comparison_would_see_undivided_gradients():
         p._backward_hooks.clear()
     for run in runs:
         run.train(batches(4))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="lora_"):
         assert_models_follow(runs[0].model, runs[1].model, 1e-3)
 
 
@@ -436,7 +436,7 @@ def test_a_copy_whose_original_is_gone_still_divides(way):
 
 
 @each_copy
-def test_a_copy_goes_on_where_the_loop_zeroes_the_model(way):
+def test_a_copy_continues_where_the_loop_zeroes_the_model(way):
     """`model.zero_grad()` and a `backward` before the copied optimizer is called for the first time."""
     data, run, whole = batches(8), ModelRun("folded", inner=torch.optim.SGD), ModelRun("folded", inner=torch.optim.SGD)
     run.train(data[:5])
@@ -451,7 +451,7 @@ def test_a_copy_goes_on_where_the_loop_zeroes_the_model(way):
 
 @each_start
 @each_copy
-def test_a_copy_of_the_optimizer_alone_goes_on_with_the_same_gradients(way, start):
+def test_a_copy_of_the_optimizer_alone_continues_with_the_same_gradients(way, start):
     """Its triples are copies, with layers of their own."""
     data, run = batches(8), ModelRun("folded", start)
     run.train(data[:5])

@@ -170,7 +170,7 @@ def test_merge_and_unload_gives_the_same_outputs(name, zero):
             assert_near(output(run.model.merge_and_unload(), x), expected)
 
 
-def test_training_goes_on_after_unmerging():
+def test_training_continues_after_unmerging():
     model, x = adapted(mlp(7, 5, 4), "0", "1"), image(7)
     runs = both_rules_on(model, x)
     for run in runs:
@@ -326,7 +326,7 @@ def test_a_scaling_that_peft_puts_back_is_accepted(config, ratio, back):
 
 @pytest.mark.parametrize("mode", ["folded", "in_place"])
 @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_second_optimizer_goes_on_from_the_present_scaling(inner, mode):
+def test_a_second_optimizer_continues_from_the_present_scaling(inner, mode):
     """The first one still lives, and does not divide the second one's gradients, nor step."""
     model, x = adapted(mlp(7, 5, 4), "0", "1"), image(7)
     first = folded(model, x, inner=inner)

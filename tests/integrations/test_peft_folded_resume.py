@@ -61,7 +61,7 @@ ways = pytest.mark.parametrize("way", [from_code, from_files])
 
 @ways
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"alpha_pattern": {"0": 3}, "rank_pattern": {"1": 3}}])
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, way, config):
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, way, config):
     plain, x = mlp(7, 5, 4).double(), image(7)
     model = adapted(plain, "0", "1", **config)
     optimizer = folded(model, x)

@@ -198,7 +198,7 @@ def test_an_adapter_of_a_quantized_base_is_saved_and_loaded(kind, tmp_path):
 
 @every_kind
 @pytest.mark.parametrize("from_code", [True, False])
-def test_a_quantized_run_goes_on_bit_for_bit(kind, from_code, tmp_path):
+def test_a_quantized_run_continues_bit_for_bit(kind, from_code, tmp_path):
     base, x = quantized_base(kind), torch.randn(6, 64)
     model = quantized_model(base, kind)
     optimizer = folded(model, x)

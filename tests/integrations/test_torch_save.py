@@ -182,7 +182,7 @@ def mentioned(message: str, run: ScheduledRun, letter: str) -> list[str]:
 
 
 def names_all(text: str, run: ScheduledRun) -> bool:
-    """Whether the text names every layer, or counts them all and names the first ones."""
+    """Tell if the text names every layer, or counts them all and names the first ones."""
     names = layer_names(run)
     counted = f"{len(names)} layers" in text and all(name in text for name in names[:3])
     return counted or all(name in text for name in names)

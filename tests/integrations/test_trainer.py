@@ -52,7 +52,7 @@ each_route = pytest.mark.parametrize("route", ROUTES)
 
 
 class Notes(transformers.TrainerCallback):
-    """What a Trainer did: each batch, each step's learning rate, the deltas and the effective weights after it."""
+    """A Trainer's run: each batch, each step's learning rate, the deltas and the effective weights after it."""
 
     def __init__(self, trainer: transformers.Trainer) -> None:
         self.trainer, self.compute_loss = trainer, trainer.compute_loss
@@ -165,7 +165,7 @@ def test_the_optimizer_of_a_checkpoint_loads_safely(accelerator_of, tmp_path):
 @each_rule
 @each_start
 def test_trainer_equals_the_plain_loop_bit_for_bit(rule, start, trainer_of):
-    """The same batches by hand, with the schedule's learning rates."""
+    """Train on the same batches by hand, with the schedule's learning rates."""
     trainer, notes = trainer_of(rule=rule, start=start)
     trainer.train()
 

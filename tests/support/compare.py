@@ -1,4 +1,4 @@
-"""How the tests compare: relative distances, states bit for bit, files, refusals."""
+"""Comparisons: relative distances, states bit for bit, files, refusals."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
-    """Whether the distance is at most `tolerance`, relative where `expected` is larger than 1."""
+    """Tell if the distance is at most `tolerance`, relative where `expected` is larger than 1."""
     return float((actual - expected).detach().norm()) <= tolerance * max(1.0, float(expected.detach().norm()))
 
 
@@ -36,7 +36,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested states are equal, their tensors bit for bit."""
+    """Tell if two nested states are equal, their tensors bit for bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -57,7 +57,7 @@ def assert_same_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
 
 
 def through_a_file(state: Any) -> Any:
-    """What a file gives back, read with weights_only=True."""
+    """Return what a file gives back, read with weights_only=True."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

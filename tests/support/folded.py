@@ -43,7 +43,7 @@ def folded_optimizer(*triples: LoRATriple, inner: Any = torch.optim.SGD, **optio
 
 
 def warns_of_a_takeover():
-    """What a second optimizer on the same factors says."""
+    """The warning of a second optimizer on the same factors."""
     return pytest.warns(
         UserWarning, match=r"an earlier optimizer has folded .* q \(0\.5, now 1\.5\), .* ratios multiply"
     )

@@ -25,7 +25,7 @@ def random_run(rule: str, layout: str = "linear", seed: int = 0, **options: Any)
 
 
 def after(run: LayerRun, events: Iterable[str]) -> LayerRun:
-    """The same run once all of it has happened."""
+    """Return the same run once all of it has happened."""
     for event in events:
         run.happen(event)
     return run

@@ -85,7 +85,7 @@ def assert_alike(one: Trained, other: Trained, x: Any, tolerance: float = 1e-10)
 
 
 def assert_trained_alike(one: nn.Module, other: nn.Module, x: Any) -> None:
-    """What trains is the same in both models to the last bit, and so is what they compute."""
+    """Assert that what trains is the same in both models to the last bit, and so is what they compute."""
     its = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         if parameter.requires_grad:

@@ -97,7 +97,7 @@ def layer_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def peft_deltas(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """What PEFT would merge: scaling and orientation are its own."""
+    """Return what PEFT would merge: scaling and orientation are its own."""
     with torch.no_grad():
         return {name: layer.get_delta_weight(adapter).clone() for name, layer in lora_layers(model).items()}
 

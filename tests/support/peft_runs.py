@@ -48,7 +48,7 @@ peft_asks_by_an_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_check
 
 
 def effective(model: nn.Module) -> dict[str, Tensor]:
-    """What every layer multiplies by: W plus PEFT's own delta weight."""
+    """Return what every layer multiplies by: W plus PEFT's own delta weight."""
     change = deltas(model)
     return {name: W + change[name] for name, W in weights(model).items()}
 

@@ -99,13 +99,13 @@ class LayerRun:
         return reference.product(A.double(), B.double())
 
     def effective(self) -> Tensor:
-        """What the layer multiplies by, as its forward pass computes it."""
+        """Return what the layer multiplies by, as its forward pass computes it."""
         s = self.stored
         return s.matrix(s.W) + self.scale * (s.left(s.A) @ s.right(s.B)).to(s.W.dtype)
 
     @torch.no_grad()
     def effective_exactly(self) -> Tensor:
-        """The same of the stored tensors, in float64."""
+        """Return the same for the stored tensors, in float64."""
         return self.stored.matrix(self.stored.W.double()) + float(self.scale) * self.product()
 
     def base(self) -> Tensor:
@@ -114,14 +114,14 @@ class LayerRun:
 
     @torch.no_grad()
     def moved(self) -> Tensor:
-        """What W has moved by: by itself, and by what the branch has more than its own scaling."""
+        """Return what W has moved by: by itself, and by what the branch has more than its own scaling."""
         return (self.effective_exactly() - self.scaling * self.product() - self.base()).contiguous()
 
     def displacement(self) -> Tensor:
         return self.optimizer.displacement(self.name).product().double()
 
     def size(self) -> float:
-        """Of the terms, which may be much larger than their sum: what rounding in one dtype is relative to."""
+        """Return the size of the terms, to which rounding is relative; it may be much larger than that of their sum."""
         terms = ledger_of(self.optimizer).displacement()
         return max(1.0, sum(abs(t.coef) * float((t.A.double() @ t.B.double()).norm()) for t in terms))
 
@@ -281,7 +281,7 @@ class SmallSteps(LayerRun):
         self._push(gradients)
 
     def landed(self) -> Tensor:
-        """What W itself has moved by."""
+        """Return what W itself has moved by."""
         return self.stored.W.double() - self.W0.double()
 
     def kept(self) -> float:
@@ -301,7 +301,7 @@ def noisy_step(optimizer: torch.optim.Optimizer, *factors: Tensor) -> None:
 
 
 def assert_follows(run: LayerRun, other: LayerRun, tolerance: float = 1e-10) -> None:
-    """The same factors, gradients and effective weights, whatever the rules are."""
+    """Assert equal factors, gradients and effective weights, whatever the rules are."""
     pairs = [*zip(run.factors, other.factors, strict=True), (run.effective(), other.effective())]
     pairs += [pair for gs in zip(run.gradients, other.gradients, strict=True) for pair in zip(*gs, strict=True)]
     for now, expected in pairs:

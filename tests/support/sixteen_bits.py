@@ -9,7 +9,7 @@ SMALLEST = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 
 
 def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far apart the values of the dtype are at x, float64: the finer distance at a power of two."""
+    """Return how far apart the values of the dtype are at x, float64: the finer distance at a power of two."""
     exponent = torch.frexp(x.abs()).exponent.double() - 1
     return (2.0**exponent * torch.finfo(dtype).eps).clamp(min=SMALLEST[dtype])
 

@@ -1,4 +1,4 @@
-"""What hypothesis draws, and the tables it draws from: layouts, shapes, dtypes, rules, inner optimizers, events.
+"""The draws of hypothesis, and the tables it draws from: layouts, shapes, dtypes, rules, inner optimizers, events.
 
 A `Stored` is one layer as a library may hold it, with c != d != r. Its functions between stored tensors and the
 matrices of the mathematics are written from each library's forward pass, not from the package's views.
@@ -233,7 +233,7 @@ The folded rule refuses another ratio, and counts a change of the factors from o
 
 
 def fits(inner: str, layout: str) -> bool:
-    """Whether the inner optimizer takes factors as this layout stores them."""
+    """Tell if the inner optimizer takes factors as this layout stores them."""
     stored = make(layout)
     return inner not in MATRICES_ONLY or stored.A.dim() == stored.B.dim() == 2
 
@@ -241,8 +241,15 @@ def fits(inner: str, layout: str) -> bool:
 layouts = st.sampled_from(sorted(LAYOUTS))
 seeds = st.integers(0, 2**32 - 1)
 ratios = st.floats(0.0, 8.0)
+moving_ratios = st.floats(0.1, 8.0)
 scalings = st.floats(-4.0, 4.0).filter(lambda s: abs(s) > 1e-3)
+some_scalings = st.sampled_from([0.5, -1.3, 4.0])
 start_steps = st.integers(0, 6)
+early_start_steps = st.integers(0, 3)
+restarts = st.integers(0, 2)
+clippings = st.sampled_from([None, "norm", "value"])
+micro_batches = st.integers(1, 3)
+ledger_events = st.lists(st.sampled_from(["move", "coef", "outside", "add", "restart"]))
 rules = st.sampled_from(RULES)
 inners = st.sampled_from(sorted(INNERS))
 roundings = st.sampled_from(ROUNDINGS)

@@ -210,3 +210,13 @@ def test_a_problem_of_many_layers_is_one_line():
         DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
     assert len(str(caught.value).splitlines()) == 2
     assert len(str(caught.value)) < 500
+
+
+def test_a_capture_into_a_cuda_graph_is_refused(monkeypatch):
+    """Act as a machine with a GPU; tests/cuda has the real thing."""
+    stored = strategies.make("linear")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(name="q")], lr=0.1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    refused(optimizer.step, RuntimeError, "being captured into a CUDA graph", kept=lambda: stored.W)
+    assert optimizer.step_count == 0

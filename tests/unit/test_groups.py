@@ -1,9 +1,10 @@
-"""What a user hands over: triples and other parameters, alone or in groups, and the settings of each group."""
+"""The input of a user: triples and other parameters, alone or in groups, and the settings of each group."""
 
 import pytest
 import torch
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.weight import WeightState
 from tests.support.compare import refused
 from tests.support.runs import LayerRun
 from tests.support.small import random_steps, small_layer
@@ -258,3 +259,15 @@ def test_refuses_seeds_of_more_than_64_bits(seed):
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
 def test_takes_the_first_and_the_last_seed(seed):
     assert built([small_layer()], rounding_seed=seed).step_count == 0
+
+
+def test_a_group_whose_base_cannot_be_copied_is_not_added(monkeypatch):
+    optimizer = built([small_layer()], lr=0.1, keep_base="cpu")
+
+    def fail(weight, bits=None):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(WeightState, "copy_base", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        optimizer.add_param_group({"triples": [small_layer(seed=1)]})
+    assert [len(optimizer.triples), len(optimizer.groups), len(optimizer.param_groups)] == [1, 1, 1]

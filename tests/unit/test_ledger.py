@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
@@ -20,7 +19,7 @@ def sum_of(ledger, shape=(9, 7)):
     return sum((t.coef * t.A @ t.B for t in ledger.displacement()), torch.zeros(shape, dtype=torch.float64))
 
 
-@given(seed=strategies.seeds, events=st.lists(st.sampled_from(["move", "coef", "outside", "add", "restart"])))
+@given(seed=strategies.seeds, events=strategies.ledger_events)
 def test_terms_add_up_to_the_dense_account(seed, events):
     """Mix moves, changes of the coefficient, changes of the factors between moves, additions and restarts."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """Choosing an update rule, and what the base class does where a rule needs nothing."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -57,12 +58,14 @@ def test_the_base_class_does_nothing_that_it_was_not_asked_for():
     with rule.inner_step([], closure) as handed, rule.unfolded([]), rule.restored([], []):
         assert handed is closure
     assert rule.nbytes == rule.skipped_updates == 0
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="before the inner step"):
         rule.before_step([], None, None)
 
 
-def test_the_host_reads_a_cpu_and_waits_for_nothing_else():
+def test_the_host_reads_a_cpu_and_asks_an_event_whether_it_has_passed():
     host = Host()
+    for passed in (False, True):
+        assert host.arrived(types.SimpleNamespace(query=lambda passed=passed: passed)) is passed
     assert host.reads(torch.device("cpu"))
     assert not host.reads(torch.device("cuda"))
     assert host.arrived(None)

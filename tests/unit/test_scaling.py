@@ -1,4 +1,4 @@
-"""What a branch multiplies A @ B by is a finite number that is not zero."""
+"""The scaling of a branch is a finite number that is not zero."""
 
 import pytest
 import torch

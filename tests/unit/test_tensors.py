@@ -1,4 +1,4 @@
-"""Which tensors can be moved in place, and which of them share memory."""
+"""Sorts of tensors: those that can be moved in place, and those that share memory."""
 
 import pytest
 import torch

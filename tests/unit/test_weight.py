@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import deltaopt
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.weight import WeightState
 from tests.support import strategies
@@ -50,19 +51,36 @@ def test_a_step_looks_each_tensor_up_once():
     assert layer.looked_up == {"W": 1, "A": 1, "B": 1}
 
 
-@pytest.mark.parametrize("event", ["step", "state_dict", "base_weights", "resync", "restart"])
+def failing_step(optimizer: DeltaLoRAOptimizer) -> None:
+    with pytest.raises(ValueError, match="in the closure"):
+        optimizer.step(lambda: float("in the closure"))
+
+
+EVENTS_OF_A_WEIGHT = {
+    "step": lambda o: None,
+    "state_dict": lambda o: o.state_dict(),
+    "load_state_dict": lambda o: o.load_state_dict(o.state_dict()),
+    "base_weights": lambda o: o.base_weights().__enter__(),
+    "resync": lambda o: o.resync(),
+    "restart": lambda o: o.restart(),
+    "rebase": lambda o: o.rebase(),
+    "residual": lambda o: o.residual("q"),
+    "export": deltaopt.merged_weights,
+    "a step that fails": failing_step,
+}
+
+
+@pytest.mark.parametrize("event", EVENTS_OF_A_WEIGHT)
 def test_no_event_keeps_a_replaced_weight_alive(event):
     module = nn.Module()
     stored = strategies.make("linear", dtype=torch.float32)
     for name in "WAB":
         setattr(module, name, nn.Parameter(getattr(stored, name).detach(), requires_grad=name != "W"))
-    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [LoRATriple(*((module, n) for n in "WAB"), name="q")], lr=0.1)
+    optimizer = DeltaLoRAOptimizer(
+        torch.optim.SGD, [LoRATriple(*((module, n) for n in "WAB"), name="q")], lr=0.1, keep_base="cpu"
+    )
     noisy_step(optimizer, module.A, module.B)
-    if event == "base_weights":
-        with optimizer.base_weights():
-            pass
-    elif event != "step":
-        getattr(optimizer, event)()
+    EVENTS_OF_A_WEIGHT[event](optimizer)
     old = weakref.ref(module.W)
     module.W = nn.Parameter(module.W.detach().clone(), requires_grad=False)
     gc.collect()
@@ -78,9 +96,15 @@ def test_a_failing_step_lets_go_of_its_tensors_too():
     assert weight._tensors is None
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "deepcopy", "pickle"]
+)
 def test_a_copy_has_its_tensors_checked_at_its_first_event(how):
-    weight = how(noisy_run().optimizer.weights()[0])
+    """Also one that is made in the middle of an event, when the tensors are known."""
+    original = noisy_run().optimizer.weights()[0]
+    original.resolve()
+    weight = how(original)
+    assert weight._tensors is None
     assert weight.resolve()
     weight.accept()
     assert not weight.resolve()
