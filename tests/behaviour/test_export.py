@@ -171,3 +171,14 @@ def test_merged_weights_leave_what_does_not_move_as_it_is(rule):
     assert torch.equal(merged[:5], run.stored.W[:5])
     assert torch.equal(merged[10:], run.stored.W[10:])
     assert not torch.equal(merged[5:10], run.stored.W[5:10])
+
+
+def test_merged_weights_of_several_layers_hold_their_own_branch():
+    """Layers of one shape, which could be taken for each other."""
+    stored = [strategies.make("linear", seed) for seed in range(3)]
+    optimizer = deltaopt.DeltaLoRAOptimizer(
+        torch.optim.SGD, [s.triple(0.5, str(i)) for i, s in enumerate(stored)], lr=0.1
+    )
+    for name, W in deltaopt.merged_weights(optimizer).items():
+        W0, A, B = stored[int(name)].matrices()
+        assert_close(W, W0 + 0.5 * A @ B, 1e-12)

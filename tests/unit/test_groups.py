@@ -271,3 +271,11 @@ def test_a_group_whose_base_cannot_be_copied_is_not_added(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         optimizer.add_param_group({"triples": [small_layer(seed=1)]})
     assert [len(optimizer.triples), len(optimizer.groups), len(optimizer.param_groups)] == [1, 1, 1]
+
+
+def test_factors_among_named_parameters_are_not_repeated():
+    W, A, B = small_layer()
+    head = torch.nn.Parameter(torch.zeros(3))
+    optimizer = built([(W, A, B)], [("left", A), ("head", head), ("right", B)], lr=0.1)
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(A), id(B), id(head)]

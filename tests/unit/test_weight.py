@@ -141,3 +141,11 @@ def test_the_part_and_the_matrix_are_views_of_W(layout):
     for view in (weight.part(), weight.matrix(), weight.triple.view.part_matrix(weight.part())):
         assert view.untyped_storage().data_ptr() == stored.W.untyped_storage().data_ptr()
     assert weight.matrix().numel() == weight.part().numel()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_the_branch_is_in_the_dtype_of_the_computation(dtype, expected):
+    stored = strategies.make("linear", dtype=torch.bfloat16, factor_dtype=dtype)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple(0.5)], lr=0.1)
+    coef, A, B = optimizer.weights()[0].branch()
+    assert (coef, A.dtype, B.dtype) == (0.5, expected, expected)
