@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from benchmarks.machine import cpu_name
 from benchmarks.memory import peak_allocation
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from deltaopt.in_place import delta_lora_, factored_delta
+from deltaopt.factor_buffers import factored_delta
+from deltaopt.in_place import delta_lora_
 from deltaopt.rounding.batch import fused_kernel
 from deltaopt.rounding.blocks import Scratch
 from deltaopt.rounding.noise import Keys, label_hashes, noise_factors

@@ -1,14 +1,21 @@
-"""Noting what was done, so that an interrupted event can be completed: nothing twice, and nothing left out."""
+"""Events that are all or nothing: one that is interrupted is completed, at once or at the next use.
+
+An event writes several weights, and an exception can come between any two lines: a signal handler raises, memory runs
+out. So the second half of each event is a function that may be called again and then does what is left of it. Setting
+an attribute or copying into a tensor may be repeated. Adding to a W must not be, so each addition is noted.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from deltaopt.messages import layers
 
 
 def note(done: list[Any], call: Callable[[], Any]) -> None:
-    """Call, and append the result to `done`, with no moment in between at which a signal handler could raise.
+    """Call, and append an entry to `done`, with no moment in between at which a signal handler could raise.
 
     A Ctrl-C that arrives while a large product is being written is handled right after it, before the next line of
     Python: a mark set in a statement of its own would be missing, and the product would be added again.
@@ -18,4 +25,70 @@ def note(done: list[Any], call: Callable[[], Any]) -> None:
         call: a `functools.partial` of a function in C, such as a method of a tensor. Within one in Python an exception
             can come before or after its effect.
     """
-    done.extend(map(operator.call, (call,)))
+    done.extend(map(type, map(operator.call, (call,))))  # the type stands for the result, which may be a whole W
+
+
+def call_the_rest(done: list[Any], calls: Sequence[Callable[[], Any]]) -> None:
+    """Make the calls that are not noted in `done` yet, in order; see `note`."""
+    for call in calls[len(done) :]:
+        note(done, call)
+
+
+def note_result(results: list[Any], call: Callable[[], Any]) -> Any:
+    """Do as `note`, and keep the result in the list; return it."""
+    results.extend(map(operator.call, (call,)))
+    return results[-1]
+
+
+class Event:
+    """An event that is under way, or was interrupted.
+
+    Args:
+        what: its name, for messages.
+        finish: does what is left of it, each time it is called.
+        begun: has an entry once the event has changed something, and so has to be completed.
+        unfinished: returns the labels of the layers that are not in order yet.
+    """
+
+    def __init__(
+        self, what: str, finish: Callable[[], None], begun: list[Any], unfinished: Callable[[], list[str]]
+    ) -> None:
+        self._begun = begun
+        self._interrupted = False
+        self._what = what
+        self._finish = finish
+        self._unfinished = unfinished
+        self._finished = False
+
+    def has_to_be_completed(self) -> bool:
+        """Tell if it was interrupted after it had changed something; one that is under way may not have yet."""
+        return bool(self._begun) or self._interrupted
+
+    def complete_now(self) -> None:
+        """Do what is left of it after an exception."""
+        self._interrupted = True
+        self.complete()
+
+    def complete(self) -> None:
+        """Do what is left of it, if anything is."""
+        if not self._finished:
+            self._finish()
+            self._finished = True
+
+    def complete_later(self) -> None:
+        """Do what is left of it, long after it was interrupted.
+
+        Raises:
+            RuntimeError: if that fails too.
+        """
+        try:
+            self.complete()
+        except Exception as error:
+            left = self._unfinished()
+            raise RuntimeError(
+                f"{self._what} was interrupted earlier, and completing it has failed now"
+                + (f": {layers(left)} not in order" if left else "")
+                + f" ({type(error).__name__}: {error}). It is completed first whenever this optimizer is used, so "
+                "remove the cause (free memory) and call again; or load the weights and the optimizer state of a "
+                "checkpoint"
+            ) from error

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from deltaopt.all_or_nothing import note_result
 from deltaopt.base_hooks import hook_problem, subtract_from_output
 from deltaopt.checkpoint.files import load
 from deltaopt.checkpoint.fingerprint import Fingerprint
@@ -44,38 +46,61 @@ class Pristine:
         return None
 
 
-@contextmanager
-def at_base(weights: Sequence[WeightState], source: BaseSource | None, method: str | None) -> Iterator[None]:
-    """Let every W be, or every layer compute, what it was before its first move; see `base_weights`."""
-    if method not in METHODS:
-        raise ValueError(f"method is one of {METHODS}, got {method!r}")
-    if method == "hooks" and source is not None:
-        raise ValueError(
-            "source and method='hooks' exclude each other: hooks take the displacement off, and need no base"
+class Visit:
+    """Every W is, or every layer computes, what it was before its first move; see `DeltaLoRAOptimizer.base_weights`.
+
+    Args:
+        weights: with their tensors resolved.
+        source: pristine weights from elsewhere.
+        method: of `METHODS`.
+
+    Raises:
+        RuntimeError, ValueError: if a base cannot be brought back. Nothing is changed then.
+    """
+
+    def __init__(self, weights: Sequence[WeightState], source: BaseSource | None, method: str | None) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method is one of {METHODS}, got {method!r}")
+        if method == "hooks" and source is not None:
+            raise ValueError(
+                "source and method='hooks' exclude each other: hooks take the displacement off, and need no base"
+            )
+        pristine = Pristine(source) if source is not None else None
+        self._weights = weights
+        self._ways = {weight: _way_to_base(weight, pristine, method) for weight in weights if weight.base is not None}
+        self._moved: dict[WeightState, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        raise_problems(
+            RuntimeError,
+            "the base cannot be brought back (nothing was changed)",
+            [Problem(weight.label, way.sentence) for weight, way in self._ways.items() if isinstance(way, _NoWay)],
         )
-    pristine = Pristine(source) if source is not None else None
-    moved = [weight for weight in weights if weight.base is not None]
-    ways = {weight: _way_to_base(weight, pristine, method) for weight in moved}
-    raise_problems(
-        RuntimeError,
-        "the base cannot be brought back (nothing was changed)",
-        [Problem(weight.label, way.sentence) for weight, way in ways.items() if isinstance(way, _NoWay)],
-    )
-    with ExitStack() as undo:
-        for weight, way in ways.items():
-            if isinstance(way, Tensor):
-                undo.callback(put_, weight, weight.part().detach().clone())
-                put_(weight, way)
-                continue
-            terms = weight.displacement()
-            if terms and way == "hooks":
-                undo.callback(subtract_from_output(weight, joined(terms)).remove)
-            elif terms:
-                undo.callback(put_, weight, weight.part().detach().clone())
-                add_terms_(weight, weight.part(), terms, -1.0)
-        for weight in weights:
+
+    def enter(self) -> None:
+        """Bring the base back, after a copy of the bits that each W has now."""
+        for weight, way in self._ways.items():
+            terms = [] if isinstance(way, Tensor) else weight.displacement()
+            if way == "hooks" and terms:
+                note_result(self._hooks, partial(subtract_from_output, weight, joined(terms)))
+            elif terms or isinstance(way, Tensor):
+                self._moved[weight] = weight.part().detach().clone()
+                if isinstance(way, Tensor):
+                    put_(weight, way)
+                else:
+                    add_terms_(weight, weight.part(), terms, -1.0)
+        for weight in self._weights:
             weight.forget()  # the model may be moved or cast meanwhile
-        yield
+
+    def leave(self) -> None:
+        """Give every W its bits again; may be called again after an exception."""
+        for handle in self._hooks:
+            handle.remove()
+        for weight, bits in self._moved.items():
+            put_(weight, bits)
+
+    def unfinished(self) -> list[str]:
+        """Return the labels of the weights that may be at their base."""
+        return [weight.label for weight in self._moved]
 
 
 @torch.no_grad()

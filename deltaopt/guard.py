@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from deltaopt.all_or_nothing import note
 
 
 class FiniteGuard:
@@ -28,22 +32,33 @@ class FiniteGuard:
         """The number of updates that were not applied. Waits for the device."""
         return self._before + (int(self._count) if self._count is not None else 0)
 
-    def verdict(self, sizes: Sequence[Tensor]) -> Tensor:
+    @staticmethod
+    def verdict(sizes: Sequence[Tensor]) -> Tensor:
         """Tell if all sizes on all devices are finite: a 0-d bool on the device of the first."""
         home = sizes[0].device
-        finite = torch.stack([_moved(size.isfinite().all(), home) for size in sizes]).all()
-        if self._count is None or self._count.device != home:
-            self._before, self._count = self.skipped, torch.zeros((), dtype=torch.int64, device=home)
-            self._arrived = None
-        self._count += ~finite
-        if not self._warned:
-            self._look(self._count)
-        return finite
+        return torch.stack([_moved(size.isfinite().all(), home) for size in sizes]).all()
 
-    def _look(self, count: Tensor) -> None:
-        """Warn if an update was skipped, as far as that is known on the host without waiting."""
+    def count(self, finite: Tensor, counted: list[Any]) -> None:
+        """Count an update that is not applied.
+
+        Args:
+            finite: the verdict on the update.
+            counted: gets an entry with the count. After an exception a call with the same list counts nothing twice.
+        """
+        if self._count is None or self._count.device != finite.device:
+            self._before, self._count = self.skipped, torch.zeros((), dtype=torch.int64, device=finite.device)
+            self._arrived = None
+        if not counted:
+            note(counted, partial(self._count.add_, ~finite))
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn of the first update that was skipped, as far as that is known on the host without waiting."""
+        if not self._warned and self._count is not None:
+            self._look(self._count, stacklevel + 1)
+
+    def _look(self, count: Tensor, stacklevel: int) -> None:
         if count.device.type != "cuda":
-            self._warn_if(int(count) > 0)
+            self._warn_if(int(count) > 0, stacklevel + 1)
             return
         if self._arrived is None:
             on_host = torch.zeros((), dtype=torch.int64, pin_memory=True)
@@ -51,11 +66,12 @@ class FiniteGuard:
         elif not self._arrived[1].query():
             return
         on_host, event = self._arrived
-        self._warn_if(int(on_host) > 0)
+        arrived = int(on_host) > 0
         on_host.copy_(count, non_blocking=True)
         event.record(torch.cuda.current_stream(count.device))
+        self._warn_if(arrived, stacklevel + 1)
 
-    def _warn_if(self, skipped: bool) -> None:
+    def _warn_if(self, skipped: bool, stacklevel: int) -> None:
         if skipped:
             self._warned = True
             warnings.warn(
@@ -63,7 +79,7 @@ class FiniteGuard:
                 "Later ones are counted in optimizer.skipped_updates without a warning. Lower the learning rate, "
                 "clip the gradients or use a GradScaler",
                 RuntimeWarning,
-                stacklevel=8,
+                stacklevel=stacklevel + 1,
             )
 
 

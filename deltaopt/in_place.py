@@ -11,52 +11,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaopt.factor_buffers import DeviceBuffers, FactorBuffers, HostBuffers, Kind, LedgerUpdates
 from deltaopt.gradient_hooks import leave_whole
 from deltaopt.guard import FiniteGuard
-from deltaopt.ledger import Factors, Ledger, warn_of_lost
-from deltaopt.rounding.batch import Addition, KernelBatch, fused_kernel
+from deltaopt.ledger import Ledger, warn_of_lost
+from deltaopt.rounding.batch import fused_kernel
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
-from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain
 from deltaopt.weight import WeightState
-
-Kind: TypeAlias = "tuple[torch.Size, torch.Size, torch.dtype, torch.device]"
-"""The properties that weights in the same buffers share: shapes of A and B, dtype of the computation, device."""
-
-
-def factored_delta_(U: Tensor, V: Tensor) -> None:
-    """Turn U = [A' | A] and V = [B' ; B] into [A' - A | A] and [B' ; B' - B], whose product is A'B' - AB.
-
-    Args:
-        U: (..., c, 2r), written in place.
-        V: (..., 2r, d), written in place.
-    """
-    A_new, A_old = U.chunk(2, dim=-1)
-    B_new, B_old = V.chunk(2, dim=-2)
-    A_new.sub_(A_old)
-    torch.sub(B_new, B_old, out=B_old)
-
-
-def factored_delta(before: Factors, after: Factors) -> tuple[Tensor, Tensor]:
-    """Return U and V with U @ V = A'B' - AB.
-
-    Args:
-        before: A (..., c, r) and B (..., r, d).
-        after: A' and B', of the same shapes.
-
-    Returns:
-        U (..., c, 2r) and V (..., 2r, d).
-    """
-    U, V = torch.cat([after[0], before[0]], dim=-1), torch.cat([after[1], before[1]], dim=-2)
-    factored_delta_(U, V)
-    return U, V
 
 
 @torch.no_grad()
@@ -106,9 +75,6 @@ class Host:
 class InPlaceUpdate(UpdateRule):
     """Keeps the factors of all weights from before the inner step, then moves every W by their delta.
 
-    Weights with factors of equal shape share one set of buffers, (n, c, 2r), (n, 2r, d) and, for the ledgers, (n, c, r)
-    and (n, r, d), kept from step to step, so that the differences take a few launches for all of them.
-
     Args:
         host: decides what is read from a device, and when. Default: without ever waiting for it.
     """
@@ -121,8 +87,10 @@ class InPlaceUpdate(UpdateRule):
         self._host = host if host is not None else Host()
         self._guard = FiniteGuard()
         self._kinds: dict[WeightState, Kind] = {}
-        self._buffers: dict[Kind, _Buffers] = {}
-        self._pending: deque[_LedgerUpdates] = deque()
+        self._buffers: dict[Kind, FactorBuffers] = {}
+        self._move: _Move | None = None
+        self._pending: deque[LedgerUpdates] = deque()
+        self._lost: list[Ledger] = []
         self._warned = False
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
@@ -144,6 +112,7 @@ class InPlaceUpdate(UpdateRule):
     @torch.no_grad()
     def before_step(self, weights: Sequence[WeightState], writer: Writer, closure: Closure | None) -> None:
         """Keep A and B of every weight that moves in this step, in the dtype of the computation."""
+        self._move = None
         self._complete_ledgers(wait=False)
         moving: dict[Kind, list[WeightState]] = {}
         for weight in weights:
@@ -154,33 +123,49 @@ class InPlaceUpdate(UpdateRule):
             buffers = kept.get(kind)
             if buffers is None or not buffers.serve(members):
                 self._complete_ledgers(wait=True)
-                buffers = _Buffers(kind, members, self._host)
+                buffers = self._buffers_for(kind, members)
             self._buffers[kind] = buffers
             buffers.snapshot()
+        if self._buffers:
+            self._move = _Move(list(self._buffers.values()))
 
     @torch.no_grad()
-    def after_step(self, weights: Sequence[WeightState], writer: Writer) -> None:
+    def after_step(self, weights: Sequence[WeightState], writer: Writer, whole: bool = True) -> None:
         """Compute W += coef * (A'B' - AB) for every weight that moves, or for none if a factor is not finite.
 
-        A W whose factors did not change keeps its bits.
+        A W whose factors did not change keeps its bits. After an exception a further call completes the move.
         """
-        if not self._buffers:
+        move = self._move
+        if move is None:
             return
-        for buffers in self._buffers.values():
+        if move.finite is None:
+            sizes = [size for buffers in move.buffers for size in buffers.sizes()]
+            if not whole and not any(bool(size.any()) for size in sizes):
+                self._move = None
+                return
+            move.finite = self._guard.verdict(sizes)
+        for buffers in move.buffers:
             buffers.note_bases()
-        changes = [(buffers, buffers.difference()) for buffers in self._buffers.values()]
-        finite = self._guard.verdict([size for _, size in changes])
-        for buffers, size in changes:
-            applied = finite.to(size.device)
-            with full_precision(size.device):
-                keep = size.gt(0) & applied
-                others = buffers.add_by_kernel_(keep, writer)
-                for slot, coef, noise in buffers.products(others, keep, writer):
-                    writer.add_product_(slot.weight, slot.U, slot.V, coef, noise)
-            updates = buffers.ledger_updates(applied)
-            if updates is not None:
-                self._pending.append(updates)
+        for buffers in move.buffers:
+            with full_precision(buffers.device):
+                buffers.write(move.finite, writer)
+        for buffers in move.buffers:
+            self._note_ledgers(buffers.record(move.finite))
+        self._guard.count(move.finite, move.counted)
+        self._move = None
         self._complete_ledgers(wait=False)
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn of the first update that was skipped, and of displacements that were given up."""
+        lost, self._lost = self._lost, []
+        self._guard.warn(stacklevel + 1)
+        if lost and not self._warned:
+            self._warned = True
+            warn_of_lost(lost, stacklevel + 1)
+
+    def unwritten(self) -> list[str]:
+        """Return the labels of the weights that an interrupted step has not moved yet."""
+        return [] if self._move is None else [label for buffers in self._move.buffers for label in buffers.unwritten()]
 
     def flush(self) -> None:
         """Record the moves of all past steps in the ledgers. Waits for the device."""
@@ -200,12 +185,26 @@ class InPlaceUpdate(UpdateRule):
     def skipped_updates(self, count: int) -> None:
         self._guard = FiniteGuard(count)
 
+    def _buffers_for(self, kind: Kind, members: Sequence[WeightState]) -> FactorBuffers:
+        device = kind[-1]
+        kernel = self._host.kernel(device)
+        if kernel is None and self._host.reads(device):
+            return HostBuffers(kind, members)
+        return DeviceBuffers(kind, members, kernel)
+
+    def _note_ledgers(self, recorded: list[Ledger] | LedgerUpdates) -> None:
+        """Note the ledgers that were given up; or queue the updates whose outcome the device has not reported yet."""
+        if isinstance(recorded, LedgerUpdates):
+            if recorded not in self._pending:
+                self._pending.append(recorded)
+        else:
+            self._lost = [*self._lost, *(ledger for ledger in recorded if ledger.lost)]
+
     def _complete_ledgers(self, wait: bool) -> None:
         """Record the moves of past steps that the host knows of; with `wait`, of all past steps."""
         while self._pending and (wait or self._host.arrived(self._pending[0].event)):
-            extended = self._pending.popleft().record()
-            if not self._warned:
-                self._warned = warn_of_lost(extended, stacklevel=6)
+            self._note_ledgers(self._pending[0].record())
+            self._pending.popleft()
 
     def _kind(self, weight: WeightState) -> Kind:
         kind = self._kinds.get(weight)
@@ -223,253 +222,16 @@ class InPlaceUpdate(UpdateRule):
         self.skipped_updates = state["skipped_updates"]
 
 
-class _Slot(NamedTuple):
-    """The place of one weight in its buffers: views that are made once, as every step would make them again.
+class _Move:
+    """The move of one step.
 
     Attributes:
-        weight: whose slot it is.
-        ledger: of this weight when the buffers were made; `rebase` and loading give it another one.
-        U: (c, 2r).
-        V: (2r, d).
-        end: A and B as the last move left them, which the ledger shares.
-        place: its index.
+        buffers: of the weights that move.
+        finite: 0-d bool: the verdict of the guard; None until it is known.
+        counted: has an entry once the guard has counted the verdict.
     """
 
-    weight: WeightState
-    ledger: Ledger
-    U: Tensor
-    V: Tensor
-    end: Factors
-    place: int
-
-
-class _Buffers:
-    """U and V of the weights of one kind, and the factors that their last moves came to."""
-
-    def __init__(self, kind: Kind, members: Sequence[WeightState], host: Host) -> None:
-        self._host = host
-        (*lead, c, r), (*_, d), dtype, device = kind
-        n = len(members)
-        self._shape = *lead, c, d
-        self._known_hashes: Tensor | None = None
-        self._by_kernel: KernelBatch | None = None
-        self.U = torch.empty(n, *lead, c, 2 * r, dtype=dtype, device=device)
-        self.V = torch.empty(n, *lead, 2 * r, d, dtype=dtype, device=device)
-        self._A_new, self._A_old = self.U.split(r, dim=-1)
-        self._B_new, self._B_old = self.V.split(r, dim=-2)
-        # Not a number at first: equal to nothing, so that a first move does not seem to continue another.
-        self._A_end = torch.full_like(self._A_old, torch.nan, memory_format=torch.contiguous_format)
-        self._B_end = torch.full_like(self._B_old, torch.nan, memory_format=torch.contiguous_format)
-        self._new = self._A_new.unbind(0) + self._B_new.unbind(0)
-        self._old = self._A_old.unbind(0) + self._B_old.unbind(0)
-        self._end = self._A_end.unbind(0) + self._B_end.unbind(0)
-        self._slots = [
-            _Slot(weight, weight.ledger, self.U[i], self.V[i], (self._end[i], self._end[n + i]), i)
-            for i, weight in enumerate(members)
-        ]
-        for slot in self._slots:
-            ledger = slot.ledger.to(device, dtype)
-            if ledger.end is not None and ledger.end[0].shape != slot.end[0].shape:
-                ledger.close()
-            if ledger.end is not None:
-                torch._foreach_copy_(slot.end, ledger.end)
-                ledger.end = slot.end
-        self._coefs: list[float] = []
-        self._now: tuple[Tensor, ...] = ()
-        self._updates: _LedgerUpdates | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.U, self.V, self._A_end, self._B_end))
-
-    def serve(self, members: Sequence[WeightState]) -> bool:
-        """Tell if the buffers were made for these weights, and the ledgers still share them."""
-        return len(members) == len(self._slots) and all(
-            slot.weight is members[slot.place]
-            and slot.weight.ledger is slot.ledger
-            and (slot.ledger.end is slot.end or slot.ledger.end is None)
-            for slot in self._slots
-        )
-
-    def snapshot(self) -> None:
-        """Keep A and B, and lambda times s, as they are before the inner step."""
-        self._coefs = [slot.weight.ratio * slot.weight.triple.scaling for slot in self._slots]
-        torch._foreach_copy_(self._old, self._factors())
-        self._updates = self._possible_updates()
-
-    def note_bases(self) -> None:
-        """Note what every W is before its first move."""
-        for slot in self._slots:
-            slot.weight.note_base()
-
-    def difference(self) -> Tensor:
-        """Make U = [A' - A | A] and V = [B' ; B' - B]; return (n,) sizes of the change, 0 where there is none."""
-        self._now = self._factors()
-        torch._foreach_copy_(self._new, self._now)
-        factored_delta_(self.U, self.V)
-        return torch.maximum(_size(self._A_new), _size(self._B_old))
-
-    def add_by_kernel_(self, keep: Tensor, writer: Writer) -> list[_Slot]:
-        """Write the 16-bit weights that `keep`, (n,) bool, names, where there is a kernel; return the other slots."""
-        kernel = self._host.kernel(keep.device) if self.U.dtype == torch.float32 else None
-        if kernel is None:
-            return self._slots
-        narrow: list[_Slot] = []
-        others: list[_Slot] = []
-        for slot in self._slots:
-            (narrow if slot.weight.tensors.W.element_size() == 2 else others).append(slot)
-        if not narrow:
-            return others
-        if self._by_kernel is None:
-            self._by_kernel = KernelBatch(kernel)
-        hashes = self._hashes()
-        additions = [
-            Addition(slot.weight, slot.U, slot.V, self._coefs[i], writer.compensation(slot.weight), hashes[i], i)
-            for slot in narrow
-            for i in [slot.place]
-        ]
-        self._by_kernel.add_(additions, keep, writer.keys if writer.stochastic else None)
-        return others
-
-    def products(
-        self, slots: list[_Slot], keep: Tensor, writer: Writer
-    ) -> list[tuple[_Slot, float, NoiseFactors | None]]:
-        """Return the slots whose product coef * U @ V is to be added, with coef and the noise of the matrix.
-
-        On a CPU these are the slots that `keep`, (n,) bool, names. On a GPU the host does not know them, so all slots
-        come back: the factors of the others become +0 and every coefficient negative, as adding -0 leaves every bit.
-        """
-        if not slots:
-            return []
-        masked = not self._host.reads(keep.device)
-        if masked:
-            self._mask_(keep)
-        else:
-            kept = keep.tolist()
-            slots = [slot for slot in slots if kept[slot.place]]
-        narrow = any(slot.weight.tensors.W.element_size() == 2 for slot in slots)
-        c, d = self._shape[-2:]
-        noises = writer.noise(self._hashes(), c, d, keep.device) if narrow and writer.stochastic else None
-        return [
-            (
-                slot,
-                -abs(self._coefs[slot.place]) if masked else self._coefs[slot.place],
-                None if noises is None else (noises[0][slot.place], noises[1][slot.place]),
-            )
-            for slot in slots
-        ]
-
-    def ledger_updates(self, applied: Tensor) -> _LedgerUpdates | None:
-        """Keep the factors that the moves came to, if they were `applied` (0-d bool on the device).
-
-        Returns:
-            The updates of the ledgers; None where all moves continue the last ones.
-        """
-        updates, now = self._updates, self._now
-        self._now, self._updates = (), None
-        if self._host.reads(applied.device):
-            if not applied:
-                return None
-            torch._foreach_copy_(self._end, now)
-        else:
-            A_before, B_before = self._A_end.clone(), self._B_end.clone()
-            torch._foreach_copy_(self._end, now)
-            self._A_end.copy_(torch.where(applied, self._A_end, A_before))
-            self._B_end.copy_(torch.where(applied, self._B_end, B_before))
-        if updates is not None:
-            updates.send(applied)
-        return updates
-
-    def _possible_updates(self) -> _LedgerUpdates | None:
-        """Return the ledger updates that this step may need.
-
-        On a CPU: those of moves that do not continue the last one. On a GPU: all, since the host cannot tell yet.
-        """
-        reads = self._host.reads(self.U.device)
-        if reads and torch.equal(self._A_old, self._A_end) and torch.equal(self._B_old, self._B_end):
-            continues = torch.ones(len(self._slots), dtype=torch.bool)
-        else:
-            continues = _equal(self._A_old, self._A_end) & _equal(self._B_old, self._B_end)
-        slots = self._slots
-        if reads:
-            known = continues.tolist()
-            slots = [slot for slot in slots if not (known[slot.place] and self._coefs[slot.place] == slot.ledger.coef)]
-            if not slots:
-                return None
-            continues = continues[[slot.place for slot in slots]]
-        start, before = (self._A_old.clone(), self._B_old.clone()), (self._A_end.clone(), self._B_end.clone())
-        return _LedgerUpdates([(slot, self._coefs[slot.place]) for slot in slots], start, before, continues)
-
-    def _mask_(self, keep: Tensor) -> None:
-        """Zero U and V where not kept, and turn the sign of U where the coefficient is positive."""
-        drop = ~keep.view(-1, *[1] * (self.U.dim() - 1))
-        turned = [slot.U for slot in self._slots if self._coefs[slot.place] > 0]
-        if turned:
-            torch._foreach_neg_(turned)
-        self.U.masked_fill_(drop, 0.0)
-        self.V.masked_fill_(drop, 0.0)
-
-    def _hashes(self) -> Tensor:
-        """Hash the labels of each W's matrices, once."""
-        if self._known_hashes is None:
-            self._known_hashes = label_hashes([slot.weight.label for slot in self._slots], self._shape[:-2])
-        return self._known_hashes
-
-    def _factors(self) -> tuple[Tensor, ...]:
-        factors = [slot.weight.factors() for slot in self._slots]
-        return (*(A for A, _ in factors), *(B for _, B in factors))
-
-
-class _LedgerUpdates:
-    """The ledger updates that one step may need, until the host knows whether it does.
-
-    Args:
-        moves: slots, and what multiplied their deltas in this step.
-        start: A and B of all slots at the start of the step.
-        before: A and B of all slots as the last moves left them.
-        continues: one bool a move, on the device: True if the factors at the start are those of the last move.
-    """
-
-    def __init__(self, moves: list[tuple[_Slot, float]], start: Factors, before: Factors, continues: Tensor) -> None:
-        self._moves = moves
-        self._start = start
-        self._before = before
-        self._flags = continues
-        self.event: torch.cuda.Event | None = None
-
-    def send(self, applied: Tensor) -> None:
-        """Send what the device knows to the host, without waiting."""
-        flags = torch.cat([self._flags, applied.view(1)])
-        if flags.device.type != "cuda":
-            self._flags = flags
-            return
-        self._flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-        self._flags.copy_(flags, non_blocking=True)
-        self.event = torch.cuda.Event()
-        self.event.record(torch.cuda.current_stream(flags.device))
-
-    def record(self) -> list[Ledger]:
-        """Extend the ledgers whose moves were applied and do not continue the last ones; return these."""
-        if self.event is not None:
-            self.event.synchronize()
-        *continues, applied = self._flags.tolist()
-        extended = []
-        for number, (slot, coef) in enumerate(self._moves):
-            ledger, i = slot.ledger, slot.place
-            if applied and not (continues[number] and coef == ledger.coef):
-                before = None if continues[number] else (self._before[0][i], self._before[1][i])
-                ledger.extend(coef, (self._start[0][i], self._start[1][i]), before)
-                ledger.end = slot.end
-                extended.append(ledger)
-        return extended
-
-
-def _size(change: Tensor) -> Tensor:
-    """Return the largest magnitude in each of the n changes; NaN or infinite if one number is."""
-    # torch.linalg.vector_norm(ord=inf) says the same without the temporary, but is 5 times slower on a CPU.
-    return change.abs().amax(dim=tuple(range(1, change.dim())))
-
-
-def _equal(one: Tensor, other: Tensor) -> Tensor:
-    """Compare two stacks of n tensors: (n,) bool."""
-    return (one == other).flatten(1).all(1)
+    def __init__(self, buffers: list[FactorBuffers]) -> None:
+        self.buffers = buffers
+        self.finite: Tensor | None = None
+        self.counted: list[Any] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deltaopt import base, restarts
+from deltaopt.all_or_nothing import Event, note, note_result
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
@@ -133,6 +135,7 @@ class DeltaLoRAOptimizer(Optimizer):
     _step_supports_amp_scaling = False
 
     _rounding: Rounding
+    _groups: list[DeltaGroup]
     _rule: UpdateRule
     _weights: list[WeightState]
 
@@ -181,6 +184,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._keep_base = keep_base
         self._become(inner, groups, weights, rounds, rule, step_count=0)
         self._seen = True
+        warn_of_folded([weight.triple for weight in weights], stacklevel=2)
         self._take(weights)
 
     @classmethod
@@ -237,15 +241,23 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         with self._resolved("step()", completing_ledgers=False) as weights:
             if is_state_initialisation(self._inner):
-                return self._inner_step(weights, closure)
+                return self._inner_step(weights, closure, [])
             self._set_ratios()  # lambda_t; 0 for t < K
+            losses: list[Any] = []
             writer = self._writer("move")
             self._rule.before_step(weights, writer, closure)  # A_t, B_t
-            loss = self._inner_step(weights, closure)  # A_{t+1}, B_{t+1}
-            self._rule.after_step(weights, writer)  # W_{t+1} = W_t + lambda_t s (A_{t+1} B_{t+1} - A_t B_t)
-            self._step_count += 1
-            self._repeats = 0
+            with self._event("step()", partial(self._follow, weights, writer, losses, self._step_count), losses):
+                loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}
+            self._rule.warn(stacklevel=3)  # torch wraps `step`
             return loss
+
+    def _follow(self, weights: Sequence[WeightState], writer: Writer, losses: list[Any], t: int) -> None:
+        """Let every W follow what the inner step did to A and B, even if it raised half-way, and count a whole one."""
+        self._rule.after_step(
+            weights, writer, whole=bool(losses)
+        )  # W_{t+1} = W_t + lambda_t s (A_{t+1} B_{t+1} - A_t B_t)
+        if losses:
+            self._step_count, self._repeats = t + 1, 0
 
     @property
     def inner(self) -> Optimizer:
@@ -359,12 +371,17 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: for other arguments than these.
         """
         with self._resolved("base_weights()") as weights:
-            self._at_base = True
-            try:
-                with base.at_base(weights, source, method), self._rule.unfolded(weights):
-                    yield
-            finally:
+            visit = base.Visit(weights, source, method)
+
+            def leave() -> None:
+                visit.leave()
                 self._at_base = False
+
+            with self._event("base_weights()", leave, [], visit.unfinished):
+                self._at_base = True
+                with self._rule.unfolded(weights):
+                    visit.enter()
+                    yield
 
     def rebase(self) -> None:
         """Take every W as it is now as its base: after it was loaded, merged or pruned by hand.
@@ -373,8 +390,13 @@ class DeltaLoRAOptimizer(Optimizer):
         Adapters that are exported later are for this base, not for the pristine weights.
         """
         self._between_steps("rebase()")
-        for weight in self._weights:
-            weight.rebase()
+
+        def finish() -> None:
+            for weight in self._weights:
+                weight.rebase()
+
+        with self._event("rebase()", finish, []):
+            pass
 
     def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
         """Add every branch to its W and start A and B afresh, as ReLoRA does, so that the total rank can grow.
@@ -395,13 +417,21 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         with self._resolved("restart()") as weights:
             start = reinit if reinit is not None else lora_start(generator)
-            restarts.restart(weights, start, self._writer("restart"))
-            self._repeats += 1
-            for factor in (factor for weight in weights for factor in weight.tensors[1:]):
-                factor.grad = None
-                self.state.pop(factor, None)
-            if isinstance(self._inner, torch.optim.LBFGS):  # keeps all of its history under one parameter
-                self.state.clear()
+            restart, repeats = restarts.Restart(weights, self._writer("restart")), self._repeats
+
+            def finish() -> None:
+                if not restart.carry_out():
+                    return
+                self._repeats = repeats + 1
+                for factor in (factor for weight in weights for factor in weight.tensors[1:]):
+                    factor.grad = None
+                    self.state.pop(factor, None)
+                if isinstance(self._inner, torch.optim.LBFGS):  # keeps all of its history under one parameter
+                    self.state.clear()
+
+            with self._event("restart()", finish, [], restart.unfinished):
+                restart.make_start(start)
+            restart.warn()
 
     def resync(self) -> None:
         """Move every W to where it belongs for the present A and B, after these were changed from outside.
@@ -422,8 +452,15 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         with self._resolved("resync()") as weights:
             self._set_ratios()
-            restarts.resync(weights, self._writer("resync"))
-            self._repeats += 1
+            resync, repeats = restarts.Resync(weights, self._writer("resync")), self._repeats
+
+            def finish() -> None:
+                resync.carry_out()
+                self._repeats = repeats + 1
+
+            with self._event("resync()", finish, [], resync.unfinished):
+                pass
+            resync.warn()
 
     def accounts(self) -> list[Account]:
         """Return each triple with the ledger of its W, for analysis.
@@ -514,10 +551,17 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rule.check_groups([*self._groups, *groups])
         for weight in added:
             weight.register()
-        self._inner.add_param_group(inner_groups(groups, options, ())[0])
-        self._groups += groups
-        self._weights = weights
-        self._take(added)
+        all_groups = [*self._groups, *groups]
+        held: list[Any] = []
+
+        def finish() -> None:
+            if held:
+                self._groups, self._weights = all_groups, weights
+                self._take(added)
+
+        warn_of_folded([weight.triple for weight in added], stacklevel=2)
+        with self._event("add_param_group()", finish, held):
+            note(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under keys that begin with "deltaopt" what a resumed run needs.
@@ -618,7 +662,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._settings, self._keep_base = state["settings"], state["keep_base"]
         self._become(*(state[name] for name in ("inner", "groups", "weights", "rounding", "rule", "step_count")))
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
-            self._claim(self._weights)
+            warn_of_folded([weight.triple for weight in self._weights], stacklevel=2)
+            self._rule.attach(self._weights)
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
@@ -643,6 +688,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rounding = rounding
         self._rule = rule
         self._at_base = False
+        self._under_way: Event | None = None
         self._seen = False  # no tensors yet: in a copy of a model that holds its optimizer, modules are not complete
         self._step_count = step_count
         self._repeats = 0  # restarts and resyncs since the last step
@@ -653,11 +699,6 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in weights:
             weight.accept()
             weight.forget()
-        self._claim(weights)
-
-    def _claim(self, weights: Sequence[WeightState]) -> None:
-        """Claim the gradients of these factors: to divide them for this optimizer, or to leave them whole for it."""
-        warn_of_folded([weight.triple for weight in weights], stacklevel=4)
         self._rule.attach(weights)
 
     def _set_ratios(self) -> None:
@@ -671,9 +712,47 @@ class DeltaLoRAOptimizer(Optimizer):
         """Return the writer of an event, with noise of its own."""
         return self._rounding.during(event, self._step_count, 0 if event == "move" else self._repeats)
 
-    def _inner_step(self, weights: Sequence[WeightState], closure: Closure | None) -> float | None:
+    def _inner_step(self, weights: Sequence[WeightState], closure: Closure | None, losses: list[Any]) -> float | None:
+        """Let the inner optimizer step; `losses` gets what it returns, with its return."""
         with self._rule.inner_step(weights, closure) as closure, global_hooks_held():
-            return self._inner.step() if closure is None else self._inner.step(closure)
+            arguments = () if closure is None else (closure,)
+            return note_result(losses, partial(self._inner.step, *arguments))  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _event(
+        self,
+        what: str,
+        finish: Callable[[], None],
+        begun: list[Any],
+        unfinished: Callable[[], list[str]] | None = None,
+    ) -> Iterator[None]:
+        """Call `finish` at the end. If it, or what is within, is interrupted, do what is left of it at once.
+
+        If that fails too, the event is completed when this optimizer is used again.
+
+        Args:
+            what: the event, for messages.
+            finish: see `deltaopt.all_or_nothing.Event`.
+            begun: see there.
+            unfinished: see there. Default: the weights that the rule has not moved.
+        """
+        outer, event = self._under_way, Event(what, finish, begun, unfinished or self._rule.unwritten)
+        self._under_way = event
+        try:
+            yield
+            event.complete()
+        except BaseException:
+            event.complete_now()
+            self._under_way = outer
+            raise
+        self._under_way = outer
+
+    def _complete_event(self) -> None:
+        """Complete an event that was interrupted, but not one that is under way: a closure may ask for a state."""
+        event = self._under_way
+        if event is not None and event.has_to_be_completed():
+            event.complete_later()
+            self._under_way = None
 
     @contextmanager
     def _resolved(
@@ -686,6 +765,7 @@ class DeltaLoRAOptimizer(Optimizer):
             rescaled: folded branches may have another scaling than expected: it is about to be set.
             completing_ledgers: wait until the ledgers hold every step.
         """
+        self._complete_event()
         self._refuse_at_base(what)
         if completing_ledgers:
             self._rule.flush()
@@ -727,6 +807,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _between_steps(self, what: str) -> None:
         """Refuse `what` in `base_weights`, and let the ledgers hold every step."""
+        self._complete_event()
         self._refuse_at_base(what)
         self._rule.flush()
 

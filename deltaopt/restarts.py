@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
+from deltaopt.all_or_nothing import call_the_rest, note
 from deltaopt.checks import check_finite, check_writable
-from deltaopt.ledger import warn_of_lost
+from deltaopt.ledger import Factors, warn_of_lost
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
 from deltaopt.rounding.writer import Writer, put_
@@ -19,64 +22,161 @@ from deltaopt.weight import WeightState
 Reinit: TypeAlias = Callable[[LoRATriple], object]
 
 
-@torch.no_grad()
-def restart(weights: Sequence[WeightState], reinit: Reinit, writer: Writer) -> None:
-    """Let `reinit` start A and B afresh, and add every branch as it was before to its W.
+class Restart:
+    """Every branch is added to its W, and A and B start afresh.
 
-    A folded branch begins with (1 + lambda) s times its new product, of which W gives lambda s.
+    Args:
+        weights: with their tensors resolved.
+        writer: of the event.
+
+    Raises:
+        ValueError: if a factor is NaN or infinite.
+        RuntimeError: if a W cannot be written. Nothing is changed then.
     """
-    check_finite(weights)
-    check_writable(weights)
-    branches = {weight: weight.branch().cloned() for weight in weights}
-    kept = [(factor, factor.clone()) for weight in weights for factor in weight.tensors[1:]]
-    try:
-        for weight in weights:
-            reinit(weight.triple)
+
+    def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
         check_finite(weights)
-    except BaseException:
-        for factor, before in kept:
-            factor.copy_(before)
-        raise
-    for weight in weights:
-        weight.note_base()
-    known = [weight for weight in weights if not weight.ledger.lost]
-    for weight, branch in branches.items():
-        triple, terms = weight.triple, [branch]
-        weight.placed_ledger().restart(branch.coef, (branch.A, branch.B))
-        if triple.folded:
-            terms.append(weight.branch()._replace(coef=-triple.folded * triple.scaling))
-            weight.ledger.add(terms[-1])
-        writer.add_terms_(weight, terms)
-    warn_of_lost([weight.ledger for weight in known], stacklevel=4)
+        check_writable(weights)
+        self._weights = weights
+        self._writer = writer
+        self._branches = [weight.branch().cloned() for weight in weights]
+        self._before = self._copies()
+        self._start: list[list[Tensor]] | None = None
+        self._written: list[list[Any]] = [[] for _ in weights]
+        self._recorded: list[list[Any]] = [[] for _ in weights]
+        self._knew = [weight for weight in weights if not weight.ledger.lost]
+
+    @torch.no_grad()
+    def make_start(self, reinit: Reinit) -> None:
+        """Let `reinit` write the new A and B, and look at them."""
+        for weight in self._weights:
+            reinit(weight.triple)
+        check_finite(self._weights)
+        start = self._copies()
+        self._put(self._before)
+        self._start = start
+
+    @torch.no_grad()
+    def carry_out(self) -> bool:
+        """Add every branch to its W, where there is a start of A and B; else put these back, and return False.
+
+        A weight after the other gets its branch and its new factors: the effective weights are right after each of
+        them. A folded branch begins with (1 + lambda) s times its new product, of which W gives lambda s. May be called
+        again after an exception.
+        """
+        if self._start is None:
+            self._put(self._before)
+            return False
+        for weight, branch, start, written, recorded in zip(
+            self._weights, self._branches, self._start, self._written, self._recorded, strict=True
+        ):
+            triple, (W, *_) = weight.triple, weight.tensors
+            given = []
+            if triple.folded:
+                A, B = (factor.to(branch.A.dtype) for factor in triple.view.factors(W, *start))
+                given = [Term(-triple.folded * triple.scaling, A, B)]
+            weight.note_base()
+            self._writer.add_terms_(weight, [branch, *given], written)
+            torch._foreach_copy_(weight.tensors[1:], start)
+            ledger = weight.placed_ledger()
+            call_the_rest(
+                recorded,
+                [
+                    partial(ledger.restart, branch.coef, (branch.A, branch.B)),
+                    *(partial(ledger.add, term) for term in given),
+                ],
+            )
+        return True
+
+    def unfinished(self) -> list[str]:
+        """Return the labels of the weights that have not got all of their branch."""
+        return [w.label for w, recorded in zip(self._weights, self._recorded, strict=True) if not recorded]
+
+    def warn(self) -> None:
+        """Warn of displacements that were given up."""
+        warn_of_lost([weight.ledger for weight in self._knew], stacklevel=3)
+
+    def _copies(self) -> list[list[Tensor]]:
+        return [[factor.detach().clone() for factor in weight.tensors[1:]] for weight in self._weights]
+
+    def _put(self, factors: list[list[Tensor]]) -> None:
+        """Write A and B of all weights in one call, so that no exception leaves some of them."""
+        own = [factor for weight in self._weights for factor in weight.tensors[1:]]
+        torch._foreach_copy_(own, [factor for pair in factors for factor in pair])
 
 
-@torch.no_grad()
-def resync(weights: Sequence[WeightState], writer: Writer) -> None:
-    """Move every W whose ratio is not 0 now by coef times the change of the product since its last move."""
-    check_finite(weights)
-    rounded = []
-    for weight in weights:
-        before, (_, A, B) = weight.placed_ledger().end, weight.branch().cloned()
-        if before is None or weight.ratio == 0 or all(map(torch.equal, before, (A, B))):
-            continue
-        ledger, dtype = weight.ledger, weight.tensors.W.dtype
-        ledger.end = A, B
-        in_steps = dtype.itemsize == 2 and writer.rounding.of(dtype) != "compensated"
-        base = weight.base_copy(weight.base) if weight.base is not None and in_steps else None
-        if base is not None and ledger.lost is None:
-            put_(weight, base)
-            writer.add_terms_(weight, ledger.displacement())
-            continue
-        writer.add_terms_(weight, [Term(ledger.coef, A, B), Term(-ledger.coef, *before)])
-        rounded += [weight.label] if in_steps else []
-    if rounded:
-        warnings.warn(
-            f"resync() moved the 16-bit weights of {layers(rounded)} in one rounded step; training had rounded after "
-            "each step, so they differ slightly from what they were with these factors. With keep_base they would be "
-            "base + displacement; or load a checkpoint that holds W",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+class Resync:
+    """Every W whose ratio is not 0 now is moved by coef times the change of the product since its last move.
+
+    Args:
+        weights: with their tensors resolved.
+        writer: of the event.
+
+    Raises:
+        ValueError: if a factor is NaN or infinite. Nothing is changed then.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
+        check_finite(weights)
+        self._writer = writer
+        self._moves = []
+        for weight in weights:
+            before, (_, A, B) = weight.placed_ledger().end, weight.branch().cloned()
+            if before is not None and weight.ratio != 0 and not all(map(torch.equal, before, (A, B))):
+                self._moves.append(_ResyncMove(weight, before, (A, B), self._known_base(weight), [], []))
+
+    @torch.no_grad()
+    def carry_out(self) -> None:
+        """Write the weights; may be called again after an exception."""
+        for weight, before, now, base, put, written in self._moves:
+            ledger = weight.ledger
+            ledger.end = now
+            if base is None:
+                terms = [Term(ledger.coef, *now), Term(-ledger.coef, *before)]
+            else:
+                if not put:
+                    note(put, partial(put_, weight, base))
+                terms = ledger.displacement()
+            self._writer.add_terms_(weight, terms, written)
+
+    def unfinished(self) -> list[str]:
+        """Return the labels of the weights that were not moved yet."""
+        return [move.weight.label for move in self._moves if not move.written]
+
+    def warn(self) -> None:
+        """Warn of 16-bit weights that were moved in one rounded step."""
+        rounded = [move.weight.label for move in self._moves if move.base is None and self._in_steps(move.weight)]
+        if rounded:
+            warnings.warn(
+                f"resync() moved the 16-bit weights of {layers(rounded)} in one rounded step; training had rounded "
+                "after each step, so they differ slightly from what they were with these factors. With keep_base they "
+                "would be base + displacement; or load a checkpoint that holds W",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _known_base(self, weight: WeightState) -> Tensor | None:
+        """Return the copy of the base, if W is to become base + displacement, rounded once."""
+        if weight.base is None or not self._in_steps(weight) or weight.ledger.lost is not None:
+            return None
+        return weight.base_copy(weight.base)
+
+    def _in_steps(self, weight: WeightState) -> bool:
+        """Tell if W was rounded after each step, and what was cut off is not known."""
+        dtype = weight.tensors.W.dtype
+        return dtype.itemsize == 2 and self._writer.rounding.of(dtype) != "compensated"
+
+
+class _ResyncMove(NamedTuple):
+    """The move of one W: from A and B before to those now; or from its base, which is put back first."""
+
+    weight: WeightState
+    before: Factors
+    now: Factors
+    base: Tensor | None
+    put: list[Any]
+    written: list[Any]
 
 
 def lora_start(generator: torch.Generator | None = None) -> Reinit:

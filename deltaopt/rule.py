@@ -84,8 +84,21 @@ class UpdateRule:
         """Return a context for the inner step, which gives the closure to hand over."""
         return nullcontext(closure)
 
-    def after_step(self, weights: Sequence[WeightState], writer: Writer) -> None:
-        """Do what has to be done after the inner step."""
+    def after_step(self, weights: Sequence[WeightState], writer: Writer, whole: bool = True) -> None:
+        """Do what has to be done after the inner step; after an exception, what is left of it.
+
+        Args:
+            weights: all of the optimizer.
+            writer: of the step.
+            whole: False if the inner step has raised. It may have changed some of the factors.
+        """
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn of what the last steps came to. Called last, since a warning may be made an error."""
+
+    def unwritten(self) -> list[str]:
+        """Return the labels of the weights that an interrupted step has not moved yet."""
+        return []
 
     def flush(self) -> None:
         """Complete the ledgers; waits for the device."""

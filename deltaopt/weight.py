@@ -181,9 +181,10 @@ class WeightState:
     def note_base(self) -> None:
         """Take W as it is now as its base, unless it has moved before. Called before every write."""
         if self.base is None:
-            self.base = self.fingerprint()
+            base = self.fingerprint()
             self.copy_base()
             self.triple.weight_moves()
+            self.base = base  # last: after an exception all of it is done again
 
     def rebase(self) -> None:
         """Take W as it is now as its base, and forget how it came there."""

@@ -6,12 +6,14 @@ Some tools save the whole model and some the adapter alone. Only W itself tells 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltaopt.all_or_nothing import call_the_rest
 from deltaopt.checkpoint.fingerprint import whole_hash
 from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_record
 from deltaopt.messages import Problem, layers, problems_of, raise_problems
@@ -35,26 +37,33 @@ class WeightMismatchError(ValueError):
 class Resumption(NamedTuple):
     """The effect of loading a state on one W: it is rebuilt from its ledger, on a base, or left alone.
 
-    A W that is left alone gets the compensation of its rounding that was saved, if one was.
+    A W that is left alone gets the compensation of its rounding that was saved, if one was. `done` and `written` have
+    an entry for each part of it that was carried out.
     """
 
     weight: WeightState
     saved: SavedLedger
     rebuild: bool
-    base: Tensor | None = None
-    compensation: Tensor | None = None
+    base: Tensor | None
+    compensation: Tensor | None
+    done: list[Any]
+    written: list[Any]
 
     @torch.no_grad()
     def carry_out(self, writer: Writer) -> None:
-        """Give the weight its saved ledger, and let `writer` rebuild W if need be."""
+        """Give the weight its saved ledger, and let `writer` rebuild W if need be.
+
+        May be called again after an exception.
+        """
         weight = self.weight
+        calls: list[Callable[[], Any]] = [partial(self.saved.give_to, weight)]
         if self.rebuild and self.base is None:
-            weight.copy_base()  # W is the base
-        self.saved.give_to(weight)
+            calls.insert(0, weight.copy_base)  # W is the base
+        elif self.base is not None:
+            calls.append(partial(put_, weight, self.base))
+        call_the_rest(self.done, calls)
         if self.rebuild:
-            if self.base is not None:
-                put_(weight, self.base)
-            writer.add_terms_(weight, weight.displacement())
+            writer.add_terms_(weight, weight.displacement(), self.written)
             _rebuilt_for[whole_hash(weight.part())] = _saved_hash(self.saved)
         elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
             weight.writable_compensation(weight.part()).copy_(self.compensation)
@@ -107,7 +116,10 @@ def plan(
 
 
 def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
-    """Do what was decided; return the labels of the weights whose compensation is not known."""
+    """Do what was decided; return the labels of the weights whose compensation is not known.
+
+    May be called again after an exception.
+    """
     for resumption in decided:
         resumption.carry_out(writer)
     return _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
@@ -224,13 +236,13 @@ def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None
             found.append(f"{letter} {_difference(here, saved.now[letter])}")
     W, ledger = weight_record(weight), saved.ledger
     if W is None or saved.W is None:
-        return Resumption(weight, saved, rebuild=False), found + _format_problems(W, saved)
+        return _left_alone(weight, saved, None), found + _format_problems(W, saved)
     part = weight.part()
     match = _what_is_there(part, W, saved)
     if match == "rebuilt":  # in other bits than were saved, by this optimizer if it knows what it cut off
         compensation = weight.known_compensation(part)
     if match is not None:
-        return Resumption(weight, saved, rebuild=False, compensation=compensation), found
+        return _left_alone(weight, saved, compensation), found
     problem, base = None, None
     if saved.base is None:
         problem = _difference(W, saved.W)
@@ -248,7 +260,11 @@ def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None
     found += [f"W {problem}"] if problem is not None else []
     if ledger.lost is not None:
         found.append(f"W cannot be moved from its base to where it was: {ledger.lost}")
-    return Resumption(weight, saved, rebuild=True, base=base), found
+    return Resumption(weight, saved, True, base, None, [], []), found
+
+
+def _left_alone(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> Resumption:
+    return Resumption(weight, saved, False, None, compensation, [], [])
 
 
 def _what_is_there(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> str | None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltaopt.all_or_nothing import note
 from deltaopt.rounding import noise
 from deltaopt.rounding.blocks import GRIDS
 from deltaopt.rounding.noise import Keys
@@ -79,17 +81,19 @@ class Batch:
                 alike[_Likeness.of(product, turned)][number] = product
         self.groups = [_Group(likeness, members) for likeness, members in alike.items()]
 
-    def add_(self, coefs: Sequence[float], keep: Tensor, keys: Keys | None) -> None:
+    def add_(self, coefs: Sequence[float], keep: Tensor, keys: Keys | None, launched: list[Any] | None = None) -> None:
         """Add each product to its W. Autograd does not see it.
 
         Args:
             coefs: the factor of each product.
             keep: (n,) bool, on the device. A W for whose place it is False is left as it is, not even read.
             keys: round stochastically, save where there is a compensation. None: to nearest.
+            launched: one entry for each launch, appended with it. After an exception a call makes the other launches.
         """
+        launched = [] if launched is None else launched
         with torch.cuda.device_of(keep):
-            for group in self.groups:
-                group.add_(coefs, keep, keys)
+            for group in self.groups[len(launched) :]:
+                note(launched, partial(group.add_, coefs, keep, keys))
 
 
 def is_available(device: torch.device) -> bool:

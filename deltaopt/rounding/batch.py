@@ -51,13 +51,16 @@ class KernelBatch:
         self._batch: Any = None
         self._reordered: dict[int, Tensor] = {}
 
-    def add_(self, additions: Sequence[Addition], keep: Tensor, keys: Keys | None) -> None:
+    def add_(
+        self, additions: Sequence[Addition], keep: Tensor, keys: Keys | None, launched: list[Any] | None = None
+    ) -> None:
         """Add those of the products whose place in `keep`, (n,) bool on the device, is true.
 
         Args:
             additions: of different weights.
             keep: (n,) bool.
             keys: of the noise; None rounds to nearest. Where there is a compensation, it decides.
+            launched: one entry for each launch, appended with it. After an exception a call makes the other launches.
         """
         additions = [self._in_columns_of_W(addition) for addition in additions]
         made_for = [_identity(addition) for addition in additions]
@@ -67,7 +70,7 @@ class KernelBatch:
             self._matrices = [number for number, _ in products]
             self._batch = self._kernel.Batch([self._kernel.Product(*p) for _, p in products])
             self._made_for = made_for
-        self._batch.add_([additions[number].coef for number in self._matrices], keep, keys)
+        self._batch.add_([additions[number].coef for number in self._matrices], keep, keys, launched)
         written = [addition.weight.tensors.W for addition in additions]
         written += [addition.compensation for addition in additions if addition.compensation is not None]
         torch.autograd.graph.increment_version(written)  # as any operation in place would

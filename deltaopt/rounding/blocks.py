@@ -15,12 +15,15 @@ right, and taken off again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from deltaopt.all_or_nothing import note
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of W that are lifted at a time: 4 MiB in float32."""
@@ -73,6 +76,7 @@ def add_product_(
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
     scratch: Scratch | None = None,
+    written: list[Any] | None = None,
 ) -> None:
     """Compute W += coef * U @ V in the dtype of U and V, rounded once into W's.
 
@@ -88,15 +92,20 @@ def add_product_(
         compensation: of W's shape, int16: what was cut off before, in units of float32's last place. It is added, and
             written in place.
         scratch: memory to compute in, which the next call may use too. Default: memory of its own.
+        written: one entry for each block that was written, appended with the write (`note`). After an exception a call
+            with the same arguments writes the other blocks.
     """
     if not W.numel():
         return
-    if W.dtype != U.dtype:
-        _add_product_in_blocks_(W, U, V, coef, noise, compensation, scratch or Scratch())
-    elif W.dim() == 3:
-        W.baddbmm_(U, V, alpha=coef)
-    else:
-        W.addmm_(U, V, alpha=coef)
+    written = [] if written is None else written
+    if W.dtype == U.dtype:
+        if not written:
+            note(written, partial(W.baddbmm_ if W.dim() == 3 else W.addmm_, U, V, alpha=coef))
+        return
+    scratch = scratch or Scratch()
+    for number, block in enumerate(_blocks(W, U, V, noise, compensation)):
+        if number >= len(written):
+            note(written, block.sum(coef, scratch))
 
 
 def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:
@@ -136,53 +145,64 @@ def cut_off(W: Tensor, full: Tensor) -> Tensor:
     return torch.maximum(away, below).clamp_(max=half - 1).masked_fill_(~is_rounding, 0).to(torch.int16)
 
 
-def _add_product_in_blocks_(
-    W: Tensor,
-    U: Tensor,
-    V: Tensor,
-    coef: float,
-    noise: NoiseFactors | None,
-    compensation: Tensor | None,
-    scratch: Scratch,
-) -> None:
+class _Block(NamedTuple):
+    """Some rows of a matrix that is written in another dtype than that of the computation, and what is added there."""
+
+    W: Tensor
+    U: Tensor
+    V: Tensor
+    noise: NoiseFactors | None
+    compensation: Tensor | None
+
+    def sum(self, coef: float, scratch: Scratch) -> Callable[[], object]:
+        """Compute W + coef * U @ V, rounded, in `scratch`; return the call that writes it, in one piece."""
+        W, U, V, noise, compensation = self
+        grid = GRIDS.get(W.dtype)
+        if grid is None or (noise is None and compensation is None):
+            total = scratch.block("sum", W, U.dtype).copy_(W).addmm_(U, V, alpha=coef)
+            return partial(W.copy_, total if grid is None else total.clamp_(-grid.largest, grid.largest))
+        x = scratch.block("sum", W, torch.float32).copy_(W)
+        bits = scratch.block("bits", W, torch.int32)
+        marks = scratch.block("marks", W, torch.int32) if grid.subnormal or compensation is not None else bits
+        if compensation is not None:
+            _restore_(x, bits.copy_(compensation), marks, grid)
+        total = x if U.dtype == x.dtype else scratch.block("sum", W, U.dtype).copy_(x)
+        total.addmm_(U, V, alpha=coef)
+        if compensation is not None:
+            x.copy_(total.clamp_(-grid.largest, grid.largest)).nan_to_num_(torch.nan)
+            exact = scratch.block("exact", W, torch.float32).copy_(x) if grid.subnormal else x
+            return partial(torch._foreach_copy_, [W, compensation], _rounded_and_kept(x, exact, bits, marks, grid))
+        assert noise is not None
+        x.copy_(total)
+        if grid.subnormal:
+            x.nan_to_num_(torch.nan)
+        _round_stochastically_(x, torch.mul(*noise, out=bits), marks, grid)
+        return partial(W.copy_, x.clamp_(-grid.largest, grid.largest))
+
+
+def _blocks(
+    W: Tensor, U: Tensor, V: Tensor, noise: NoiseFactors | None, compensation: Tensor | None
+) -> Iterator[_Block]:
+    """Split a product into blocks of rows; of its transpose, where the columns of W lie together in memory."""
     if W.dim() == 3:
         for e, (W_e, U_e, V_e) in enumerate(zip(W, U, V, strict=True)):
             noise_e = None if noise is None else (noise[0][e], noise[1][e])
-            compensation_e = None if compensation is None else compensation[e]
-            _add_product_in_blocks_(W_e, U_e, V_e, coef, noise_e, compensation_e, scratch)
+            yield from _blocks(W_e, U_e, V_e, noise_e, None if compensation is None else compensation[e])
         return
-    if W.stride(0) < W.stride(1):  # a transposed view: blocks of its columns lie together in memory
+    if W.stride(0) < W.stride(1):
         W, U, V = W.mT, V.mT, U.mT
         noise = None if noise is None else (noise[1].mT, noise[0].mT)
         compensation = None if compensation is None else compensation.mT
-    grid = GRIDS.get(W.dtype)
     rows = max(1, BLOCK_ELEMENTS // W.shape[1])
     for start in range(0, W.shape[0], rows):
         piece = slice(start, start + rows)
-        W_rows, U_rows = W[piece], U[piece]
-        if grid is None or (noise is None and compensation is None):
-            total = scratch.block("sum", W_rows, U.dtype).copy_(W_rows).addmm_(U_rows, V, alpha=coef)
-            W_rows.copy_(total if grid is None else total.clamp_(-grid.largest, grid.largest))
-            continue
-        x = scratch.block("sum", W_rows, torch.float32).copy_(W_rows)
-        bits = scratch.block("bits", W_rows, torch.int32)
-        marks = scratch.block("marks", W_rows, torch.int32) if grid.subnormal or compensation is not None else bits
-        if compensation is not None:
-            _restore_(x, bits.copy_(compensation[piece]), marks, grid)
-        total = x if U.dtype == x.dtype else scratch.block("sum", W_rows, U.dtype).copy_(x)
-        total.addmm_(U_rows, V, alpha=coef)
-        if compensation is not None:
-            x.copy_(total.clamp_(-grid.largest, grid.largest)).nan_to_num_(torch.nan)
-            exact = scratch.block("exact", W_rows, torch.float32).copy_(x) if grid.subnormal else x
-            _round_and_keep_(x, exact, bits, marks, compensation[piece], grid)
-        else:
-            assert noise is not None
-            x.copy_(total)
-            if grid.subnormal:
-                x.nan_to_num_(torch.nan)
-            _round_stochastically_(x, torch.mul(noise[0][piece], noise[1], out=bits), marks, grid)
-            x.clamp_(-grid.largest, grid.largest)
-        W_rows.copy_(x)
+        yield _Block(
+            W[piece],
+            U[piece],
+            V,
+            None if noise is None else (noise[0][piece], noise[1]),
+            None if compensation is None else compensation[piece],
+        )
 
 
 # Passes over a block of integers cost a tenth of comparisons, `where` and `copysign`, so those are made of bits here.
@@ -207,30 +227,26 @@ def _round_stochastically_(x: Tensor, noise: Tensor, marks: Tensor, grid: Grid) 
     _take_off_(x, offset)
 
 
-def _round_and_keep_(
-    x: Tensor, exact: Tensor, scratch: Tensor, marks: Tensor, compensation: Tensor, grid: Grid
-) -> None:
-    """Round x to the nearest value of the grid, and write what was cut off into `compensation`.
+def _rounded_and_kept(x: Tensor, exact: Tensor, scratch: Tensor, marks: Tensor, grid: Grid) -> list[Tensor]:
+    """Return x rounded to the nearest value of the grid, in float32, and what was cut off, in int32.
 
     Args:
-        x: float32, no larger than the grid's largest; written in place.
+        x: float32, no larger than the grid's largest; written over.
         exact: a copy of it, where the grid is subnormal somewhere; written over.
         scratch: int32, to be written over.
         marks: int32, to be written over.
-        compensation: int16, to be written.
         grid: of W's dtype.
     """
     offset = _put_on_(x, marks, grid)
     bits = torch.add(x.view(torch.int32), 1 << (grid.cut - 1), out=scratch).bitwise_and_(-1 << grid.cut)
     if offset is None:
-        compensation.copy_(x.view(torch.int32).sub_(bits))
-        x.copy_(bits.view(torch.float32))
-        return
+        return [bits.view(torch.float32), x.view(torch.int32).sub_(bits)]
     x.copy_(bits.view(torch.float32))
     _take_off_(x, offset)
     # What is kept counts from the rounded value, which is all there is to tell the spacing when it is added again.
     offset = _offset(x, marks, grid)
-    compensation.copy_(exact.add_(offset).view(torch.int32).sub_(offset.add_(x).view(torch.int32)))
+    kept = exact.add_(offset).view(torch.int32)
+    return [x, kept.sub_(offset.add_(x).view(torch.int32))]
 
 
 def _restore_(full: Tensor, kept: Tensor, marks: Tensor, grid: Grid) -> None:

@@ -6,7 +6,7 @@ The arithmetic on tensors is in blocks.py and, on a GPU, in _triton.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,13 @@ class Writer(NamedTuple):
     scratch: Scratch
 
     def add_product_(
-        self, weight: WeightState, U: Tensor, V: Tensor, coef: float, noise: NoiseFactors | None = None
+        self,
+        weight: WeightState,
+        U: Tensor,
+        V: Tensor,
+        coef: float,
+        noise: NoiseFactors | None = None,
+        written: list[Any] | None = None,
     ) -> None:
         """Add coef * U @ V to the part of W that moves.
 
@@ -76,6 +82,7 @@ class Writer(NamedTuple):
             V: (k, d) or (e, k, d), with its columns in B's order.
             coef: the factor of the product.
             noise: of this matrix; used if this W is rounded stochastically.
+            written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
         """
         view, W = weight.triple.view, weight.tensors.W
         kept = self.compensation(weight)
@@ -83,16 +90,23 @@ class Writer(NamedTuple):
             kept = view.part_matrix(kept)
         if noise is not None and self.rounding.of(W.dtype) != "stochastic":
             noise = None
-        add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch)
+        add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch, written)
 
-    def add_terms_(self, weight: WeightState, terms: list[Term]) -> None:
-        """Add the sum of the terms, computed in float64, to the part of W that moves."""
+    def add_terms_(self, weight: WeightState, terms: list[Term], written: list[Any] | None = None) -> None:
+        """Add the sum of the terms, computed in float64, to the part of W that moves.
+
+        Args:
+            weight: whose W is written.
+            terms: of `weight`.
+            written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
+        """
         part = weight.part()
         noise = None
         if self.rounding.of(part.dtype) == "stochastic":
             *lead, c, d = weight.matrix().shape
             noise = self.noise(label_hashes([weight.label], lead)[0], c, d, part.device)
-        add_terms_(weight, part, terms, noise=noise, compensation=self.compensation(weight), scratch=self.scratch)
+        kept = self.compensation(weight)
+        add_terms_(weight, part, terms, noise=noise, compensation=kept, scratch=self.scratch, written=written)
 
     @property
     def keys(self) -> Keys:
@@ -125,6 +139,7 @@ def add_terms_(
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
     scratch: Scratch | None = None,
+    written: list[Any] | None = None,
 ) -> None:
     """Add coef * the sum of the terms, computed in float64 and rounded once, to a tensor like W's moving part.
 
@@ -138,13 +153,15 @@ def add_terms_(
         noise: see `deltaopt.rounding.blocks.add_product_`.
         compensation: see there; of the form of `part`.
         scratch: see there.
+        written: see there.
     """
     terms = [term.to(part.device, torch.float64) for term in terms]
     if not terms:
         return
     total, view = joined(terms), weight.triple.view
+    matrix, V = view.part_matrix(part), view.ordered(total.B, weight.tensors.W)
     kept = None if compensation is None else view.part_matrix(compensation)
-    add_product_(view.part_matrix(part), total.A, view.ordered(total.B, weight.tensors.W), coef, noise, kept, scratch)
+    add_product_(matrix, total.A, V, coef, noise, kept, scratch, written)
 
 
 @torch.no_grad()

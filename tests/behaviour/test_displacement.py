@@ -218,9 +218,9 @@ def test_a_model_that_is_cast_and_cast_back_between_two_steps(action):
 
 def test_the_bytes_of_a_ledger_are_counted():
     run = noisy_run(dtype=torch.float32)
-    buffers = 3 * 3 * (5 + 7) * 4
+    kept = 3 * (5 + 7) * 4
     run.train(1)
-    assert run.optimizer.buffer_bytes == buffers + 3 * (5 + 7) * 4
+    assert run.optimizer.buffer_bytes == kept + 3 * (5 + 7) * 4
 
 
 @pytest.mark.parametrize("rule", strategies.RULES)

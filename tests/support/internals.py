@@ -40,7 +40,7 @@ def coefs_noted(note: Callable[[float, Tensor, Tensor], object]) -> Writer:
     """Return a writer that calls `note(coef, U, V)` in place of adding coef * U @ V to W."""
 
     class Noting(Writer):
-        def add_product_(self, weight, U, V, coef, noise=None):
+        def add_product_(self, weight, U, V, coef, noise=None, written=None):
             note(coef, U, V)
 
     return Noting(*AUTO)
@@ -134,7 +134,7 @@ def forget_hooks(optimizer: DeltaLoRAOptimizer, *factors: Tensor) -> None:
 
 def note_products(patch: pytest.MonkeyPatch, note: Callable[[float, Tensor, Tensor], object]) -> None:
     """Let optimizers call `note(coef, U, V)` in place of adding coef * U @ V to a W that moves in place."""
-    patch.setattr(Writer, "add_product_", lambda self, weight, U, V, coef, noise=None: note(coef, U, V))
+    patch.setattr(Writer, "add_product_", lambda self, weight, U, V, coef, *options: note(coef, U, V))
 
 
 def use_blocks_of(patch: pytest.MonkeyPatch, elements: int) -> None:
@@ -143,8 +143,8 @@ def use_blocks_of(patch: pytest.MonkeyPatch, elements: int) -> None:
 
 
 def buffer_addresses(optimizer: DeltaLoRAOptimizer) -> list[int]:
-    """Return the places of the buffers that hold the factors during a step."""
-    return [buffers.U.data_ptr() for buffers in optimizer._rule._buffers.values()]
+    """Return the places of the buffers that stay from step to step."""
+    return [buffers.slots[0].end[0].data_ptr() for buffers in optimizer._rule._buffers.values()]
 
 
 def fail_at_write(patch: pytest.MonkeyPatch, number: int) -> None:

@@ -221,11 +221,11 @@ def test_each_rounding_is_tried_before_any_is_used(failing, monkeypatch):
     """Pass the CPU for a GPU: the warning says what failed, once, and blocks take over."""
 
     class Batch(_triton.Batch):
-        def add_(self, coefs, keep, keys):
+        def add_(self, coefs, keep, keys, launched=None):
             compensated = self.groups[0].likeness.compensated
             if failing == ("compensated" if compensated else "nearest" if keys is None else "stochastic"):
                 raise RuntimeError("no C compiler")
-            super().add_(coefs, keep, keys)
+            super().add_(coefs, keep, keys, launched)
 
     monkeypatch.setattr(_triton, "Batch", Batch)
     monkeypatch.setattr(_triton, "is_available", lambda device: True)

@@ -117,6 +117,7 @@ def masked_update(change, dtype=torch.float32):
     with torch.no_grad():
         change(stored)
     rule.after_step(weights, internals.AUTO)
+    rule.warn(stacklevel=1)
     return stored, before
 
 

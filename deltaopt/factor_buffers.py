@@ -1,0 +1,454 @@
+"""The factors of weights that move in place, as the last move left them, and the delta that a step makes of them.
+
+Weights whose factors have equal shapes share one set of buffers, so that a step takes a few launches for all of them.
+What stays from step to step is r (c + d) numbers for each weight: A and B as the last move left them. They serve the
+ledger, and they are the snapshot of the next step, unless A or B was changed in between: then a copy is.
+
+A host that cannot read its device without waiting does not know whether they were changed. It keeps U and V as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from deltaopt.all_or_nothing import call_the_rest, note
+from deltaopt.ledger import Factors, Ledger
+from deltaopt.rounding.batch import Addition, KernelBatch
+from deltaopt.rounding.blocks import NoiseFactors
+from deltaopt.rounding.noise import label_hashes
+from deltaopt.rounding.writer import Writer
+from deltaopt.weight import WeightState
+
+Kind: TypeAlias = "tuple[torch.Size, torch.Size, torch.dtype, torch.device]"
+"""The properties that weights in the same buffers share: shapes of A and B, dtype of the computation, device."""
+
+CHUNK_ELEMENTS = 1 << 20
+"""The largest number of elements of U and V together that are made at a time on a CPU, if one weight has no more."""
+
+
+def factored_delta_(U: Tensor, V: Tensor) -> None:
+    """Turn U = [A' | A] and V = [B' ; B] into [A' - A | A] and [B' ; B' - B], whose product is A'B' - AB.
+
+    Args:
+        U: (..., c, 2r), written in place.
+        V: (..., 2r, d), written in place.
+    """
+    for call in _delta_calls(U, V):
+        call()
+
+
+def factored_delta(before: Factors, after: Factors) -> tuple[Tensor, Tensor]:
+    """Return U and V with U @ V = A'B' - AB.
+
+    Args:
+        before: A (..., c, r) and B (..., r, d).
+        after: A' and B', of the same shapes.
+
+    Returns:
+        U (..., c, 2r) and V (..., 2r, d).
+    """
+    U, V = torch.cat([after[0], before[0]], dim=-1), torch.cat([after[1], before[1]], dim=-2)
+    factored_delta_(U, V)
+    return U, V
+
+
+class Slot(NamedTuple):
+    """The place of one weight in its buffers.
+
+    Attributes:
+        weight: whose slot it is.
+        ledger: of this weight when the buffers were made; `rebase` and loading give it another one.
+        end: A and B as the last move left them, which the ledger shares.
+        place: its index.
+    """
+
+    weight: WeightState
+    ledger: Ledger
+    end: Factors
+    place: int
+
+
+class FactorBuffers:
+    """The buffers of the weights of one kind, and the move of the step under way.
+
+    The methods of a step are called in the order in which they stand here. Each of them may be called again after an
+    exception, and then does what is left of its work.
+    """
+
+    def __init__(self, kind: Kind, members: Sequence[WeightState]) -> None:
+        (*self._lead, self._c, self._r), (*_, self._d), self.dtype, self.device = kind
+        n = len(members)
+        # Not a number at first: equal to nothing, so that a first move does not seem to continue another.
+        self._A_end = torch.full((n, *kind[0]), torch.nan, dtype=self.dtype, device=self.device)
+        self._B_end = torch.full((n, *kind[1]), torch.nan, dtype=self.dtype, device=self.device)
+        self._end = self._A_end.unbind(0) + self._B_end.unbind(0)
+        self.slots = [
+            Slot(weight, weight.ledger, (self._end[i], self._end[n + i]), i) for i, weight in enumerate(members)
+        ]
+        for slot in self.slots:
+            ledger = slot.ledger.to(self.device, self.dtype)
+            if ledger.end is not None and ledger.end[0].shape != slot.end[0].shape:
+                ledger.close()
+            if ledger.end is not None:
+                torch._foreach_copy_(slot.end, ledger.end)
+                ledger.end = slot.end
+        self._known_hashes: Tensor | None = None
+        self._coefs: list[float] = []
+        self._written: list[list[Any]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay from step to step."""
+        return self._A_end.nbytes + self._B_end.nbytes
+
+    def serve(self, members: Sequence[WeightState]) -> bool:
+        """Tell if the buffers were made for these weights, and the ledgers still share them."""
+        return len(members) == len(self.slots) and all(
+            slot.weight is members[slot.place]
+            and slot.weight.ledger is slot.ledger
+            and (slot.ledger.end is slot.end or slot.ledger.end is None)
+            for slot in self.slots
+        )
+
+    def snapshot(self) -> None:
+        """Keep A and B, and lambda times s, as they are before the inner step."""
+        self._coefs = [slot.weight.ratio * slot.weight.triple.scaling for slot in self.slots]
+        self._written = [[] for _ in self.slots]
+
+    def note_bases(self) -> None:
+        """Note what every W is before its first move."""
+        for slot in self.slots:
+            slot.weight.note_base()
+
+    def sizes(self) -> list[Tensor]:
+        """Return the largest magnitude of each weight's change of A and B: 0 if none; NaN or infinite if one is."""
+        raise NotImplementedError
+
+    def write(self, finite: Tensor, writer: Writer) -> None:
+        """Add coef * (A'B' - AB) to every W whose factors have changed, if the changes of all are `finite` (0-d)."""
+        raise NotImplementedError
+
+    def record(self, finite: Tensor) -> Any:
+        """Keep the factors that the moves came to, and extend the ledgers; return what has to wait for the device."""
+        raise NotImplementedError
+
+    def unwritten(self) -> list[str]:
+        """Return the labels of the weights of which no block was written."""
+        return [slot.weight.label for slot, written in zip(self.slots, self._written, strict=True) if not written]
+
+    def _factors(self) -> list[Tensor]:
+        """Return A of all weights and then B of all weights, as they are now."""
+        factors = [slot.weight.factors() for slot in self.slots]
+        return [*(A for A, _ in factors), *(B for _, B in factors)]
+
+    def _noise(self, writer: Writer, slots: Sequence[Slot]) -> NoiseFactors | None:
+        """Return the noise of all weights, if one of `slots` is rounded stochastically."""
+        if not writer.stochastic or not any(slot.weight.tensors.W.element_size() == 2 for slot in slots):
+            return None
+        return writer.noise(self._hashes(), self._c, self._d, self.device)
+
+    def _hashes(self) -> Tensor:
+        """Hash the labels of each W's matrices, once."""
+        if self._known_hashes is None:
+            self._known_hashes = label_hashes([slot.weight.label for slot in self.slots], self._lead)
+        return self._known_hashes
+
+
+class HostBuffers(FactorBuffers):
+    """Buffers that the host can read: it copies A and B only where they are not what the last move left.
+
+    U and V are made for as many weights at a time as fit `CHUNK_ELEMENTS`, within the step.
+    """
+
+    def __init__(self, kind: Kind, members: Sequence[WeightState]) -> None:
+        super().__init__(kind, members)
+        at_a_time = max(1, CHUNK_ELEMENTS // (2 * prod(self._lead) * self._r * (self._c + self._d) or 1))
+        self._chunks = [self.slots[i : i + at_a_time] for i in range(0, len(members), at_a_time)]
+        self._start: list[Factors] = []
+        self._sizes: list[list[float]] = []
+        self._delta: tuple[int, Tensor, Tensor] | None = None
+        self._chunks_written = 0
+        self._due: list[Move] | None = None
+        self._extended: list[Any] = []
+
+    def snapshot(self) -> None:
+        """Keep lambda times s, and a copy of A and B where they are not what the last move left."""
+        super().snapshot()
+        start = []
+        for slot in self.slots:
+            A, B = (factor.detach().to(self.dtype) for factor in slot.weight.factors())
+            same = torch.equal(A, slot.end[0]) and torch.equal(B, slot.end[1])
+            start.append(slot.end if same else (_contiguous_copy(A), _contiguous_copy(B)))
+        self._start = start
+        self._sizes, self._delta, self._chunks_written, self._due, self._extended = [], None, 0, None, []
+
+    def sizes(self) -> list[Tensor]:
+        """Make the delta of each chunk of weights, and return its sizes."""
+        sizes = []
+        for number in range(len(self._chunks)):
+            U, V = self._delta_of(number)
+            sizes.append(torch.maximum(_size(U[..., : self._r]), _size(V[..., self._r :, :])))
+        self._sizes = [size.tolist() for size in sizes]
+        return sizes
+
+    def write(self, finite: Tensor, writer: Writer) -> None:
+        """Add the delta to every W whose factors have changed, a chunk of weights after the other."""
+        if not finite:
+            return
+        noises = self._noise(writer, self.slots)
+        for number, chunk in enumerate(self._chunks):
+            if number < self._chunks_written:
+                continue
+            U, V = (stack.unbind(0) for stack in self._delta_of(number))
+            for i, slot in enumerate(chunk):
+                place = slot.place
+                if self._sizes[number][i] > 0:
+                    noise = None if noises is None else (noises[0][place], noises[1][place])
+                    writer.add_product_(slot.weight, U[i], V[i], self._coefs[place], noise, self._written[place])
+            self._chunks_written = number + 1
+        self._delta = None
+
+    def record(self, finite: Tensor) -> list[Ledger]:
+        """Extend the ledgers whose moves do not continue the last ones, and keep A and B; return these ledgers."""
+        if not finite:
+            return []
+        if self._due is None:
+            moves = [
+                Move(slot, coef, start, None if start is slot.end else slot.end)
+                for slot, coef, start in zip(self.slots, self._coefs, self._start, strict=True)
+            ]
+            self._due = [move for move in moves if not move.continues_the_last()]
+        extended = extend_ledgers(self._due, self._extended)
+        torch._foreach_copy_(self._end, self._factors())
+        return extended
+
+    def _delta_of(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return U (n, ..., c, 2r) and V (n, ..., 2r, d) of a chunk; those of the last one asked for are kept."""
+        if self._delta is None or self._delta[0] != number:
+            chunk = self._chunks[number]
+            shapes = (len(chunk), *self._lead, self._c, 2 * self._r), (len(chunk), *self._lead, 2 * self._r, self._d)
+            U, V = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
+            A_new, A_old = (half.unbind(0) for half in U.split(self._r, dim=-1))
+            B_new, B_old = (half.unbind(0) for half in V.split(self._r, dim=-2))
+            now = [slot.weight.factors() for slot in chunk]
+            old = [self._start[slot.place] for slot in chunk]
+            torch._foreach_copy_(
+                A_new + B_new + A_old + B_old,
+                [A for A, _ in now] + [B for _, B in now] + [A for A, _ in old] + [B for _, B in old],
+            )
+            factored_delta_(U, V)
+            self._delta = number, U, V
+        return self._delta[1:]
+
+
+class DeviceBuffers(FactorBuffers):
+    """Buffers on a device that the host cannot read without waiting: nothing here waits.
+
+    U and V stay from step to step, as the kernel's table holds their places. The factors from before the inner step
+    are in their second halves, until the delta is made there.
+
+    Args:
+        kind: of the weights.
+        members: the weights.
+        kernel: the module that writes 16-bit weights; None for blocks of torch operations.
+    """
+
+    def __init__(self, kind: Kind, members: Sequence[WeightState], kernel: ModuleType | None) -> None:
+        super().__init__(kind, members)
+        n = len(members)
+        self.U = torch.empty(n, *self._lead, self._c, 2 * self._r, dtype=self.dtype, device=self.device)
+        self.V = torch.empty(n, *self._lead, 2 * self._r, self._d, dtype=self.dtype, device=self.device)
+        self._A_new, self._A_old = self.U.split(self._r, dim=-1)
+        self._B_new, self._B_old = self.V.split(self._r, dim=-2)
+        self._new = self._A_new.unbind(0) + self._B_new.unbind(0)
+        self._old = self._A_old.unbind(0) + self._B_old.unbind(0)
+        self._by_kernel = KernelBatch(kernel) if kernel is not None and self.dtype == torch.float32 else None
+        self._making: list[Any] = []
+        self._masking: list[Any] = []
+        self._launched: list[Any] = []
+        self._keep: Tensor | None = None
+        self._updates: LedgerUpdates | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay from step to step."""
+        return super().nbytes + self.U.nbytes + self.V.nbytes
+
+    def snapshot(self) -> None:
+        """Keep A and B, lambda times s, and all that the ledgers may need once the device has reported."""
+        super().snapshot()
+        torch._foreach_copy_(self._old, self._factors())
+        self._making, self._masking, self._launched, self._keep = [], [], [], None
+        self._updates = LedgerUpdates(
+            list(zip(self.slots, self._coefs, strict=True)),
+            start=(self._A_old.clone(), self._B_old.clone()),
+            before=(self._A_end.clone(), self._B_end.clone()),
+            continues=_equal(self._A_old, self._A_end) & _equal(self._B_old, self._B_end),
+        )
+
+    def sizes(self) -> list[Tensor]:
+        """Make the delta, and return its sizes."""
+        copying = partial(torch._foreach_copy_, self._new, self._factors())
+        call_the_rest(self._making, [copying, *_delta_calls(self.U, self.V)])
+        return [torch.maximum(_size(self._A_new), _size(self._B_old))]
+
+    def write(self, finite: Tensor, writer: Writer) -> None:
+        """Add the delta to every W; the device leaves those alone whose factors did not change, or all of them."""
+        if self._keep is None:  # U and V are masked below
+            self._keep = self.sizes()[0].gt(0) & finite.to(self.device)
+        others = self.slots
+        if self._by_kernel is not None:
+            narrow = [slot for slot in self.slots if slot.weight.tensors.W.element_size() == 2]
+            others = [slot for slot in self.slots if slot.weight.tensors.W.element_size() != 2]
+            self._write_by_kernel(self._by_kernel, narrow, self._keep, writer)
+        if not others:
+            return
+        # The host does not know which ones to leave out. Their factors become +0 and all coefficients negative, as
+        # adding -0 leaves every bit.
+        turned = [self.U[slot.place] for slot in self.slots if self._coefs[slot.place] > 0]
+        drop = ~self._keep.view(-1, *[1] * (self.U.dim() - 1))
+        masking: list[Callable[[], object]] = [partial(torch._foreach_neg_, turned)] if turned else []
+        masking += [partial(self.U.masked_fill_, drop, 0.0), partial(self.V.masked_fill_, drop, 0.0)]
+        call_the_rest(self._masking, masking)
+        noises = self._noise(writer, others)
+        for slot in others:
+            i = slot.place
+            noise = None if noises is None else (noises[0][i], noises[1][i])
+            coef = -abs(self._coefs[i])
+            writer.add_product_(slot.weight, self.U[i], self.V[i], coef, noise, self._written[i])
+
+    def record(self, finite: Tensor) -> LedgerUpdates:
+        """Keep A and B where the move was applied; return the updates of the ledgers, on their way to the host."""
+        assert self._updates is not None
+        applied = finite.to(self.device)
+        torch._foreach_copy_(self._end, self._factors())
+        for end, before in zip((self._A_end, self._B_end), self._updates.before, strict=True):
+            end.copy_(torch.where(applied, end, before))
+        self._updates.send(applied)
+        return self._updates
+
+    def _write_by_kernel(self, batch: KernelBatch, slots: Sequence[Slot], keep: Tensor, writer: Writer) -> None:
+        if not slots:
+            return
+        hashes = self._hashes()
+        additions = [
+            Addition(slot.weight, self.U[i], self.V[i], self._coefs[i], writer.compensation(slot.weight), hashes[i], i)
+            for slot in slots
+            for i in [slot.place]
+        ]
+        batch.add_(additions, keep, writer.keys if writer.stochastic else None, self._launched)
+        for slot in slots:
+            self._written[slot.place] = self._launched
+
+
+class LedgerUpdates:
+    """The ledger updates that one step may need, until the host knows whether it does.
+
+    Args:
+        moves: slots, and what multiplied their deltas in this step.
+        start: A and B of all slots at the start of the step.
+        before: A and B of all slots as the last moves left them.
+        continues: one bool a move, on the device: True if the factors at the start are those of the last move.
+    """
+
+    def __init__(self, moves: Sequence[tuple[Slot, float]], start: Factors, before: Factors, continues: Tensor) -> None:
+        self.before = before
+        self._moves = moves
+        self._start = start
+        self._continues = continues
+        self._flags: Tensor | None = None
+        self._due: list[Move] | None = None
+        self._extended: list[Any] = []
+        self.event: torch.cuda.Event | None = None
+
+    def send(self, applied: Tensor) -> None:
+        """Send what the device knows to the host, without waiting."""
+        flags = torch.cat([self._continues, applied.view(1)])
+        if flags.device.type != "cuda":
+            self._flags = flags
+            return
+        self._flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+        self._flags.copy_(flags, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record(torch.cuda.current_stream(flags.device))
+
+    def record(self) -> list[Ledger]:
+        """Extend the ledgers whose moves were applied and do not continue the last ones; return these."""
+        assert self._flags is not None
+        if self.event is not None:
+            self.event.synchronize()
+        *continues, applied = self._flags.tolist()
+        if self._due is None:
+            moves = [
+                Move(slot, coef, self._at(slot, self._start), None if goes_on else self._at(slot, self.before))
+                for (slot, coef), goes_on in zip(self._moves, continues, strict=True)
+            ]
+            self._due = [move for move in moves if applied and not move.continues_the_last()]
+        return extend_ledgers(self._due, self._extended)
+
+    @staticmethod
+    def _at(slot: Slot, stacks: Factors) -> Factors:
+        return stacks[0][slot.place], stacks[1][slot.place]
+
+
+class Move(NamedTuple):
+    """The move of one W in one step, for its ledger.
+
+    Attributes:
+        slot: of the weight.
+        coef: lambda times s.
+        start: A and B at the start of the step.
+        before: A and B as the last move left them, if they are others; else None.
+    """
+
+    slot: Slot
+    coef: float
+    start: Factors
+    before: Factors | None
+
+    def continues_the_last(self) -> bool:
+        """Tell if the ledger knows of this move by `end` alone."""
+        return self.before is None and self.coef == self.slot.ledger.coef
+
+
+def extend_ledgers(moves: Sequence[Move], extended: list[Any]) -> list[Ledger]:
+    """Extend the ledgers of these moves, and let them share the factors in the buffers; return the ledgers.
+
+    Args:
+        moves: that do not continue the last ones.
+        extended: one entry for each of the moves that was done. After an exception a call does the others.
+    """
+    for slot, coef, start, before in moves[len(extended) :]:
+        note(extended, partial(slot.ledger.extend, coef, start, before))
+    for move in moves:
+        move.slot.ledger.end = move.slot.end
+    return [move.slot.ledger for move in moves]
+
+
+def _delta_calls(U: Tensor, V: Tensor) -> list[Callable[[], object]]:
+    """Return the calls that make `factored_delta_`: each writes over what it has read, so it must be made once."""
+    A_new, A_old = U.chunk(2, dim=-1)
+    B_new, B_old = V.chunk(2, dim=-2)
+    return [partial(A_new.sub_, A_old), partial(torch.sub, B_new, B_old, out=B_old)]
+
+
+def _contiguous_copy(factor: Tensor) -> Tensor:
+    return factor.clone(memory_format=torch.contiguous_format)
+
+
+def _size(change: Tensor) -> Tensor:
+    """Return the largest magnitude in each of the n changes; NaN or infinite if one number is."""
+    # torch.linalg.vector_norm(ord=inf) says the same without the temporary, but is 5 times slower on a CPU.
+    return change.abs().amax(dim=tuple(range(1, change.dim())))
+
+
+def _equal(one: Tensor, other: Tensor) -> Tensor:
+    """Compare two stacks of n tensors: (n,) bool."""
+    return (one == other).flatten(1).all(1)
