@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from deltaopt.plain import as_float, as_int
+from deltaopt.plain import as_float, as_int, plain
 from deltaopt.scaling import checked_scaling
 from deltaopt.triple import LoRATriple
 
@@ -141,6 +141,7 @@ def inner_groups(
 ) -> list[dict[str, Any]]:
     """Return the param groups an inner optimizer is built from: the factors, and what else trains.
 
+    Options that are scalars of numpy become plain numbers, as a checkpoint needs them.
     Plain tensors in `params` join the factors where all triples form one group, and are a group of their own
     otherwise. Factors among plain tensors are not repeated.
     """
@@ -158,9 +159,9 @@ def inner_groups(
         own = factor_params(group.triples)
         extra = [p for p in rest.get("params", ()) if _tensor(p) not in factors]
         members = [(name, p) if named else p for p, name in own.items()]
-        built.append({**rest, "params": members + extra})
+        built.append({**plain(rest), "params": members + extra})
     if others and all(isinstance(entry, Mapping) for entry in others):
-        return built + [dict(entry) for entry in others]
+        return built + [plain(dict(entry)) for entry in others]
     rest_params = [p for p in others if _tensor(p) not in factors]
     if len(built) == 1:
         built[0]["params"] += rest_params

@@ -17,6 +17,7 @@ from deltaopt.checkpoint.format import (
     add_ledgers,
     add_record,
     check_record,
+    inner_state,
     restore_settings,
     split_ledgers,
     split_record,
@@ -49,6 +50,7 @@ from deltaopt.inner import build_inner, global_hooks_held, is_state_initialisati
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
+from deltaopt.plain import plain
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
@@ -169,7 +171,7 @@ class DeltaLoRAOptimizer(Optimizer):
         if isinstance(inner, Optimizer):
             check_nothing_unused(options, params, inner_kwargs)
         else:
-            inner = build_inner(inner, inner_groups(groups, options, params), inner_kwargs)
+            inner = build_inner(inner, inner_groups(groups, options, params), plain(inner_kwargs))
         check_not_differentiable(inner)
         check_membership(inner, weights)
         check_not_capturing()
@@ -529,14 +531,15 @@ class DeltaLoRAOptimizer(Optimizer):
         adapter; W can be rebuilt from the adapter and the base.
 
         Raises:
-            RuntimeError: if a branch is merged, or in `base_weights`.
+            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has a form of its
+                own, which has no place for these entries.
         """
         with self._resolved("state_dict()") as weights:
             for pre_hook in self._optimizer_state_dict_pre_hooks.values():
                 pre_hook(self)
                 self._look_up()  # a hook may gather or replace parameters
             state_dict = add_record(
-                self._inner.state_dict(),
+                inner_state(self._inner),
                 self._groups,
                 weights,
                 self._step_count,

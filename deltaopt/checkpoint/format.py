@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from deltaopt.checkpoint.records import ledger_record, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.plain import plain
 from deltaopt.rounding.writer import checked_seed
 from deltaopt.weight import WeightState
 
@@ -33,6 +34,44 @@ LEDGER = f"{KEY}.ledger."
 """In the state of a parameter, followed by the name of the triple."""
 COMPENSATION = f"{KEY}.compensation."
 """In the state of a parameter, followed by the name of the triple."""
+
+
+def inner_state(inner: Optimizer) -> dict[str, Any]:
+    """Return the state_dict of the inner optimizer, in torch's form and with plain numbers and strings.
+
+    numpy's scalars among the options of the param groups become plain numbers in the groups too: numpy computes
+    ``lr * weight_decay`` of two float32 in float32, and the run that continues has to compute as the resumed one will.
+
+    Raises:
+        RuntimeError: if it has not the form of `torch.optim.Optimizer.state_dict`, where this record has its place.
+    """
+    for group in inner.param_groups:
+        group |= {key: plain(option) for key, option in group.items() if key != "params"}
+    state_dict = inner.state_dict()
+    problem = _form_problem(state_dict, inner)
+    if problem is not None:
+        raise RuntimeError(
+            f"the state of the inner {type(inner).__name__} cannot be saved: its state_dict() {problem}. Expected the "
+            "form of torch.optim.Optimizer, {'state': {number: ...}, 'param_groups': [{'params': [numbers], ...}]}, in "
+            "which the ledgers have their place. If it wraps an optimizer, hand that one to DeltaLoRAOptimizer and "
+            "wrap the result"
+        )
+    return plain(state_dict)  # type: ignore[no-any-return]
+
+
+def _form_problem(state_dict: Any, inner: Optimizer) -> str | None:
+    """Say what is missing for a state_dict of torch's form; None if nothing is."""
+    if not isinstance(state_dict, Mapping):
+        return f"is a {type(state_dict).__name__}"
+    missing = [repr(key) for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        return f"has no {' and no '.join(missing)}, but {', '.join(map(repr, state_dict)) or 'nothing'}"
+    saved = [
+        len(group["params"]) if isinstance(group, Mapping) and "params" in group else None
+        for group in state_dict["param_groups"]
+    ]
+    here = [len(group["params"]) for group in inner.param_groups]
+    return None if saved == here else f"has param groups of {saved} parameters, the optimizer has {here}"
 
 
 def add_record(
