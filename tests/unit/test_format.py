@@ -169,7 +169,7 @@ def test_numbers_of_numpy_among_the_options_are_saved_as_plain_ones(number):
 
 
 def test_the_run_that_continues_computes_as_the_one_that_resumes():
-    """numpy multiplies two float32 in float32, plain numbers in float64: AdamW's 1 - lr * weight_decay differs."""
+    """Of two float32 numpy forms the product in float32, Python in float64: 1 - lr * weight_decay differs."""
     run = noisy_run(lr=0.02, weight_decay=0.1).train(1)
     for name in ("lr", "weight_decay"):
         run.optimizer.param_groups[0][name] = numpy.float32(run.optimizer.param_groups[0][name])
