@@ -1,7 +1,7 @@
 """What `load` cannot read: found in an object before it is written, with its place there.
 
-`torch.load(weights_only=True)` refuses a whole file for one object of a class that it does not know. Here each object of
-an unusual class is written to memory and read back by itself, so that torch decides, and classes that the user has
+`torch.load(weights_only=True)` refuses a whole file for one object of a class that it does not know. Here each object
+of an unusual class is written to memory and read back by itself, so that torch decides, and classes that the user has
 allowed by `torch.serialization.add_safe_globals` pass.
 """
 
