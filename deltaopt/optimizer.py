@@ -18,6 +18,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    repeats_of,
     restore_settings,
     split_ledgers,
     split_record,
@@ -543,6 +544,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._groups,
                 weights,
                 self._step_count,
+                self._repeats,
                 self.skipped_updates,
                 self._rounding.seed,
                 self.weight_update,
@@ -599,6 +601,7 @@ class DeltaLoRAOptimizer(Optimizer):
             restore_settings(record, self._groups)
             self._rounding = rounding
             self._step_count = int(record["step_count"])
+            self._repeats = repeats_of(record)
             self._rule.skipped_updates = record["skipped_updates"]
             resume.warn(decided or [], uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -615,11 +618,13 @@ class DeltaLoRAOptimizer(Optimizer):
             "rounding": self._rounding,
             "rule": self._rule,
             "step_count": self._step_count,
+            "repeats": self._repeats,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings, self._keep_base = state["settings"], state["keep_base"]
         self._become(*(state[name] for name in ("inner", "groups", "weights", "rounding", "rule", "step_count")))
+        self._repeats = state["repeats"]
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
             self._claim(self._weights)
 

@@ -79,14 +79,27 @@ def add_record(
     groups: Sequence[DeltaGroup],
     weights: Sequence[WeightState],
     step_count: int,
+    repeats: int,
     skipped_updates: int,
     rounding_seed: int,
     weight_update: str,
 ) -> dict[str, Any]:
-    """Return the inner optimizer's state_dict with our record in each param group; the input is not changed."""
+    """Return the inner optimizer's state_dict with our record in each param group; the input is not changed.
+
+    Args:
+        state_dict: of the inner optimizer.
+        groups: with their settings.
+        weights: with their tensors resolved.
+        step_count: the number of steps.
+        repeats: the number of restarts and resyncs since the last step, so that the next one has noise of its own.
+        skipped_updates: the number of steps that left every W alone.
+        rounding_seed: of stochastic rounding.
+        weight_update: the name of the rule.
+    """
     record = {
         "schema": SCHEMA,
         "step_count": step_count,
+        "repeats": repeats,
         "skipped_updates": skipped_updates,
         "rounding_seed": rounding_seed,
         "weight_update": weight_update,
@@ -265,6 +278,7 @@ def check_record(
     try:
         found = _differences(record["groups"], groups, weights)
         checked_count(record["step_count"], "step_count")
+        checked_count(repeats_of(record), "repeats")
         checked_count(record["skipped_updates"], "skipped_updates")
         checked_seed(record["rounding_seed"])
         if not isinstance(record["ledgers"], bool):
@@ -286,6 +300,11 @@ def check_record(
     raise_problems(
         ValueError, "the saved state belongs to other triples (register them as in the run that was saved)", found
     )
+
+
+def repeats_of(record: dict[str, Any]) -> int:
+    """Return the number of restarts and resyncs since the last step; a state that does not hold it says 0."""
+    return record.get("repeats", 0)  # type: ignore[no-any-return]
 
 
 def _differences(
