@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from deltaopt.plain import as_float, as_int, plain
 from deltaopt.scaling import checked_scaling
 from deltaopt.triple import LoRATriple
 
@@ -23,7 +24,7 @@ ParamsInput: TypeAlias = Iterable[Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a group, checked once: wherever one of them is set.
+    """The settings of a group, checked once: wherever one of them is set. Numbers become plain Python numbers.
 
     Attributes:
         update_ratio: lambda, finite and at least 0; or a callable step -> lambda.
@@ -41,8 +42,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not callable(self.update_ratio):
             object.__setattr__(self, "update_ratio", checked_ratio(self.update_ratio, "update_ratio"))
-        checked_count(self.start_step, "start_step")
-        checked_scaling(self.scaling, "DeltaLoRAOptimizer")
+        object.__setattr__(self, "start_step", checked_count(self.start_step, "start_step"))
+        object.__setattr__(self, "scaling", checked_scaling(self.scaling, "DeltaLoRAOptimizer"))
 
 
 class DeltaGroup:
@@ -140,6 +141,7 @@ def inner_groups(
 ) -> list[dict[str, Any]]:
     """Return the param groups an inner optimizer is built from: the factors, and what else trains.
 
+    Options that are scalars of numpy become plain numbers, as a checkpoint needs them.
     Plain tensors in `params` join the factors where all triples form one group, and are a group of their own
     otherwise. Factors among plain tensors are not repeated.
     """
@@ -157,9 +159,9 @@ def inner_groups(
         own = factor_params(group.triples)
         extra = [p for p in rest.get("params", ()) if _tensor(p) not in factors]
         members = [(name, p) if named else p for p, name in own.items()]
-        built.append({**rest, "params": members + extra})
+        built.append({**plain(rest), "params": members + extra})
     if others and all(isinstance(entry, Mapping) for entry in others):
-        return built + [dict(entry) for entry in others]
+        return built + [plain(dict(entry)) for entry in others]
     rest_params = [p for p in others if _tensor(p) not in factors]
     if len(built) == 1:
         built[0]["params"] += rest_params
@@ -175,20 +177,22 @@ def as_list(params: Any) -> list[Any]:
 
 def checked_ratio(ratio: object, what: str) -> float:
     """Return an update_ratio as a float, or raise an error that calls it `what`."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+    number = as_float(ratio)
+    if number is None:
         raise TypeError(f"{what} is a number (or a callable step -> number), got {ratio!r}")
-    if not math.isfinite(ratio) or ratio < 0:
+    if not math.isfinite(number) or number < 0:
         raise ValueError(f"{what} must be finite and not negative, got {ratio}")
-    return float(ratio)
+    return number
 
 
 def checked_count(count: object, what: str) -> int:
-    """Return a number of steps as it came, or raise an error that calls it `what`."""
-    if isinstance(count, bool) or not isinstance(count, int):
+    """Return a number of steps as an int, or raise an error that calls it `what`."""
+    number = as_int(count)
+    if number is None:
         raise TypeError(f"{what} is an int (a number of steps), got {count!r}")
-    if count < 0:
+    if number < 0:
         raise ValueError(f"{what} must not be negative, got {count}")
-    return count
+    return number
 
 
 def _parse_group(entry: dict[str, Any], settings: Settings, first: int) -> tuple[DeltaGroup, dict[str, Any]]:

@@ -19,6 +19,8 @@ from deltaopt.checkpoint.format import (
     add_ledgers,
     add_record,
     check_record,
+    inner_state,
+    repeats_of,
     restore_settings,
     split_ledgers,
     split_record,
@@ -51,6 +53,7 @@ from deltaopt.inner import build_inner, global_hooks_held, is_state_initialisati
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
+from deltaopt.plain import plain
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
@@ -172,7 +175,7 @@ class DeltaLoRAOptimizer(Optimizer):
         if isinstance(inner, Optimizer):
             check_nothing_unused(options, params, inner_kwargs)
         else:
-            inner = build_inner(inner, inner_groups(groups, options, params), inner_kwargs)
+            inner = build_inner(inner, inner_groups(groups, options, params), plain(inner_kwargs))
         check_not_differentiable(inner)
         check_membership(inner, weights)
         check_not_capturing()
@@ -573,17 +576,19 @@ class DeltaLoRAOptimizer(Optimizer):
         adapter; W can be rebuilt from the adapter and the base.
 
         Raises:
-            RuntimeError: if a branch is merged, or in `base_weights`.
+            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has a form of its
+                own, which has no place for these entries.
         """
         with self._resolved("state_dict()") as weights:
             for pre_hook in self._optimizer_state_dict_pre_hooks.values():
                 pre_hook(self)
                 self._look_up()  # a hook may gather or replace parameters
             state_dict = add_record(
-                self._inner.state_dict(),
+                inner_state(self._inner),
                 self._groups,
                 weights,
                 self._step_count,
+                self._repeats,
                 self.skipped_updates,
                 self._rounding.seed,
                 self.weight_update,
@@ -640,6 +645,7 @@ class DeltaLoRAOptimizer(Optimizer):
             restore_settings(record, self._groups)
             self._rounding = rounding
             self._step_count = int(record["step_count"])
+            self._repeats = repeats_of(record)
             self._rule.skipped_updates = record["skipped_updates"]
             resume.warn(decided or [], uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -656,11 +662,13 @@ class DeltaLoRAOptimizer(Optimizer):
             "rounding": self._rounding,
             "rule": self._rule,
             "step_count": self._step_count,
+            "repeats": self._repeats,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings, self._keep_base = state["settings"], state["keep_base"]
         self._become(*(state[name] for name in ("inner", "groups", "weights", "rounding", "rule", "step_count")))
+        self._repeats = state["repeats"]
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
             warn_of_folded([weight.triple for weight in self._weights], stacklevel=2)
             self._rule.attach(self._weights)

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from deltaopt.plain import as_float
+
 ScalingSource: TypeAlias = "float | Tensor | tuple[nn.Module, str]"
 """A number, a 0-d tensor, or a module and the dotted name of an attribute that is one of these."""
 SetScaling: TypeAlias = Callable[[float], object]
@@ -144,11 +146,12 @@ class BranchScaling:
 
 def checked_scaling(scaling: object, label: str) -> float:
     """Return a scaling as a float, or raise an error that names the layer."""
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+    number = as_float(scaling)
+    if number is None:
         raise TypeError(f"{label}: scaling is a number (alpha / r), got {scaling!r}")
-    if not math.isfinite(scaling) or scaling == 0:
+    if not math.isfinite(number) or number == 0:
         raise ValueError(f"{label}: scaling must be finite and not zero, got {scaling}")
-    return float(scaling)
+    return number
 
 
 def holder_of(module: nn.Module, path: str) -> tuple[Any, str]:

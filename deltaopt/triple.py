@@ -62,7 +62,8 @@ class LoRATriple:
         scaling: what the branch multiplies A @ B by, alpha / r (or alpha / sqrt(r) in rsLoRA).
             Finite and not zero. Default 1.0. With ``weight_update="folded"`` the optimizer sets it, so say where the
             forward pass takes it from: ``(module, "attribute.path")`` of a number or a 0-d tensor, or the 0-d tensor.
-        name: names the layer in messages and in checkpoints. Default: its place in the list.
+        name: names the layer in messages and in checkpoints, a string that UTF-8 can hold. Default: its place in the
+            list.
         layout: how W is stored: ``"linear"`` (c, d), the default; ``"transposed"`` (d, c), as in
             GPT-2's Conv1D; ``"embedding"`` (rows, width), where the branch is (A @ B) transposed;
             ``"conv"`` (c, d1, *kernel) with groups=1; ``"experts"`` (e, c, d);
@@ -83,9 +84,11 @@ class LoRATriple:
         branch: where the branch's scaling is.
 
     Raises:
-        ValueError: for an unknown layout, a bad ``rows`` or ``columns``, or a scaling that is zero or
-            not finite. What depends on the tensors is checked when an optimizer is built from the
-            triple, for all layers at once.
+        ValueError: for an unknown layout, a bad ``rows`` or ``columns``, a scaling that is zero or
+            not finite, or a name that UTF-8 cannot hold. What depends on the tensors is checked when an
+            optimizer is built from the triple, for all layers at once.
+        TypeError: for a source that is no tensor and no place of one, a scaling that is no number, or a name that
+            is no string.
 
     Example:
         >>> import torch
@@ -109,7 +112,7 @@ class LoRATriple:
     ) -> None:
         self.sources = {letter: _checked_source(s, letter) for letter, s in (("W", W), ("A", A), ("B", B))}
         self._owners = list({id(s[0]): s[0] for s in (W, A, B) if isinstance(s, tuple)}.values())
-        self.name = name
+        self.name = None if name is None else _checked_name(name)
         self.branch = BranchScaling(_registered_buffer(scaling, self._owners), set_scaling, self.label)
         self.scaling = self.branch.first
         self.view = MatrixView.checked(layout, rows, columns, self.label)
@@ -144,7 +147,7 @@ class LoRATriple:
     def named(self, name: str) -> LoRATriple:
         """Return the same triple with a name; this one keeps none."""
         twin = copy(self)
-        twin.name = name
+        twin.name = _checked_name(name)
         return twin
 
     def weight_module(self) -> nn.Module | None:
@@ -269,6 +272,18 @@ def _registered_buffer(scaling: ScalingSource, modules: Iterable[nn.Module]) -> 
 
 def _kind(tensor: Tensor) -> str:
     return f"{tensor.dtype} on {tensor.device}"
+
+
+def _checked_name(name: object) -> str:
+    """Return a name as a plain str: it becomes a key in checkpoints, which take no subclass such as numpy's."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a triple is a str, got {name!r}")
+    name = str.__str__(name)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name {name!r} cannot be written in UTF-8: {error.reason}. Give another name") from error
+    return name
 
 
 def _checked_source(source: object, letter: str) -> TensorSource:

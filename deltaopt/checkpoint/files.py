@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import glob
+import errno
 import os
 import platform
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +15,27 @@ from uuid import uuid4
 
 import torch
 
+from deltaopt.checkpoint.readable import check_readable
+from deltaopt.plain import plain
+
 PathLike: TypeAlias = "str | os.PathLike[str]"
+
+NO_FOLDER_SYNC = {
+    getattr(errno, name)
+    for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EACCES", "EPERM", "EBADF", "EISDIR")
+    if hasattr(errno, name)
+}
+"""The errors with which network, FUSE and shared folders say that a folder cannot be opened or flushed."""
 
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
     """Give a path next to `path` to write a file to, which takes its place at the end, or never.
 
-    A process that is killed at any moment leaves the old file or the new one. An exception leaves the old one.
+    A process that is killed at any moment leaves the old file or the new one. An exception leaves the old one. If
+    `path` is a symbolic link, it stays, and the file it leads to is replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     part = _free_name(path.parent, path.name)
     try:
         yield part
@@ -77,14 +89,34 @@ def replacing_together(folder: PathLike, last: str) -> Iterator[Path]:
 
 
 def save(obj: Any, path: PathLike) -> None:
-    """Save as `torch.save` does, but never half: a temporary file, fsync, rename.
+    """Save as `torch.save` does, but never half, and nothing that `load` could not read.
+
+    The file is written next to its place, flushed to the disk and renamed. Scalars of numpy are saved as plain numbers.
 
     Args:
         obj: what to save, such as ``{"model": model.state_dict(), "optimizer": optimizer.state_dict()}``.
-        path: the file.
+        path: the file; a link stays, and the file it leads to is replaced.
+
+    Raises:
+        TypeError: if `obj` holds something that `load` could not read, with the place and the class of each.
+        ValueError: if `path` ends in .safetensors, which is another format.
+        OSError: if the file cannot be written, as where the disk is full. In each case the old file is as it was.
     """
-    with replacing(path) as part:
-        torch.save(obj, part)
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} would hold torch's format, and load reads a .safetensors file as one: name it .pt, or write "
+            "tensors with safetensors.torch.save_file"
+        )
+    obj = plain(obj)
+    check_readable(obj)
+    with replacing(path) as part, open(part, "wb") as file:  # writing to a path, torch does not raise an OSError
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a write failed, then torch could not end its archive
+                raise error.__context__ from None
+            raise
 
 
 def load(path: PathLike, map_location: Any = "cpu") -> Any:
@@ -116,13 +148,16 @@ def _same_bytes(a: Path, b: Path) -> bool:
 
 
 def _free_name(folder: Path, name: str) -> Path:
-    """Return a name that is not taken; remove what killed processes of this machine have left for `name`."""
-    stem = f".{name}.{platform.node()}."
-    for left in folder.glob(f"{glob.escape(stem)}*.part"):
+    """Return a name that is not taken; remove what killed processes of this machine have left for `name`.
+
+    It is short, whatever the length of `name`: file systems take 255 bytes, some of them fewer.
+    """
+    stem = f".deltaopt-{zlib.crc32(f'{platform.node()}/{name}'.encode(errors='surrogateescape')):08x}."
+    for left in folder.glob(f"{stem}*.part"):
         pid = left.name.removeprefix(stem).partition(".")[0]
         if pid.isdigit() and not _runs(int(pid)):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return folder / f"{stem}{os.getpid()}.{uuid4().hex}.part"
+    return folder / f"{stem}{os.getpid()}.{uuid4().hex[:8]}.part"
 
 
 def _runs(pid: int) -> bool:
@@ -139,8 +174,19 @@ def _runs(pid: int) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the file, or the entries of the folder, are on the disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Wait until the file, or the entries of the folder, are on the disk. Not every system can do so for folders."""
+    if not path.is_dir():
+        _sync(path, os.O_RDWR)  # Windows wants to write what it flushes
+    elif os.name == "posix":  # elsewhere a folder cannot be opened
+        try:
+            _sync(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in NO_FOLDER_SYNC:
+                raise
+
+
+def _sync(path: Path, flags: int) -> None:
+    number = os.open(path, flags)
     try:
         os.fsync(number)
     finally:

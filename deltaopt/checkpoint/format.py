@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from deltaopt.checkpoint.records import ledger_record, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.plain import plain
 from deltaopt.rounding.writer import checked_seed
 from deltaopt.weight import WeightState
 
@@ -35,19 +36,70 @@ COMPENSATION = f"{KEY}.compensation."
 """In the state of a parameter, followed by the name of the triple."""
 
 
+def inner_state(inner: Optimizer) -> dict[str, Any]:
+    """Return the state_dict of the inner optimizer, in torch's form and with plain numbers and strings.
+
+    numpy's scalars among the options of the param groups become plain numbers in the groups too: numpy computes
+    ``lr * weight_decay`` of two float32 in float32, and the run that continues has to compute as the resumed one will.
+
+    Raises:
+        RuntimeError: if it has not the form of `torch.optim.Optimizer.state_dict`, where this record has its place.
+    """
+    for group in inner.param_groups:
+        group |= {key: plain(option) for key, option in group.items() if key != "params"}
+    state_dict = inner.state_dict()
+    problem = _form_problem(state_dict, inner)
+    if problem is not None:
+        raise RuntimeError(
+            f"the state of the inner {type(inner).__name__} cannot be saved: its state_dict() {problem}. Expected the "
+            "form of torch.optim.Optimizer, {'state': {number: ...}, 'param_groups': [{'params': [numbers], ...}]}, in "
+            "which the ledgers have their place. If it wraps an optimizer, hand that one to DeltaLoRAOptimizer and "
+            "wrap the result"
+        )
+    return plain(state_dict)  # type: ignore[no-any-return]
+
+
+def _form_problem(state_dict: Any, inner: Optimizer) -> str | None:
+    """Say what is missing for a state_dict of torch's form; None if nothing is."""
+    if not isinstance(state_dict, Mapping):
+        return f"is a {type(state_dict).__name__}"
+    missing = [repr(key) for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        return f"has no {' and no '.join(missing)}, but {', '.join(map(repr, state_dict)) or 'nothing'}"
+    saved = [
+        len(group["params"]) if isinstance(group, Mapping) and "params" in group else None
+        for group in state_dict["param_groups"]
+    ]
+    here = [len(group["params"]) for group in inner.param_groups]
+    return None if saved == here else f"has param groups of {saved} parameters, the optimizer has {here}"
+
+
 def add_record(
     state_dict: dict[str, Any],
     groups: Sequence[DeltaGroup],
     weights: Sequence[WeightState],
     step_count: int,
+    repeats: int,
     skipped_updates: int,
     rounding_seed: int,
     weight_update: str,
 ) -> dict[str, Any]:
-    """Return the inner optimizer's state_dict with our record in each param group; the input is not changed."""
+    """Return the inner optimizer's state_dict with our record in each param group; the input is not changed.
+
+    Args:
+        state_dict: of the inner optimizer.
+        groups: with their settings.
+        weights: with their tensors resolved.
+        step_count: the number of steps.
+        repeats: the number of restarts and resyncs since the last step, so that the next one has noise of its own.
+        skipped_updates: the number of steps that left every W alone.
+        rounding_seed: of stochastic rounding.
+        weight_update: the name of the rule.
+    """
     record = {
         "schema": SCHEMA,
         "step_count": step_count,
+        "repeats": repeats,
         "skipped_updates": skipped_updates,
         "rounding_seed": rounding_seed,
         "weight_update": weight_update,
@@ -226,6 +278,7 @@ def check_record(
     try:
         found = _differences(record["groups"], groups, weights)
         checked_count(record["step_count"], "step_count")
+        checked_count(repeats_of(record), "repeats")
         checked_count(record["skipped_updates"], "skipped_updates")
         checked_seed(record["rounding_seed"])
         if not isinstance(record["ledgers"], bool):
@@ -247,6 +300,11 @@ def check_record(
     raise_problems(
         ValueError, "the saved state belongs to other triples (register them as in the run that was saved)", found
     )
+
+
+def repeats_of(record: dict[str, Any]) -> int:
+    """Return the number of restarts and resyncs since the last step; a state that does not hold it says 0."""
+    return record.get("repeats", 0)  # type: ignore[no-any-return]
 
 
 def _differences(

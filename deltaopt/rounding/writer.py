@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.lowrank import Term, joined
+from deltaopt.plain import as_int
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_
 from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
 from deltaopt.weight import WeightState
@@ -48,12 +49,13 @@ def checked_rounding(mode: object, seed: object) -> Rounding:
 
 
 def checked_seed(seed: object) -> int:
-    """Return a seed as it came, or raise an error."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    """Return a seed as an int, or raise an error."""
+    number = as_int(seed)
+    if number is None:
         raise TypeError(f"rounding_seed is an int, the same on every rank, got {seed!r}")
-    if not 0 <= seed < 2**64:
+    if not 0 <= number < 2**64:
         raise ValueError(f"rounding_seed is at least 0 and below 2^64, got {seed}")
-    return seed
+    return number
 
 
 class Writer(NamedTuple):

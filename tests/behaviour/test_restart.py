@@ -1,5 +1,7 @@
 """restart: the branch goes into W, A and B start afresh, and the ledger of W continues."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from torch import nn
 import deltaopt
 from deltaopt import DeltaLoRAOptimizer
 from tests.support import internals, strategies
-from tests.support.compare import close, refused
+from tests.support.compare import COPIES, close, refused, through_a_file
 from tests.support.histories import random_run
 from tests.support.runs import noisy_run
 from tests.support.small import HandmadeLayer
@@ -211,3 +213,63 @@ def test_a_refused_restart_does_not_change_the_noise_of_the_next_one():
     for run in runs:
         run.optimizer.restart(generator=torch.Generator().manual_seed(1))
     assert all(map(torch.equal, runs[0].tensors, runs[1].tensors))
+
+
+def again(run):
+    """Return the W of a restart after which W, A and B are put back, so that the next one differs in noise alone."""
+    W, A, B = (tensor.clone() for tensor in run.tensors)
+    run.optimizer.restart(generator=torch.Generator().manual_seed(1))
+    landed = run.stored.W.clone()
+    with torch.no_grad():
+        for tensor, value in zip(run.tensors, (W, A, B), strict=True):
+            tensor.copy_(value)
+    return landed
+
+
+def stochastic_run():
+    return random_run("in_place", dtype=torch.bfloat16, zero=False, rounding="stochastic").train(2)
+
+
+def test_each_restart_between_two_steps_has_noise_of_its_own():
+    run = stochastic_run()
+    landed = [again(run) for _ in range(3)]
+    assert not any(torch.equal(landed[i], landed[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+WAYS = {"state_dict": lambda run: run.twin(), **COPIES}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("events", [["restart"], ["resync"], ["restart", "resync", "restart"]], ids="-".join)
+def test_a_run_that_is_resumed_after_a_restart_does_not_repeat_its_noise(way, events):
+    run = stochastic_run()
+    first = again(copy.deepcopy(run))
+    for event in events:
+        again(run) if event == "restart" else run.optimizer.resync()
+    run.optimizer.rebase()  # W was put back by hand
+    other = WAYS[way](run)
+    landed, expected = again(other), again(run)
+    assert torch.equal(landed, expected)
+    assert not torch.equal(landed, first)
+    for r in (run, other):
+        r.train(1)
+    assert torch.equal(again(run), again(other))
+
+
+def test_a_state_without_the_number_of_restarts_reads_as_none():
+    run = stochastic_run()
+    state = through_a_file(run.optimizer.state_dict())
+    record = internals.record_of(state)
+    assert record.pop("repeats") == 0
+    twin = run.twin(state=state)
+    assert torch.equal(again(twin), again(run))
+
+
+@pytest.mark.parametrize("repeats", [-1, 1.5, "1", None])
+def test_refuses_a_number_of_restarts_that_is_none(repeats):
+    run = stochastic_run()
+    state = through_a_file(run.optimizer.state_dict())
+    internals.record_of(state)["repeats"] = repeats
+    refused(
+        lambda: run.optimizer.load_state_dict(state), ValueError, "repeats (must|is an int)", kept=lambda: run.tensors
+    )

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals
-from tests.support.compare import assert_close, refused
+from tests.support.compare import assert_close, refused, same
 from tests.support.runs import LayerRun, assert_follows
 from tests.support.small import HandmadeLayer, random_steps, small_layer
 from tests.support.strategies import each_rule
@@ -74,6 +74,58 @@ def test_a_callable_update_ratio_is_checked_before_anything_changes(value):
         r"update_ratio\(0\) must be finite and not negative",
         kept=lambda: ([t.detach() for t in (W, A, B)], optimizer.step_count),
     )
+
+
+def all_of(run):
+    """Return what a refused event must leave alone."""
+    optimizer = run.optimizer
+    inner = [optimizer.state.get(factor) for factor in run.factors]
+    return run.tensors, run.scale, optimizer.step_count, inner, optimizer.state_dict()
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), None, True, "2"])
+def test_a_ratio_that_turns_bad_in_mid_run_is_refused_until_it_is_mended(value):
+    """A callable that fails at step 5; the run then ends where one without the fault does."""
+    given = {5: value}
+    run = LayerRun(update_ratio=lambda step: given.get(step, 2.0)).train(5)
+    whole = LayerRun(update_ratio=lambda step: 2.0).train(5)
+    run.backward()
+    message = r"update_ratio\(5\) (must be finite and not negative|is a number)"
+    for event in (run.optimizer.step, lambda: run.optimizer.step(run.closure), run.optimizer.resync):
+        refused(event, (ValueError, TypeError), message, kept=lambda: all_of(run))
+    given.clear()
+    for r in (run, whole):
+        r.train(3)
+    assert same(all_of(run), all_of(whole))
+
+
+def test_a_bad_ratio_of_one_group_leaves_the_others_alone():
+    layers = [small_layer(seed=seed) for seed in range(2)]
+    ratios = [lambda step: 2.0, lambda step: -1.0 if step == 2 else 2.0]
+    groups = [{"triples": [layer], "update_ratio": ratio} for layer, ratio in zip(layers, ratios, strict=True)]
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, groups, lr=0.1)
+    for _ in range(2):
+        optimizer.step()
+    tensors = [tensor.detach() for layer in layers for tensor in layer]
+    refused(
+        optimizer.step, ValueError, r"update_ratio\(2\) must be", kept=lambda: (tensors, optimizer.inner.state_dict())
+    )
+
+
+@each_rule
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_bad_ratio_that_is_set_in_mid_run_is_refused_and_the_run_continues(rule, value):
+    run, whole = (LayerRun(rule).train(5) for _ in range(2))
+    (group,) = run.optimizer.groups
+    refused(
+        lambda: setattr(group, "update_ratio", value),
+        ValueError,
+        "update_ratio must be finite and not negative",
+        kept=lambda: (group.update_ratio, *all_of(run)),
+    )
+    for r in (run, whole):
+        r.train(3)
+    assert same(all_of(run), all_of(whole))
 
 
 @each_rule

@@ -93,7 +93,7 @@ def killed_run(path: Path, keeps: str, steps: int, kills: int, seed: int) -> int
 
 
 def _parts(path: Path) -> list[Path]:
-    return list(path.parent.glob(f".{path.name}.*.part"))
+    return list(path.parent.glob(".*.part"))
 
 
 def _child(path: Path, keeps: str, steps: int, tells: int) -> None:

@@ -7,9 +7,11 @@ import deltaopt
 from deltaopt import DeltaLoRAOptimizer
 from deltaopt.checkpoint.format import KEY, LEDGER, READ, SCHEMA, split_ledgers, split_record
 from tests.support import strategies
-from tests.support.compare import same, through_a_file
+from tests.support.compare import refused, same, through_a_file
 from tests.support.internals import as_schema_4
 from tests.support.runs import noisy_run, noisy_step
+
+numpy = pytest.importorskip("numpy", reason="runs where numpy is installed")
 
 
 def two_triples_of_one_A() -> tuple[DeltaLoRAOptimizer, list[torch.Tensor]]:
@@ -102,3 +104,76 @@ def test_ledgers_of_the_other_schema_are_not_read(schema):
     fresh.optimizer.load_state_dict(state)
     assert torch.equal(fresh.displacement(), run.displacement())
     assert float(run.displacement().norm()) > 0
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Keeps the state of the optimizer it wraps under keys of its own, as several libraries do."""
+
+    def __init__(self, params, lr=0.1, state_dict=None):
+        self.base, self.form = torch.optim.SGD(params, lr), state_dict
+        super().__init__(self.base.param_groups, {"lr": lr})
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+    def state_dict(self):
+        return self.form(self.base)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda base: {"slow": {}, "fast": 1}, "has no 'state' and no 'param_groups', but 'slow', 'fast'"),
+        (lambda base: {"state": {}}, "has no 'param_groups', but 'state'"),
+        (lambda base: {}, "has no 'state' and no 'param_groups', but nothing"),
+        (lambda base: [1], "is a list"),
+        (
+            lambda base: {"state": {}, "param_groups": []},
+            r"has param groups of \[\] parameters, the optimizer has \[2\]",
+        ),
+        (lambda base: {"state": {}, "param_groups": [{"lr": 1}]}, r"has param groups of \[None\] parameters"),
+    ],
+)
+def test_a_state_in_another_form_is_refused_with_the_form_that_is_expected(form, message):
+    run = noisy_run(inner=Lookahead, state_dict=form).train(1)
+    message = rf"the state of the inner Lookahead cannot be saved: its state_dict\(\) {message}.* Expected the form"
+    refused(run.optimizer.state_dict, RuntimeError, message, kept=lambda: run.tensors)
+    run.train(1)
+    assert run.optimizer.step_count == 2
+
+
+def own_types(value):
+    """Return the names of the types in a nested value that are not Python's or torch's."""
+    if isinstance(value, dict):
+        return set().union(*(own_types(item) for pair in value.items() for item in pair))
+    if isinstance(value, list | tuple):
+        return set().union(*map(own_types, value))
+    return {type(value).__name__} - {"int", "float", "bool", "str", "NoneType", "Tensor"}
+
+
+@pytest.mark.parametrize("number", [numpy.float64, numpy.float32])
+def test_numbers_of_numpy_among_the_options_are_saved_as_plain_ones(number):
+    """Wherever they come from: the constructor, a group, a built optimizer, a scheduler that sets them later."""
+    options = {"lr": number(0.02), "weight_decay": number(0.1), "betas": (number(0.9), 0.99)}
+    run = noisy_run(dtype=torch.float32, **options)
+    assert not own_types([run.optimizer.param_groups[0][key] for key in options])
+    head = torch.zeros(2, requires_grad=True)
+    run.optimizer.add_param_group({"params": [head], "lr": number(0.5)})
+    run.train(1)
+    run.optimizer.param_groups[0]["lr"] = number(0.03)
+    state = run.optimizer.state_dict()
+    assert not own_types(state)
+    assert not own_types([{**group, "params": []} for group in run.optimizer.param_groups])
+    assert state["param_groups"][0]["lr"] == number(0.03)
+    assert state["param_groups"][1]["lr"] == 0.5
+
+
+def test_the_run_that_continues_computes_as_the_one_that_resumes():
+    """Of two float32 numpy forms the product in float32, Python in float64: 1 - lr * weight_decay differs."""
+    run = noisy_run(lr=0.02, weight_decay=0.1).train(1)
+    for name in ("lr", "weight_decay"):
+        run.optimizer.param_groups[0][name] = numpy.float32(run.optimizer.param_groups[0][name])
+    twin = run.twin()
+    for r in (run, twin):
+        r.train(2)
+    assert all(map(torch.equal, run.tensors, twin.tensors))

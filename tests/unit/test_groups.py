@@ -10,6 +10,8 @@ from tests.support.runs import LayerRun
 from tests.support.small import random_steps, small_layer
 from tests.support.strategies import RULES
 
+numpy = pytest.importorskip("numpy", reason="runs where numpy is installed")
+
 
 def plain_parameter(count=3, **options):
     """Make a parameter that is no factor."""
@@ -202,6 +204,41 @@ def test_settings_of_a_group_are_checked_when_they_are_set(rule, attribute, valu
     )
 
 
+each_sort_of_number = pytest.mark.parametrize(
+    "number", [numpy.float64, numpy.float32, numpy.int64, torch.tensor, numpy.longdouble], ids=lambda f: f.__name__
+)
+
+
+@each_sort_of_number
+def test_numbers_of_other_libraries_become_plain_ones_where_they_are_set(number):
+    optimizer = built([small_layer()], update_ratio=number(2), scaling=number(3), lr=0.1)
+    (group,), (triple,) = optimizer.groups, optimizer.triples
+    assert (group.update_ratio, triple.scaling) == (2.0, 3.0)
+    group.update_ratio = number(4)
+    assert group.update_ratio == 4.0
+    assert {type(value) for value in (group.update_ratio, triple.scaling)} == {float}
+
+
+@pytest.mark.parametrize("number", [numpy.int64, numpy.uint8, torch.tensor], ids=lambda f: f.__name__)
+def test_whole_numbers_of_other_libraries_become_plain_ones_where_they_are_set(number):
+    optimizer = built([small_layer()], start_step=number(2), rounding_seed=number(7), lr=0.1)
+    (group,) = optimizer.groups
+    assert (type(group.start_step), group.start_step) == (int, 2)
+    group.start_step = number(3)
+    assert (type(group.start_step), group.start_step) == (int, 3)
+    seed = optimizer.state_dict()["param_groups"][0]["deltaopt"]["rounding_seed"]
+    assert (type(seed), seed) == (int, 7)
+
+
+@each_sort_of_number
+def test_a_callable_may_return_numbers_of_other_libraries(number):
+    run, other = (LayerRun(update_ratio=ratio) for ratio in (lambda step: number(step), float))
+    for r in (run, other):
+        r.train(3)
+    assert all(map(torch.equal, run.tensors, other.tensors))
+    assert float(run.moved().norm()) > 0
+
+
 def test_settings_of_a_group_can_be_changed_between_steps():
     W, A, B = small_layer()
     optimizer = built([(W, A, B)], lr=0.1)
@@ -211,13 +248,13 @@ def test_settings_of_a_group_can_be_changed_between_steps():
     assert torch.equal(W, before)
 
 
-@pytest.mark.parametrize("ratio", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("ratio", [-0.1, float("nan"), float("inf"), 10**400, numpy.float32("nan")])
 def test_refuses_an_update_ratio_that_is_negative_or_not_finite(ratio):
     with pytest.raises(ValueError, match="update_ratio must be finite and not negative, got"):
         built([small_layer()], update_ratio=ratio)
 
 
-@pytest.mark.parametrize("ratio", ["2", None, True, 1j])
+@pytest.mark.parametrize("ratio", ["2", None, True, 1j, numpy.True_, numpy.ones(1), torch.ones(1)])
 def test_refuses_an_update_ratio_that_is_no_number_and_no_callable(ratio):
     with pytest.raises(TypeError, match="update_ratio is a number"):
         built([small_layer()], update_ratio=ratio)
@@ -230,6 +267,8 @@ def test_refuses_an_update_ratio_that_is_no_number_and_no_callable(ratio):
         (1.0, TypeError, r"start_step is an int \(a number of steps\), got 1.0"),
         ("1", TypeError, r"start_step is an int \(a number of steps\), got '1'"),
         (True, TypeError, r"start_step is an int \(a number of steps\), got True"),
+        (numpy.float64(1), TypeError, r"start_step is an int \(a number of steps\), got np.float64\(1.0\)"),
+        (numpy.int64(-1), ValueError, "start_step must not be negative, got -1"),
     ],
 )
 def test_refuses_a_start_step_that_is_negative_or_no_int(start_step, error, message):

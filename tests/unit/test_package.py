@@ -28,7 +28,8 @@ ORDER = [
     *("rounding.batch", "rounding.writer"),
     *("weight", "groups", "inner", "triple"),
     *("ledger", "rounding._triton", "rounding.blocks", "rounding.noise", "checkpoint.fingerprint", "checkpoint.files"),
-    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "all_or_nothing", "messages"),
+    *("checkpoint.readable", "guard", "lowrank", "layouts", "scaling", "tensors", "sharding"),
+    *("all_or_nothing", "plain", "messages"),
 ]
 
 

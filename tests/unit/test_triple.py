@@ -61,6 +61,26 @@ def test_a_name_of_its_own_is_not_written_into_the_users_triple():
     assert [t.name for t in one.triples] == [t.name for t in other.triples] == ["triple0", "triple1"]
 
 
+@pytest.mark.parametrize("name", ["", "model.layers.0.q", "Schicht übrigens 層", "x" * 10_000, "a\nb"])
+def test_takes_any_name_as_a_plain_string(name):
+    class Name(str):
+        __slots__ = ()
+
+    for triple in (small_triple(Name(name)), small_triple().named(Name(name))):
+        assert (type(triple.name), triple.name, triple.label) == (str, name, name)
+
+
+@pytest.mark.parametrize("name", [3, b"q", ("q",)])
+def test_refuses_a_name_that_is_no_string(name):
+    with pytest.raises(TypeError, match=r"the name of a triple is a str, got (3|b'q'|\('q',\))"):
+        small_triple(name)
+
+
+def test_refuses_a_name_that_no_file_holds():
+    with pytest.raises(ValueError, match=r"the name 'q\\ud800' cannot be written in UTF-8: surrogates not allowed"):
+        small_triple("q\ud800")
+
+
 def test_refuses_a_merged_branch_at_registration_and_at_a_step():
     module = HandmadeLayer()
     triple = module.triple()
