@@ -28,7 +28,7 @@ ORDER = [
     *("rounding.batch", "rounding.writer"),
     *("weight", "groups", "inner", "triple"),
     *("ledger", "rounding._triton", "rounding.blocks", "rounding.noise", "checkpoint.fingerprint", "checkpoint.files"),
-    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "messages"),
+    *("all_or_nothing", "guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "messages", "schedules"),
 ]
 
 
