@@ -18,13 +18,14 @@ from torch import Tensor
 
 from deltaopt.gradient_hooks import leave_whole
 from deltaopt.guard import FiniteGuard
-from deltaopt.ledger import Factors, Ledger, warn_of_lost
+from deltaopt.ledger import Factors, Ledger
 from deltaopt.rounding.batch import Addition, KernelBatch, fused_kernel
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain
+from deltaopt.upkeep import Upkeep
 from deltaopt.weight import WeightState
 
 Kind: TypeAlias = "tuple[torch.Size, torch.Size, torch.dtype, torch.device]"
@@ -123,7 +124,8 @@ class InPlaceUpdate(UpdateRule):
         self._kinds: dict[WeightState, Kind] = {}
         self._buffers: dict[Kind, _Buffers] = {}
         self._pending: deque[_LedgerUpdates] = deque()
-        self._warned = False
+        self._extended: list[Ledger] = []
+        self._upkeep = Upkeep()
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
         """Say why W cannot be written, with the way out for packed and quantized ones."""
@@ -181,6 +183,8 @@ class InPlaceUpdate(UpdateRule):
             if updates is not None:
                 self._pending.append(updates)
         self._complete_ledgers(wait=False)
+        extended, self._extended = self._extended, []
+        self._upkeep.after_step(extended, stacklevel=5)
 
     def flush(self) -> None:
         """Record the moves of all past steps in the ledgers. Waits for the device."""
@@ -203,9 +207,7 @@ class InPlaceUpdate(UpdateRule):
     def _complete_ledgers(self, wait: bool) -> None:
         """Record the moves of past steps that the host knows of; with `wait`, of all past steps."""
         while self._pending and (wait or self._host.arrived(self._pending[0].event)):
-            extended = self._pending.popleft().record()
-            if not self._warned:
-                self._warned = warn_of_lost(extended, stacklevel=6)
+            self._extended += self._pending.popleft().record()
 
     def _kind(self, weight: WeightState) -> Kind:
         kind = self._kinds.get(weight)

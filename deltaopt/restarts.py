@@ -9,7 +9,6 @@ from typing import TypeAlias
 import torch
 
 from deltaopt.checks import check_finite, check_writable
-from deltaopt.ledger import warn_of_lost
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
 from deltaopt.rounding.writer import Writer, put_
@@ -39,7 +38,6 @@ def restart(weights: Sequence[WeightState], reinit: Reinit, writer: Writer) -> N
         raise
     for weight in weights:
         weight.note_base()
-    known = [weight for weight in weights if not weight.ledger.lost]
     for weight, branch in branches.items():
         triple, terms = weight.triple, [branch]
         weight.placed_ledger().restart(branch.coef, (branch.A, branch.B))
@@ -47,7 +45,6 @@ def restart(weights: Sequence[WeightState], reinit: Reinit, writer: Writer) -> N
             terms.append(weight.branch()._replace(coef=-triple.folded * triple.scaling))
             weight.ledger.add(terms[-1])
         writer.add_terms_(weight, terms)
-    warn_of_lost([weight.ledger for weight in known], stacklevel=4)
 
 
 @torch.no_grad()
