@@ -1,5 +1,6 @@
 """Delta-LoRA (arXiv 2309.02411) as an optimizer: trains LoRA factors and moves the frozen weight with them."""
 
+from deltaopt import schedules
 from deltaopt.checkpoint.files import load, save
 from deltaopt.checkpoint.format import without_compensation, without_ledger
 from deltaopt.checkpoint.resume import WeightMismatchError
@@ -22,6 +23,7 @@ __all__ = [
     "merged_weights",
     "other_parameters",
     "save",
+    "schedules",
     "without_compensation",
     "without_ledger",
 ]

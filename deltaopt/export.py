@@ -28,7 +28,8 @@ def export_adapter(
     Args:
         optimizer: after training.
         rank: compress each layer to this inner size, by QR and SVD of the factors: the best approximation in the
-            Frobenius norm. Default: exact.
+            Frobenius norm. Default: exact; where `update_ratio` changed often, so that the displacement is kept as a
+            matrix, of the smallest rank that is exact to rounding, which takes an SVD of that matrix.
         from_pristine: count from the weight before the start of A and B was taken out of it (PiSSA, OLoRA, ...), for
             layers that `find_triples` found to have such a start. Default: from W as it was registered.
 
@@ -45,7 +46,8 @@ def export_adapter(
     exported = {}
     for weight in optimizer.weights():
         whole = weight.change(from_pristine)
-        exported[weight.label] = whole if rank is None or whole.rank <= rank else whole.compressed(rank)
+        fits = not weight.ledger.is_matrix if rank is None else whole.rank <= rank
+        exported[weight.label] = whole if fits else whole.compressed(rank)
     return exported
 
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from deltaopt.factor_buffers import DeviceBuffers, FactorBuffers, HostBuffers, Kind, LedgerUpdates
 from deltaopt.gradient_hooks import leave_whole
 from deltaopt.guard import FiniteGuard
-from deltaopt.ledger import Ledger, warn_of_lost
+from deltaopt.ledger import Ledger
 from deltaopt.rounding.batch import fused_kernel
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain
+from deltaopt.upkeep import Upkeep
 from deltaopt.weight import WeightState
 
 
@@ -90,8 +91,8 @@ class InPlaceUpdate(UpdateRule):
         self._buffers: dict[Kind, FactorBuffers] = {}
         self._move: _Move | None = None
         self._pending: deque[LedgerUpdates] = deque()
-        self._lost: list[Ledger] = []
-        self._warned = False
+        self._extended: list[Ledger] = []
+        self._upkeep = Upkeep()
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
         """Say why W cannot be written, with the way out for packed and quantized ones."""
@@ -154,14 +155,13 @@ class InPlaceUpdate(UpdateRule):
         self._guard.count(move.finite, move.counted)
         self._move = None
         self._complete_ledgers(wait=False)
+        self._upkeep.after_step(self._extended)
+        self._extended = []
 
     def warn(self, stacklevel: int) -> None:
-        """Warn of the first update that was skipped, and of displacements that were given up."""
-        lost, self._lost = self._lost, []
+        """Warn of the first update that was skipped, and of ledgers that will grow large."""
         self._guard.warn(stacklevel + 1)
-        if lost and not self._warned:
-            self._warned = True
-            warn_of_lost(lost, stacklevel + 1)
+        self._upkeep.warn(stacklevel + 1)
 
     def unwritten(self) -> list[str]:
         """Return the labels of the weights that an interrupted step has not moved yet."""
@@ -193,12 +193,12 @@ class InPlaceUpdate(UpdateRule):
         return DeviceBuffers(kind, members, kernel)
 
     def _note_ledgers(self, recorded: list[Ledger] | LedgerUpdates) -> None:
-        """Note the ledgers that were given up; or queue the updates whose outcome the device has not reported yet."""
+        """Note the ledgers that were extended; or queue the updates whose outcome the device has not reported yet."""
         if isinstance(recorded, LedgerUpdates):
             if recorded not in self._pending:
                 self._pending.append(recorded)
         else:
-            self._lost = [*self._lost, *(ledger for ledger in recorded if ledger.lost)]
+            self._extended = [*self._extended, *recorded]
 
     def _complete_ledgers(self, wait: bool) -> None:
         """Record the moves of past steps that the host knows of; with `wait`, of all past steps."""

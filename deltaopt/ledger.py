@@ -5,60 +5,145 @@ While coef = lambda s is constant, the moves telescope (docs/method.md):
     W[t] - W[K] = coef * (A[t] B[t] - A[K] B[K])
 
 so one anchor and the present product say all of it, whatever the number of steps. A changed coef, factors that were
-changed between two steps, and a restart, which adds the branch to W, each add a term.
+changed between two steps, and a restart, which adds the branch to W, each add a term. Once the terms are half as large
+as W they are summed up in one (c, d) matrix: then the ledger grows no more, whatever happens, and stays exact.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from typing import TypeAlias
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from deltaopt.lowrank import Term, joined
+from deltaopt.all_or_nothing import note
+from deltaopt.lowrank import Term, joined, matrix_factors
+from deltaopt.rounding.blocks import full_precision
 
 Factors: TypeAlias = "tuple[Tensor, Tensor]"
 """A (c, r) and B (r, d)."""
 
-
 SMALL_RANK = 64
-"""A summed rank that is always allowed."""
+"""A summed rank that is always kept as terms."""
+
+BATCH = 4
+"""Terms that are added to the matrix in one product, if there is time: each product reads and writes all of it."""
 
 
-def rank_bound(c: int, d: int, r: int) -> int:
-    """Return the summed rank above which terms are merged: as large as a dense (c, d) matrix, or small."""
-    return max(c * d // (c + d), 4 * r, SMALL_RANK)
+def rank_limit(c: int, d: int, r: int) -> int:
+    """Return the summed rank up to which terms are kept as they are: half as large as a dense (c, d) matrix."""
+    return max(c * d // (c + d) // 2, 4 * r, SMALL_RANK)
+
+
+class _Batch(NamedTuple):
+    """The first `size` terms, which are being added to the matrix; once that is done, `added` is not empty."""
+
+    size: int
+    added: list[Tensor]
+
+
+class _State(NamedTuple):
+    """All that a ledger knows.
+
+    It is replaced as a whole, by the last statement of an event: an exception finds the ledger before or after it.
+    """
+
+    terms: tuple[Term, ...] = ()
+    matrix: Tensor | None = None
+    batch: _Batch | None = None
+    coef: float = 0.0
+    end: Factors | None = None
+    lost: str | None = None
+
+    def waiting(self) -> tuple[Term, ...]:
+        """Return the terms that are not in the matrix."""
+        return self.terms[self.batch.size :] if self.batch is not None and self.batch.added else self.terms
+
+    def closed(self, coef: float, factors: Factors) -> _State:
+        """Return the same with one more term, of tensors of its own."""
+        A, B = factors
+        known_zero = coef == 0 or (A.device.type == "cpu" and not all(factor.any() for factor in factors))
+        if self.lost is not None or known_zero:
+            return self
+        term = Term(coef, A.detach().clone(), B.detach().clone())
+        return self._replace(terms=(*self.waiting(), term), batch=None)
 
 
 class Ledger:
-    """The movement of one W: the sum of `terms`, plus `coef` times the product of the factors in `end`.
-
-    Attributes:
-        terms: closed terms: anchors with a negative coefficient, and what changes of coef left behind.
-        coef: the coefficient of the product that is still moving; 0.0 before the first move.
-        end: A (c, r) and B (r, d) as the last move left them; None before the first move.
-        lost: why the displacement is not known any more; None while it is.
-    """
+    """The movement of one W: the sum of `terms`, plus `coef` times the product of the factors in `end`."""
 
     def __init__(self) -> None:
-        self.terms: list[Term] = []
-        self.coef = 0.0
-        self.end: Factors | None = None
-        self.lost: str | None = None
+        self._state = _State()
+
+    @property
+    def terms(self) -> list[Term]:
+        """Closed terms: anchors with a negative coefficient, what changes of coef left behind, and sums of such.
+
+        A sum that is kept as a matrix is a term one of whose factors is the identity.
+        """
+        matrix = self._state.matrix
+        return [*self._state.waiting(), *([] if matrix is None else [Term(1.0, *matrix_factors(matrix))])]
+
+    @terms.setter
+    def terms(self, terms: Iterable[Term]) -> None:
+        waiting, matrix = [], None
+        for term in terms:
+            found = _matrix_of(term) if matrix is None else None
+            if found is None:
+                waiting.append(term)
+            else:
+                matrix = found
+        self._state = self._state._replace(terms=tuple(waiting), matrix=matrix, batch=None)
+
+    @property
+    def coef(self) -> float:
+        """The coefficient of the product that is still moving; 0.0 before the first move."""
+        return self._state.coef
+
+    @coef.setter
+    def coef(self, coef: float) -> None:
+        self._state = self._state._replace(coef=coef)
+
+    @property
+    def end(self) -> Factors | None:
+        """A (c, r) and B (r, d) as the last move left them; None before the first move."""
+        return self._state.end
+
+    @end.setter
+    def end(self, end: Factors | None) -> None:
+        self._state = self._state._replace(end=end)
+
+    @property
+    def lost(self) -> str | None:
+        """Why the displacement is not known; None while it is. Only a state of an earlier version brings a reason."""
+        return self._state.lost
+
+    @lost.setter
+    def lost(self, reason: str | None) -> None:
+        self._state = self._state._replace(lost=reason)
+
+    @property
+    def is_matrix(self) -> bool:
+        """True if the closed terms are summed up in one matrix as large as W, with a few that still wait."""
+        return self._state.matrix is not None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the closed terms."""
-        return sum(term.A.nbytes + term.B.nbytes for term in self.terms)
+        terms, matrix = self._state.waiting(), self._state.matrix
+        return sum(term.A.nbytes + term.B.nbytes for term in terms) + (0 if matrix is None else matrix.nbytes)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Ledger:
         """Move the tensors to `device` and `dtype`; return the ledger itself."""
-        self.terms = [term.to(device, dtype) for term in self.terms]
-        if self.end is not None and (self.end[0].device, self.end[0].dtype) != (device, dtype):
-            A, B = self.end
-            self.end = A.to(device, dtype), B.to(device, dtype)
+        state = self._state
+        terms = tuple(term.to(device, dtype) for term in state.waiting())
+        matrix = None if state.matrix is None else state.matrix.to(device, dtype)
+        end = state.end
+        if end is not None and (end[0].device, end[0].dtype) != (device, dtype):
+            end = end[0].to(device, dtype), end[1].to(device, dtype)
+        self._state = state._replace(terms=terms, matrix=matrix, batch=None, end=end)
         return self
 
     def extend(self, coef: float, start: Factors, before: Factors | None) -> None:
@@ -69,74 +154,108 @@ class Ledger:
             start: A and B at its start.
             before: A and B as the last move left them, if they are others.
         """
+        state = self._with_room()
         if before is None:
-            self._close(self.coef - coef, start)
+            state = state.closed(state.coef - coef, start)
         else:
-            self._close(self.coef, before)
-            self._close(-coef, start)
-        self.coef = coef
+            state = state.closed(state.coef, before).closed(-coef, start)
+        self._state = state._replace(coef=coef)
 
     def add(self, term: Term) -> None:
         """Record that W was asked to move by `term`, apart from the moves of steps."""
-        self._close(term.coef, (term.A, term.B))
+        self._state = self._with_room().closed(term.coef, (term.A, term.B))
 
     def restart(self, scaling: float, branch: Factors) -> None:
         """Record that scaling * A @ B of the branch was added to W, and that A and B start afresh."""
-        if self.end is not None and all(map(torch.equal, self.end, branch)):
-            scaling, self.end = self.coef + scaling, None
-        self.close()
-        self._close(scaling, branch)
+        state = self._with_room()
+        if state.end is not None and all(map(torch.equal, state.end, branch)):
+            scaling += state.coef
+        elif state.end is not None:
+            state = state.closed(state.coef, state.end)
+        self._state = state.closed(scaling, branch)._replace(coef=0.0, end=None)
 
     def close(self) -> None:
         """Close the running product, so that the next move is a first one: with factors of another rank."""
-        if self.end is not None:
-            self._close(self.coef, self.end)
-        self.coef, self.end = 0.0, None
+        state = self._with_room()
+        if state.end is not None:
+            state = state.closed(state.coef, state.end)
+        self._state = state._replace(coef=0.0, end=None)
 
     def displacement(self) -> list[Term]:
         """Return terms that add up to what W was asked to move by; empty when that is nothing.
 
         Raises:
-            RuntimeError: if it is not known any more, with the reason.
+            RuntimeError: if it is not known, with the reason.
         """
-        if self.lost is not None:
-            raise RuntimeError(self.lost)
-        self.terms = [term for term in self.terms if not term.is_zero()]
-        running = [] if self.end is None else [Term(self.coef, *self.end)]
+        state = self._state
+        if state.lost is not None:
+            raise RuntimeError(state.lost)
+        waiting = tuple(term for term in state.waiting() if not term.is_zero())
+        self._state = state = state._replace(terms=waiting, batch=None)
+        running = [] if state.end is None else [Term(state.coef, *state.end)]
         return self.terms + [term for term in running if not term.is_zero()]
 
-    def _close(self, coef: float, factors: Factors) -> None:
-        """Append a term of its own; merge all terms once their ranks have summed up too far."""
-        known_zero = coef == 0 or (factors[0].device.type == "cpu" and not all(factor.any() for factor in factors))
-        if self.lost is not None or known_zero:
-            return
-        A, B = factors
-        term = Term(coef, A.detach().clone(), B.detach().clone())
-        self.terms.append(term)
-        *_, c, r = A.shape
-        d = B.shape[-1]
-        bound = rank_bound(c, d, r)
-        if sum(term.rank for term in self.terms) <= bound:
-            return
-        merged = joined(self.terms).compressed()
-        self.terms = [Term(1.0, merged.A, merged.B)]
-        limit = bound - 2 * r  # room for two more, or each new term would cause a merge
-        if merged.rank > limit:
-            self.terms = []
-            self.lost = (
-                "the displacement is not known as low-rank terms any more: update_ratio changed so often (or there "
-                f"were so many restarts, or changes of A and B between steps) that its rank passed {limit}, the limit "
-                f"for a weight of {c} x {d}. W itself stays exact. Save checkpoints that hold W, keep a copy of "
-                'the base (keep_base="cpu"), or change update_ratio in fewer, larger steps'
-            )
+    def ranks(self) -> tuple[int, int]:
+        """Return the summed rank of the terms that are not in a matrix, and up to which rank that is none."""
+        terms = self._state.waiting()
+        return sum(term.rank for term in terms), 0 if not terms else _limit(terms[-1])
 
+    def work(self) -> int:
+        """Return the number of multiplications that it takes to add the last closed term to a matrix."""
+        terms = self._state.waiting()
+        return 0 if not terms else terms[-1].A.numel() * terms[-1].B.shape[-1]
 
-def warn_of_lost(ledgers: Iterable[Ledger], stacklevel: int) -> bool:
-    """Warn if a displacement was given up; return True if one was."""
-    lost = [ledger.lost for ledger in ledgers if ledger.lost]
-    if lost:
-        warnings.warn(f"for some weights {lost[0]}", RuntimeWarning, stacklevel=stacklevel + 1)
-    return bool(lost)
+    def matrix_nbytes(self) -> int:
+        """Return the bytes of the matrix that all closed terms can be summed up in; 0 where there is no term."""
+        terms = self._state.waiting()
+        if not terms:
+            return 0 if self._state.matrix is None else self._state.matrix.nbytes
+        A, B = terms[-1].A, terms[-1].B
+        return A.nbytes // A.shape[-1] * B.shape[-1]
+
+    def overdue(self) -> bool:
+        """Tell if terms should be summed up: they are more than the limit, or a batch for the matrix there is."""
+        rank, limit = self.ranks()
+        return len(self._state.waiting()) >= BATCH if self.is_matrix else rank > limit
+
+    def sum_up(self, work: int | None = None) -> int:
+        """Add closed terms to the matrix, the oldest first; make the matrix if there is none.
+
+        Args:
+            work: about how many multiplications it may take; one term is added in any case. Default: add all.
+
+        Returns:
+            How many it took.
+        """
+        terms, matrix = self._state.waiting(), self._state.matrix
+        count = done = 0
+        for term in terms:
+            cost = term.A.numel() * term.B.shape[-1]
+            if count and work is not None and done + cost > work:
+                break
+            count, done = count + 1, done + cost
+        if count == 0:
+            return 0
+        A, B, _ = joined(terms[:count])
+        with torch.no_grad(), full_precision(A.device):
+            if matrix is None:
+                self._state = self._state._replace(terms=terms[count:], matrix=A @ B, batch=None)
+                return done
+            if matrix.is_inference():  # which nothing outside of inference mode may write
+                matrix = matrix.clone()
+            # An exception can come between any two of these statements, and leaves each term counted once.
+            batch = _Batch(count, [])
+            self._state = self._state._replace(terms=terms, matrix=matrix, batch=batch)
+            note(batch.added, partial(matrix.addmm_ if matrix.dim() == 2 else matrix.baddbmm_, A, B))
+            self._state = self._state._replace(terms=terms[count:], batch=None)
+        return done
+
+    def _with_room(self) -> _State:
+        """Return the state, after terms were summed up that `Upkeep` has not come to: many restarts without a step."""
+        (rank, limit), terms = self.ranks(), self._state.waiting()
+        if terms and rank + terms[-1].rank > 2 * limit:
+            self.sum_up()
+        return self._state
 
 
 def combined(terms: Iterable[Term]) -> list[Term]:
@@ -150,3 +269,17 @@ def combined(terms: Iterable[Term]) -> list[Term]:
         else:
             found.append(term)
     return found
+
+
+def _limit(term: Term) -> int:
+    *_, c, r = term.A.shape
+    return rank_limit(c, term.B.shape[-1], r)
+
+
+def _matrix_of(term: Term) -> Tensor | None:
+    """Return the matrix of a term that is one and an identity; None of another term."""
+    A, B = term.A, term.B
+    matrix = A if B.shape[-1] <= A.shape[-2] else B
+    if term.coef != 1.0 or term.rank != min(A.shape[-2], B.shape[-1]):
+        return None
+    return matrix if all(map(torch.equal, matrix_factors(matrix), (A, B))) else None

@@ -56,6 +56,10 @@ class LowRank(NamedTuple):
         """Compute the dense matrix A @ B."""
         return self.A @ self.B
 
+    def summed(self) -> LowRank:
+        """Return the same matrix as the dense product, formed in float64, and an identity on its shorter side."""
+        return LowRank(*matrix_factors((self.A.to(torch.float64) @ self.B.to(torch.float64)).to(self.A.dtype)))
+
     def compressed(self, rank: int | None = None) -> LowRank:
         """Return the same matrix, or its best approximation, with the smallest inner size.
 
@@ -91,3 +95,10 @@ def joined(terms: Iterable[Term]) -> LowRank:
     A = torch.cat([term.A * term.coef for term in terms], dim=-1)
     B = torch.cat([term.B for term in terms], dim=-2)
     return LowRank(A, B)
+
+
+def matrix_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of a dense (c, d) or (e, c, d) matrix: itself, and an identity on its shorter side."""
+    *lead, c, d = matrix.shape
+    identity = torch.eye(min(c, d), dtype=matrix.dtype, device=matrix.device).expand(*lead, -1, -1)
+    return (matrix, identity) if d <= c else (identity, matrix)

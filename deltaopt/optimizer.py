@@ -434,7 +434,6 @@ class DeltaLoRAOptimizer(Optimizer):
 
             with self._event("restart()", finish, [], restart.unfinished):
                 restart.make_start(start)
-            restart.warn()
 
     def resync(self) -> None:
         """Move every W to where it belongs for the present A and B, after these were changed from outside.

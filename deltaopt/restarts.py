@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaopt.all_or_nothing import call_the_rest, note
 from deltaopt.checks import check_finite, check_writable
-from deltaopt.ledger import Factors, warn_of_lost
+from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
 from deltaopt.rounding.writer import Writer, put_
@@ -44,7 +44,6 @@ class Restart:
         self._start: list[list[Tensor]] | None = None
         self._written: list[list[Any]] = [[] for _ in weights]
         self._recorded: list[list[Any]] = [[] for _ in weights]
-        self._knew = [weight for weight in weights if not weight.ledger.lost]
 
     @torch.no_grad()
     def make_start(self, reinit: Reinit) -> None:
@@ -91,10 +90,6 @@ class Restart:
     def unfinished(self) -> list[str]:
         """Return the labels of the weights that have not got all of their branch."""
         return [w.label for w, recorded in zip(self._weights, self._recorded, strict=True) if not recorded]
-
-    def warn(self) -> None:
-        """Warn of displacements that were given up."""
-        warn_of_lost([weight.ledger for weight in self._knew], stacklevel=3)
 
     def _copies(self) -> list[list[Tensor]]:
         return [[factor.detach().clone() for factor in weight.tensors[1:]] for weight in self._weights]

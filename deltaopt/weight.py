@@ -150,7 +150,8 @@ class WeightState:
         terms = self.displacement()
         if self.triple.folded:
             terms = [*terms, Term(self.triple.folded * self.triple.scaling, A, B)]
-        return joined(terms or [Term(0.0, A[..., :0], B[..., :0, :])])
+        movement = joined(terms or [Term(0.0, A[..., :0], B[..., :0, :])])
+        return movement.summed() if self.ledger.is_matrix else movement
 
     def change(self, from_pristine: bool = False) -> LowRank:
         """Return the displacement of W and the branch next to it as one product.

@@ -17,6 +17,9 @@ from deltaopt.tensors import FLOATS
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
+IDENTITY = "(identity)"
+"""Stands for the numbers of an identity matrix, next to a ledger's dense one; no base64."""
+
 
 def triple_record(triple: LoRATriple, A: Tensor, B: Tensor) -> dict[str, Any]:
     """Return what a checkpoint keeps of a triple to know it again.
@@ -41,6 +44,8 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
     `SavedLedger` makes the ledger of it again.
     """
     ledger, now = weight.placed_ledger(), weight_record(weight)
+    if ledger.is_matrix:
+        ledger.sum_up()  # the terms that wait to be added to it would be saved next to it
     # W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits.
     hides = weight.base is not None and weight.base.record() == now
     return {
@@ -129,6 +134,8 @@ def _term_of(record: dict[str, Any]) -> Term:
 
 def _tensor_record(tensor: Tensor) -> dict[str, Any]:
     tensor = tensor.detach().cpu().contiguous()
+    if _is_identity(tensor):
+        return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "data": IDENTITY}
     data = ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
     dtype = str(tensor.dtype).removeprefix("torch.")
     return {"shape": list(tensor.shape), "dtype": dtype, "data": base64.b64encode(data).decode("ascii")}
@@ -138,5 +145,13 @@ def _tensor_of(record: dict[str, Any]) -> Tensor:
     dtype = getattr(torch, record["dtype"])
     if dtype not in FLOATS:
         raise ValueError(f"a tensor of {dtype}")
+    if record["data"] == IDENTITY:
+        *lead, n, _ = record["shape"]
+        return torch.eye(n, dtype=dtype).expand(*lead, n, n)
     data = bytearray(base64.b64decode(record["data"], validate=True))
     return torch.frombuffer(data, dtype=dtype).reshape(record["shape"]).clone()
+
+
+def _is_identity(tensor: Tensor) -> bool:
+    n = tensor.shape[-1]
+    return tensor.shape[-2] == n and torch.equal(tensor, torch.eye(n, dtype=tensor.dtype).expand_as(tensor))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, gradient_hooks
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, gradient_hooks, ledger
 from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
 from deltaopt.groups import DeltaGroup, Settings
 from deltaopt.in_place import Host, InPlaceUpdate
@@ -53,6 +53,11 @@ def ledger_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> Ledger:
 def terms_of(optimizer: DeltaLoRAOptimizer, index: int = 0) -> list[Any]:
     """Return the low-rank terms that the ledger keeps, without those of the last move."""
     return ledger_of(optimizer, index).terms
+
+
+def keep_few_terms(patch: pytest.MonkeyPatch) -> None:
+    """Let ledgers sum up terms as soon as their rank passes 4 r, so that a few moves of a small layer get there."""
+    patch.setattr(ledger, "SMALL_RANK", 0)
 
 
 def has_moved(optimizer: DeltaLoRAOptimizer, index: int = 0) -> bool:

@@ -85,3 +85,14 @@ def test_float32_factors_stay_float32_and_lose_no_more_than_rounding():
     assert (found.A.dtype, found.B.dtype, found.rank) == (torch.float32, torch.float32, 8)
     whole = dense_sum([Term(t.coef, t.A.double(), t.B.double()) for t in some])
     assert float((found.product() - whole).norm() / whole.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (6, 6)])
+def test_a_sum_has_an_identity_on_its_shorter_side(shape, lead):
+    some = random_terms([5, 7], shape, lead)
+    found = joined(some).summed()
+    assert (found.rank, found.error) == (6, 0.0)
+    assert torch.allclose(found.product(), dense_sum(some), atol=1e-12)
+    identity = found.B if shape[1] <= shape[0] else found.A
+    assert torch.equal(identity, torch.eye(6, dtype=torch.float64).expand(*lead, 6, 6))
