@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from copy import copy
 from typing import TypeAlias
 
 import torch
@@ -79,6 +80,13 @@ class Ledger:
     def add(self, term: Term) -> None:
         """Record that W was asked to move by `term`, apart from the moves of steps."""
         self._close(term.coef, (term.A, term.B))
+
+    def plus(self, term: Term) -> Ledger:
+        """Return this ledger with `term` added; this one stays as it is."""
+        twin = copy(self)
+        twin.terms = list(self.terms)
+        twin.add(term)
+        return twin
 
     def restart(self, scaling: float, branch: Factors) -> None:
         """Record that scaling * A @ B of the branch was added to W, and that A and B start afresh."""

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from deltaopt.all_or_nothing import note
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of W that are lifted at a time: 4 MiB in float32."""
@@ -73,6 +76,7 @@ def add_product_(
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
     scratch: Scratch | None = None,
+    done: list[Any] | None = None,
 ) -> None:
     """Compute W += coef * U @ V in the dtype of U and V, rounded once into W's.
 
@@ -88,15 +92,18 @@ def add_product_(
         compensation: of W's shape, int16: what was cut off before, in units of float32's last place. It is added, and
             written in place.
         scratch: memory to compute in, which the next call may use too. Default: memory of its own.
+        done: the writes of an earlier call that was interrupted, which are not repeated; this call notes its own.
     """
-    if not W.numel():
+    if done or not W.numel():
         return
+    done = [] if done is None else done
     if W.dtype != U.dtype:
         _add_product_in_blocks_(W, U, V, coef, noise, compensation, scratch or Scratch())
+        done.append(W)
     elif W.dim() == 3:
-        W.baddbmm_(U, V, alpha=coef)
+        note(done, partial(W.baddbmm_, U, V, alpha=coef))
     else:
-        W.addmm_(U, V, alpha=coef)
+        note(done, partial(W.addmm_, U, V, alpha=coef))
 
 
 def lifted(W: Tensor, compensation: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ The arithmetic on tensors is in blocks.py and, on a GPU, in _triton.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,14 +85,21 @@ class Writer(NamedTuple):
             noise = None
         add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch)
 
-    def add_terms_(self, weight: WeightState, terms: list[Term]) -> None:
-        """Add the sum of the terms, computed in float64, to the part of W that moves."""
+    def add_terms_(self, weight: WeightState, terms: list[Term], done: list[Any] | None = None) -> None:
+        """Add the sum of the terms, computed in float64, to the part of W that moves.
+
+        Args:
+            weight: whose W is written.
+            terms: of `weight`.
+            done: the writes of an earlier call that was interrupted; this one continues after them and notes its own.
+        """
         part = weight.part()
         noise = None
         if self.rounding.of(part.dtype) == "stochastic":
             *lead, c, d = weight.matrix().shape
             noise = self.noise(label_hashes([weight.label], lead)[0], c, d, part.device)
-        add_terms_(weight, part, terms, noise=noise, compensation=self.compensation(weight), scratch=self.scratch)
+        kept = self.compensation(weight)
+        add_terms_(weight, part, terms, noise=noise, compensation=kept, scratch=self.scratch, done=done)
 
     @property
     def keys(self) -> Keys:
@@ -125,6 +132,7 @@ def add_terms_(
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
     scratch: Scratch | None = None,
+    done: list[Any] | None = None,
 ) -> None:
     """Add coef * the sum of the terms, computed in float64 and rounded once, to a tensor like W's moving part.
 
@@ -138,13 +146,15 @@ def add_terms_(
         noise: see `deltaopt.rounding.blocks.add_product_`.
         compensation: see there; of the form of `part`.
         scratch: see there.
+        done: see there.
     """
     terms = [term.to(part.device, torch.float64) for term in terms]
     if not terms:
         return
     total, view = joined(terms), weight.triple.view
     kept = None if compensation is None else view.part_matrix(compensation)
-    add_product_(view.part_matrix(part), total.A, view.ordered(total.B, weight.tensors.W), coef, noise, kept, scratch)
+    matrix, B = view.part_matrix(part), view.ordered(total.B, weight.tensors.W)
+    add_product_(matrix, total.A, B, coef, noise, kept, scratch, done)
 
 
 @torch.no_grad()

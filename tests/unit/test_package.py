@@ -23,12 +23,12 @@ ORDER = [
     "integrations",
     "export",
     "optimizer",
-    *("in_place", "folded", "restarts", "checks", "rule", "gradient_hooks"),
+    *("folded", "in_place", "restarts", "checks", "rule", "gradient_hooks"),
     *("base", "base_hooks", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
     *("weight", "groups", "inner", "triple"),
     *("ledger", "rounding._triton", "rounding.blocks", "rounding.noise", "checkpoint.fingerprint", "checkpoint.files"),
-    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "messages"),
+    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "messages", "all_or_nothing"),
 ]
 
 
@@ -79,7 +79,7 @@ def test_imports_run_one_way(path):
 def test_the_arithmetic_knows_nothing_above_it(name):
     """Neither knows a triple, a weight or an optimizer."""
     path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-    assert set(imported(path)) <= {"lowrank"}
+    assert set(imported(path)) <= {"lowrank", "all_or_nothing"}
 
 
 @pytest.mark.parametrize("name", MODULES)
