@@ -1,62 +1,86 @@
-"""The folded update: a constant ratio goes into the branch, and W is not written after step K.
+"""The folded update: the ratio goes into the branch, and W is written only where the ratio changes.
 
 While lambda = update_ratio is constant, the moves of W add up to the change of the product (docs/method.md):
 
-    W[t] + s A[t] B[t]  =  (W[K] - lambda s A[K] B[K])  +  (1 + lambda) s A[t] B[t]
+    W[t] + s A[t] B[t]  =  (W[k] - lambda s A[k] B[k])  +  (1 + lambda) s A[t] B[t]
 
-So at step K the constant is taken from W, once, and the branch is scaled by (1 + lambda) s from then on. That makes the
-gradients of A and B 1 + lambda times as large; a hook on each of them divides by it before anything sees them.
+So where lambda changes, from `old` (0 before step K) to `new`, (new - old) s A B is taken from W and the branch is
+scaled by (1 + new) s. That makes the gradients of A and B 1 + new times as large; a hook on each of them divides by it
+before anything sees them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt import gradient_hooks
-from deltaopt.checks import check_finite, weight_problems
+from deltaopt.all_or_nothing import Event
+from deltaopt.checks import weight_problems
 from deltaopt.gradient_hooks import GradientHooks, evaluated_once, is_in_use
-from deltaopt.groups import DeltaGroup
+from deltaopt.groups import DeltaGroup, UpdateRatio
+from deltaopt.guard import FiniteGuard
+from deltaopt.in_place import Host
+from deltaopt.ledger import Ledger
+from deltaopt.lowrank import Term
 from deltaopt.messages import names, problems_of, raise_problems
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.sharding import is_sharded
 from deltaopt.triple import LoRATriple
+from deltaopt.upkeep import Upkeep
 from deltaopt.weight import WeightState
 
 
 class FoldedUpdate(UpdateRule):
-    """Folds the update_ratio of each weight into its branch, and divides the factors' gradients."""
+    """Folds the update_ratio of each weight into its branch, and divides the factors' gradients.
+
+    Args:
+        host: decides what is read from a device. Default: nothing that would wait for it, once a W was written.
+    """
 
     name = "folded"
     moves_weights = False
     scales_branches = True
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host | None = None) -> None:
+        self._host = host if host is not None else Host()
         self._hooks = GradientHooks()
-        self.skipped_updates = 0
+        self._guard = FiniteGuard()
+        self._change: _Change | None = None
+        self._checked_ratios: dict[DeltaGroup, UpdateRatio] = {}
+        self._changed: list[Ledger] = []
+        self._upkeep = Upkeep()
+
+    @property
+    def skipped_updates(self) -> int:
+        """The number of changes that left every W alone because a factor was not finite. Waits for the device."""
+        return self._guard.skipped
+
+    @skipped_updates.setter
+    def skipped_updates(self, count: int) -> None:
+        self._guard = FiniteGuard(count)
 
     def check_inner(self, inner: Optimizer) -> None:
         """Raise ValueError for an optimizer that evaluates the loss at several places within a step."""
         gradient_hooks.check_inner(inner)
 
     def check_groups(self, groups: Sequence[DeltaGroup]) -> None:
-        """Raise ValueError for a ratio that is no constant, and for triples that share a factor and differ."""
-        _check_constant(groups)
-        _check_equal({triple: (group.update_ratio, group.start_step) for group in groups for triple in group.triples})
-
-    def check_ratios(self, groups: Sequence[DeltaGroup]) -> None:
-        """Raise ValueError for a callable update_ratio, which may change."""
-        _check_constant(groups)
+        """Raise ValueError for triples that share a factor and have other settings; those of a callable show later."""
+        constant = [group for group in groups if not callable(group.update_ratio)]
+        _check_equal({triple: (group.update_ratio, group.start_step) for group in constant for triple in group.triples})
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
-        """Say why the branch cannot be scaled; W need not be written."""
-        return weight.triple.folding_problems()
+        """Say why the branch cannot be scaled, or why W would have to be written and cannot be."""
+        found = weight.triple.folding_problems()
+        if unwritable and callable(weight.group.update_ratio):
+            found.append(_varying_sentence(unwritable))
+        return found
 
     def factor_problems(self, weight: WeightState, letter: str, factor: Tensor) -> list[str]:
         """Say why a factor cannot be trained; a sharded one can, if its replacement in the forward pass is known."""
@@ -84,18 +108,49 @@ class FoldedUpdate(UpdateRule):
         """Leave the gradients whole, until the next `follow`."""
         self._hooks.leave()
 
+    @torch.no_grad()
     def before_step(self, weights: Sequence[WeightState], writer: Writer, closure: Closure | None) -> None:
-        """Fold the ratio into the branches for which step K has come; after that the branch moves what W would.
+        """Fold the ratios that are other ones than in the last step; after that the branch moves what W would.
+
+        The effective weight stays. A factor that is NaN or infinite leaves every W as it is, and is counted.
 
         Raises:
-            ValueError: if a ratio that was folded has changed since, or a factor is NaN or infinite.
+            ValueError: if triples with different ratios share a factor or the place of a scaling.
             RuntimeError: if gradients came undivided, a W that cannot be written would have to be, or a branch cannot
                 be folded. Nothing is changed then.
         """
+        self.flush()
+        self._changed = []
         self._hooks.refuse_undivided(weights)
+        self._refuse_varying(weights)
         due = _due(weights, with_closure=closure is not None)
-        if due:
-            self._fold(due, writer)
+        if not due:
+            return
+        _check_foldable(due)
+        terms = {weight: _taken(weight) for weight in due}
+        finite = self._guard.verdict([factor for term in terms.values() for factor in (term.A, term.B)])
+        parts = [_Part.of(weight, term) for weight, term in self._moving(terms, finite)]
+        change = _Change(parts, writer, self._guard, finite)
+        before = [(weight.triple, weight.triple.folded) for weight in due]
+        try:
+            self._scale([(weight.triple, weight.ratio) for weight in due])
+            _check_set(due)
+            self._change = change  # from here on an exception is raised after the rest is done
+            change.complete()
+        except BaseException:
+            if self._change is None:
+                self._scale(before)
+            else:
+                change.complete()
+                self._change = None
+            raise
+        self._change = None
+        self._changed = [part.ledger for part in parts]
+
+    def after_step(self, weights: Sequence[WeightState], writer: Writer, whole: bool = True) -> None:
+        """Sum up terms of the ledgers that this step has extended, if they have become many."""
+        self._upkeep.after_step(self._changed)
+        self._changed = []
 
     @contextmanager
     def inner_step(self, weights: Sequence[WeightState], closure: Closure | None) -> Iterator[Closure | None]:
@@ -131,35 +186,123 @@ class FoldedUpdate(UpdateRule):
             undo.pop_all()
         self._hooks.divide(triples)
 
-    @torch.no_grad()
-    def _fold(self, due: Sequence[WeightState], writer: Writer) -> None:
-        """Take lambda s A B from each W, where that is not zero, and scale the branch by (1 + lambda) s.
+    def flush(self) -> None:
+        """Complete a change of W that an exception has interrupted."""
+        if self._change is not None:
+            Event("a change of update_ratio", self._change.complete, [], self._change.unfinished).complete_later()
+            self._change = None
 
-        The effective weight is as before. This waits for the device, once in a run.
+    def warn(self, stacklevel: int) -> None:
+        """Warn of the first change that was skipped, and of ledgers that will grow large."""
+        self._guard.warn(stacklevel + 1)
+        self._upkeep.warn(stacklevel + 1)
+
+    def _refuse_varying(self, weights: Sequence[WeightState]) -> None:
+        """Raise RuntimeError where a callable ratio was set since the last step, and a W cannot be written."""
+        ratios = {weight.group: weight.group.update_ratio for weight in weights}
+        new = {group for group, ratio in ratios.items() if self._checked_ratios.get(group) is not ratio}
+        raise_problems(
+            RuntimeError,
+            "update_ratio cannot be folded now (nothing was changed)",
+            [
+                problem
+                for weight in weights
+                if weight.group in new and callable(weight.group.update_ratio)
+                if (unwritable := weight.weight_problems())
+                for problem in problems_of(weight.label, [_varying_sentence(unwritable)])
+            ],
+        )
+        self._checked_ratios = ratios
+
+    def _moving(self, terms: Mapping[WeightState, Term], finite: Tensor) -> list[tuple[WeightState, Term]]:
+        """Return copies of the terms that W is to move by: none if a factor is not finite.
+
+        On a GPU the host does not wait for that, so that all terms come back, of zeros if a factor is not finite. It
+        waits only where a W was never written, to leave that alone while its product is zero, or cannot be.
+
+        Raises:
+            RuntimeError: if such a W would have to be written.
         """
-        _check_foldable(due)
-        branches = [(weight, weight.branch()) for weight in due]
-        moving = [
-            (weight, branch._replace(coef=-weight.ratio * branch.coef))
-            for weight, branch in branches
-            if not branch.is_zero()
-        ]
-        check_finite(due)
+        unwritable = [weight for weight in terms if weight.weight_problems()]
+        reads = self._host.reads(finite.device)
+        if not reads and not unwritable and all(weight.moved for weight in terms):
+            return [(weight, _masked(term, finite)) for weight, term in terms.items()]
+        if not bool(finite):
+            return []
+        moving = [(weight, term.cloned()) for weight, term in terms.items() if not term.is_zero()]
         _check_writable([weight for weight, _ in moving])
-        with ExitStack() as undo:
-            for weight in due:
-                undo.callback(_set, weight.triple, weight.triple.folded)
-                _set(weight.triple, weight.ratio)
-            _check_set(due)
-            for weight, _ in moving:
-                weight.note_base()
-            for weight, term in moving:
-                writer.add_terms_(weight, [term])
-                undo.callback(writer.add_terms_, weight, [term._replace(coef=-term.coef)])
-            undo.pop_all()
-        for weight, term in moving:
-            weight.placed_ledger().add(term)
-        self._hooks.divide([weight.triple for weight in due])
+        return moving
+
+    def _scale(self, ratios: Sequence[tuple[LoRATriple, float]]) -> None:
+        """Scale each branch by 1 + its ratio, and divide the gradients by it; all of them, though a setter raises."""
+        with ExitStack() as each:
+            each.callback(self._hooks.divide, [triple for triple, _ in ratios])
+            for triple, ratio in reversed(ratios):
+                each.callback(_set, triple, ratio)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is known of the device belongs to the process; an interrupted change was completed before.
+        return {"skipped_updates": self.skipped_updates, "hooks": self._hooks, "host": self._host}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FoldedUpdate.__init__(self, state["host"])
+        self._hooks, self.skipped_updates = state["hooks"], state["skipped_updates"]
+
+
+class _Part(NamedTuple):
+    """The share of one W in a change.
+
+    Attributes:
+        weight: whose W is written.
+        term: that is added to W.
+        ledger: of W after it.
+        done: the writes so far, see `Writer.add_terms_`.
+    """
+
+    weight: WeightState
+    term: Term
+    ledger: Ledger
+    done: list[Any]
+
+    @classmethod
+    def of(cls, weight: WeightState, term: Term) -> _Part:
+        return cls(weight, term, weight.placed_ledger().plus(term), [])
+
+
+class _Change:
+    """Writes of weights whose branches have their new scaling, until all of them are done."""
+
+    def __init__(self, parts: list[_Part], writer: Writer, guard: FiniteGuard, finite: Tensor) -> None:
+        self.parts = parts
+        self._writer = writer
+        self._guard = guard
+        self._finite = finite
+        self._counted: list[Any] = []
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Write what is not written yet."""
+        for weight, term, ledger, done in self.parts:
+            weight.note_base()
+            self._writer.add_terms_(weight, [term], done)
+            weight.ledger = ledger
+        self._guard.count(self._finite, self._counted)
+
+    def unfinished(self) -> list[str]:
+        """Return the labels of the weights that were not written yet."""
+        return [part.weight.label for part in self.parts if not part.done]
+
+
+def _taken(weight: WeightState) -> Term:
+    """Return what W moves by where its ratio changes, -(new - old) s A B."""
+    change = weight.ratio - weight.triple.folded
+    return weight.branch()._replace(coef=-change * weight.triple.scaling)
+
+
+def _masked(term: Term, finite: Tensor) -> Term:
+    """Return a copy of the term, of zeros where `finite`, 0-d on any device, is False."""
+    here = finite.to(term.A.device, non_blocking=True)
+    return Term(term.coef, torch.where(here, term.A, 0.0), torch.where(here, term.B, 0.0))
 
 
 def _due(weights: Sequence[WeightState], with_closure: bool) -> list[WeightState]:
@@ -168,17 +311,6 @@ def _due(weights: Sequence[WeightState], with_closure: bool) -> list[WeightState
     Triples made of tensors have time until these have gradients (a closure may make them), as this step leaves
     them as they are until then: where the model has replaced its parameters, they never have any.
     """
-    changed = [
-        f"{weight.label} ({weight.triple.folded:g}, now {weight.ratio:g})"
-        for weight in weights
-        if weight.triple.folded not in (0.0, weight.ratio)
-    ]
-    if changed:
-        raise ValueError(
-            f"update_ratio has changed since it was folded into the branch of {names(changed)}: "
-            'weight_update="folded" is exact for a constant ratio only. Put update_ratio and start_step back, or '
-            'use weight_update="in_place"'
-        )
     pending = [weight for weight in weights if weight.ratio != weight.triple.folded]
     in_use = {w.triple.branch.place() for w in pending if with_closure or is_in_use(w.triple)}
     due = [weight for weight in pending if weight.triple.branch.place() in in_use]
@@ -191,17 +323,6 @@ def _set(triple: LoRATriple, ratio: float, scaling: float | None = None) -> None
     triple.scaling = triple.scaling if scaling is None else scaling
     triple.folded = ratio
     triple.set_branch_scaling(triple.branch_scaling)
-
-
-def _check_constant(groups: Iterable[DeltaGroup]) -> None:
-    """Raise ValueError for a callable update_ratio, which may change."""
-    for group in groups:
-        if callable(group.update_ratio):
-            raise ValueError(
-                f'{names([triple.label for triple in group.triples])}: weight_update="folded" needs a constant '
-                f"update_ratio, got {group.update_ratio!r}: what W was moved by is then no multiple of the running "
-                'product, and cannot be folded into the branch. Use weight_update="in_place"'
-            )
 
 
 def _check_equal(settings: Mapping[LoRATriple, object]) -> None:
@@ -251,10 +372,18 @@ def _check_writable(moving: Iterable[WeightState]) -> None:
     """Raise RuntimeError for weights that cannot be written."""
     raise_problems(
         RuntimeError,
-        "the product A @ B is not zero at start_step, so update_ratio * scaling * A @ B has to be taken from W "
-        "once, and these cannot be written (nothing was changed). Set start_step=0 and start from a zero "
-        "product, as LoRA's usual initialisation does",
+        "update_ratio changes (at start_step from 0) while the product A @ B is not zero, so a multiple of it has to "
+        "be taken from W, and these cannot be written (nothing was changed). Set start_step=0, start from a zero "
+        "product, as LoRA's usual initialisation does, and leave update_ratio as it is",
         weight_problems(moving),
+    )
+
+
+def _varying_sentence(unwritable: Sequence[str]) -> str:
+    """Say that a callable ratio may ask for a write of a W with these problems."""
+    return (
+        f"{unwritable[0]}, so W cannot be written, as it has to be where update_ratio changes while A @ B is not zero; "
+        "and a callable update_ratio may change at any step: use a number"
     )
 
 

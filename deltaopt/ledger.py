@@ -165,6 +165,12 @@ class Ledger:
         """Record that W was asked to move by `term`, apart from the moves of steps."""
         self._state = self._with_room().closed(term.coef, (term.A, term.B))
 
+    def plus(self, term: Term) -> Ledger:
+        """Return this ledger with `term` added; this one stays as it is."""
+        twin = Ledger()
+        twin._state = self._state.closed(term.coef, (term.A, term.B))
+        return twin
+
     def restart(self, scaling: float, branch: Factors) -> None:
         """Record that scaling * A @ B of the branch was added to W, and that A and B start afresh."""
         state = self._with_room()

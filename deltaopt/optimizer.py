@@ -710,7 +710,6 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _set_ratios(self) -> None:
         """Give every weight the update_ratio of this step; a callable is asked once for its group."""
-        self._rule.check_ratios(self._groups)
         ratios = {group: group.ratio_at(self._step_count) for group in self._groups}
         for weight in self._weights:
             weight.ratio = ratios[weight.group]

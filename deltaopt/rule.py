@@ -27,7 +27,7 @@ class UpdateRule:
         name: the value of the argument ``weight_update``.
         moves_weights: True if every W moves, so that checkpoints hold a place for the compensation of each.
         scales_branches: True if branches get another scaling, which export and loading have to look at.
-        skipped_updates: steps that left every W alone because a factor was not finite.
+        skipped_updates: updates that left every W alone because a factor was not finite.
     """
 
     name: str
@@ -40,9 +40,6 @@ class UpdateRule:
 
     def check_groups(self, groups: Sequence[DeltaGroup]) -> None:
         """Raise ValueError for settings that this rule cannot follow."""
-
-    def check_ratios(self, groups: Sequence[DeltaGroup]) -> None:
-        """Raise ValueError for ratios that this rule cannot follow; asked at every step, as they may be set."""
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
         """Say why this rule cannot move a weight.
@@ -101,7 +98,7 @@ class UpdateRule:
         return []
 
     def flush(self) -> None:
-        """Complete the ledgers; waits for the device."""
+        """Complete what past steps have left open, and the ledgers; waits for the device."""
 
     def unfolded(self, weights: Sequence[WeightState]) -> AbstractContextManager[None]:
         """Return a context in which every branch adds scaling * A @ B, as next to a W that moves."""

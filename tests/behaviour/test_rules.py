@@ -14,7 +14,7 @@ import deltaopt
 from tests.support import strategies
 from tests.support.compare import assert_close, close, refused
 from tests.support.runs import LayerRun, assert_agrees
-from tests.support.strategies import EVENTS, LAYOUTS, ROUNDINGS, RULES, each_rule
+from tests.support.strategies import EVENTS, LAYOUTS, ROUNDINGS, RULES, SCHEDULES, each_rule
 
 
 @torch.no_grad()
@@ -138,6 +138,22 @@ def test_a_resumed_run_continues(rule, start, stop, zero, W):
     twin = run.twin(whole=W == "saved", start_step=77, update_ratio=0.25, lr=9.0)
     for r in (run, twin):
         r.train(7)
+        assert_account(r)
+    assert_agrees(twin, run)
+    if W == "saved":
+        assert all(map(torch.equal, twin.tensors, run.tensors))
+
+
+@pytest.mark.parametrize("W", ["saved", "base"])
+@pytest.mark.parametrize("stop", [0, 1, 5, 9])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@each_rule
+def test_a_run_resumes_in_the_middle_of_a_schedule(rule, schedule, stop, W):
+    """The callable is not in the state; the ratio of the last step is, where the branch holds it."""
+    run = LayerRun(rule, zero=False, start_step=1, update_ratio=SCHEDULES[schedule]).train(stop)
+    twin = run.twin(whole=W == "saved", start_step=77)
+    for r in (run, twin):
+        r.train(6)
         assert_account(r)
     assert_agrees(twin, run)
     if W == "saved":

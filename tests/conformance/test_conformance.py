@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.support import reference, strategies
 from tests.support.compare import refused, relative
 from tests.support.runs import RATIO, SCALING, LayerRun
-from tests.support.strategies import INNERS, LAYOUTS, ROUNDINGS, RULES, fits
+from tests.support.strategies import INNERS, LAYOUTS, ROUNDINGS, RULES, SCHEDULES, fits
 
 
 class Start(NamedTuple):
@@ -159,7 +159,7 @@ class Clipping(NamedTuple):
     layout=strategies.layouts,
     seed=strategies.seeds,
     start=st.builds(Start, strategies.early_start_steps, st.booleans()),
-    ratio=strategies.moving_ratios,
+    ratio=strategies.moving_ratios | strategies.schedules,
     scaling=strategies.some_scalings,
     clip=strategies.clippings,
     micro=strategies.micro_batches,
@@ -169,6 +169,7 @@ def test_follows_with_any_ratio_scaling_clipping_and_accumulation(
 ):
     assume(fits(name, layout))
     inner, options = INNERS[name]
+    ratio = SCHEDULES.get(ratio, ratio)
     run = conforming_run(rule, layout, start, inner, options, seed=seed, update_ratio=ratio, scaling=scaling)
     loss = lambda W, t: sum(run.loss(W, micro * t + i) for i in range(micro))  # noqa: E731
     settings = {"update_ratio": ratio, "scaling": scaling}
@@ -187,6 +188,29 @@ def test_follows_with_any_ratio_scaling_clipping_and_accumulation(
         assert relative(run.effective_exactly(), effective(t + 1)) < tolerance
         assert relative(A, run.stored.left(expected.A[t + 1])) < tolerance
         assert relative(B, run.stored.right(expected.B[t + 1])) < tolerance
+
+
+SMOOTH = {
+    "AdamW": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1, "eps": 1e-3}),
+    "SGD": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01}),
+}
+"""Inner optimizers that do not make much of a difference in the last bit."""
+
+
+@pytest.mark.parametrize("start", BEGINNINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize(("clip", "micro"), [(None, 1), ("norm", 2), ("value", 3)])
+@pytest.mark.parametrize("rule", TABLE)
+def test_follows_a_ratio_that_changes(rule, clip, micro, name, schedule, start):
+    """W, A and B in every step, with gradients that are clipped and accumulated."""
+    (inner, options), begin, ratio = SMOOTH[name], BEGINNINGS[start], SCHEDULES[schedule]
+    run = conforming_run(rule, "linear", begin, inner, options, update_ratio=ratio)
+    loss = lambda W, t: sum(run.loss(W, micro * t + i) for i in range(micro))  # noqa: E731
+    expected = reference_of(run, 20, begin, loss, Clipping(inner, options, clip), update_ratio=ratio)
+    for t in range(20):
+        run.train(1, micro, clip)
+        assert_is(run, expected, t + 1, 1e-12)
 
 
 @pytest.mark.parametrize("start", BEGINNINGS)

@@ -164,6 +164,34 @@ def test_neither_does_the_first_move_nor_a_changed_ratio():
     assert len(internals.terms_of(optimizer)) == 4
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_folded_rule_does_not_wait_where_a_ratio_changes_again():
+    """The first write of a W waits, to leave it alone where its product is zero."""
+    triples = [
+        LoRATriple(t.W, t.A, t.B, scaling=torch.tensor(0.5, device="cuda"), name=t.name) for t in triples_on_cuda()
+    ]
+    for triple in triples:
+        triple.A.grad = triple.B.grad = None
+    optimizer = DeltaLoRAOptimizer(
+        torch.optim.SGD, triples, lr=0.1, momentum=0.9, update_ratio=lambda t: 1.0 + t, weight_update="folded"
+    )
+
+    def step():
+        optimizer.zero_grad()
+        sum(factor.square().sum() for triple in triples for factor in (triple.A, triple.B)).backward()
+        optimizer.step()
+
+    step()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(4):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(internals.terms_of(optimizer)) == 5
+
+
 @pytest.mark.filterwarnings("ignore:a LoRA factor became NaN")
 def test_the_ledger_knows_of_skipped_steps_and_outside_changes():
     triples = triples_on_cuda()

@@ -51,6 +51,7 @@ from tests.support.peft_layers import (
     train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
+from tests.support.strategies import SCHEDULES
 
 pytestmark = peft_asks_by_an_old_name
 
@@ -87,6 +88,30 @@ def test_every_kind_of_layer_where_the_product_is_not_zero(name, zero, start_ste
     train_model(*its, x, 3)
     assert all(torch.equal(W, once[label]) for label, W in layer_weights(mine.model).items())
     assert_alike(mine, its, x)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_layer_with_a_ratio_that_changes(name, zero):
+    build, targets, inputs, config = CASES[name]
+    model, x = adapted(build(), *targets, zero=zero, **config), inputs()
+    ratio = SCHEDULES["random"]
+    mine, its = both_rules_on(model, x, steps=7, update_ratio=ratio)
+    assert len({ratio(step) for step in range(7)}) > 2
+    assert layer_scalings(mine.model) == pytest.approx([s * (1 + ratio(6)) for s in layer_scalings(model)], rel=1e-12)
+    assert_alike(mine, its, x)
+
+
+def test_groups_of_different_schedules():
+    model, x = adapted(mlp(7, 5, 6, 4), "0", "1", "2", zero=False), image(7)
+    ratios = [SCHEDULES["ramp"], 0.5, SCHEDULES["oscillating"]]
+    runs = both_rules_on(model, x, 6, make=lambda twin, **options: grouped(twin, ratios, **options))
+    assert_alike(*runs, x)
+    for run in runs:
+        run.optimizer.groups[1].update_ratio = 0.0
+        run.optimizer.restart(generator=torch.Generator().manual_seed(0))
+        train_model(*run, x, 3)
+    assert_alike(*runs, x)
 
 
 def test_the_gradients_are_those_of_a_w_that_moves():
@@ -193,6 +218,20 @@ def test_disable_adapter_gives_the_pristine_bits_after_a_zero_product(name):
             assert torch.equal(output(model, x), output(plain, x))
         assert torch.equal(output(model, x), trained)
     assert not torch.equal(trained, output(plain, x))
+
+
+@pytest.mark.parametrize("method", [None, "hooks"])
+def test_the_base_comes_back_in_the_middle_of_a_schedule(method):
+    plain, x = mlp(7, 5, 4).double(), image(7)
+    model = adapted(plain, "0", "1", zero=False)
+    optimizer = folded(model, x, 5, update_ratio=SCHEDULES["ramp"])
+    with torch.no_grad():
+        trained = output(model, x)
+        with optimizer.base_weights(method=method), model.disable_adapter():
+            assert_near(output(model, x), output(plain, x))
+        assert_near(output(model, x), trained)
+        with model.disable_adapter():  # W was written, so that this alone is not the base
+            assert (output(model, x) - output(plain, x)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("zero", [True, False])

@@ -1,5 +1,6 @@
 """A folded run with PEFT that is saved and resumed: the branch is scaled by the optimizer's state."""
 
+import contextlib
 import copy
 
 import pytest
@@ -40,6 +41,7 @@ from tests.support.peft_layers import (
     train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
+from tests.support.strategies import SCHEDULES
 
 pytestmark = peft_asks_by_an_old_name
 
@@ -91,6 +93,28 @@ def test_a_resumed_run_whose_w_was_written(tmp_path, way):
     resumed.load_state_dict(state_of(optimizer))
     train_model(model, optimizer, x)
     train_model(other, resumed, x)
+    assert_alike(Trained(other, resumed), Trained(model, optimizer), x, 1e-12)
+    save_adapter(other, resumed, tmp_path / "ours")
+    assert_loads(plain, tmp_path / "ours", model, x, tolerance=1e-10)
+
+
+@ways
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_resumes_in_the_middle_of_a_schedule(tmp_path, way, schedule, zero):
+    """From the adapter as PEFT saves it, the pristine base and the optimizer's state."""
+    plain, x = mlp(7, 5, 4).double(), image(7)
+    model = adapted(plain, "0", "1", zero=zero)
+    optimizer = folded(model, x, 6, update_ratio=SCHEDULES[schedule])
+    written = any(weight.moved for weight in optimizer.weights())
+    with pytest.warns(UserWarning, match=GUARD) if written else contextlib.nullcontext():
+        model.save_pretrained(tmp_path / "peft")
+    other = way(plain, tmp_path / "peft")
+    resumed = optimizer_of(other, update_ratio=SCHEDULES[schedule])
+    resumed.load_state_dict(state_of(optimizer))
+    assert layer_scalings(other) == layer_scalings(model)
+    train_model(model, optimizer, x, 4)
+    train_model(other, resumed, x, 4)
     assert_alike(Trained(other, resumed), Trained(model, optimizer), x, 1e-12)
     save_adapter(other, resumed, tmp_path / "ours")
     assert_loads(plain, tmp_path / "ours", model, x, tolerance=1e-10)

@@ -249,6 +249,39 @@ def test_a_product_that_is_not_zero_is_refused_for_a_quantized_base(kind, start_
 
 
 @every_kind
+def test_a_callable_ratio_is_refused_for_a_quantized_base(kind):
+    """When the optimizer is built, and at the step after it was set."""
+    model, x = quantized_model(quantized_base(kind), kind), torch.randn(6, 64)
+    match = rf"(?s)model\.0: {re.escape(STORED[kind])}.*a callable update_ratio may change at any step: use a number"
+    with pytest.raises(ValueError, match=match):
+        optimizer_of(model, update_ratio=lambda step: 2.0)
+    optimizer = folded(model, x)
+    before, state = bits_of(model), state_of(optimizer)
+    optimizer.groups[0].update_ratio = lambda step: FOLDED_RATIO
+    with pytest.raises(RuntimeError, match=match):
+        train_model(model, optimizer, x)
+    optimizer.groups[0].update_ratio = FOLDED_RATIO
+    assert bits_of(model) == before
+    assert same(state_of(optimizer), state)
+    train_model(model, optimizer, x)
+
+
+@every_kind
+def test_a_changed_ratio_is_refused_for_a_quantized_base(kind):
+    model, x = quantized_model(quantized_base(kind), kind), torch.randn(6, 64)
+    optimizer = folded(model, x)
+    before, state = bits_of(model), state_of(optimizer)
+    optimizer.groups[0].update_ratio = 0.25
+    match = rf"(?s)the product A @ B is not zero.*nothing was changed.*model\.0: {re.escape(STORED[kind])}"
+    with pytest.raises(RuntimeError, match=match):
+        train_model(model, optimizer, x)
+    optimizer.groups[0].update_ratio = FOLDED_RATIO
+    assert bits_of(model) == before
+    assert same(state_of(optimizer), state)
+    train_model(model, optimizer, x)
+
+
+@every_kind
 def test_a_quantized_base_is_refused_in_place(kind):
     model = quantized_model(quantized_base(kind), kind)
     match = rf"(?s)model\.0: {re.escape(STORED[kind])}.*weight_update=\"folded\""

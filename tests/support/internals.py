@@ -5,6 +5,7 @@ file is adapted and the tests stay.
 """
 
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, gradient_hooks, ledger
 from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
+from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings
 from deltaopt.in_place import Host, InPlaceUpdate
 from deltaopt.ledger import Ledger
@@ -112,6 +114,27 @@ def as_on_a_gpu(
     return partial(InPlaceUpdate, _HostOfAGpu(reads, reports, kernel))
 
 
+def folded_as_on_a_gpu() -> Callable[[], FoldedUpdate]:
+    """Return a `weight_update` that folds as on a GPU, where the host does not know whether W is written."""
+    return partial(FoldedUpdate, _HostOfAGpu(reads=False, reports=None, kernel=None))
+
+
+before_folded_step = inspect.unwrap(FoldedUpdate.before_step)
+"""The function in which the folded rule changes W and the branches."""
+
+
+def inner_sizes(patch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that is given the inner size of each product that is added to a W."""
+    sizes, add_product = [], writer.add_product_
+
+    def noting(W: Tensor, U: Tensor, *arguments: Any) -> None:
+        sizes.append(U.shape[-1])
+        add_product(W, U, *arguments)
+
+    patch.setattr(writer, "add_product_", noting)
+    return sizes
+
+
 class _HostWithoutKernel(Host):
     def kernel(self, device: torch.device) -> None:
         return None
@@ -152,12 +175,12 @@ def buffer_addresses(optimizer: DeltaLoRAOptimizer) -> list[int]:
     return [buffers.slots[0].end[0].data_ptr() for buffers in optimizer._rule._buffers.values()]
 
 
-def fail_at_write(patch: pytest.MonkeyPatch, number: int) -> None:
-    """Let the write of this number, counted from 1, run out of memory before it changes anything."""
+def fail_at_write(patch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Let the writes of these numbers, counted from 1, run out of memory before they change anything."""
     add_terms, count = writer.add_terms_, itertools.count(1)
 
     def failing(*arguments: Any, **options: Any) -> None:
-        if next(count) == number:
+        if next(count) in numbers:
             raise torch.OutOfMemoryError("out of memory")
         add_terms(*arguments, **options)
 

@@ -4,6 +4,8 @@ A `Stored` is one layer as a library may hold it, with c != d != r. Its function
 matrices of the mathematics are written from each library's forward pass, not from the package's views.
 """
 
+import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -224,12 +226,28 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 EVENTS = {
     "in_place": ("step", "step", "step", "ratio", "off", "outside", "skipped", "restart"),
-    "folded": ("step", "step", "step", "skipped", "restart"),
+    "folded": ("step", "step", "step", "ratio", "off", "skipped", "restart"),
 }
 """What can happen to a `runs.LayerRun` between two steps, by rule.
 
-The folded rule refuses another ratio, and counts a change of the factors from outside as a change of the weight.
+The folded rule counts a change of the factors from outside as a change of the weight.
 """
+
+
+def _at_random(step: int) -> float:
+    return random.Random(step).choice([0.0, 0.4, 2.5])
+
+
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    "constant": lambda step: 0.7,
+    "delayed": lambda step: 0.7 * (step >= 4),
+    "ramp": lambda step: 0.15 * step,
+    "down to 0 and up": lambda step: max(0.0, abs(step - 6) / 3 - 0.5),
+    "oscillating": lambda step: 1.0 + math.sin(step),
+    "on and off": lambda step: 1.5 * (step % 2),
+    "random": _at_random,
+}
+"""Values of `update_ratio` that are functions of the step."""
 
 
 def fits(inner: str, layout: str) -> bool:
@@ -242,6 +260,7 @@ layouts = st.sampled_from(sorted(LAYOUTS))
 seeds = st.integers(0, 2**32 - 1)
 ratios = st.floats(0.0, 8.0)
 moving_ratios = st.floats(0.1, 8.0)
+schedules = st.sampled_from(sorted(SCHEDULES))
 scalings = st.floats(-4.0, 4.0).filter(lambda s: abs(s) > 1e-3)
 some_scalings = st.sampled_from([0.5, -1.3, 4.0])
 start_steps = st.integers(0, 6)

@@ -23,7 +23,7 @@ ORDER = [
     "integrations",
     "export",
     "optimizer",
-    *("in_place", "factor_buffers", "folded", "restarts", "checks", "rule", "gradient_hooks"),
+    *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
     *("base", "base_hooks", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
     *("weight", "groups", "inner", "triple"),

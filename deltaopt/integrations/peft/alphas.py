@@ -59,9 +59,10 @@ class Alphas:
         """Let the config say what the layers have."""
         if not self.changed:
             return
-        self.changed = False
-        config = self._own_config()
-        alphas = self._alphas()
+        self._write(self._own_config(), self._alphas())
+        self.changed = False  # last, so that an interrupted write is made again
+
+    def _write(self, config: LoraConfig, alphas: dict[str, float]) -> None:
         if alphas == self._first:
             config.lora_alpha, config.alpha_pattern = self._first_config
             return
