@@ -16,7 +16,7 @@ from deltaopt.groups import ParamsInput
 from deltaopt.messages import Problem, names, problems_of, raise_problems
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
-from deltaopt.tensors import memory_overlaps
+from deltaopt.tensors import overlapping_pairs
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -83,20 +83,17 @@ def _name_problems(weights: Iterable[WeightState]) -> list[Problem]:
 
 def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]) -> list[Problem]:
     """Find a W that two triples would move, and factors that the inner optimizer would step twice."""
-    found = []
-    by_storage: dict[int, list[tuple[str, str, Tensor]]] = {}
+    places: list[tuple[WeightState, str, Tensor]] = []
     for weight in weights:
-        tensors = [("A", weight.tensors.A), ("B", weight.tensors.B)]
         if weight in readable:
-            tensors.insert(0, ("W", weight.matrix()))
-        for letter, shared in tensors:
-            tensor = local_part(shared)
-            neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
-            for other_label, other_letter, other in neighbours:
-                shared_factor = letter != "W" and other is shared
-                if not shared_factor and memory_overlaps(tensor, local_part(other)):
-                    found.append(Problem(weight.label, _sharing_sentence(letter, other_label, other_letter)))
-            neighbours.append((weight.label, letter, shared))
+            places.append((weight, "W", weight.matrix()))
+        places += [(weight, "A", weight.tensors.A), (weight, "B", weight.tensors.B)]
+    found = []
+    for i, j in overlapping_pairs([local_part(tensor) for *_, tensor in places]):
+        (other, other_letter, other_tensor), (weight, letter, tensor) = places[i], places[j]
+        shared_factor = letter != "W" and other_tensor is tensor
+        if not shared_factor:
+            found.append(Problem(weight.label, _sharing_sentence(letter, other.label, other_letter)))
     return found
 
 
