@@ -66,6 +66,8 @@ def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]
             "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train "
             "W itself and drop this triple"
         )
+    if W.numel() == 0 and not unwritable:
+        found.append(f"W has the shape {tuple(W.shape)} and no elements, so nothing can move: leave this layer out")
     view = weight.triple.view
     shapes = view.product_problems if unwritable else view.shape_problems
     return found or shapes(W, A, B) or weight.triple.branch_problems()
