@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deltaopt.claims import Use
 from deltaopt.groups import ParamsInput
 from deltaopt.messages import Problem, names, problems_of, raise_problems
 from deltaopt.rule import UpdateRule
@@ -111,6 +112,31 @@ def _sharing_sentence(letter: str, other_label: str, other_letter: str) -> str:
     )
 
 
+def check_claims(weights: Iterable[WeightState], what: str, use: Use) -> None:
+    """Raise RuntimeError for weights that this optimizer must not use any more, as another one holds them.
+
+    Args:
+        weights: of the optimizer.
+        what: the event, for the message.
+        use: what it does with a W.
+    """
+    taken = [(weight, weight.claim) for weight in weights if weight.claim is not None and weight.claim.forbids(use)]
+    if not taken:
+        return
+    where = names([weight.label for weight, _ in taken])
+    if not any(claim.superseded or claim.base_overwritten for _, claim in taken):
+        raise RuntimeError(
+            f"{what}: the W of {where} is at its base, within base_weights() of another optimizer on it: leave it first"
+        )
+    moved = ", and has moved it" if any(claim.base_overwritten for _, claim in taken) else ""
+    raise RuntimeError(
+        f"{what}: another optimizer was built on the W of {where} since (or has loaded a state there, or "
+        f"rebased){moved}. Two that move one W in turn would both be wrong about where it is (nothing was changed). "
+        "Continue with the other one; or, to come back to this one, load its weights and then its state with "
+        "load_state_dict()"
+    )
+
+
 def check_not_folded(triples: Iterable[LoRATriple]) -> None:
     """Raise ValueError for triples of an optimizer that has folded them: their `scaling` is not the branch's."""
     found = [triple.label for triple in triples if triple.folded]
@@ -158,13 +184,23 @@ def weight_problems(weights: Iterable[WeightState]) -> list[Problem]:
     return [problem for weight in weights for problem in problems_of(weight.label, weight.weight_problems())]
 
 
-def check_writable(weights: Iterable[WeightState]) -> None:
-    """Raise RuntimeError for weights that cannot be written: quantized or offloaded ones."""
+def check_writable(weights: Sequence[WeightState]) -> None:
+    """Raise RuntimeError for weights that cannot be written: quantized, offloaded, or held by another optimizer."""
     raise_problems(
         RuntimeError,
         "these W cannot be written (nothing was changed)",
-        weight_problems(weights),
+        weight_problems(weights) + claim_problems(weights),
     )
+
+
+def claim_problems(weights: Iterable[WeightState]) -> list[Problem]:
+    """Say which weights cannot be written for the first time now, because another optimizer holds them."""
+    return [
+        problem
+        for weight in weights
+        if weight.claim is not None
+        for problem in problems_of(weight.label, weight.claim.first_write_problems())
+    ]
 
 
 def check_keep_base(place: object) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt import gradient_hooks
-from deltaopt.checks import check_finite, weight_problems
+from deltaopt.checks import check_finite, claim_problems, weight_problems
 from deltaopt.gradient_hooks import GradientHooks, evaluated_once, is_in_use
 from deltaopt.groups import DeltaGroup
 from deltaopt.messages import names, problems_of, raise_problems
@@ -247,14 +247,14 @@ def _precision_problems(weight: WeightState) -> list[str]:
     ]
 
 
-def _check_writable(moving: Iterable[WeightState]) -> None:
+def _check_writable(moving: Sequence[WeightState]) -> None:
     """Raise RuntimeError for weights that cannot be written."""
     raise_problems(
         RuntimeError,
         "the product A @ B is not zero at start_step, so update_ratio * scaling * A @ B has to be taken from W "
         "once, and these cannot be written (nothing was changed). Set start_step=0 and start from a zero "
         "product, as LoRA's usual initialisation does",
-        weight_problems(moving),
+        weight_problems(moving) + claim_problems(moving),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deltaopt import base, restarts
+from deltaopt import base, claims, restarts
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
@@ -23,6 +23,7 @@ from deltaopt.checkpoint.format import (
 )
 from deltaopt.checks import (
     check_branches,
+    check_claims,
     check_keep_base,
     check_membership,
     check_no_weight_trains,
@@ -32,6 +33,7 @@ from deltaopt.checks import (
     check_nothing_unused,
     check_weights,
 )
+from deltaopt.claims import Claim, Claimant, Use
 from deltaopt.folded import FoldedUpdate
 from deltaopt.gradient_hooks import warn_of_folded
 from deltaopt.groups import (
@@ -304,6 +306,7 @@ class DeltaLoRAOptimizer(Optimizer):
             KeyError: if there is no such triple.
             RuntimeError: if it is not known any more, with the reason.
         """
+        check_claims(self._weights, "displacement()", "read")
         self._rule.flush()
         return self._weight(name).asked_movement()
 
@@ -327,7 +330,7 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: if W's base is not in `source`.
             RuntimeError: if there is no base at hand, or the displacement is not known any more; in `base_weights`.
         """
-        self._between_steps("residual()")
+        self._between_steps("residual()", "base")
         return base.residual(self._weight(name), source)
 
     @contextmanager
@@ -358,13 +361,16 @@ class DeltaLoRAOptimizer(Optimizer):
                 optimizer raise it.
             ValueError, TypeError: for other arguments than these.
         """
-        with self._resolved("base_weights()") as weights:
-            self._at_base = True
+        with self._resolved("base_weights()", use="base") as weights:
+            for weight in weights:
+                if weight.moved:
+                    weight.note_write()
+            self._claimant.at_base = True
             try:
                 with base.at_base(weights, source, method), self._rule.unfolded(weights):
                     yield
             finally:
-                self._at_base = False
+                self._claimant.at_base = False
 
     def rebase(self) -> None:
         """Take every W as it is now as its base: after it was loaded, merged or pruned by hand.
@@ -372,9 +378,10 @@ class DeltaLoRAOptimizer(Optimizer):
         The displacement begins at zero. The next move takes a new copy of the base, if `keep_base` asks for one.
         Adapters that are exported later are for this base, not for the pristine weights.
         """
-        self._between_steps("rebase()")
+        self._between_steps("rebase()", None)
         for weight in self._weights:
             weight.rebase()
+        self._hold(self._weights)
 
     def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
         """Add every branch to its W and start A and B afresh, as ReLoRA does, so that the total rank can grow.
@@ -439,9 +446,9 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: as `accounts`.
         """
-        self._between_steps("reading the ledgers")
+        self._between_steps("reading the ledgers", "read")
         if self._rule.scales_branches:
-            with self._resolved("reading the ledgers"):
+            with self._resolved("reading the ledgers", use="read"):
                 pass
         return list(self._weights)
 
@@ -531,7 +538,7 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: if a branch is merged, or in `base_weights`.
         """
-        with self._resolved("state_dict()") as weights:
+        with self._resolved("state_dict()", use="read") as weights:
             for pre_hook in self._optimizer_state_dict_pre_hooks.values():
                 pre_hook(self)
                 self._look_up()  # a hook may gather or replace parameters
@@ -575,7 +582,7 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
         rescaled = self._rule.scales_branches
-        with self._resolved("load_state_dict()", rescaled) as weights:
+        with self._resolved("load_state_dict()", rescaled, use=None) as weights:
             state_dict = state_dict.copy()
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = pre_hook(self, state_dict) or state_dict
@@ -589,10 +596,12 @@ class DeltaLoRAOptimizer(Optimizer):
             with self._rule.restored(weights, records):
                 self._inner.load_state_dict(inner_state)
             writer = rounding.during("resume", record["step_count"])
+            self._hold(weights)
             if decided is None:
                 for weight in weights:
                     weight.rebase()
             uncompensated = resume.carry_out(decided or [], writer)
+            self._hold([weight for weight in weights if weight.moved])  # those of a folded run too
             restore_settings(record, self._groups)
             self._rounding = rounding
             self._step_count = int(record["step_count"])
@@ -602,7 +611,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._between_steps("copying and pickling")
+        self._between_steps("copying and pickling", "read")
         return {
             "inner": self._inner,
             "groups": self._groups,
@@ -642,7 +651,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._weights = weights
         self._rounding = rounding
         self._rule = rule
-        self._at_base = False
+        self._claimant = Claimant()
         self._seen = False  # no tensors yet: in a copy of a model that holds its optimizer, modules are not complete
         self._step_count = step_count
         self._repeats = 0  # restarts and resyncs since the last step
@@ -656,9 +665,16 @@ class DeltaLoRAOptimizer(Optimizer):
         self._claim(weights)
 
     def _claim(self, weights: Sequence[WeightState]) -> None:
-        """Claim the gradients of these factors: to divide them for this optimizer, or to leave them whole for it."""
+        """Claim each W, and the gradients of its factors: to divide them for this optimizer, or to leave them whole."""
+        self._hold(weights)
         warn_of_folded([weight.triple for weight in weights], stacklevel=4)
         self._rule.attach(weights)
+
+    def _hold(self, weights: Sequence[WeightState]) -> None:
+        """Claim each W for this optimizer, whoever held it before."""
+        for weight in weights:
+            weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
+        claims.take([weight.claim for weight in weights if weight.claim is not None])
 
     def _set_ratios(self) -> None:
         """Give every weight the update_ratio of this step; a callable is asked once for its group."""
@@ -677,7 +693,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     @contextmanager
     def _resolved(
-        self, what: str, rescaled: bool = False, completing_ledgers: bool = True
+        self, what: str, rescaled: bool = False, completing_ledgers: bool = True, use: Use | None = "write"
     ) -> Iterator[list[WeightState]]:
         """Yield the weights with their current tensors, and let go of these at the end.
 
@@ -685,12 +701,15 @@ class DeltaLoRAOptimizer(Optimizer):
             what: the event that is under way, for messages.
             rescaled: folded branches may have another scaling than expected: it is about to be set.
             completing_ledgers: wait until the ledgers hold every step.
+            use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
         """
         self._refuse_at_base(what)
         if completing_ledgers:
             self._rule.flush()
         try:
             self._look_up(rescaled)
+            if use is not None:
+                check_claims(self._weights, what, use)
             yield self._weights
         finally:
             for weight in self._weights:
@@ -706,6 +725,8 @@ class DeltaLoRAOptimizer(Optimizer):
         check_membership(self._inner, weights)
         check_not_capturing()
         self._rule.follow(weights, replaced=bool(replaced))
+        if replaced:
+            claims.follow([weight.claim for weight in replaced if weight.claim is not None])
         for weight in replaced:
             weight.accept()
         self._seen = True
@@ -725,13 +746,15 @@ class DeltaLoRAOptimizer(Optimizer):
                 return weight
         raise KeyError(f"no triple {name!r}; there are {names([weight.label for weight in self._weights])}")
 
-    def _between_steps(self, what: str) -> None:
-        """Refuse `what` in `base_weights`, and let the ledgers hold every step."""
+    def _between_steps(self, what: str, use: Use | None) -> None:
+        """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step."""
         self._refuse_at_base(what)
+        if use is not None:
+            check_claims(self._weights, what, use)
         self._rule.flush()
 
     def _refuse_at_base(self, what: str) -> None:
-        if self._at_base:
+        if self._claimant.at_base:
             raise RuntimeError(
                 f"{what} within base_weights(), where no W is what this optimizer moved it to: leave it first"
             )

@@ -52,6 +52,7 @@ class Resumption(NamedTuple):
             weight.copy_base()  # W is the base
         self.saved.give_to(weight)
         if self.rebuild:
+            weight.note_write()
             if self.base is not None:
                 put_(weight, self.base)
             writer.add_terms_(weight, weight.displacement())

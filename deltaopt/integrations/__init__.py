@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.tensors import is_plain, overlapping_pairs

@@ -26,7 +26,7 @@ ORDER = [
     *("in_place", "folded", "restarts", "checks", "rule", "gradient_hooks"),
     *("base", "base_hooks", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "groups", "inner", "triple"),
+    *("weight", "claims", "groups", "inner", "triple"),
     *("ledger", "rounding._triton", "rounding.blocks", "rounding.noise", "checkpoint.fingerprint", "checkpoint.files"),
     *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "messages"),
 ]

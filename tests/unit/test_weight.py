@@ -35,11 +35,11 @@ class Counting(nn.Module):
         return DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
 
 
-def test_the_constructor_looks_W_up_twice():
-    """Once to check it, and once more to see that the same tensor comes again."""
+def test_the_constructor_looks_W_up_three_times():
+    """Once to check it, once to see that the same tensor comes again, and once to find other optimizers on it."""
     layer = Counting()
     layer.optimizer()
-    assert layer.looked_up["W"] == 2
+    assert layer.looked_up["W"] == 3
 
 
 def test_a_step_looks_each_tensor_up_once():
