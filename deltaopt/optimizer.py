@@ -47,7 +47,7 @@ from deltaopt.groups import (
     parse_triples,
 )
 from deltaopt.in_place import InPlaceUpdate
-from deltaopt.inner import build_inner, global_hooks_held, is_state_initialisation
+from deltaopt.inner import build_inner, forget_state, is_state_initialisation, step_inner
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
@@ -387,8 +387,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """Add every branch to its W and start A and B afresh, as ReLoRA does, so that the total rank can grow.
 
         W takes up what the branch adds, scaling * A @ B. Then A and B start as LoRA starts them, with no gradients and
-        no inner state. The effective weight is as before, up to rounding. The ledgers continue, so that export and
-        resume still count from the base.
+        no inner state, also in optimizers that the inner one holds. The effective weight is as before, up to rounding.
+        The ledgers continue, so that export and resume still count from the base.
 
         Args:
             reinit: a function that gets each triple and writes its A and B in place, under `torch.no_grad`. Default: A
@@ -404,11 +404,10 @@ class DeltaLoRAOptimizer(Optimizer):
             start = reinit if reinit is not None else lora_start(generator)
             restarts.restart(weights, start, self._writer("restart"))
             self._repeats += 1
-            for factor in (factor for weight in weights for factor in weight.tensors[1:]):
+            factors = [factor for weight in weights for factor in weight.tensors[1:]]
+            for factor in factors:
                 factor.grad = None
-                self.state.pop(factor, None)
-            if isinstance(self._inner, torch.optim.LBFGS):  # keeps all of its history under one parameter
-                self.state.clear()
+            forget_state(self._inner, factors)
 
     def resync(self) -> None:
         """Move every W to where it belongs for the present A and B, after these were changed from outside.
@@ -688,8 +687,8 @@ class DeltaLoRAOptimizer(Optimizer):
         return self._rounding.during(event, self._step_count, 0 if event == "move" else self._repeats)
 
     def _inner_step(self, weights: Sequence[WeightState], closure: Closure | None) -> float | None:
-        with self._rule.inner_step(weights, closure) as closure, global_hooks_held():
-            return self._inner.step() if closure is None else self._inner.step(closure)
+        with self._rule.inner_step(weights, closure) as closure:
+            return step_inner(self._inner, closure)
 
     @contextmanager
     def _resolved(
