@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,23 +24,54 @@ from deltaopt.weight import WeightState
 PLACES = (None, "cpu", "device")
 
 
-def check_weights(weights: Sequence[WeightState], rule: UpdateRule) -> None:
+def check_weights(weights: Sequence[WeightState], rule: UpdateRule, new: Collection[WeightState] = ()) -> None:
     """Raise ValueError if a triple, or the set of them, cannot be moved by this rule.
 
     Args:
         weights: all of an optimizer, with their tensors resolved.
         rule: of the optimizer.
+        new: those that are being registered. Their A and B have to require grad, and their W must not; of the others
+            `check_training` asks that at each step.
     """
     unwritable = {weight: weight.weight_problems() for weight in weights}
     problems = [
         problem
         for weight in weights
-        for problem in problems_of(weight.label, triple_problems(weight, rule, unwritable[weight]))
+        for problem in problems_of(
+            weight.label,
+            [*(frozen_problems(weight) if weight in new else []), *triple_problems(weight, rule, unwritable[weight])],
+        )
     ]
     if not problems:
         readable = {weight for weight in weights if not unwritable[weight]}
         problems = [*_name_problems(weights), *_sharing_problems(weights, readable)]
     raise_problems(ValueError, "these triples cannot be used", problems)
+
+
+def check_training(weights: Iterable[WeightState]) -> None:
+    """Raise ValueError for a factor that does not require grad, or a W that does. Asked at every step.
+
+    Between steps it does not matter: PEFT's ``disable_adapter`` freezes the factors, as do users of a trained model.
+    """
+    if any(W.requires_grad or not (A.requires_grad and B.requires_grad) for W, A, B in (w.tensors for w in weights)):
+        problems = [problem for w in weights for problem in problems_of(w.label, frozen_problems(w))]
+        raise_problems(ValueError, "these triples cannot be trained now (nothing was changed)", problems)
+
+
+def frozen_problems(weight: WeightState) -> list[str]:
+    """Say which factors are frozen, and whether W is not."""
+    found = [
+        f"{letter} does not require grad, so no optimizer can train it: call {letter}.requires_grad_(True), or activate "
+        "the adapter it belongs to"
+        for letter in "AB"
+        if not getattr(weight.tensors, letter).requires_grad
+    ]
+    if weight.tensors.W.requires_grad:
+        found.append(
+            "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train W itself and drop "
+            "this triple"
+        )
+    return found
 
 
 def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]) -> list[str]:
@@ -55,18 +86,8 @@ def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]
     found = list(rule.weight_problems(weight, unwritable))
     for letter, factor in (("A", A), ("B", B)):
         found += rule.factor_problems(weight, letter, factor)
-        if not factor.requires_grad:
-            found.append(
-                f"{letter} does not require grad, so no optimizer can train it: call "
-                f"{letter}.requires_grad_(True), or activate the adapter it belongs to"
-            )
         if factor.device != W.device and not unwritable:
             found.append(f"{letter} is on {factor.device} and W on {W.device}: move them to one device")
-    if W.requires_grad:
-        found.append(
-            "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train "
-            "W itself and drop this triple"
-        )
     if W.numel() == 0 and not unwritable:
         found.append(f"W has the shape {tuple(W.shape)} and no elements, so nothing can move: leave this layer out")
     view = weight.triple.view

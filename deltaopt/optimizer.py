@@ -31,6 +31,7 @@ from deltaopt.checks import (
     check_not_differentiable,
     check_not_folded,
     check_nothing_unused,
+    check_training,
     check_weights,
 )
 from deltaopt.claims import Claim, Claimant, Use
@@ -167,7 +168,7 @@ class DeltaLoRAOptimizer(Optimizer):
         check_not_folded([weight.triple for weight in weights])
         for weight in weights:
             weight.resolve()
-        check_weights(weights, rule)
+        check_weights(weights, rule, new=weights)
         if isinstance(inner, Optimizer):
             check_nothing_unused(options, params, inner_kwargs)
         else:
@@ -238,6 +239,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 graph, or it is called in `base_weights`. In each case nothing has changed.
         """
         with self._resolved("step()", completing_ledgers=False) as weights:
+            check_training(weights)
             if is_state_initialisation(self._inner):
                 return self._inner_step(weights, closure)
             self._set_ratios()  # lambda_t; 0 for t < K
@@ -515,7 +517,7 @@ class DeltaLoRAOptimizer(Optimizer):
         added = _registered(groups, self._keep_base)
         weights = [*self._weights, *added]
         check_not_folded([weight.triple for weight in added])
-        check_weights(weights, self._rule)
+        check_weights(weights, self._rule, new=added)
         check_no_weight_trains(self._weights, options[0].get("params", ()))
         self._rule.check_groups([*self._groups, *groups])
         for weight in added:
