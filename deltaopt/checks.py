@@ -61,8 +61,8 @@ def check_training(weights: Iterable[WeightState]) -> None:
 def frozen_problems(weight: WeightState) -> list[str]:
     """Say which factors are frozen, and whether W is not."""
     found = [
-        f"{letter} does not require grad, so no optimizer can train it: call {letter}.requires_grad_(True), or activate "
-        "the adapter it belongs to"
+        f"{letter} does not require grad, so no optimizer can train it: call {letter}.requires_grad_(True), or "
+        "activate the adapter it belongs to"
         for letter in "AB"
         if not getattr(weight.tensors, letter).requires_grad
     ]

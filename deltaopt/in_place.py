@@ -387,7 +387,7 @@ class _Buffers:
         """
         reads = self._host.reads(self.U.device)
         if reads and torch.equal(self._A_old, self._A_end) and torch.equal(self._B_old, self._B_end):
-            continues = torch.ones(len(self._slots), dtype=torch.bool)
+            continues = torch.ones(len(self._slots), dtype=torch.bool, device=self.U.device)
         else:
             continues = _equal(self._A_old, self._A_end) & _equal(self._B_old, self._B_end)
         slots = self._slots
@@ -443,7 +443,7 @@ class _LedgerUpdates:
         if flags.device.type != "cuda":
             self._flags = flags
             return
-        self._flags = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+        self._flags = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
         self._flags.copy_(flags, non_blocking=True)
         self.event = torch.cuda.Event()
         self.event.record(torch.cuda.current_stream(flags.device))

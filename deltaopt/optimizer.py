@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -55,6 +55,7 @@ from deltaopt.messages import names
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
+from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -172,14 +173,16 @@ class DeltaLoRAOptimizer(Optimizer):
         if isinstance(inner, Optimizer):
             check_nothing_unused(options, params, inner_kwargs)
         else:
-            inner = build_inner(inner, inner_groups(groups, options, params), inner_kwargs)
+            with outside_inference_mode():
+                inner = build_inner(inner, inner_groups(groups, options, params), inner_kwargs)
         check_not_differentiable(inner)
         check_membership(inner, weights)
         check_not_capturing()
         rule.check_inner(inner)
         rule.check_groups(groups)
-        for weight in weights:
-            weight.register()
+        with outside_inference_mode():
+            for weight in weights:
+                weight.register()
         self._settings = settings
         self._keep_base = keep_base
         self._become(inner, groups, weights, rounds, rule, step_count=0)
@@ -309,8 +312,9 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if it is not known any more, with the reason.
         """
         check_claims(self._weights, "displacement()", "read")
-        self._rule.flush()
-        return self._weight(name).asked_movement()
+        with outside_inference_mode():
+            self._rule.flush()
+            return self._weight(name).asked_movement()
 
     def residual(self, name: str, source: BaseSource | None = None) -> Tensor:
         """Return what rounding did to a W: where it is, minus where it was asked to be.
@@ -332,8 +336,8 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: if W's base is not in `source`.
             RuntimeError: if there is no base at hand, or the displacement is not known any more; in `base_weights`.
         """
-        self._between_steps("residual()", "base")
-        return base.residual(self._weight(name), source)
+        with self._between_steps("residual()", "base"):
+            return base.residual(self._weight(name), source)
 
     @contextmanager
     def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
@@ -363,13 +367,14 @@ class DeltaLoRAOptimizer(Optimizer):
                 optimizer raise it.
             ValueError, TypeError: for other arguments than these.
         """
+        callers_mode = torch.inference_mode if torch.is_inference_mode_enabled() else nullcontext
         with self._resolved("base_weights()", use="base") as weights:
             for weight in weights:
                 if weight.moved:
                     weight.note_write()
             self._claimant.at_base = True
             try:
-                with base.at_base(weights, source, method), self._rule.unfolded(weights):
+                with base.at_base(weights, source, method), self._rule.unfolded(weights), callers_mode():
                     yield
             finally:
                 self._claimant.at_base = False
@@ -380,10 +385,10 @@ class DeltaLoRAOptimizer(Optimizer):
         The displacement begins at zero. The next move takes a new copy of the base, if `keep_base` asks for one.
         Adapters that are exported later are for this base, not for the pristine weights.
         """
-        self._between_steps("rebase()", None)
-        for weight in self._weights:
-            weight.rebase()
-        self._hold(self._weights)
+        with self._between_steps("rebase()", None):
+            for weight in self._weights:
+                weight.rebase()
+            self._hold(self._weights)
 
     def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
         """Add every branch to its W and start A and B afresh, as ReLoRA does, so that the total rank can grow.
@@ -447,11 +452,11 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: as `accounts`.
         """
-        self._between_steps("reading the ledgers", "read")
-        if self._rule.scales_branches:
-            with self._resolved("reading the ledgers", use="read"):
-                pass
-        return list(self._weights)
+        with self._between_steps("reading the ledgers", "read"):
+            if self._rule.scales_branches:
+                with self._resolved("reading the ledgers", use="read"):
+                    pass
+            return list(self._weights)
 
     # The inner optimizer's own lists and dicts, always: `load_state_dict` makes new ones, and a scheduler
     # that wrote into old ones would have no effect.
@@ -520,9 +525,10 @@ class DeltaLoRAOptimizer(Optimizer):
         check_weights(weights, self._rule, new=added)
         check_no_weight_trains(self._weights, options[0].get("params", ()))
         self._rule.check_groups([*self._groups, *groups])
-        for weight in added:
-            weight.register()
-        self._inner.add_param_group(inner_groups(groups, options, ())[0])
+        with outside_inference_mode():
+            for weight in added:
+                weight.register()
+            self._inner.add_param_group(inner_groups(groups, options, ())[0])
         self._groups += groups
         self._weights = weights
         self._take(added)
@@ -612,17 +618,17 @@ class DeltaLoRAOptimizer(Optimizer):
                 post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._between_steps("copying and pickling", "read")
-        return {
-            "inner": self._inner,
-            "groups": self._groups,
-            "weights": self._weights,
-            "settings": self._settings,
-            "keep_base": self._keep_base,
-            "rounding": self._rounding,
-            "rule": self._rule,
-            "step_count": self._step_count,
-        }
+        with self._between_steps("copying and pickling", "read"):
+            return {
+                "inner": self._inner,
+                "groups": self._groups,
+                "weights": self._weights,
+                "settings": self._settings,
+                "keep_base": self._keep_base,
+                "rounding": self._rounding,
+                "rule": self._rule,
+                "step_count": self._step_count,
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings, self._keep_base = state["settings"], state["keep_base"]
@@ -705,16 +711,17 @@ class DeltaLoRAOptimizer(Optimizer):
             use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
         """
         self._refuse_at_base(what)
-        if completing_ledgers:
-            self._rule.flush()
-        try:
-            self._look_up(rescaled)
-            if use is not None:
-                check_claims(self._weights, what, use)
-            yield self._weights
-        finally:
-            for weight in self._weights:
-                weight.forget()
+        with outside_inference_mode():
+            if completing_ledgers:
+                self._rule.flush()
+            try:
+                self._look_up(rescaled)
+                if use is not None:
+                    check_claims(self._weights, what, use)
+                yield self._weights
+            finally:
+                for weight in self._weights:
+                    weight.forget()
 
     def _look_up(self, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed."""
@@ -747,12 +754,15 @@ class DeltaLoRAOptimizer(Optimizer):
                 return weight
         raise KeyError(f"no triple {name!r}; there are {names([weight.label for weight in self._weights])}")
 
-    def _between_steps(self, what: str, use: Use | None) -> None:
+    @contextmanager
+    def _between_steps(self, what: str, use: Use | None) -> Iterator[None]:
         """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step."""
         self._refuse_at_base(what)
         if use is not None:
             check_claims(self._weights, what, use)
-        self._rule.flush()
+        with outside_inference_mode():
+            self._rule.flush()
+            yield
 
     def _refuse_at_base(self, what: str) -> None:
         if self._claimant.at_base:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,19 @@ def overlapping_pairs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
         found += [(min(i, j), max(i, j)) for _, j in open_views if memory_overlaps(tensors[i], tensors[j])]
         open_views.append((end, i))
     return sorted(found, key=lambda pair: (pair[1], pair[0]))
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave `torch.inference_mode` for a while, without turning gradients on.
+
+    What is kept for later must not be made in it: torch refuses for ever to write such a tensor outside.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def memory_overlaps(first: Tensor, second: Tensor) -> bool:

@@ -1,5 +1,4 @@
-"""Between steps everything works whatever requires_grad says: of a trained model that was frozen, or within PEFT's
-disable_adapter(), which freezes the factors."""
+"""Between steps everything works whatever requires_grad says: a trained model may be frozen."""
 
 import copy
 

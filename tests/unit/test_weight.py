@@ -114,7 +114,7 @@ def test_a_replaced_tensor_is_noticed_until_it_is_accepted():
     run = noisy_run()
     weight = run.optimizer.weights()[0]
     assert not weight.resolve()
-    run.stored.A.requires_grad_(False)
+    run.stored.A.data = run.stored.A.data.clone()
     assert weight.resolve()
     assert weight.resolve()
     weight.accept()
