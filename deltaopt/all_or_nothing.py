@@ -8,7 +8,8 @@ an attribute or copying into a tensor may be repeated. Adding to a W must not be
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from deltaopt.messages import layers
@@ -46,34 +47,39 @@ class Event:
     Args:
         what: its name, for messages.
         finish: does what is left of it, each time it is called.
-        begun: has an entry once the event has changed something, and so has to be completed.
-        unfinished: returns the labels of the layers that are not in order yet.
+        unfinished: returns the labels of the layers that are not in order yet. Default: of none.
+        begun: gets an entry once the event has changed something, and so has to be completed. Default: it is then
+            known by the exception that interrupts it.
     """
 
     def __init__(
-        self, what: str, finish: Callable[[], None], begun: list[Any], unfinished: Callable[[], list[str]]
+        self,
+        what: str,
+        finish: Callable[[], None],
+        unfinished: Callable[[], list[str]] | None = None,
+        begun: list[Any] | None = None,
     ) -> None:
-        self._begun = begun
-        self._interrupted = False
         self._what = what
         self._finish = finish
         self._unfinished = unfinished
+        self._begun = begun if begun is not None else []
+        self._interrupted = False
         self._finished = False
 
     def has_to_be_completed(self) -> bool:
         """Tell if it was interrupted after it had changed something; one that is under way may not have yet."""
         return bool(self._begun) or self._interrupted
 
-    def complete_now(self) -> None:
-        """Do what is left of it after an exception."""
-        self._interrupted = True
-        self.complete()
-
     def complete(self) -> None:
         """Do what is left of it, if anything is."""
         if not self._finished:
             self._finish()
             self._finished = True
+
+    def complete_now(self) -> None:
+        """Do what is left of it after an exception."""
+        self._interrupted = True
+        self.complete()
 
     def complete_later(self) -> None:
         """Do what is left of it, long after it was interrupted.
@@ -84,7 +90,7 @@ class Event:
         try:
             self.complete()
         except Exception as error:
-            left = self._unfinished()
+            left = [] if self._unfinished is None else self._unfinished()
             raise RuntimeError(
                 f"{self._what} was interrupted earlier, and completing it has failed now"
                 + (f": {layers(left)} not in order" if left else "")
@@ -92,3 +98,48 @@ class Event:
                 "remove the cause (free memory) and call again; or load the weights and the optimizer state of a "
                 "checkpoint"
             ) from error
+
+
+class Events:
+    """The events of one optimizer: each is completed before another one begins."""
+
+    def __init__(self) -> None:
+        self._under_way: Event | None = None
+
+    @contextmanager
+    def begin(
+        self,
+        what: str,
+        finish: Callable[[], None],
+        unfinished: Callable[[], list[str]] | None = None,
+        begun: list[Any] | None = None,
+    ) -> Iterator[None]:
+        """Call `finish` at the end. If it, or what is within, is interrupted, do what is left of it at once.
+
+        If that fails too, it is left for `complete`. The arguments are those of `Event`.
+        """
+        outer, event = self._under_way, Event(what, finish, unfinished, begun)
+        self._under_way = event
+        try:
+            yield
+            event.complete()
+        except BaseException:
+            event.complete_now()
+            self._under_way = outer
+            raise
+        self._under_way = outer
+
+    def complete(self) -> None:
+        """Complete an event that was interrupted, but not one that is under way: a closure may ask for a state.
+
+        Raises:
+            RuntimeError: if it cannot be completed.
+        """
+        event = self._under_way
+        if event is not None and event.has_to_be_completed():
+            event.complete_later()
+            self._under_way = None
+
+    def forget(self) -> None:
+        """Forget an event that could not be completed: everything was set anew."""
+        self._under_way = None

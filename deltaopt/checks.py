@@ -5,41 +5,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deltaopt.claims import Use
 from deltaopt.groups import ParamsInput
 from deltaopt.messages import Problem, names, problems_of, raise_problems
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
-from deltaopt.tensors import memory_overlaps
+from deltaopt.tensors import overlapping_pairs
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
 PLACES = (None, "cpu", "device")
 
 
-def check_weights(weights: Sequence[WeightState], rule: UpdateRule) -> None:
+def check_weights(weights: Sequence[WeightState], rule: UpdateRule, new: Collection[WeightState] = ()) -> None:
     """Raise ValueError if a triple, or the set of them, cannot be moved by this rule.
 
     Args:
         weights: all of an optimizer, with their tensors resolved.
         rule: of the optimizer.
+        new: those that are being registered. Their A and B have to require grad, and their W must not; of the others
+            `check_training` asks that at each step.
     """
     unwritable = {weight: weight.weight_problems() for weight in weights}
     problems = [
         problem
         for weight in weights
-        for problem in problems_of(weight.label, triple_problems(weight, rule, unwritable[weight]))
+        for problem in problems_of(
+            weight.label,
+            [*(frozen_problems(weight) if weight in new else []), *triple_problems(weight, rule, unwritable[weight])],
+        )
     ]
     if not problems:
         readable = {weight for weight in weights if not unwritable[weight]}
         problems = [*_name_problems(weights), *_sharing_problems(weights, readable)]
     raise_problems(ValueError, "these triples cannot be used", problems)
+
+
+def check_training(weights: Iterable[WeightState]) -> None:
+    """Raise ValueError for a factor that does not require grad, or a W that does. Asked at every step.
+
+    Between steps it does not matter: PEFT's ``disable_adapter`` freezes the factors, as do users of a trained model.
+    """
+    if any(W.requires_grad or not (A.requires_grad and B.requires_grad) for W, A, B in (w.tensors for w in weights)):
+        problems = [problem for w in weights for problem in problems_of(w.label, frozen_problems(w))]
+        raise_problems(ValueError, "these triples cannot be trained now (nothing was changed)", problems)
+
+
+def frozen_problems(weight: WeightState) -> list[str]:
+    """Say which factors are frozen, and whether W is not."""
+    found = [
+        f"{letter} does not require grad, so no optimizer can train it: call {letter}.requires_grad_(True), or "
+        "activate the adapter it belongs to"
+        for letter in "AB"
+        if not getattr(weight.tensors, letter).requires_grad
+    ]
+    if weight.tensors.W.requires_grad:
+        found.append(
+            "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train W itself and drop "
+            "this triple"
+        )
+    return found
 
 
 def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]) -> list[str]:
@@ -54,18 +86,10 @@ def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]
     found = list(rule.weight_problems(weight, unwritable))
     for letter, factor in (("A", A), ("B", B)):
         found += rule.factor_problems(weight, letter, factor)
-        if not factor.requires_grad:
-            found.append(
-                f"{letter} does not require grad, so no optimizer can train it: call "
-                f"{letter}.requires_grad_(True), or activate the adapter it belongs to"
-            )
         if factor.device != W.device and not unwritable:
             found.append(f"{letter} is on {factor.device} and W on {W.device}: move them to one device")
-    if W.requires_grad:
-        found.append(
-            "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train "
-            "W itself and drop this triple"
-        )
+    if W.numel() == 0 and not unwritable:
+        found.append(f"W has the shape {tuple(W.shape)} and no elements, so nothing can move: leave this layer out")
     view = weight.triple.view
     shapes = view.product_problems if unwritable else view.shape_problems
     return found or shapes(W, A, B) or weight.triple.branch_problems()
@@ -83,20 +107,17 @@ def _name_problems(weights: Iterable[WeightState]) -> list[Problem]:
 
 def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]) -> list[Problem]:
     """Find a W that two triples would move, and factors that the inner optimizer would step twice."""
-    found = []
-    by_storage: dict[int, list[tuple[str, str, Tensor]]] = {}
+    places: list[tuple[WeightState, str, Tensor]] = []
     for weight in weights:
-        tensors = [("A", weight.tensors.A), ("B", weight.tensors.B)]
         if weight in readable:
-            tensors.insert(0, ("W", weight.matrix()))
-        for letter, shared in tensors:
-            tensor = local_part(shared)
-            neighbours = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
-            for other_label, other_letter, other in neighbours:
-                shared_factor = letter != "W" and other is shared
-                if not shared_factor and memory_overlaps(tensor, local_part(other)):
-                    found.append(Problem(weight.label, _sharing_sentence(letter, other_label, other_letter)))
-            neighbours.append((weight.label, letter, shared))
+            places.append((weight, "W", weight.matrix()))
+        places += [(weight, "A", weight.tensors.A), (weight, "B", weight.tensors.B)]
+    found = []
+    for i, j in overlapping_pairs([local_part(tensor) for *_, tensor in places]):
+        (other, other_letter, other_tensor), (weight, letter, tensor) = places[i], places[j]
+        shared_factor = letter != "W" and other_tensor is tensor
+        if not shared_factor:
+            found.append(Problem(weight.label, _sharing_sentence(letter, other.label, other_letter)))
     return found
 
 
@@ -109,6 +130,31 @@ def _sharing_sentence(letter: str, other_label: str, other_letter: str) -> str:
     return (
         f"its {letter} shares memory with {other_letter} of {other_label} though they are two "
         "tensors (tied adapters), so that one step would change it twice: untie them"
+    )
+
+
+def check_claims(weights: Iterable[WeightState], what: str, use: Use) -> None:
+    """Raise RuntimeError for weights that this optimizer must not use any more, as another one holds them.
+
+    Args:
+        weights: of the optimizer.
+        what: the event, for the message.
+        use: what it does with a W.
+    """
+    taken = [(weight, weight.claim) for weight in weights if weight.claim is not None and weight.claim.forbids(use)]
+    if not taken:
+        return
+    where = names([weight.label for weight, _ in taken])
+    if not any(claim.superseded or claim.base_overwritten for _, claim in taken):
+        raise RuntimeError(
+            f"{what}: the W of {where} is at its base, within base_weights() of another optimizer on it: leave it first"
+        )
+    moved = ", and has moved it" if any(claim.base_overwritten for _, claim in taken) else ""
+    raise RuntimeError(
+        f"{what}: another optimizer was built on the W of {where} since (or has loaded a state there, or "
+        f"rebased){moved}. Two that move one W in turn would both be wrong about where it is (nothing was changed). "
+        "Continue with the other one; or, to come back to this one, load its weights and then its state with "
+        "load_state_dict()"
     )
 
 
@@ -159,13 +205,23 @@ def weight_problems(weights: Iterable[WeightState]) -> list[Problem]:
     return [problem for weight in weights for problem in problems_of(weight.label, weight.weight_problems())]
 
 
-def check_writable(weights: Iterable[WeightState]) -> None:
-    """Raise RuntimeError for weights that cannot be written: quantized or offloaded ones."""
+def check_writable(weights: Sequence[WeightState]) -> None:
+    """Raise RuntimeError for weights that cannot be written: quantized, offloaded, or held by another optimizer."""
     raise_problems(
         RuntimeError,
         "these W cannot be written (nothing was changed)",
-        weight_problems(weights),
+        weight_problems(weights) + claim_problems(weights),
     )
+
+
+def claim_problems(weights: Iterable[WeightState]) -> list[Problem]:
+    """Say which weights cannot be written for the first time now, because another optimizer holds them."""
+    return [
+        problem
+        for weight in weights
+        if weight.claim is not None
+        for problem in problems_of(weight.label, weight.claim.first_write_problems())
+    ]
 
 
 def check_keep_base(place: object) -> None:

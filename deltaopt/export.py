@@ -10,6 +10,7 @@ from deltaopt.lowrank import LowRank
 from deltaopt.messages import raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.rounding.writer import add_terms_
+from deltaopt.tensors import outside_inference_mode
 
 
 @torch.no_grad()
@@ -45,7 +46,8 @@ def export_adapter(
         raise ValueError(f"rank is a positive int or None, got {rank!r}")
     exported = {}
     for weight in optimizer.weights():
-        whole = weight.change(from_pristine)
+        with outside_inference_mode():
+            whole = weight.change(from_pristine)
         fits = not weight.ledger.is_matrix if rank is None else whole.rank <= rank
         exported[weight.label] = whole if fits else whole.compressed(rank)
     return exported
@@ -77,7 +79,8 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
         W = own.detach().clone()
         for other in weights:
             if other.tensors.W.data_ptr() == own.data_ptr():  # rows or columns of one fused weight
-                part = other.full_part()
+                with outside_inference_mode():
+                    part = other.full_part()
                 add_terms_(other, part, [other.branch()])
                 largest = torch.finfo(W.dtype).max
                 other.triple.view.part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)

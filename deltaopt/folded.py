@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from deltaopt import gradient_hooks
 from deltaopt.all_or_nothing import Event
-from deltaopt.checks import weight_problems
+from deltaopt.checks import claim_problems, weight_problems
 from deltaopt.gradient_hooks import GradientHooks, evaluated_once, is_in_use
 from deltaopt.groups import DeltaGroup, UpdateRatio
 from deltaopt.guard import FiniteGuard
@@ -160,36 +160,36 @@ class FoldedUpdate(UpdateRule):
         with self._hooks.watching(weights):
             yield closure
 
-    @contextmanager
-    def unfolded(self, weights: Sequence[WeightState]) -> Iterator[None]:
-        """Let every branch add scaling * A @ B within it, as next to a W that moves; gradients are whole."""
-        with ExitStack() as undo:
-            undo.enter_context(self._hooks.undivided())
+    def unfold(self, weights: Sequence[WeightState]) -> None:
+        """Let every branch add scaling * A @ B, as next to a W that moves, and leave the gradients whole."""
+        self._hooks.pause()
+        for triple in (weight.triple for weight in weights):
+            if triple.folded:
+                triple.set_branch_scaling(triple.scaling)
+
+    def fold_again(self, weights: Sequence[WeightState]) -> None:
+        """Undo `unfold`, also half of it."""
+        with ExitStack() as each:  # all of them, though a setter raises
+            each.callback(self._hooks.resume)
             for triple in (weight.triple for weight in weights):
                 if triple.folded:
-                    undo.callback(triple.set_branch_scaling, triple.branch_scaling)
-                    triple.set_branch_scaling(triple.scaling)
-            yield
+                    each.callback(triple.set_branch_scaling, triple.branch_scaling)
 
-    @contextmanager
-    def restored(self, weights: Sequence[WeightState], records: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-        """Scale the branches, and divide the gradients, as in the run that was saved.
+    def restore(self, weights: Sequence[WeightState], records: Sequence[Mapping[str, Any]]) -> None:
+        """Scale the branches, and divide the gradients, as in the run that was saved."""
+        with ExitStack() as each:  # all of them, though a setter raises
+            each.callback(self._hooks.divide, [weight.triple for weight in weights])
+            for weight, record in zip(weights, records, strict=True):
+                each.callback(_set, weight.triple, record["folded"], record["scaling"])
 
-        If an exception leaves it, the branches are as before.
-        """
-        triples = [weight.triple for weight in weights]
-        with ExitStack() as undo:
-            for triple, record in zip(triples, records, strict=True):
-                undo.callback(_set, triple, triple.folded, triple.scaling)
-                _set(triple, record["folded"], record["scaling"])
-            yield
-            undo.pop_all()
-        self._hooks.divide(triples)
+    def forget(self) -> None:
+        """Forget a change that could not be completed."""
+        self._change = None
 
     def flush(self) -> None:
         """Complete a change of W that an exception has interrupted."""
         if self._change is not None:
-            Event("a change of update_ratio", self._change.complete, [], self._change.unfinished).complete_later()
+            Event("a change of update_ratio", self._change.complete, self._change.unfinished).complete_later()
             self._change = None
 
     def warn(self, stacklevel: int) -> None:
@@ -368,14 +368,14 @@ def _precision_problems(weight: WeightState) -> list[str]:
     ]
 
 
-def _check_writable(moving: Iterable[WeightState]) -> None:
+def _check_writable(moving: Sequence[WeightState]) -> None:
     """Raise RuntimeError for weights that cannot be written."""
     raise_problems(
         RuntimeError,
         "update_ratio changes (at start_step from 0) while the product A @ B is not zero, so a multiple of it has to "
         "be taken from W, and these cannot be written (nothing was changed). Set start_step=0, start from a zero "
         "product, as LoRA's usual initialisation does, and leave update_ratio as it is",
-        weight_problems(moving),
+        weight_problems(moving) + claim_problems(moving),
     )
 
 

@@ -10,7 +10,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class GradientHooks:
 
     def __init__(self, copied: bool = False) -> None:
         self._own: set[_Divisor] = set()
+        self._frozen = False  # some factors took no hook, as they required no gradients
         self._copied = copied  # from one that has seen gradients, which may have been copied too
 
     def __reduce__(self) -> tuple[type[GradientHooks], tuple[bool]]:
@@ -53,7 +54,8 @@ class GradientHooks:
 
     def check(self, triples: Sequence[LoRATriple]) -> None:
         """Do as `attach`, for factors that were attached: looks only at who has them. Called at every step."""
-        if any(divisor.owner() is not self for divisor in self._own):
+        if self._frozen or any(divisor.owner() is not self for divisor in self._own):
+            self._frozen = False
             self.attach(triples)
             self._own = {divisor for divisor in self._own if divisor.owner() is self}
 
@@ -68,17 +70,18 @@ class GradientHooks:
         for triple in triples:
             triple.keep_branch_scaling()
             for divisor in map(_divisor_of, (triple.A, triple.B)):
-                assert divisor is not None
-                divisor.value, divisor.scaling = 1.0 + triple.folded, triple.branch_scaling
+                if divisor is not None:  # else it is frozen, and gets its hook with this value later
+                    divisor.value, divisor.scaling = 1.0 + triple.folded, triple.branch_scaling
 
-    @contextmanager
-    def undivided(self) -> Iterator[None]:
-        """Leave the gradients whole within it."""
-        with ExitStack() as undo:
-            for divisor in self._own:
-                undo.callback(setattr, divisor, "value", divisor.value)
-                divisor.value = 1.0
-            yield
+    def pause(self) -> None:
+        """Leave the gradients whole, until `resume`."""
+        for divisor in self._own:
+            divisor.paused = True
+
+    def resume(self) -> None:
+        """Divide the gradients again, after `pause`."""
+        for divisor in self._own:
+            divisor.paused = False
 
     def refuse_undivided(self, weights: Iterable[WeightState]) -> None:
         """Refuse gradients that did not come through their factor's hook, where a ratio was folded before."""
@@ -130,6 +133,9 @@ class GradientHooks:
         for triple in triples:
             for letter, factor in (("A", triple.A), ("B", triple.B)):
                 divisor = _divisor_of(factor)
+                if divisor is None and not factor.requires_grad:
+                    self._frozen = True  # torch refuses a hook until it requires grad
+                    continue
                 if divisor is None:
                     divisor = _Divisor()
                     _register_first(factor, divisor)
@@ -166,10 +172,11 @@ class _Divisor:
         self.scaling = 1.0  # of the branch with that value
         self.owner: Callable[[], object | None] = _nobody
         self.called = False
+        self.paused = False
 
     def __call__(self, grad: Tensor) -> Tensor | None:
         self.called = True
-        if self.value == 1.0 or self.owner() is None:
+        if self.value == 1.0 or self.paused or self.owner() is None:
             return None
         if grad.requires_grad:
             raise RuntimeError(

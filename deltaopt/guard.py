@@ -61,7 +61,7 @@ class FiniteGuard:
             self._warn_if(int(count) > 0, stacklevel + 1)
             return
         if self._arrived is None:
-            on_host = torch.zeros((), dtype=torch.int64, pin_memory=True)
+            on_host = torch.zeros((), dtype=torch.int64, device="cpu", pin_memory=True)
             self._arrived = on_host, torch.cuda.Event()
         elif not self._arrived[1].query():
             return

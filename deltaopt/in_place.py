@@ -167,6 +167,10 @@ class InPlaceUpdate(UpdateRule):
         """Return the labels of the weights that an interrupted step has not moved yet."""
         return [] if self._move is None else [label for buffers in self._move.buffers for label in buffers.unwritten()]
 
+    def forget(self) -> None:
+        """Forget a move that could not be completed."""
+        self._move = None
+
     def flush(self) -> None:
         """Record the moves of all past steps in the ledgers. Waits for the device."""
         self._complete_ledgers(wait=True)

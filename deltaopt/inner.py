@@ -1,11 +1,12 @@
-"""The inner optimizer: it is built here, stepped without firing hooks twice, and asked what a step is for."""
+"""The inner optimizer: building it, stepping it without firing hooks twice, and what else is asked of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -34,23 +35,70 @@ def build_inner(
     return built
 
 
-@contextmanager
-def global_hooks_held() -> Iterator[None]:
-    """Hold back the hooks for every optimizer, which fire for the wrapper, while the inner optimizer steps."""
-    registries: tuple[dict[int, Any], ...] = (
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
-    held = [dict(hooks) for hooks in registries]
-    for hooks in registries:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, kept in zip(registries, held, strict=True):
-            registered_meanwhile = dict(hooks)
-            hooks.clear()
-            hooks.update(kept | registered_meanwhile)
+def step_inner(inner: Optimizer, closure: Callable[[], float] | None) -> float | None:
+    """Step the inner optimizer, without the hooks for every optimizer: they fire for the wrapper.
+
+    Hooks of the inner optimizer itself fire. An optimizer that the inner one steps is another optimizer, for which the
+    hooks for every optimizer fire as they do without a wrapper.
+    """
+    step = _without_global_hooks(inner)
+    return step() if closure is None else step(closure)  # type: ignore[no-any-return]
+
+
+def _without_global_hooks(inner: Optimizer) -> Callable[..., Any]:
+    """Return the method `step` in which torch finds no hooks for every optimizer.
+
+    They are in two dicts of the process, which other threads use meanwhile. So the dicts stay as they are, and torch's
+    own wrapper of `step`, which runs all hooks, is given other globals.
+    """
+    on_instance = vars(inner).get("step")
+    by_scheduler = hasattr(on_instance, "_wrapped_by_lr_sched")
+    hooked: Any = type(inner).step
+    is_torch_wrapper = isinstance(hooked, FunctionType) and hooked.__globals__ is vars(torch_optimizer)
+    if not is_torch_wrapper or (on_instance is not None and not by_scheduler):
+        return inner.step  # somebody else's wrapper: torch's cannot be reached within it
+    if by_scheduler:
+        inner._opt_called = True  # type: ignore[attr-defined]  # all that the scheduler's wrapper does
+    none: dict[int, Any] = {}
+    names = {"_global_optimizer_pre_hooks": none, "_global_optimizer_post_hooks": none}
+    quiet = FunctionType(hooked.__code__, {**hooked.__globals__, **names}, hooked.__name__, None, hooked.__closure__)
+    return MethodType(quiet, inner)
+
+
+def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
+    """Drop what an optimizer, and each optimizer that it holds, keeps for these factors.
+
+    It is found in ``state``, in other dicts whose keys are parameters, and in the optimizers among the attributes, in
+    lists and dicts too. An optimizer that keeps something for parameters in another form, by position for example, has
+    to be reset by its own means.
+    """
+    for optimizer in _nested(inner):
+        if isinstance(optimizer, torch.optim.LBFGS):  # keeps all of its history under one parameter
+            optimizer.state.clear()
+        for value in [optimizer.state, *vars(optimizer).values()]:
+            if isinstance(value, MutableMapping):
+                for factor in factors:
+                    value.pop(factor, None)
+
+
+def _nested(inner: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and all that it holds, each once."""
+    found: dict[int, Optimizer] = {}
+    seen: set[int] = set()
+    places: list[Any] = [inner]
+    while places:
+        place = places.pop()
+        if id(place) in seen:
+            continue
+        seen.add(id(place))
+        if isinstance(place, Optimizer):
+            found[id(place)] = place
+            places += [value for name, value in vars(place).items() if name not in ("state", "param_groups")]
+        elif isinstance(place, Mapping):
+            places += place.values()
+        elif isinstance(place, list | tuple | set):
+            places += place
+    return list(found.values())
 
 
 def is_state_initialisation(inner: Optimizer) -> bool:
@@ -65,6 +113,9 @@ def is_state_initialisation(inner: Optimizer) -> bool:
     return bool(grads) and not any(bool(gathered(grad).any()) for grad in grads)  # of shards ranks could disagree
 
 
-def _is_zero(lr: float | Tensor) -> bool:
-    """Tell if a learning rate is 0, as far as the host knows without waiting for a device."""
-    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0
+def _is_zero(lr: float | Tensor | None) -> bool:
+    """Tell if a learning rate is 0, as far as the host knows without waiting for a device.
+
+    Optimizers that find their own have None (Adafactor with relative_step).
+    """
+    return lr is not None and not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) == 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, overload
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deltaopt import base, restarts
-from deltaopt.all_or_nothing import Event, note, note_result
+from deltaopt import base, claims, restarts
+from deltaopt.all_or_nothing import Events, note, note_result
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
@@ -25,8 +25,10 @@ from deltaopt.checkpoint.format import (
     split_ledgers,
     split_record,
 )
+from deltaopt.checkpoint.records import branch_record
 from deltaopt.checks import (
     check_branches,
+    check_claims,
     check_keep_base,
     check_membership,
     check_no_weight_trains,
@@ -34,8 +36,10 @@ from deltaopt.checks import (
     check_not_differentiable,
     check_not_folded,
     check_nothing_unused,
+    check_training,
     check_weights,
 )
+from deltaopt.claims import Claim, Claimant, Use
 from deltaopt.folded import FoldedUpdate
 from deltaopt.gradient_hooks import warn_of_folded
 from deltaopt.groups import (
@@ -49,7 +53,7 @@ from deltaopt.groups import (
     parse_triples,
 )
 from deltaopt.in_place import InPlaceUpdate
-from deltaopt.inner import build_inner, global_hooks_held, is_state_initialisation
+from deltaopt.inner import build_inner, forget_state, is_state_initialisation, step_inner
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
@@ -57,6 +61,7 @@ from deltaopt.plain import plain
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
+from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -171,18 +176,20 @@ class DeltaLoRAOptimizer(Optimizer):
         check_not_folded([weight.triple for weight in weights])
         for weight in weights:
             weight.resolve()
-        check_weights(weights, rule)
+        check_weights(weights, rule, new=weights)
         if isinstance(inner, Optimizer):
             check_nothing_unused(options, params, inner_kwargs)
         else:
-            inner = build_inner(inner, inner_groups(groups, options, params), plain(inner_kwargs))
+            with outside_inference_mode():
+                inner = build_inner(inner, inner_groups(groups, options, params), plain(inner_kwargs))
         check_not_differentiable(inner)
         check_membership(inner, weights)
         check_not_capturing()
         rule.check_inner(inner)
         rule.check_groups(groups)
-        for weight in weights:
-            weight.register()
+        with outside_inference_mode():
+            for weight in weights:
+                weight.register()
         self._settings = settings
         self._keep_base = keep_base
         self._become(inner, groups, weights, rounds, rule, step_count=0)
@@ -242,14 +249,16 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if the branch was merged, rescaled or deleted, the step is being captured into a CUDA
                 graph, or it is called in `base_weights`. In each case nothing has changed.
         """
-        with self._resolved("step()", completing_ledgers=False) as weights:
+        with self._resolved("step()", waiting=False) as weights:
+            check_training(weights)
             if is_state_initialisation(self._inner):
                 return self._inner_step(weights, closure, [])
             self._set_ratios()  # lambda_t; 0 for t < K
             losses: list[Any] = []
             writer = self._writer("move")
             self._rule.before_step(weights, writer, closure)  # A_t, B_t
-            with self._event("step()", partial(self._follow, weights, writer, losses, self._step_count), losses):
+            follow = partial(self._follow, weights, writer, losses, self._step_count)
+            with self._events.begin("step()", follow, self._rule.unwritten, losses):
                 loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}
             self._rule.warn(stacklevel=3)  # torch wraps `step`
             return loss
@@ -319,8 +328,10 @@ class DeltaLoRAOptimizer(Optimizer):
             KeyError: if there is no such triple.
             RuntimeError: if it is not known any more, with the reason.
         """
-        self._rule.flush()
-        return self._weight(name).asked_movement()
+        check_claims(self._weights, "displacement()", "read")
+        with outside_inference_mode():
+            self._rule.flush()
+            return self._weight(name).asked_movement()
 
     def residual(self, name: str, source: BaseSource | None = None) -> Tensor:
         """Return what rounding did to a W: where it is, minus where it was asked to be.
@@ -342,8 +353,8 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: if W's base is not in `source`.
             RuntimeError: if there is no base at hand, or the displacement is not known any more; in `base_weights`.
         """
-        self._between_steps("residual()")
-        return base.residual(self._weight(name), source)
+        with self._between_steps("residual()", "base"):
+            return base.residual(self._weight(name), source)
 
     @contextmanager
     def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
@@ -373,17 +384,23 @@ class DeltaLoRAOptimizer(Optimizer):
                 optimizer raise it.
             ValueError, TypeError: for other arguments than these.
         """
-        with self._resolved("base_weights()") as weights:
+        callers_mode = torch.inference_mode if torch.is_inference_mode_enabled() else nullcontext
+        with self._resolved("base_weights()", use="base") as weights:
             visit = base.Visit(weights, source, method)
 
             def leave() -> None:
                 visit.leave()
-                self._at_base = False
+                self._rule.fold_again(weights)
+                self._claimant.at_base = False
 
-            with self._event("base_weights()", leave, [], visit.unfinished):
-                self._at_base = True
-                with self._rule.unfolded(weights):
-                    visit.enter()
+            with self._events.begin("base_weights()", leave, visit.unfinished):
+                for weight in weights:
+                    if weight.moved:
+                        weight.note_write()
+                self._claimant.at_base = True
+                visit.enter()
+                self._rule.unfold(weights)
+                with callers_mode():
                     yield
 
     def rebase(self) -> None:
@@ -392,21 +409,20 @@ class DeltaLoRAOptimizer(Optimizer):
         The displacement begins at zero. The next move takes a new copy of the base, if `keep_base` asks for one.
         Adapters that are exported later are for this base, not for the pristine weights.
         """
-        self._between_steps("rebase()")
-
-        def finish() -> None:
-            for weight in self._weights:
-                weight.rebase()
-
-        with self._event("rebase()", finish, []):
+        with self._between_steps("rebase()", None), self._events.begin("rebase()", self._finish_rebase):
             pass
+
+    def _finish_rebase(self) -> None:
+        for weight in self._weights:
+            weight.rebase()
+        self._hold(self._weights)
 
     def restart(self, reinit: Reinit | None = None, *, generator: torch.Generator | None = None) -> None:
         """Add every branch to its W and start A and B afresh, as ReLoRA does, so that the total rank can grow.
 
         W takes up what the branch adds, scaling * A @ B. Then A and B start as LoRA starts them, with no gradients and
-        no inner state. The effective weight is as before, up to rounding. The ledgers continue, so that export and
-        resume still count from the base.
+        no inner state, also in optimizers that the inner one holds. The effective weight is as before, up to rounding.
+        The ledgers continue, so that export and resume still count from the base.
 
         Args:
             reinit: a function that gets each triple and writes its A and B in place, under `torch.no_grad`. Default: A
@@ -426,13 +442,12 @@ class DeltaLoRAOptimizer(Optimizer):
                 if not restart.carry_out():
                     return
                 self._repeats = repeats + 1
-                for factor in (factor for weight in weights for factor in weight.tensors[1:]):
+                factors = [factor for weight in weights for factor in weight.tensors[1:]]
+                for factor in factors:
                     factor.grad = None
-                    self.state.pop(factor, None)
-                if isinstance(self._inner, torch.optim.LBFGS):  # keeps all of its history under one parameter
-                    self.state.clear()
+                forget_state(self._inner, factors)
 
-            with self._event("restart()", finish, [], restart.unfinished):
+            with self._events.begin("restart()", finish, restart.unfinished):
                 restart.make_start(start)
 
     def resync(self) -> None:
@@ -460,7 +475,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 resync.carry_out()
                 self._repeats = repeats + 1
 
-            with self._event("resync()", finish, [], resync.unfinished):
+            with self._events.begin("resync()", finish, resync.unfinished):
                 pass
             resync.warn()
 
@@ -478,11 +493,11 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: as `accounts`.
         """
-        self._between_steps("reading the ledgers")
-        if self._rule.scales_branches:
-            with self._resolved("reading the ledgers"):
-                pass
-        return list(self._weights)
+        with self._between_steps("reading the ledgers", "read"):
+            if self._rule.scales_branches:
+                with self._resolved("reading the ledgers", use="read"):
+                    pass
+            return list(self._weights)
 
     # The inner optimizer's own lists and dicts, always: `load_state_dict` makes new ones, and a scheduler
     # that wrote into old ones would have no effect.
@@ -548,11 +563,9 @@ class DeltaLoRAOptimizer(Optimizer):
         added = _registered(groups, self._keep_base)
         weights = [*self._weights, *added]
         check_not_folded([weight.triple for weight in added])
-        check_weights(weights, self._rule)
+        check_weights(weights, self._rule, new=added)
         check_no_weight_trains(self._weights, options[0].get("params", ()))
         self._rule.check_groups([*self._groups, *groups])
-        for weight in added:
-            weight.register()
         all_groups = [*self._groups, *groups]
         held: list[Any] = []
 
@@ -562,8 +575,11 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._take(added)
 
         warn_of_folded([weight.triple for weight in added], stacklevel=2)
-        with self._event("add_param_group()", finish, held):
-            note(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
+        with outside_inference_mode():
+            for weight in added:
+                weight.register()
+            with self._events.begin("add_param_group()", finish):
+                note(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under keys that begin with "deltaopt" what a resumed run needs.
@@ -578,7 +594,7 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has a form of its
                 own, which has no place for these entries.
         """
-        with self._resolved("state_dict()") as weights:
+        with self._resolved("state_dict()", use="read") as weights:
             for pre_hook in self._optimizer_state_dict_pre_hooks.values():
                 pre_hook(self)
                 self._look_up()  # a hook may gather or replace parameters
@@ -623,7 +639,10 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
         rescaled = self._rule.scales_branches
-        with self._resolved("load_state_dict()", rescaled) as weights:
+        with suppress(RuntimeError):  # of an event that cannot be completed: a state says where everything is
+            self._events.complete()
+            self._rule.flush()
+        with self._resolved("load_state_dict()", rescaled, waiting=False, use=None) as weights:
             state_dict = state_dict.copy()
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                 state_dict = pre_hook(self, state_dict) or state_dict
@@ -631,44 +650,59 @@ class DeltaLoRAOptimizer(Optimizer):
             record, inner_state = split_record(state_dict)
             check_record(record, self._groups, weights, self.weight_update)
             ledgers, compensations, inner_state = split_ledgers(inner_state, record["schema"])
+            decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
-            decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else None
-            records = [triple for group in record["groups"] for triple in group["triples"]]
-            with self._rule.restored(weights, records):
-                self._inner.load_state_dict(inner_state)
             writer = rounding.during("resume", record["step_count"])
-            if decided is None:
-                for weight in weights:
-                    weight.rebase()
-            uncompensated = resume.carry_out(decided or [], writer)
-            restore_settings(record, self._groups)
-            self._rounding = rounding
-            self._step_count = int(record["step_count"])
-            self._repeats = repeats_of(record)
-            self._rule.skipped_updates = record["skipped_updates"]
-            resume.warn(decided or [], uncompensated, writer)
+            before = [branch_record(weight.triple) for weight in weights]
+            saved = [triple for group in record["groups"] for triple in group["triples"]]
+            loaded: list[Any] = []
+            uncompensated: list[str] = []
+
+            def finish() -> None:
+                self._rule.restore(weights, saved if loaded else before)
+                if not loaded:
+                    return
+                self._hold(weights)
+                if not record["ledgers"]:
+                    for weight in weights:
+                        weight.rebase()
+                uncompensated[:] = resume.carry_out(decided, writer)
+                self._hold([weight for weight in weights if weight.moved])  # those of a folded run too
+                restore_settings(record, self._groups)
+                self._rounding = rounding
+                self._step_count, self._repeats = int(record["step_count"]), repeats_of(record)
+                self._rule.skipped_updates = record["skipped_updates"]
+
+            unfinished = partial(resume.unfinished, decided)
+            with self._events.begin("load_state_dict()", finish, unfinished):
+                self._rule.restore(weights, saved)
+                note(loaded, partial(self._inner.load_state_dict, inner_state))
+            self._events.forget()
+            self._rule.forget()
+            resume.warn(decided, uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._between_steps("copying and pickling")
-        return {
-            "inner": self._inner,
-            "groups": self._groups,
-            "weights": self._weights,
-            "settings": self._settings,
-            "keep_base": self._keep_base,
-            "rounding": self._rounding,
-            "rule": self._rule,
-            "step_count": self._step_count,
-            "repeats": self._repeats,
-        }
+        with self._between_steps("copying and pickling", "read"):
+            return {
+                "inner": self._inner,
+                "groups": self._groups,
+                "weights": self._weights,
+                "settings": self._settings,
+                "keep_base": self._keep_base,
+                "rounding": self._rounding,
+                "rule": self._rule,
+                "step_count": self._step_count,
+                "repeats": self._repeats,
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings, self._keep_base = state["settings"], state["keep_base"]
         self._become(*(state[name] for name in ("inner", "groups", "weights", "rounding", "rule", "step_count")))
         self._repeats = state["repeats"]
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
+            self._hold(self._weights)
             warn_of_folded([weight.triple for weight in self._weights], stacklevel=2)
             self._rule.attach(self._weights)
 
@@ -694,8 +728,8 @@ class DeltaLoRAOptimizer(Optimizer):
         self._weights = weights
         self._rounding = rounding
         self._rule = rule
-        self._at_base = False
-        self._under_way: Event | None = None
+        self._events = Events()
+        self._claimant = Claimant()
         self._seen = False  # no tensors yet: in a copy of a model that holds its optimizer, modules are not complete
         self._step_count = step_count
         self._repeats = 0  # restarts and resyncs since the last step
@@ -706,7 +740,14 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in weights:
             weight.accept()
             weight.forget()
+        self._hold(weights)
         self._rule.attach(weights)
+
+    def _hold(self, weights: Sequence[WeightState]) -> None:
+        """Claim each W for this optimizer, whoever held it before."""
+        for weight in weights:
+            weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
+        claims.take([weight.claim for weight in weights if weight.claim is not None])
 
     def _set_ratios(self) -> None:
         """Give every weight the update_ratio of this step; a callable is asked once for its group."""
@@ -720,67 +761,35 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _inner_step(self, weights: Sequence[WeightState], closure: Closure | None, losses: list[Any]) -> float | None:
         """Let the inner optimizer step; `losses` gets what it returns, with its return."""
-        with self._rule.inner_step(weights, closure) as closure, global_hooks_held():
-            arguments = () if closure is None else (closure,)
-            return note_result(losses, partial(self._inner.step, *arguments))  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _event(
-        self,
-        what: str,
-        finish: Callable[[], None],
-        begun: list[Any],
-        unfinished: Callable[[], list[str]] | None = None,
-    ) -> Iterator[None]:
-        """Call `finish` at the end. If it, or what is within, is interrupted, do what is left of it at once.
-
-        If that fails too, the event is completed when this optimizer is used again.
-
-        Args:
-            what: the event, for messages.
-            finish: see `deltaopt.all_or_nothing.Event`.
-            begun: see there.
-            unfinished: see there. Default: the weights that the rule has not moved.
-        """
-        outer, event = self._under_way, Event(what, finish, begun, unfinished or self._rule.unwritten)
-        self._under_way = event
-        try:
-            yield
-            event.complete()
-        except BaseException:
-            event.complete_now()
-            self._under_way = outer
-            raise
-        self._under_way = outer
-
-    def _complete_event(self) -> None:
-        """Complete an event that was interrupted, but not one that is under way: a closure may ask for a state."""
-        event = self._under_way
-        if event is not None and event.has_to_be_completed():
-            event.complete_later()
-            self._under_way = None
+        with self._rule.inner_step(weights, closure) as closure:
+            return note_result(losses, partial(step_inner, self._inner, closure))  # type: ignore[no-any-return]
 
     @contextmanager
     def _resolved(
-        self, what: str, rescaled: bool = False, completing_ledgers: bool = True
+        self, what: str, rescaled: bool = False, waiting: bool = True, use: Use | None = "write"
     ) -> Iterator[list[WeightState]]:
         """Yield the weights with their current tensors, and let go of these at the end.
 
         Args:
             what: the event that is under way, for messages.
             rescaled: folded branches may have another scaling than expected: it is about to be set.
-            completing_ledgers: wait until the ledgers hold every step.
+            waiting: wait until the ledgers hold every step.
+            use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
         """
-        self._complete_event()
+        if use is not None:
+            self._events.complete()
         self._refuse_at_base(what)
-        if completing_ledgers:
-            self._rule.flush()
-        try:
-            self._look_up(rescaled)
-            yield self._weights
-        finally:
-            for weight in self._weights:
-                weight.forget()
+        with outside_inference_mode():
+            if waiting:
+                self._rule.flush()
+            try:
+                self._look_up(rescaled)
+                if use is not None:
+                    check_claims(self._weights, what, use)
+                yield self._weights
+            finally:
+                for weight in self._weights:
+                    weight.forget()
 
     def _look_up(self, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed."""
@@ -792,6 +801,8 @@ class DeltaLoRAOptimizer(Optimizer):
         check_membership(self._inner, weights)
         check_not_capturing()
         self._rule.follow(weights, replaced=bool(replaced))
+        if replaced:
+            claims.follow([weight.claim for weight in replaced if weight.claim is not None])
         for weight in replaced:
             weight.accept()
         self._seen = True
@@ -811,14 +822,19 @@ class DeltaLoRAOptimizer(Optimizer):
                 return weight
         raise KeyError(f"no triple {name!r}; there are {names([weight.label for weight in self._weights])}")
 
-    def _between_steps(self, what: str) -> None:
-        """Refuse `what` in `base_weights`, and let the ledgers hold every step."""
-        self._complete_event()
+    @contextmanager
+    def _between_steps(self, what: str, use: Use | None) -> Iterator[None]:
+        """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step."""
+        self._events.complete()
         self._refuse_at_base(what)
-        self._rule.flush()
+        if use is not None:
+            check_claims(self._weights, what, use)
+        with outside_inference_mode():
+            self._rule.flush()
+            yield
 
     def _refuse_at_base(self, what: str) -> None:
-        if self._at_base:
+        if self._claimant.at_base:
             raise RuntimeError(
                 f"{what} within base_weights(), where no W is what this optimizer moved it to: leave it first"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
@@ -100,15 +100,17 @@ class UpdateRule:
     def flush(self) -> None:
         """Complete what past steps have left open, and the ledgers; waits for the device."""
 
-    def unfolded(self, weights: Sequence[WeightState]) -> AbstractContextManager[None]:
-        """Return a context in which every branch adds scaling * A @ B, as next to a W that moves."""
-        return nullcontext()
+    def unfold(self, weights: Sequence[WeightState]) -> None:
+        """Let every branch add scaling * A @ B, as next to a W that moves."""
 
-    def restored(
-        self, weights: Sequence[WeightState], records: Iterable[Mapping[str, Any]]
-    ) -> AbstractContextManager[None]:
-        """Return a context that puts the branches in the state of a saved run; undone if an exception leaves it."""
-        return nullcontext()
+    def fold_again(self, weights: Sequence[WeightState]) -> None:
+        """Undo `unfold`, also half of it; may be called again after an exception."""
+
+    def restore(self, weights: Sequence[WeightState], records: Sequence[Mapping[str, Any]]) -> None:
+        """Put the branches into the state of a saved run; may be called again after an exception."""
+
+    def forget(self) -> None:
+        """Forget what an interrupted step has left open: a state was loaded, which says where every W is."""
 
     @property
     def nbytes(self) -> int:

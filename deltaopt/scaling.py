@@ -115,7 +115,7 @@ class BranchScaling:
     def rounded(self, value: float) -> float:
         """Return what the branch would multiply by after `value` is set: a tensor has a dtype."""
         held = self._held() if self._setter is None and isinstance(self._source, (Tensor, tuple)) else None
-        return float(torch.tensor(value, dtype=held.dtype)) if isinstance(held, Tensor) else value
+        return float(torch.tensor(value, dtype=held.dtype, device="cpu")) if isinstance(held, Tensor) else value
 
     def set(self, value: float) -> None:
         """Let the branch multiply by `value`."""

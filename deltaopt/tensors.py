@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +58,37 @@ def offload_problems(owner: nn.Module) -> list[str]:
 def is_plain(tensor: Tensor) -> bool:
     """Tell if this is a tensor of its own, and no packed, sharded or fake one that only looks like it."""
     return type(tensor) in (Tensor, nn.Parameter)
+
+
+def overlapping_pairs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the index pairs (i, j), i < j, of views that share an element, in the order of j and then i.
+
+    Views are compared only where their extents in one storage meet, so that thousands of views that lie one behind the
+    other in a flat buffer take O(n log n).
+    """
+    extents = sorted((t.untyped_storage().data_ptr(), *_span(t), i) for i, t in enumerate(tensors))
+    found = []
+    current, open_views = None, list[tuple[int, int]]()
+    for storage, start, end, i in extents:
+        if storage != current:
+            current, open_views = storage, []
+        open_views = [(other_end, j) for other_end, j in open_views if other_end > start]
+        found += [(min(i, j), max(i, j)) for _, j in open_views if memory_overlaps(tensors[i], tensors[j])]
+        open_views.append((end, i))
+    return sorted(found, key=lambda pair: (pair[1], pair[0]))
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave `torch.inference_mode` for a while, without turning gradients on.
+
+    What is kept for later must not be made in it: torch refuses for ever to write such a tensor outside.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def memory_overlaps(first: Tensor, second: Tensor) -> bool:

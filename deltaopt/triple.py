@@ -28,8 +28,8 @@ class Tensors(NamedTuple):
     B: Tensor
 
     def signature(self) -> tuple[object, ...]:
-        """Return a value that changes when a tensor is replaced, moved or unfrozen."""
-        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.dtype, t.requires_grad) for t in self)
+        """Return a value that changes when a tensor is replaced or moved."""
+        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.dtype) for t in self)
 
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype for products of the factors: float32, or float64 where one of the tensors is."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import Fingerprint
+from deltaopt.claims import Claim
 from deltaopt.groups import DeltaGroup
 from deltaopt.ledger import Ledger, combined
 from deltaopt.lowrank import LowRank, Term, joined
@@ -40,6 +41,7 @@ class WeightState:
         rebased: True if the base is known to be another weight than the pristine one: after `rebase`, or where W had
             moved when it was registered.
         compensation: with compensated rounding, what was cut off from W so far; it is added the next time.
+        claim: of the optimizer on W; None until it has taken this weight.
     """
 
     def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
@@ -51,6 +53,7 @@ class WeightState:
         self.origin: Term | None = None
         self.rebased = False
         self.compensation: Compensation | None = None
+        self.claim: Claim | None = None
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._tensors: Tensors | None = None
@@ -181,11 +184,19 @@ class WeightState:
 
     def note_base(self) -> None:
         """Take W as it is now as its base, unless it has moved before. Called before every write."""
+        if self.base is None and self.claim is not None:
+            self.rebased |= self.claim.base_overwritten
+        self.note_write()
         if self.base is None:
             base = self.fingerprint()
             self.copy_base()
             self.triple.weight_moves()
             self.base = base  # last: after an exception all of it is done again
+
+    def note_write(self) -> None:
+        """Let other optimizers on this W know that it is about to be written."""
+        if self.claim is not None:
+            self.claim.before_write()
 
     def rebase(self) -> None:
         """Take W as it is now as its base, and forget how it came there."""
@@ -254,4 +265,4 @@ class WeightState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
-        return {**self.__dict__, "_tensors": None, "_checked": None}
+        return {**self.__dict__, "_tensors": None, "_checked": None, "claim": None}

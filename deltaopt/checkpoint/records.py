@@ -33,9 +33,13 @@ def triple_record(triple: LoRATriple, A: Tensor, B: Tensor) -> dict[str, Any]:
         "name": triple.label,
         "A": list(A.shape),
         "B": list(B.shape),
-        "scaling": triple.scaling,
-        "folded": triple.folded,
+        **branch_record(triple),
     }
+
+
+def branch_record(triple: LoRATriple) -> dict[str, Any]:
+    """Return what a triple's branch multiplies A @ B by: its scaling, and the update_ratio that is folded into it."""
+    return {"scaling": triple.scaling, "folded": triple.folded}
 
 
 def ledger_record(weight: WeightState) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class Resumption(NamedTuple):
             calls.append(partial(put_, weight, self.base))
         call_the_rest(self.done, calls)
         if self.rebuild:
+            weight.note_write()
             writer.add_terms_(weight, weight.displacement(), self.written)
             _rebuilt_for[whole_hash(weight.part())] = _saved_hash(self.saved)
         elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
@@ -123,6 +124,11 @@ def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
     for resumption in decided:
         resumption.carry_out(writer)
     return _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
+
+
+def unfinished(decided: Sequence[Resumption]) -> list[str]:
+    """Return the labels of the weights that have to be rebuilt and were not yet."""
+    return [resumption.weight.label for resumption in decided if resumption.rebuild and not resumption.written]
 
 
 def warn(decided: Sequence[Resumption], uncompensated: list[str], writer: Writer) -> None:

@@ -10,10 +10,10 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from deltaopt.messages import Problem, raise_problems
-from deltaopt.tensors import is_plain, memory_overlaps
+from deltaopt.tensors import is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple
 
 LIBRARIES = {"peft": "deltaopt.integrations.peft"}
@@ -75,22 +75,18 @@ def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn
 
 def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[LoRATriple, list[str]]]:
     """Return each triple whose W is in more than one place of `model`, with the names of the places."""
-    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-    for module_name, module in model.named_modules():  # a module under two names is one place
-        for name, parameter in module.named_parameters(recurse=False):
-            if is_plain(parameter) and not parameter.is_meta:
-                users = by_storage.setdefault(parameter.untyped_storage().data_ptr(), [])
-                users.append((f"{module_name}.{name}".lstrip("."), parameter))
-    found = []
-    for triple in triples:
-        W = triple.W
-        if not is_plain(W) or W.is_meta:
-            continue  # the optimizer refuses it with the reason
-        neighbours = by_storage.get(W.untyped_storage().data_ptr(), ())
-        names = [name for name, parameter in neighbours if memory_overlaps(parameter, W)]
-        if len(names) > 1:
-            found.append((triple, names))
-    return found
+    places = [
+        (f"{module_name}.{name}".lstrip("."), parameter)
+        for module_name, module in model.named_modules()  # a module under two names is one place
+        for name, parameter in module.named_parameters(recurse=False)
+        if is_plain(parameter) and not parameter.is_meta
+    ]
+    moving = [triple for triple in triples if is_plain(triple.W) and not triple.W.is_meta]  # others: refused later
+    users: dict[int, list[str]] = {}
+    for i, j in overlapping_pairs([*(parameter for _, parameter in places), *(triple.W for triple in moving)]):
+        if i < len(places) <= j:
+            users.setdefault(j - len(places), []).append(places[i][0])
+    return [(triple, users[k]) for k, triple in enumerate(moving) if len(users.get(k, ())) > 1]
 
 
 def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:

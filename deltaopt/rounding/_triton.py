@@ -135,7 +135,7 @@ class _Group:
         products = list(members.values())
         rows = [[*_addresses(p), p.hash, p.place] for p in products]
         self.device = products[0].W.device
-        self.table = _sent(torch.tensor(rows, dtype=torch.int64), self.device)
+        self.table = _sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), self.device)
         self.known_coefs: list[float] = []
         self.coefs: Tensor | None = None
         self.options = options(likeness, aligned=all(address % 16 == 0 for row in rows for address in row[:4]))
@@ -146,7 +146,7 @@ class _Group:
         _, c, d, k, strides, compensated, turned = self.likeness
         mine = [coefs[number] for number in self.numbers]
         if mine != self.known_coefs:
-            self.coefs = _sent(torch.tensor(mine, dtype=torch.float32), self.device)
+            self.coefs = _sent(torch.tensor(mine, dtype=torch.float32, device="cpu"), self.device)
             self.known_coefs = mine
         stochastic = keys is not None and not compensated
         rows, columns = keys or (0, 0)

@@ -59,7 +59,7 @@ class Grid(NamedTuple):
     @property
     def subnormal_bits(self) -> int:
         """The bits of `subnormal` as a float32."""
-        return int(torch.tensor(self.subnormal, dtype=torch.float32).view(torch.int32))
+        return int(torch.tensor(self.subnormal, dtype=torch.float32, device="cpu").view(torch.int32))
 
 
 GRIDS = {

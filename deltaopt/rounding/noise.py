@@ -48,9 +48,9 @@ class Keys(NamedTuple):
 
 def label_hashes(labels: Sequence[str], lead: Sequence[int]) -> Tensor:
     """Return (n, *lead) int32, one number for each matrix of the triples `labels`, of which one has `lead` matrices."""
-    hashes = torch.tensor([_int32(_label_hash(label)) for label in labels], dtype=torch.int32)
+    hashes = torch.tensor([_int32(_label_hash(label)) for label in labels], dtype=torch.int32, device="cpu")
     for e in lead:
-        hashes = hashes.unsqueeze(-1) + torch.arange(e, dtype=torch.int32)
+        hashes = hashes.unsqueeze(-1) + torch.arange(e, dtype=torch.int32, device="cpu")
     return hashes
 
 

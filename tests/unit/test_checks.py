@@ -1,5 +1,7 @@
 """Every refusal of a triple, of a set of triples and of an inner optimizer comes before anything changes."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,30 @@ def test_refuses_a_weight_that_became_unusable():
     model.weight = nn.Parameter(torch.empty(4, 6, device="meta"), requires_grad=False)
     with pytest.raises(ValueError, match="q: W is on the meta device"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("layout", "W", "A", "B"),
+    [
+        ("linear", (0, 6), (0, 2), (2, 6)),
+        ("linear", (4, 0), (4, 2), (2, 0)),
+        ("experts", (0, 4, 6), (0, 4, 2), (0, 2, 6)),
+        ("conv", (4, 3, 0), (4, 2), (2, 3, 0)),
+    ],
+)
+def test_refuses_a_weight_without_elements(rule, layout, W, A, B):
+    """Refuse it when it is registered: the events of the other layers would fail half-way."""
+    factors = [torch.zeros(size, requires_grad=True) for size in (A, B)]
+    scale = torch.tensor(1.0)
+    empty = LoRATriple(torch.zeros(W), *factors, scaling=scale, name="empty", layout=layout)
+    fine = LoRATriple(*small_layer(), scaling=scale, name="fine")
+    message = refused(
+        lambda: DeltaLoRAOptimizer(torch.optim.SGD, [fine, empty], lr=0.1, weight_update=rule),
+        ValueError,
+        re.escape(f"empty: W has the shape {W} and no elements, so nothing can move: leave this layer out"),
+    )
+    assert "fine" not in message
 
 
 # A set of triples.

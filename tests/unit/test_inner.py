@@ -1,5 +1,7 @@
 """The inner optimizer: how it is built, which hooks it fires, and when a step only makes its state exist."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -128,6 +130,118 @@ def test_hooks_of_the_inner_optimizer_fire():
     assert fired == [1]
 
 
+def test_hooks_fire_for_other_optimizers_during_a_step():
+    """Step another optimizer in another thread while ours evaluates its closure: it finds all hooks in place."""
+    optimizer, fired = DeltaLoRAOptimizer(torch.optim.AdamW, [small_layer()], lr=0.1), []
+    other = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, *a: fired.append(("pre", opt))),
+        register_optimizer_step_post_hook(lambda opt, *a: fired.append(("post", opt))),
+    ]
+
+    def closure():
+        thread = threading.Thread(target=other.step)
+        thread.start()
+        thread.join()
+        return 0.0
+
+    try:
+        optimizer.step(closure)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert fired == [("pre", optimizer), ("pre", other), ("post", other), ("post", optimizer)]
+
+
+def test_a_scheduler_of_the_inner_optimizer_sees_its_steps():
+    """Build a scheduler on the inner optimizer, which wraps its `step`, before the wrapper takes it."""
+    W, A, B = small_layer()
+    inner, fired = torch.optim.AdamW([A, B], lr=0.1), []
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    optimizer = DeltaLoRAOptimizer(inner, [(W, A, B)])
+    handle = register_optimizer_step_post_hook(lambda opt, *a: fired.append(opt))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    scheduler.step()  # warns, which is an error here, unless it knows of the step
+    assert inner.param_groups[0]["lr"] == 0.05
+    assert fired == [optimizer]
+
+
+def test_a_step_that_was_replaced_is_called():
+    """Call what somebody has put in place of the inner optimizer's `step`, on the object or in its class."""
+    W, A, B = small_layer()
+    inner, called = torch.optim.AdamW([A, B], lr=0.1), []
+    optimizer, step = DeltaLoRAOptimizer(inner, [(W, A, B)]), inner.step
+    inner.step = lambda *arguments: called.append(1) or step(*arguments)
+    before = A.detach().clone()
+    optimizer.step()
+    assert called == [1]
+    assert not torch.equal(A, before)
+
+
+# Forgetting factors, as a restart has it.
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Steps an optimizer that it holds, and keeps for each parameter how often it stepped."""
+
+    def __init__(self, params, hold=lambda optimizer: optimizer, **options):
+        self.held = torch.optim.AdamW(params, **options)
+        self.holder, self.steps = hold(self.held), {}
+        super().__init__(self.held.param_groups, {})
+        self.param_groups = self.held.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.steps[p] = self.steps.get(p, 0) + 1
+        return self.held.step(closure)
+
+
+HOLDS = {
+    "attribute": lambda optimizer: optimizer,
+    "list": lambda optimizer: [optimizer],
+    "dict": lambda optimizer: {"inner": (optimizer,)},
+    "wrapper": lambda optimizer: Wrapping([torch.ones(1, requires_grad=True)], lambda _: optimizer),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_a_restart_forgets_the_state_in_nested_optimizers(hold):
+    """Restart: the next step has no momentum from before, neither here nor in any optimizer that is held."""
+    W, A, B = small_layer()
+    head = torch.ones(2, requires_grad=True)
+    inner = Wrapping([A, B, head], HOLDS[hold], lr=0.1)
+    held = inner.held
+    if hold != "attribute":
+        del inner.held
+        inner.step = held.step
+    optimizer = DeltaLoRAOptimizer(inner, [(W, A, B)])
+    head.grad = torch.ones(2)
+    optimizer.step()
+    inner.steps.update(dict.fromkeys((A, B, head), 1))
+    inner.itself = inner
+    assert set(held.state) == {A, B, head}
+    optimizer.restart()
+    assert set(held.state) == {head}
+    assert list(inner.steps) == [head]
+
+
+def test_a_step_after_a_restart_is_a_first_step():
+    """Compare with a fresh wrapping optimizer on the same factors and gradients."""
+    W, A, B = small_layer()
+    optimizer = DeltaLoRAOptimizer(Wrapping([A, B], lr=0.1), [(W, A, B)])
+    random_steps(optimizer, 3)
+    optimizer.restart(generator=torch.Generator().manual_seed(0))
+    fresh = [factor.detach().clone().requires_grad_() for factor in (A, B)]
+    random_steps(optimizer, 1)
+    random_steps(torch.optim.AdamW(fresh, lr=0.1), 1)
+    assert torch.equal(A, fresh[0])
+    assert torch.equal(B, fresh[1])
+
+
 # Making the inner state exist, as torch.distributed.checkpoint does.
 
 
@@ -157,6 +271,36 @@ def test_a_first_step_of_training_is_counted(given):
         factor.grad = None if given == "no gradient" else torch.full_like(factor, float(given == "gradient"))
     optimizer.step()
     assert optimizer.step_count == 1
+
+
+def test_an_inner_optimizer_without_a_learning_rate_steps():
+    """Step one that finds its own learning rate and has None for it, as Adafactor with relative_step."""
+
+    class Relative(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                assert group["lr"] is None
+                for p in group["params"]:
+                    p.data.sub_(p.grad, alpha=0.1)
+
+    W, A, B = small_layer()
+    optimizer = DeltaLoRAOptimizer(Relative, [(W, A, B)], lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    expected = A.detach() - 0.1 * A.grad
+    optimizer.step()
+    assert torch.equal(A, expected)
+    assert optimizer.step_count == 1
+
+
+@pytest.mark.extra
+def test_adafactor_as_documented():
+    """Step transformers' Adafactor with its defaults, lr=None and relative_step."""
+    transformers = pytest.importorskip("transformers", reason="runs where transformers is installed")
+    W, A, B = small_layer()
+    optimizer, before = DeltaLoRAOptimizer(transformers.Adafactor, [(W, A, B)], lr=None), W.clone()
+    random_steps(optimizer, 2)
+    assert not torch.equal(W, before)
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_lists_and_dicts_of_the_inner_optimizer_are_shared():

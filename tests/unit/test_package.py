@@ -26,7 +26,7 @@ ORDER = [
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
     *("base", "base_hooks", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "groups", "inner", "triple"),
+    *("weight", "claims", "groups", "inner", "triple"),
     *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding"),

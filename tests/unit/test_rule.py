@@ -55,7 +55,7 @@ def test_a_rule_keeps_its_host_when_it_is_copied():
 def test_the_base_class_does_nothing_that_it_was_not_asked_for():
     rule = UpdateRule()
     closure = lambda: 1.0  # noqa: E731
-    with rule.inner_step([], closure) as handed, rule.unfolded([]), rule.restored([], []):
+    with rule.inner_step([], closure) as handed:
         assert handed is closure
     assert rule.nbytes == rule.skipped_updates == 0
     with pytest.raises(NotImplementedError, match="before the inner step"):

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from deltaopt import LoRATriple
-from deltaopt.tensors import memory_overlaps
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, tensors
+from deltaopt.tensors import memory_overlaps, overlapping_pairs
 from tests.support.small import refuses_triples, small_layer
 
 slices = st.tuples(st.integers(0, 7), st.integers(1, 5)).map(lambda r: (r[0], min(8, r[0] + r[1])))
@@ -145,3 +145,29 @@ def test_views_of_two_shapes_that_follow_each_other_do_not_overlap(order):
     assert not memory_overlaps(views[order[0]], views[order[1]])
     one_more = memory[11:23].view(4, 3)
     assert memory_overlaps(*((views[0], one_more) if order == (0, 1) else (one_more, views[0])))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.integers(1, 3), st.booleans()), max_size=9))
+def test_overlapping_pairs_are_those_of_a_comparison_of_all(views):
+    """Find among strided views of two storages the same pairs as by comparing each with each, in the same order."""
+    storages = torch.zeros(64), torch.zeros(64)
+    strided = [storages[other][start : start + n * stride : stride] for start, n, stride, other in views]
+    expected = [(i, j) for j in range(len(strided)) for i in range(j) if memory_overlaps(strided[i], strided[j])]
+    assert overlapping_pairs(strided) == expected
+
+
+def test_views_behind_each_other_are_not_compared_with_each_other(monkeypatch):
+    """Register 200 triples whose W, A and B lie in three flat buffers without one comparison of two views."""
+    count, (c, d, r) = 200, (4, 6, 2)
+    W = torch.randn(count, c, d)
+    A, B = torch.randn(count, c, r), torch.randn(count, r, d)
+    triples = [LoRATriple(W[i], A[i].requires_grad_(), B[i].requires_grad_(), name=f"{i}") for i in range(count)]
+    compared = []
+    monkeypatch.setattr(tensors, "memory_overlaps", lambda *views: compared.append(views) or memory_overlaps(*views))
+    DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1)
+    assert len(compared) == 0
+    with pytest.raises(ValueError, match="199: its W shares memory with the W of 7"):
+        DeltaLoRAOptimizer(
+            torch.optim.SGD, [*triples[:-1], LoRATriple(W[7], *triples[-1].tensors()[1:], name="199")], lr=0.1
+        )
+    assert len(compared) == 1

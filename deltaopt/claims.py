@@ -1,0 +1,160 @@
+"""Claims: which of the optimizers that were built on one W may write it, and which of them still know where it is.
+
+Each optimizer counts the movement of a W as its own. Two that move one W in turn would both be wrong, and nothing in
+their tensors tells. So the last one that was built, loaded a state or rebased holds the W; earlier ones can be read
+until it has written W, and are refused by name afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import count
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from deltaopt.tensors import is_plain, overlapping_pairs
+from deltaopt.triple import LoRATriple
+
+Use: TypeAlias = Literal["write", "read", "base"]
+"""What an event does with a W: it may write it, it reads what was recorded of it, or it looks for its base."""
+
+
+class Claimant:
+    """The owner of the claims of one optimizer, which do not compete with each other.
+
+    Attributes:
+        at_base: True while every W is at the base of this optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.at_base = False
+
+
+class Claim:
+    """The claim of one optimizer on the W of one triple. Others are found by memory: views of W that overlap.
+
+    Args:
+        triple: whose W it is.
+        owner: of the claims of the same optimizer.
+        waits: True if W may never be written (folded): it is then claimed by the first write, and only its base
+            depends on what other optimizers do until then.
+    """
+
+    def __init__(self, triple: LoRATriple, owner: Claimant, waits: bool) -> None:
+        self.triple = triple
+        self.owner = owner
+        self._waits = waits
+        self._number = 0
+        self._wrote = False
+        self._overwritten = False
+        self._newer: list[weakref.ref[Claim]] = []  # whose optimizers hold W in place of this one's
+        self._informs: list[weakref.ref[Claim]] = []  # of the others, once this one's optimizer writes W
+        _living.add(self)
+
+    @property
+    def superseded(self) -> bool:
+        """True if another optimizer that still exists was built on W since."""
+        return bool(self._newer) and not self._waits and any(other() is not None for other in self._newer)
+
+    @property
+    def base_overwritten(self) -> bool:
+        """True if another optimizer has written W since this claim was made."""
+        return self._overwritten
+
+    @property
+    def overwritten(self) -> bool:
+        """True if another optimizer has written a W that this one had claimed."""
+        return self._overwritten and not self._waits
+
+    def forbids(self, use: Use) -> bool:
+        """Tell if the optimizer must not do this with W any more."""
+        if self._informs and use != "read" and any(other.owner.at_base for other in _alive(self._informs)):
+            return True  # W is at the base of an earlier optimizer, which will put its own bits back
+        if use == "base":
+            return self._overwritten
+        return self.overwritten or (use == "write" and self.superseded)
+
+    def first_write_problems(self) -> list[str]:
+        """Say why a claim that waits cannot be made now."""
+        if self._waits and any(other() is not None for other in self._newer):
+            return [f"W would have to be written, and {SINCE}"]
+        return []
+
+    def before_write(self) -> None:
+        """Note that W is about to be written by this claim's optimizer.
+
+        Raises:
+            RuntimeError: for a claim that waited, if another optimizer holds W by now.
+        """
+        if self._waits:
+            problems = self.first_write_problems()
+            if problems:
+                raise RuntimeError(f"{self.triple.label}: {problems[0]}")
+            self._waits = False
+            take([self])
+        self._wrote = True
+        if self._informs:
+            for other in _alive(self._informs):
+                other._overwritten = True
+            self._informs = []
+
+    def _matrix(self) -> Tensor | None:
+        """View the part of W that moves; None where it cannot be read now."""
+        with suppress(RuntimeError, ValueError, IndexError):
+            W = self.triple.W
+            return self.triple.view.weight(W) if is_plain(W) and not W.is_meta and W.numel() else None
+        return None
+
+
+SINCE = "another optimizer was built on it since, or has loaded a state or rebased"
+
+_living: weakref.WeakSet[Claim] = weakref.WeakSet()
+_numbers = count(1)
+_lock = threading.RLock()
+
+
+def take(claims: Sequence[Claim]) -> None:
+    """Give these claims precedence over all others on the same memory."""
+    number = next(_numbers)
+    for claim in claims:
+        claim._number, claim._wrote, claim._overwritten = number, False, False
+    follow(claims)
+
+
+def follow(claims: Sequence[Claim]) -> None:
+    """Find the claims of other optimizers on the memory of these, whose tensors may be other ones than before."""
+    with _lock:
+        others = [claim for claim in _living if claim._number]
+        places = [(claim, matrix) for claim in others if (matrix := claim._matrix()) is not None]
+        following = set(claims)
+        for claim in others:
+            _forget_relations(claim, following)
+        for i, j in overlapping_pairs([matrix for _, matrix in places]):
+            older, newer = sorted((places[i][0], places[j][0]), key=lambda claim: claim._number)
+            if older.owner is not newer.owner and (older in following or newer in following):
+                _relate(older, newer)
+
+
+def _relate(older: Claim, newer: Claim) -> None:
+    if not newer._waits:
+        older._newer.append(weakref.ref(newer))
+        newer._informs.append(weakref.ref(older))
+        older._overwritten |= newer._wrote
+    elif not older._waits:  # the base of `newer` is W as it was when it was built
+        older._informs.append(weakref.ref(newer))
+
+
+def _forget_relations(claim: Claim, following: set[Claim]) -> None:
+    if claim in following:
+        claim._newer, claim._informs = [], []
+    elif claim._newer or claim._informs:
+        claim._newer = [weakref.ref(other) for other in _alive(claim._newer) if other not in following]
+        claim._informs = [weakref.ref(other) for other in _alive(claim._informs) if other not in following]
+
+
+def _alive(references: Iterable[weakref.ref[Claim]]) -> list[Claim]:
+    return [claim for reference in references if (claim := reference()) is not None]

@@ -1,0 +1,226 @@
+"""Every event is all or nothing: an exception at any line of the package leaves things in order.
+
+Each event is interrupted at its lines, one at a time, at several moments of a run. Afterwards the base and the exported
+adapter give the effective weight, the fingerprints fit, the next step runs, and the run ends where the uninterrupted
+one does, or where one without the event does. The suite takes some of the lines, `make nightly` takes all.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+import deltaopt
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from tests.support.compare import close, same
+from tests.support.interruption import interrupted_at
+from tests.support.strategies import RULES
+
+SAMPLED = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 23
+"""Of so many lines one is taken, another one for each event and moment."""
+
+
+class Layer(torch.nn.Module):
+    """A layer of W and its branch, with a loss whose gradients depend on nothing but its tensors."""
+
+    def __init__(self, c, d, seed, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        W, A, B = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((c, d), (c, 2), (2, d)))
+        self.W = torch.nn.Parameter(W.to(dtype), requires_grad=False)
+        factors = torch.float64 if dtype == torch.float64 else torch.float32
+        self.A, self.B = torch.nn.Parameter(A.to(factors)), torch.nn.Parameter(B.to(factors))
+        self.scaling = 0.5
+        self.target = torch.randn(c, d, generator=generator, dtype=torch.float64)
+
+    def effective(self):
+        return self.W.double() + self.scaling * (self.A.double() @ self.B.double())
+
+    def triple(self, name):
+        return LoRATriple((self, "W"), (self, "A"), (self, "B"), scaling=(self, "scaling"), name=name)
+
+
+class World:
+    """Two layers of different shapes and the optimizer of both, from step 2 on."""
+
+    def __init__(self, rule="in_place", dtype=torch.float64, third=False, **options):
+        shapes = [(3, 4), (5, 3), *([(4, 4)] if third else [])]
+        self.layers = torch.nn.ModuleList(Layer(*shape, i, dtype) for i, shape in enumerate(shapes))
+        self.pristine = [layer.W.detach().clone() for layer in self.layers]
+        triples = [layer.triple(name) for layer, name in zip(self.layers, "abc", strict=False)]
+        options = {"update_ratio": 1.5, "start_step": 2, "lr": 0.02} | options
+        self.optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples[:2], weight_update=rule, **options)
+        self.spare = triples[2:]
+
+    def backward(self):
+        self.optimizer.zero_grad()
+        sum((layer.effective() - layer.target).square().mean() for layer in self.layers).backward()
+
+    def train(self, steps):
+        for _ in range(steps):
+            self.backward()
+            self.optimizer.step()
+        return self
+
+    def tensors(self):
+        """Return what a run comes to."""
+        return [t.detach().clone() for layer in self.layers for t in (layer.W, layer.A, layer.B)] + [
+            torch.tensor([layer.scaling for layer in self.layers])
+        ]
+
+    def assert_in_order(self):
+        optimizer = self.optimizer
+        state = optimizer.state_dict()  # completes what was interrupted
+        effective = [layer.effective().detach() for layer in self.layers]
+        exported = deltaopt.export_adapter(optimizer)
+        for layer, weight, W0, now in zip(self.layers, optimizer.weights(), self.pristine, effective, strict=False):
+            if layer.W.dtype == torch.float64 and not weight.rebased:
+                assert close(W0 + exported[weight.label].product(), now)
+        optimizer.load_state_dict(state)  # compares all fingerprints
+        assert all(map(torch.equal, effective, (layer.effective().detach() for layer in self.layers)))
+        assert same(optimizer.state_dict(), state)
+
+
+def global_state():
+    """Return what an event must not change for the rest of the process."""
+    return (
+        dict(torch_optimizer._global_optimizer_pre_hooks),
+        dict(torch_optimizer._global_optimizer_post_hooks),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.backends.mkldnn.matmul.fp32_precision,
+        torch.get_default_device(),
+    )
+
+
+def step(world):
+    world.optimizer.step()
+
+
+def step_with_closure(world):
+    def closure():
+        world.backward()
+        return 1.0
+
+    world.optimizer.step(closure)
+
+
+def step_at_another_ratio(world):
+    world.optimizer.step()  # `world_at` has set the ratio
+
+
+def restart(world):
+    world.optimizer.restart(generator=torch.Generator().manual_seed(9))
+
+
+def resync(world):
+    with torch.no_grad():
+        for layer in world.layers:
+            layer.A.copy_(layer.A.round(decimals=1))  # repeated, it changes nothing
+    world.optimizer.resync()
+
+
+def rebase(world):
+    world.optimizer.rebase()
+
+
+def base_weights(world):
+    with world.optimizer.base_weights():
+        pass
+
+
+def state_dict(world):
+    world.optimizer.state_dict()
+
+
+def load_state_dict(world):
+    world.optimizer.load_state_dict(world.saved)
+
+
+def add_param_group(world):
+    if len(world.optimizer.groups) == 1:  # repeated after it was completed, it would be refused
+        world.optimizer.add_param_group({"triples": world.spare, "lr": 0.01})
+
+
+def zero_grad(world):
+    world.optimizer.zero_grad()
+
+
+def deepcopy(world):
+    copy.deepcopy((world.layers, world.optimizer))
+
+
+def flush(world):
+    world.optimizer.displacement("a")
+
+
+EVENTS = {
+    function.__name__: function
+    for function in (
+        *(step, step_with_closure, step_at_another_ratio, restart, resync, rebase, base_weights, state_dict),
+        *(load_state_dict, add_param_group, zero_grad, deepcopy, flush),
+    )
+}
+MOMENTS = (0, 2, 4)
+"""Steps before the event: before the first one, at step K, later."""
+
+
+def world_at(name, rule, moment, **options):
+    """Return a world just before an event; one that loads is a fresh one, to which the saved factors were loaded."""
+    third = name == "add_param_group"
+    world = World(rule, third=third, **options).train(moment)
+    if name == "load_state_dict":
+        saved, world = world, World(rule, third=third, **options)
+        world.saved = copy.deepcopy(saved.optimizer.state_dict())
+        with torch.no_grad():
+            for here, there in zip(world.layers, saved.layers, strict=True):
+                here.A.copy_(there.A)
+                here.B.copy_(there.B)
+    if name == "step_at_another_ratio":
+        world.optimizer.groups[0].update_ratio = 0.75
+    world.backward()
+    return world
+
+
+def lines_of(name, rule, moment, **options):
+    world = world_at(name, rule, moment, **options)
+    with interrupted_at(EVENTS[name], None) as interruption:
+        EVENTS[name](world)
+    return interruption.lines
+
+
+def ends_of(name, rule, moment, after, **options):
+    """Return where a run ends with the event and without it."""
+    ends = []
+    for happens in (True, False):
+        world = world_at(name, rule, moment, **options)
+        if happens:
+            EVENTS[name](world)
+        ends.append(world.train(after).tensors())
+    return ends
+
+
+def assert_all_or_nothing(name, rule, moment, error, sampled=SAMPLED, **options):
+    lines = lines_of(name, rule, moment, **options)
+    assert lines > 10
+    ends = ends_of(name, rule, moment, 2, **options)
+    before = global_state()
+    for line in range(1 + (3 * moment + len(name)) % sampled, lines + 1, sampled):
+        world = world_at(name, rule, moment, **options)
+        with pytest.raises(error, match="at a line"), interrupted_at(EVENTS[name], line, error):
+            EVENTS[name](world)
+        assert global_state() == before, line
+        world.assert_in_order()
+        end = world.train(2).tensors()
+        assert any(all(map(close, end, whole)) for whole in ends), f"line {line}"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", EVENTS)
+def test_an_event_that_is_interrupted_at_any_line_leaves_things_in_order(name, rule, moment, error):
+    assert_all_or_nothing(name, rule, moment, error)
