@@ -13,6 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
+from deltaopt.plain import as_int
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -200,11 +202,8 @@ def shape(tensor: Tensor) -> str:
 def _checked_range(bounds: object, what: str) -> tuple[int, int] | None:
     if bounds is None:
         return None
-    if (
-        isinstance(bounds, tuple)
-        and len(bounds) == 2
-        and all(isinstance(bound, int) for bound in bounds)
-        and 0 <= bounds[0] < bounds[1]
-    ):
-        return bounds
+    if isinstance(bounds, tuple) and len(bounds) == 2:
+        start, stop = map(as_int, bounds)
+        if start is not None and stop is not None and 0 <= start < stop:
+            return start, stop
     raise ValueError(f"{what} is (start, stop) with 0 <= start < stop, got {bounds!r}")

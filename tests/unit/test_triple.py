@@ -8,6 +8,8 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support.compare import refused
 from tests.support.small import HandmadeLayer, refuses_triples, small_layer, small_triple
 
+numpy = pytest.importorskip("numpy", reason="runs where numpy is installed")
+
 
 def test_repr_shows_name_shapes_and_scaling():
     triple = small_triple("layer0.q", scaling=0.5)
@@ -51,6 +53,12 @@ def test_refuses_rows_and_columns_that_are_no_ranges(bounds):
         small_triple(rows=bounds)
     with pytest.raises(ValueError, match=r"columns is \(start, stop\) with 0 <= start < stop"):
         small_triple(columns=bounds)
+
+
+def test_rows_and_columns_take_whole_numbers_of_other_libraries():
+    triple = small_triple(rows=(numpy.int64(0), torch.tensor(3)), columns=(0, numpy.uint8(4)))
+    assert (triple.rows, triple.columns) == ((0, 3), (0, 4))
+    assert {type(bound) for bound in triple.rows + triple.columns} == {int}
 
 
 def test_a_name_of_its_own_is_not_written_into_the_users_triple():
