@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.lowrank import Term, joined
-from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_
+from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
 from deltaopt.weight import WeightState
 
@@ -66,7 +66,13 @@ class Writer(NamedTuple):
     scratch: Scratch
 
     def add_product_(
-        self, weight: WeightState, U: Tensor, V: Tensor, coef: float, noise: NoiseFactors | None = None
+        self,
+        weight: WeightState,
+        U: Tensor,
+        V: Tensor,
+        coef: float,
+        noise: NoiseFactors | None = None,
+        done: list[Any] | None = None,
     ) -> None:
         """Add coef * U @ V to the part of W that moves.
 
@@ -76,6 +82,7 @@ class Writer(NamedTuple):
             V: (k, d) or (e, k, d), with its columns in B's order.
             coef: the factor of the product.
             noise: of this matrix; used if this W is rounded stochastically.
+            done: the writes of an earlier call that was interrupted, see `deltaopt.rounding.blocks.add_product_`.
         """
         view, W = weight.triple.view, weight.tensors.W
         kept = self.compensation(weight)
@@ -83,23 +90,23 @@ class Writer(NamedTuple):
             kept = view.part_matrix(kept)
         if noise is not None and self.rounding.of(W.dtype) != "stochastic":
             noise = None
-        add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch)
+        add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch, done)
 
-    def add_terms_(self, weight: WeightState, terms: list[Term], done: list[Any] | None = None) -> None:
-        """Add the sum of the terms, computed in float64, to the part of W that moves.
+    def add_term_(self, weight: WeightState, term: Term, done: list[Any] | None = None) -> None:
+        """Add one term, computed in its own dtype (float32 or float64), to the part of W that moves.
 
         Args:
             weight: whose W is written.
-            terms: of `weight`.
-            done: the writes of an earlier call that was interrupted; this one continues after them and notes its own.
+            term: of `weight`.
+            done: see `add_product_`.
         """
-        part = weight.part()
-        noise = None
-        if self.rounding.of(part.dtype) == "stochastic":
-            *lead, c, d = weight.matrix().shape
-            noise = self.noise(label_hashes([weight.label], lead)[0], c, d, part.device)
-        kept = self.compensation(weight)
-        add_terms_(weight, part, terms, noise=noise, compensation=kept, scratch=self.scratch, done=done)
+        with full_precision(term.A.device):
+            self.add_product_(weight, term.A, term.B, term.coef, self._noise_of(weight), done)
+
+    def add_terms_(self, weight: WeightState, terms: list[Term]) -> None:
+        """Add the sum of the terms, computed in float64, to the part of W that moves."""
+        part, noise = weight.part(), self._noise_of(weight)
+        add_terms_(weight, part, terms, noise=noise, compensation=self.compensation(weight), scratch=self.scratch)
 
     @property
     def keys(self) -> Keys:
@@ -114,6 +121,14 @@ class Writer(NamedTuple):
     def noise(self, hashes: Tensor, c: int, d: int, device: torch.device) -> NoiseFactors:
         """Make the noise of (c, d) matrices with these hashes."""
         return noise_factors(self.keys, _on(device, hashes), c, d)
+
+    def _noise_of(self, weight: WeightState) -> NoiseFactors | None:
+        """Make the noise of one W; None where it is rounded in another way."""
+        W = weight.tensors.W
+        if self.rounding.of(W.dtype) != "stochastic":
+            return None
+        *lead, c, d = weight.matrix().shape
+        return self.noise(label_hashes([weight.label], lead)[0], c, d, W.device)
 
     def compensation(self, weight: WeightState) -> Tensor | None:
         """Return what rounding has cut off from W so far, to be added and written; None if this W keeps nothing."""
@@ -132,7 +147,6 @@ def add_terms_(
     noise: NoiseFactors | None = None,
     compensation: Tensor | None = None,
     scratch: Scratch | None = None,
-    done: list[Any] | None = None,
 ) -> None:
     """Add coef * the sum of the terms, computed in float64 and rounded once, to a tensor like W's moving part.
 
@@ -146,15 +160,13 @@ def add_terms_(
         noise: see `deltaopt.rounding.blocks.add_product_`.
         compensation: see there; of the form of `part`.
         scratch: see there.
-        done: see there.
     """
     terms = [term.to(part.device, torch.float64) for term in terms]
     if not terms:
         return
     total, view = joined(terms), weight.triple.view
     kept = None if compensation is None else view.part_matrix(compensation)
-    matrix, B = view.part_matrix(part), view.ordered(total.B, weight.tensors.W)
-    add_product_(matrix, total.A, B, coef, noise, kept, scratch, done)
+    add_product_(view.part_matrix(part), total.A, view.ordered(total.B, weight.tensors.W), coef, noise, kept, scratch)
 
 
 @torch.no_grad()

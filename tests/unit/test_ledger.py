@@ -19,6 +19,16 @@ def sum_of(ledger, shape=(9, 7)):
     return sum((t.coef * t.A @ t.B for t in ledger.displacement()), torch.zeros(shape, dtype=torch.float64))
 
 
+def test_a_ledger_with_one_more_term_leaves_the_first_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    first, second = Term(0.7, *factors_of(generator)), Term(-0.2, *factors_of(generator))
+    ledger = Ledger()
+    ledger.add(first)
+    longer = ledger.plus(second)
+    assert_close(sum_of(ledger), first.coef * first.A @ first.B)
+    assert_close(sum_of(longer), first.coef * first.A @ first.B + second.coef * second.A @ second.B)
+
+
 @given(seed=strategies.seeds, events=strategies.ledger_events)
 def test_terms_add_up_to_the_dense_account(seed, events):
     """Mix moves, changes of the coefficient, changes of the factors between moves, additions and restarts."""
