@@ -256,7 +256,7 @@ class _Part(NamedTuple):
         weight: whose W is written.
         term: that is added to W.
         ledger: of W after it.
-        done: the writes so far, see `Writer.add_terms_`.
+        done: the writes so far, see `Writer.add_term_`.
     """
 
     weight: WeightState
@@ -284,7 +284,7 @@ class _Change:
         """Write what is not written yet."""
         for weight, term, ledger, done in self.parts:
             weight.note_base()
-            self._writer.add_terms_(weight, [term], done)
+            self._writer.add_term_(weight, term, done)
             weight.ledger = ledger
         self._guard.count(self._finite, self._counted)
 
@@ -300,9 +300,13 @@ def _taken(weight: WeightState) -> Term:
 
 
 def _masked(term: Term, finite: Tensor) -> Term:
-    """Return a copy of the term, of zeros where `finite`, 0-d on any device, is False."""
+    """Return a copy of the term, of zeros if `finite`, 0-d on any device, is False.
+
+    The coefficient is negative: adding -0 leaves every bit of W, and adding +0 does not.
+    """
     here = finite.to(term.A.device, non_blocking=True)
-    return Term(term.coef, torch.where(here, term.A, 0.0), torch.where(here, term.B, 0.0))
+    A = term.A if term.coef < 0 else -term.A
+    return Term(-abs(term.coef), torch.where(here, A, 0.0), torch.where(here, term.B, 0.0))
 
 
 def _due(weights: Sequence[WeightState], with_closure: bool) -> list[WeightState]:

@@ -110,11 +110,12 @@ class DeltaLoRAOptimizer(Optimizer):
         rounding_seed: the seed of stochastic rounding, the same on every rank. Default 0. The global generator is
             not touched.
         weight_update: ``"in_place"``, the default, moves W. ``"folded"`` gives the same A, B and effective weights
-            without writing W: at step K it takes lambda s A_K B_K from W (zero at LoRA's usual start with K = 0),
-            scales the branch by (1 + lambda) s, and divides what reaches the gradients of A and B by 1 + lambda.
-            It needs a constant `update_ratio` and triples whose scaling can be set (those of `find_triples` can).
-            It takes quantized weights too, if the product at step K is zero. See docs/folded.md. A callable that
-            makes a `deltaopt.rule.UpdateRule` is also accepted; tests use it to give a rule arguments.
+            and writes W only where the ratio changes: from `old` (0 before step K) to `new` it takes
+            (new - old) s A B from W (zero at LoRA's usual start with K = 0), scales the branch by (1 + new) s, and
+            divides what reaches the gradients of A and B by 1 + new. It needs triples whose scaling can be set (those
+            of `find_triples` can). It takes quantized weights too, if `update_ratio` is a number and the product is
+            zero at step K. See docs/folded.md. A callable that makes a `deltaopt.rule.UpdateRule` is also accepted;
+            tests use it to give a rule arguments.
         keep_base: ``"cpu"`` or ``"device"`` keeps a copy of every W from before its first move, in host memory or on
             W's device, for `base_weights`. Default None: no copy, no memory.
         **inner_kwargs: ``lr``, ``weight_decay``, ... for an inner class.
@@ -235,7 +236,8 @@ class DeltaLoRAOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One inner step on A and B, then W <- W + lambda s (A'B' - AB) once K steps have passed.
 
-        With ``weight_update="folded"`` the inner step alone; step number K first scales the branches.
+        With ``weight_update="folded"`` the inner step alone; where `update_ratio` is not that of the last step, the
+        branches are scaled first.
 
         Args:
             closure: evaluates the model again and returns the loss; handed to the inner optimizer.
@@ -247,7 +249,8 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: if a factor or W was replaced by something that cannot be used, or a callable
                 `update_ratio` returns a value out of range.
             RuntimeError: if the branch was merged, rescaled or deleted, the step is being captured into a CUDA
-                graph, or it is called in `base_weights`. In each case nothing has changed.
+                graph, it is called in `base_weights`, or a folded ratio changes and a W cannot be written. In each
+                case nothing has changed.
         """
         with self._resolved("step()", waiting=False) as weights:
             check_training(weights)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaopt.lowrank import Term, joined
 from deltaopt.plain import as_int
-from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_
+from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
 from deltaopt.weight import WeightState
 
@@ -94,6 +94,17 @@ class Writer(NamedTuple):
             noise = None
         add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch, written)
 
+    def add_term_(self, weight: WeightState, term: Term, written: list[Any] | None = None) -> None:
+        """Add one term, computed in its own dtype (float32 or float64), to the part of W that moves.
+
+        Args:
+            weight: whose W is written.
+            term: of `weight`.
+            written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
+        """
+        with full_precision(term.A.device):
+            self.add_product_(weight, term.A, term.B, term.coef, self._noise_of(weight), written)
+
     def add_terms_(self, weight: WeightState, terms: list[Term], written: list[Any] | None = None) -> None:
         """Add the sum of the terms, computed in float64, to the part of W that moves.
 
@@ -102,12 +113,7 @@ class Writer(NamedTuple):
             terms: of `weight`.
             written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
         """
-        part = weight.part()
-        noise = None
-        if self.rounding.of(part.dtype) == "stochastic":
-            *lead, c, d = weight.matrix().shape
-            noise = self.noise(label_hashes([weight.label], lead)[0], c, d, part.device)
-        kept = self.compensation(weight)
+        part, noise, kept = weight.part(), self._noise_of(weight), self.compensation(weight)
         add_terms_(weight, part, terms, noise=noise, compensation=kept, scratch=self.scratch, written=written)
 
     @property
@@ -123,6 +129,14 @@ class Writer(NamedTuple):
     def noise(self, hashes: Tensor, c: int, d: int, device: torch.device) -> NoiseFactors:
         """Make the noise of (c, d) matrices with these hashes."""
         return noise_factors(self.keys, _on(device, hashes), c, d)
+
+    def _noise_of(self, weight: WeightState) -> NoiseFactors | None:
+        """Make the noise of one W; None where it is rounded in another way."""
+        W = weight.tensors.W
+        if self.rounding.of(W.dtype) != "stochastic":
+            return None
+        *lead, c, d = weight.matrix().shape
+        return self.noise(label_hashes([weight.label], lead)[0], c, d, W.device)
 
     def compensation(self, weight: WeightState) -> Tensor | None:
         """Return what rounding has cut off from W so far, to be added and written; None if this W keeps nothing."""

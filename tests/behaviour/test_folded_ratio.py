@@ -109,7 +109,7 @@ def test_an_inner_step_that_fails_after_a_change_may_be_repeated():
     for run in (in_place, folded):
         run.backward()
         kept = [factor.grad.clone() for factor in run.factors]
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError, match="division by zero"):
             run.optimizer.step(lambda: 1 / 0)
         for factor, gradient in zip(run.factors, kept, strict=True):
             factor.grad = gradient
@@ -168,6 +168,25 @@ def test_a_factor_that_is_not_finite_at_a_change_reaches_no_weight(host, value):
     step()  # W is written again
     assert not any(torch.equal(s.W, W) for (s, *_), W in zip(layers, weights, strict=True))
     assert optimizer.skipped_updates == 1
+
+
+@pytest.mark.parametrize("ratio", [1.0, 5.0], ids=["down", "up"])
+@pytest.mark.parametrize("scaling", [0.5, -0.5])
+@pytest.mark.parametrize("host", ["of a CPU", "of a GPU"])
+def test_it_leaves_every_bit(host, scaling, ratio):
+    """Also those of -0.0, which a product of zeros would turn into 0.0."""
+    rule = "folded" if host == "of a CPU" else internals.folded_as_on_a_gpu()
+    run = LayerRun("folded", zero=False, scaling=scaling, weight_update=rule, lr=0.0).train(1)
+    W = run.stored.W
+    W.copy_(torch.where(W > 0.5, -0.0, W))
+    before = W.clone().view(torch.int64)
+    assert bool(((W == 0) & W.signbit()).any())
+    run.optimizer.groups[0].update_ratio = ratio
+    with torch.no_grad():
+        run.stored.B[0, 0] = math.nan
+    with pytest.warns(RuntimeWarning, match=NOT_FINITE):
+        run.optimizer.step()
+    assert torch.equal(W.view(torch.int64), before)
 
 
 def test_later_ones_are_counted_without_a_warning():

@@ -69,13 +69,14 @@ def test_a_step_does_not_change_the_effective_weight_where_it_folds():
     torch.testing.assert_close(run.effective().detach(), before, rtol=1e-14, atol=1e-14)
 
 
-def test_a_layer_without_gradients_is_folded_when_it_has_some():
-    """An expert that no token reached: until then the step leaves its factors as they are, and so nothing is due."""
+@pytest.mark.parametrize("ratio", [lambda step: 2.0, strategies.SCHEDULES["ramp"]], ids=["constant", "ramp"])
+def test_a_layer_without_gradients_is_folded_when_it_has_some(ratio):
+    """An expert that no token reached: until then the step leaves its factors as they are, so it need not change."""
     outcomes = []
     for mode in ("in_place", "folded"):
         layers = [linear_layer(str(i), i, zero=i == 0) for i in range(2)]
         optimizer = DeltaLoRAOptimizer(
-            torch.optim.SGD, [t for *_, t in layers], lr=0.1, momentum=0.9, weight_update=mode
+            torch.optim.SGD, [t for *_, t in layers], lr=0.1, momentum=0.9, update_ratio=ratio, weight_update=mode
         )
         for t in range(6):
             optimizer.zero_grad()
@@ -84,7 +85,8 @@ def test_a_layer_without_gradients_is_folded_when_it_has_some():
                     strategies.Problem(s.W.shape, i)(s.W + scale * (s.A @ s.B), t).backward()
             optimizer.step()
             if mode == "folded":
-                assert [float(scale) for _, scale, _ in layers] == [1.5, 0.5 if t < 2 else 1.5]
+                scaled = 0.5 * (1 + ratio(t))
+                assert [float(scale) for _, scale, _ in layers] == [scaled, 0.5 if t < 2 else scaled]
         outcomes.append([(s.W + scale * (s.A @ s.B)).detach() for s, scale, _ in layers])
     for now, expected in zip(*outcomes, strict=True):
         torch.testing.assert_close(now, expected, rtol=1e-10, atol=1e-10)

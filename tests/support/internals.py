@@ -177,14 +177,14 @@ def buffer_addresses(optimizer: DeltaLoRAOptimizer) -> list[int]:
 
 def fail_at_write(patch: pytest.MonkeyPatch, *numbers: int) -> None:
     """Let the writes of these numbers, counted from 1, run out of memory before they change anything."""
-    add_terms, count = writer.add_terms_, itertools.count(1)
+    add_product, count = writer.add_product_, itertools.count(1)
 
     def failing(*arguments: Any, **options: Any) -> None:
         if next(count) in numbers:
             raise torch.OutOfMemoryError("out of memory")
-        add_terms(*arguments, **options)
+        add_product(*arguments, **options)
 
-    patch.setattr(writer, "add_terms_", failing)
+    patch.setattr(writer, "add_product_", failing)
 
 
 def record_of(state: dict) -> dict[str, Any]:

@@ -49,6 +49,16 @@ def ledger_with_a_matrix(shape=(9, 7), lead=(), seed=0, dtype=torch.float64):
     return ledger, dense
 
 
+def test_a_ledger_with_one_more_term_leaves_the_first_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    first, second = Term(0.7, *factors_of(generator)), Term(-0.2, *factors_of(generator))
+    ledger = Ledger()
+    ledger.add(first)
+    longer = ledger.plus(second)
+    assert_close(sum_of(ledger), first.coef * first.A @ first.B)
+    assert_close(sum_of(longer), first.coef * first.A @ first.B + second.coef * second.A @ second.B)
+
+
 @given(seed=strategies.seeds, events=strategies.ledger_events, few=st.booleans())
 def test_terms_add_up_to_the_dense_account(seed, events, few):
     """Mix moves, changes of the coefficient, of the factors between moves, additions, restarts and sums."""

@@ -41,11 +41,12 @@ def test_a_callable_that_makes_something_else_is_refused():
         DeltaLoRAOptimizer(torch.optim.SGD, [stored.triple()], lr=0.1, weight_update=lambda: "in_place")
 
 
-def test_a_rule_keeps_its_host_when_it_is_copied():
+@pytest.mark.parametrize("kind", RULES.values())
+def test_a_rule_keeps_its_host_when_it_is_copied(kind):
     class Other(Host):
         pass
 
-    rule = InPlaceUpdate(Other())
+    rule = kind(Other())
     rule.skipped_updates = 3
     twin = copy.deepcopy(rule)
     assert type(twin._host) is Other
