@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -59,10 +60,19 @@ def _without_global_hooks(inner: Optimizer) -> Callable[..., Any]:
         return inner.step  # somebody else's wrapper: torch's cannot be reached within it
     if by_scheduler:
         inner._opt_called = True  # type: ignore[attr-defined]  # all that the scheduler's wrapper does
-    none: dict[int, Any] = {}
-    names = {"_global_optimizer_pre_hooks": none, "_global_optimizer_post_hooks": none}
-    quiet = FunctionType(hooked.__code__, {**hooked.__globals__, **names}, hooked.__name__, None, hooked.__closure__)
+    quiet = _quiet_steps.get(hooked)
+    if quiet is None:
+        none: dict[int, Any] = {}
+        names = {"_global_optimizer_pre_hooks": none, "_global_optimizer_post_hooks": none}
+        # A code object of its own: torch.compile keeps what it makes of one under it, and in the globals.
+        code = hooked.__code__.replace(co_name="step_without_global_hooks")
+        quiet = FunctionType(code, {**hooked.__globals__, **names}, hooked.__name__, None, hooked.__closure__)
+        _quiet_steps[hooked] = quiet
     return MethodType(quiet, inner)
+
+
+_quiet_steps: WeakKeyDictionary[FunctionType, FunctionType] = WeakKeyDictionary()
+"""By torch's wrapper of the `step` of a class, the same wrapper without hooks for every optimizer."""
 
 
 def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
