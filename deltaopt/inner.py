@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from types import FunctionType, MethodType
+from functools import cache
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ def step_inner(inner: Optimizer, closure: Callable[[], float] | None) -> float |
     Hooks of the inner optimizer itself fire. An optimizer that the inner one steps is another optimizer, for which the
     hooks for every optimizer fire as they do without a wrapper.
     """
-    step = _without_global_hooks(inner)
-    return step() if closure is None else step(closure)  # type: ignore[no-any-return]
+    # Within torch.compile they fire for the inner one too: a function with other globals cannot be traced.
+    step = inner.step if torch.compiler.is_compiling() else _without_global_hooks(inner)
+    return step() if closure is None else step(closure)
 
 
 def _without_global_hooks(inner: Optimizer) -> Callable[..., Any]:
@@ -59,10 +61,16 @@ def _without_global_hooks(inner: Optimizer) -> Callable[..., Any]:
         return inner.step  # somebody else's wrapper: torch's cannot be reached within it
     if by_scheduler:
         inner._opt_called = True  # type: ignore[attr-defined]  # all that the scheduler's wrapper does
+    code, names = _quiet(hooked.__code__)
+    return MethodType(FunctionType(code, names, hooked.__name__, None, hooked.__closure__), inner)
+
+
+@cache
+def _quiet(code: CodeType) -> tuple[CodeType, dict[str, Any]]:
+    """Return a copy of the code and its globals, the same at each call: torch.compile keeps results with both."""
     none: dict[int, Any] = {}
     names = {"_global_optimizer_pre_hooks": none, "_global_optimizer_post_hooks": none}
-    quiet = FunctionType(hooked.__code__, {**hooked.__globals__, **names}, hooked.__name__, None, hooked.__closure__)
-    return MethodType(quiet, inner)
+    return code.replace(), {**vars(torch_optimizer), **names}
 
 
 def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
