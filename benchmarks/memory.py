@@ -7,11 +7,14 @@ allocator; the largest running sum of them is the peak. Neither counts the scrat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler writes two lines to the terminal at each use
 
 
 def peak_allocation(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:

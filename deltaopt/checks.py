@@ -17,7 +17,7 @@ from deltaopt.groups import ParamsInput
 from deltaopt.messages import Problem, names, problems_of, raise_problems
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
-from deltaopt.tensors import overlapping_pairs
+from deltaopt.tensors import overlapping_pairs, same_view
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -44,7 +44,7 @@ def check_weights(weights: Sequence[WeightState], rule: UpdateRule, new: Collect
     ]
     if not problems:
         readable = {weight for weight in weights if not unwritable[weight]}
-        problems = [*_name_problems(weights), *_sharing_problems(weights, readable)]
+        problems = [*_name_problems(weights), *_sharing_problems(weights, readable, rule)]
     raise_problems(ValueError, "these triples cannot be used", problems)
 
 
@@ -105,8 +105,11 @@ def _name_problems(weights: Iterable[WeightState]) -> list[Problem]:
     return found
 
 
-def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]) -> list[Problem]:
-    """Find a W that two triples would move, and factors that the inner optimizer would step twice."""
+def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState], rule: UpdateRule) -> list[Problem]:
+    """Find a W that two triples would move, and factors that the inner optimizer would step twice.
+
+    Two adapters may share a W that is not written. Its claims refuse the first write.
+    """
     places: list[tuple[WeightState, str, Tensor]] = []
     for weight in weights:
         if weight in readable:
@@ -116,7 +119,13 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
     for i, j in overlapping_pairs([local_part(tensor) for *_, tensor in places]):
         (other, other_letter, other_tensor), (weight, letter, tensor) = places[i], places[j]
         shared_factor = letter != "W" and other_tensor is tensor
-        if not shared_factor:
+        shared_weight = (
+            letter == other_letter == "W"
+            and not (rule.moves_weights or weight.moved or other.moved)
+            and same_view(other_tensor, tensor)
+            and (weight.tensors.A is not other.tensors.A or weight.tensors.B is not other.tensors.B)
+        )
+        if not (shared_factor or shared_weight):
             found.append(Problem(weight.label, _sharing_sentence(letter, other.label, other_letter)))
     return found
 

@@ -51,6 +51,7 @@ class Claim:
         self._number = 0
         self._wrote = False
         self._overwritten = False
+        self._siblings: list[str] = []  # triples of the same optimizer on the same memory
         self._newer: list[weakref.ref[Claim]] = []  # whose optimizers hold W in place of this one's
         self._informs: list[weakref.ref[Claim]] = []  # of the others, once this one's optimizer writes W
         _living.add(self)
@@ -79,7 +80,16 @@ class Claim:
         return self.overwritten or (use == "write" and self.superseded)
 
     def first_write_problems(self) -> list[str]:
-        """Say why a claim that waits cannot be made now."""
+        """Say why a claim that waits cannot be made now.
+
+        Two adapters of one optimizer on one W: what were written for one would be in the output of the other, wherever
+        that one is active alone. It would be right for the sum of both only, and nobody tells which are active.
+        """
+        if self._waits and self._siblings:
+            return [
+                f"W would have to be written, and it is the W of {', '.join(self._siblings)} too, whose adapter was "
+                "not made for that: begin with a zero product, as LoRA's usual initialisation does, or train only one"
+            ]
         if self._waits and any(other() is not None for other in self._newer):
             return [f"W would have to be written, and {SINCE}"]
         return []
@@ -88,7 +98,7 @@ class Claim:
         """Note that W is about to be written by this claim's optimizer.
 
         Raises:
-            RuntimeError: for a claim that waited, if another optimizer holds W by now.
+            RuntimeError: for a claim that waited, if another optimizer holds W by now, or another adapter needs it.
         """
         if self._waits:
             problems = self.first_write_problems()
@@ -132,10 +142,14 @@ def follow(claims: Sequence[Claim]) -> None:
         places = [(claim, matrix) for claim in others if (matrix := claim._matrix()) is not None]
         following = set(claims)
         for claim in others:
+            claim._siblings = []
             _forget_relations(claim, following)
         for i, j in overlapping_pairs([matrix for _, matrix in places]):
             older, newer = sorted((places[i][0], places[j][0]), key=lambda claim: claim._number)
-            if older.owner is not newer.owner and (older in following or newer in following):
+            if older.owner is newer.owner:
+                older._siblings.append(newer.triple.label)
+                newer._siblings.append(older.triple.label)
+            elif older in following or newer in following:
                 _relate(older, newer)
 
 

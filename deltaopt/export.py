@@ -10,7 +10,7 @@ from deltaopt.lowrank import LowRank
 from deltaopt.messages import raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.rounding.writer import add_terms_
-from deltaopt.tensors import outside_inference_mode
+from deltaopt.tensors import outside_inference_mode, same_view
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
 
     Returns:
         By name of the triple: a tensor of W's shape and dtype, computed in float64 and rounded once. Triples of rows or
-        columns of one weight get all of it, with all of their branches.
+        columns of one weight get all of it, with all of their branches; so do those of several adapters.
 
     Raises:
         RuntimeError: if a W cannot be read (quantized, offloaded), or in `base_weights`.
@@ -77,12 +77,13 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     for weight in weights:
         own = weight.tensors.W
         W = own.detach().clone()
-        for other in weights:
-            if other.tensors.W.data_ptr() == own.data_ptr():  # rows or columns of one fused weight
-                with outside_inference_mode():
-                    part = other.full_part()
-                add_terms_(other, part, [other.branch()])
-                largest = torch.finfo(W.dtype).max
-                other.triple.view.part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)
+        fused = [other for other in weights if other.tensors.W.data_ptr() == own.data_ptr()]  # rows, columns, adapters
+        for other in fused:
+            with outside_inference_mode():
+                part = other.full_part()
+            adapters = [each for each in fused if same_view(each.matrix(), other.matrix())]
+            add_terms_(other, part, [each.branch() for each in adapters])
+            largest = torch.finfo(W.dtype).max
+            other.triple.view.part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)
         merged[weight.label] = W
     return merged

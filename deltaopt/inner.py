@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from types import FunctionType, MethodType
+from functools import cache
+from types import CodeType, FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,8 +42,9 @@ def step_inner(inner: Optimizer, closure: Callable[[], float] | None) -> float |
     Hooks of the inner optimizer itself fire. An optimizer that the inner one steps is another optimizer, for which the
     hooks for every optimizer fire as they do without a wrapper.
     """
-    step = _without_global_hooks(inner)
-    return step() if closure is None else step(closure)  # type: ignore[no-any-return]
+    # Within torch.compile they fire for the inner one too: a function with other globals cannot be traced.
+    step = inner.step if torch.compiler.is_compiling() else _without_global_hooks(inner)
+    return step() if closure is None else step(closure)
 
 
 def _without_global_hooks(inner: Optimizer) -> Callable[..., Any]:
@@ -60,19 +61,16 @@ def _without_global_hooks(inner: Optimizer) -> Callable[..., Any]:
         return inner.step  # somebody else's wrapper: torch's cannot be reached within it
     if by_scheduler:
         inner._opt_called = True  # type: ignore[attr-defined]  # all that the scheduler's wrapper does
-    quiet = _quiet_steps.get(hooked)
-    if quiet is None:
-        none: dict[int, Any] = {}
-        names = {"_global_optimizer_pre_hooks": none, "_global_optimizer_post_hooks": none}
-        # A code object of its own: torch.compile keeps what it makes of one under it, and in the globals.
-        code = hooked.__code__.replace(co_name="step_without_global_hooks")
-        quiet = FunctionType(code, {**hooked.__globals__, **names}, hooked.__name__, None, hooked.__closure__)
-        _quiet_steps[hooked] = quiet
-    return MethodType(quiet, inner)
+    code, names = _quiet(hooked.__code__)
+    return MethodType(FunctionType(code, names, hooked.__name__, None, hooked.__closure__), inner)
 
 
-_quiet_steps: WeakKeyDictionary[FunctionType, FunctionType] = WeakKeyDictionary()
-"""By torch's wrapper of the `step` of a class, the same wrapper without hooks for every optimizer."""
+@cache
+def _quiet(code: CodeType) -> tuple[CodeType, dict[str, Any]]:
+    """Return a copy of the code and its globals, the same at each call: torch.compile keeps results with both."""
+    none: dict[int, Any] = {}
+    names = {"_global_optimizer_pre_hooks": none, "_global_optimizer_post_hooks": none}
+    return code.replace(), {**vars(torch_optimizer), **names}
 
 
 def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:

@@ -62,7 +62,7 @@ from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.tensors import outside_inference_mode
-from deltaopt.triple import LoRATriple
+from deltaopt.triple import LoRATriple, named_apart
 from deltaopt.weight import WeightState
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (InPlaceUpdate, FoldedUpdate)}
@@ -173,7 +173,7 @@ class DeltaLoRAOptimizer(Optimizer):
         rule = _rule_of(weight_update)
         check_keep_base(keep_base)
         groups, options = parse_triples(triples, settings)
-        weights = _registered(groups, keep_base)
+        weights = _registered(groups, keep_base, ())
         check_not_folded([weight.triple for weight in weights])
         for weight in weights:
             weight.resolve()
@@ -563,7 +563,7 @@ class DeltaLoRAOptimizer(Optimizer):
             self._inner.add_param_group(param_group)
             return
         groups, options = parse_triples([param_group], self._settings, first=len(self._weights))
-        added = _registered(groups, self._keep_base)
+        added = _registered(groups, self._keep_base, [weight.label for weight in self._weights])
         weights = [*self._weights, *added]
         check_not_folded([weight.triple for weight in added])
         check_weights(weights, self._rule, new=added)
@@ -858,6 +858,10 @@ def _rule_of(weight_update: str | Callable[[], UpdateRule]) -> UpdateRule:
     return rule
 
 
-def _registered(groups: Sequence[DeltaGroup], keep_base: str | None) -> list[WeightState]:
-    """Return the weights of these groups, in order."""
-    return [WeightState(triple, group, keep_base) for group in groups for triple in group.triples]
+def _registered(groups: Sequence[DeltaGroup], keep_base: str | None, taken: Sequence[str]) -> list[WeightState]:
+    """Return the weights of these groups, in order; the names of the triples that are there already are `taken`."""
+    weights: list[WeightState] = []
+    for group in groups:
+        group.triples = named_apart(group.triples, [*taken, *(weight.label for weight in weights)])
+        weights += [WeightState(triple, group, keep_base) for triple in group.triples]
+    return weights

@@ -60,6 +60,11 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
+def same_view(first: Tensor, second: Tensor) -> bool:
+    """Tell if two tensors are the same view of the same memory."""
+    return (first.data_ptr(), first.shape, first.stride()) == (second.data_ptr(), second.shape, second.stride())
+
+
 def overlapping_pairs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Return the index pairs (i, j), i < j, of views that share an element, in the order of j and then i.
 

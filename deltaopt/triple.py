@@ -150,6 +150,11 @@ class LoRATriple:
         twin.name = _checked_name(name)
         return twin
 
+    @property
+    def longer_name(self) -> str | None:
+        """The name that tells it from a triple of another adapter of the same layer; None if there are no others."""
+        return None
+
     def weight_module(self) -> nn.Module | None:
         """Return the module whose attribute W is; None for a triple made of tensors."""
         source = self.sources["W"]
@@ -258,6 +263,22 @@ class LoRATriple:
         with suppress(RuntimeError):  # where A is missing, the checks of the optimizer say so
             return None if scaling is None else _Kinds(_kind(scaling), _kind(self.A))
         return None
+
+
+def named_apart(triples: Iterable[LoRATriple], taken: Iterable[str]) -> list[LoRATriple]:
+    """Give a triple whose name is taken its longer one; the others keep theirs, which are in saved states.
+
+    Args:
+        triples: to be registered.
+        taken: names of triples that were registered before.
+    """
+    names, found = set(taken), []
+    for triple in triples:
+        if triple.label in names and triple.longer_name is not None:
+            triple = triple.named(triple.longer_name)
+        names.add(triple.label)
+        found.append(triple)
+    return found
 
 
 def _registered_buffer(scaling: ScalingSource, modules: Iterable[nn.Module]) -> ScalingSource:

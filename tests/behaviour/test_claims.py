@@ -323,3 +323,78 @@ def random_backward(optimizer: torch.optim.Optimizer) -> None:
     generator = torch.Generator().manual_seed(0)
     for p in optimizer.param_groups[0]["params"]:
         (p * torch.randn(p.shape, generator=generator, dtype=p.dtype)).sum().backward()
+
+
+# Two adapters of one folded optimizer, on one W.
+
+
+def two_adapters(zero: bool = True, **options):
+    """(optimizer, layer, other): the branches of both layers belong to the W of the first."""
+    layer, other = (HandmadeLayer(dtype=torch.float64) for _ in range(2))
+    if zero:
+        layer.A.data.zero_()
+        other.A.data.zero_()
+    triples = [
+        LoRATriple((layer, "weight"), (branch, "A"), (branch, "B"), (branch, "scaling"), name)
+        for branch, name in ((layer, "first"), (other, "second"))
+    ]
+    options = {"weight_update": "folded", "update_ratio": 0.7, "lr": 0.1, **options}
+    return DeltaLoRAOptimizer(torch.optim.SGD, triples, **options), layer, other
+
+
+def test_two_adapters_of_one_folded_optimizer_share_a_weight():
+    """Train both and ask for everything: each one's movement is its own, and W keeps its bits."""
+    optimizer, layer, other = two_adapters()
+    W = layer.weight.clone()
+    for _ in range(3):
+        random_backward(optimizer)
+        optimizer.step()
+    assert torch.equal(layer.weight, W)
+    exported = export_adapter(optimizer)
+    for name, branch in (("first", layer), ("second", other)):
+        product = branch.A.detach() @ branch.B.detach()
+        assert_close(optimizer.displacement(name).product(), 0.7 * 0.5 * product)
+        assert_close(exported[name].product(), 1.7 * 0.5 * product)
+    both = W + sum(change.product() for change in exported.values())
+    assert_close(merged_weights(optimizer)["first"], both)
+    assert_close(merged_weights(optimizer)["second"], both)
+    assert torch.equal(base_of(optimizer, layer.weight), W)
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("event", ["step", "restart"])
+def test_a_weight_of_two_adapters_is_not_written(event):
+    """Refuse it where the product is not zero: the other adapter would compute with what was taken from W."""
+    optimizer, layer, other = two_adapters(zero=False)
+    random_backward(optimizer)
+    parameters = [*layer.parameters(), *other.parameters()]
+    message = refused(
+        lambda: WRITES[event](optimizer),
+        RuntimeError,
+        "first: W would have to be written, and it is the W of second too",
+        lambda: [p.detach() for p in parameters],
+    )
+    assert "nothing was changed" in message
+    assert layer.scaling == other.scaling == 0.5
+
+
+def test_two_adapters_cannot_share_a_weight_in_place_or_in_part():
+    with pytest.raises(ValueError, match="second: its W shares memory with the W of first"):
+        two_adapters(weight_update="in_place")
+    W, A, B = small_layer(c=8)
+    triples = [
+        LoRATriple(W, A[:5].detach().requires_grad_(), B, torch.tensor(1.0), "q", rows=(0, 5)),
+        LoRATriple(W, A[3:].detach().requires_grad_(), B, torch.tensor(1.0), "k", rows=(3, 8)),
+    ]
+    with pytest.raises(ValueError, match="k: its W shares memory with the W of q"):
+        DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1, weight_update="folded")
+
+
+def test_an_adapter_is_not_added_to_a_weight_that_was_written():
+    shared = SharedWeight("folded")
+    random_backward(shared.first)
+    shared.first.step()
+    other = shared.other
+    triple = LoRATriple((shared.layer, "weight"), (other, "A"), (other, "B"), (other, "scaling"), name="k")
+    with pytest.raises(ValueError, match="k: its W shares memory with the W of q"):
+        shared.first.add_param_group({"triples": [triple]})

@@ -174,6 +174,12 @@ def test_a_write_adds_the_product(case, device, name):
     assert bool(((torch.stack(layers.W).double() - expected).abs() <= 2.01 * spacing + 1e-7).all())
 
 
+def test_measuring_memory_prints_nothing(capfd):
+    """Torch's profiler writes two lines to the terminal at each use, unless it is asked not to."""
+    assert peak_allocation(lambda: torch.empty(1000)) == 4000
+    assert capfd.readouterr() == ("", "")
+
+
 def test_memory_columns(results):
     rows, case = results["cases"][0]["rows"], TINY_CASES[0]
     W_bytes = case.c * case.d * 4

@@ -4,6 +4,8 @@ import copy
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -26,8 +28,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from deltaopt.integrations.peft import save_adapter
-from tests.support.compare import naming
+from deltaopt.integrations.peft import save_adapter, save_guard
+from tests.support.compare import naming, same
 from tests.support.internals import ledger_of
 from tests.support.peft_layers import (
     CASES,
@@ -860,6 +862,43 @@ def test_a_copy_of_model_and_optimizer_has_a_guard_of_its_own(tmp_path, trained_
             model.save_pretrained(tmp_path)
         optimizer.rebase()
         quiet(lambda model=model: model.save_pretrained(tmp_path))
+
+
+def test_a_model_that_was_saved_whole_is_loaded_without_this_package(tmp_path, trained_pair):
+    """Load it in a process that cannot import deltaopt: the guard of the moved layers stays behind."""
+    model, _ = trained_pair
+    x = inputs(7)
+    torch.save((model, x), tmp_path / "model.pt")
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "deltaopt":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import torch
+model, x = torch.load(sys.argv[1], weights_only=False)
+torch.save((model(x), model.state_dict()), sys.argv[2])
+"""
+    files = [str(tmp_path / name) for name in ("model.pt", "found.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *files], check=True, capture_output=True, text=True)
+    found, state = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found, output(model, x))
+    assert same(dict(state), dict(model.state_dict()))
+
+
+def test_each_unpickled_model_warns_once(tmp_path, trained_pair):
+    model, _ = trained_pair
+    for _ in range(2):
+        other = pickle.loads(pickle.dumps(model))
+        with pytest.warns(UserWarning, match=GUARD):
+            other.save_pretrained(tmp_path)
+        quiet(lambda other=other: other.save_pretrained(tmp_path))
+    twin = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=GUARD):
+        twin.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="has no attribute 'guard'"):
+        save_guard.guard  # noqa: B018
 
 
 def test_rebase_silences_the_warning_until_the_next_move(tmp_path, trained_pair):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import sys
 import warnings
 from types import FrameType
@@ -18,11 +19,21 @@ class SaveGuard:
 
     A library's save is known by the functions that are running when it asks the layers for their tensors, so that
     nothing of the library is replaced; ``model.state_dict()``, copies and pickles say nothing. One guard serves all
-    layers of a model. It is copied and pickled with them.
+    layers of a model. It is copied and pickled with them. A model that was saved whole can be loaded where
+    this package is missing; nothing warns there.
     """
 
     def __init__(self) -> None:
         self._has_warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SaveGuard:
+        guard = memo[id(self)] = SaveGuard()
+        guard._has_warned = self._has_warned
+        return guard
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # slice takes what torch hands to the hook, three arguments, and does nothing. All names are of Python's own.
+        return getattr, (_ThisModuleIfInstalled(), UNPICKLED, slice)
 
     def watch(self, layer: nn.Module) -> None:
         """Watch a layer whose W moves, or has moved; replace the guard of an earlier search of the model."""
@@ -56,6 +67,23 @@ class SaveGuard:
             UserWarning,
             stacklevel=stacklevel,
         )
+
+
+UNPICKLED = "unpickled_guard"
+
+
+def __getattr__(name: str) -> SaveGuard:
+    """Make the guard of a model that is unpickled, which asks this module for an attribute."""
+    if name == UNPICKLED:
+        return SaveGuard()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _ThisModuleIfInstalled:
+    """Pickled in place of this module; None comes back where the package is not installed."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pydoc.locate, (__name__,)
 
 
 def _remove(layer: nn.Module) -> bool:

@@ -62,6 +62,11 @@ class PeftTriple(LoRATriple):
         )
         self._first_scaling = self.scaling
 
+    @property
+    def longer_name(self) -> str:
+        """The name with the adapter's: an optimizer may train several adapters of one layer."""
+        return f"{self.label} ({self.adapter})"
+
     def took_from_base(self, tensors: Tensors) -> bool:
         """Tell if A and B are the start that PEFT has taken out of W: by PiSSA, CorDA, OLoRA or LoRA-GA."""
         return self._subtracts() and self._is_at_its_start(tensors)
