@@ -168,8 +168,9 @@ class InPlaceUpdate(UpdateRule):
         return [] if self._move is None else [label for buffers in self._move.buffers for label in buffers.unwritten()]
 
     def forget(self) -> None:
-        """Forget a move that could not be completed."""
+        """Forget a move that could not be completed, and what the device has not reported of earlier ones."""
         self._move = None
+        self._pending.clear()
 
     def flush(self) -> None:
         """Record the moves of all past steps in the ledgers. Waits for the device."""

@@ -262,15 +262,16 @@ class DeltaLoRAOptimizer(Optimizer):
             self._rule.before_step(weights, writer, closure)  # A_t, B_t
             follow = partial(self._follow, weights, writer, losses, self._step_count)
             with self._events.begin("step()", follow, self._rule.unwritten, losses):
-                loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}
+                loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}; then `follow`: W_{t+1}
             self._rule.warn(stacklevel=3)  # torch wraps `step`
             return loss
 
     def _follow(self, weights: Sequence[WeightState], writer: Writer, losses: list[Any], t: int) -> None:
-        """Let every W follow what the inner step did to A and B, even if it raised half-way, and count a whole one."""
-        self._rule.after_step(
-            weights, writer, whole=bool(losses)
-        )  # W_{t+1} = W_t + lambda_t s (A_{t+1} B_{t+1} - A_t B_t)
+        """Compute W_{t+1} = W_t + lambda_t s (A_{t+1} B_{t+1} - A_t B_t), and count the step.
+
+        An inner step that raised may have changed some factors: their W follow them, and the step is not counted.
+        """
+        self._rule.after_step(weights, writer, whole=bool(losses))
         if losses:
             self._step_count, self._repeats = t + 1, 0
 
@@ -556,7 +557,12 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Raises:
             ValueError, TypeError: as the constructor does. Nothing is changed then.
+            RuntimeError: in `base_weights`.
         """
+        with self._between_steps("add_param_group()", None):
+            self._add_param_group(param_group)
+
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
         if "triples" not in param_group:
             param_group = {**param_group, "params": as_list(param_group["params"])}
             check_no_weight_trains(self._weights, param_group["params"])
@@ -577,12 +583,11 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._groups, self._weights = all_groups, weights
                 self._take(added)
 
-        warn_of_folded([weight.triple for weight in added], stacklevel=2)
-        with outside_inference_mode():
-            for weight in added:
-                weight.register()
-            with self._events.begin("add_param_group()", finish):
-                note(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
+        warn_of_folded([weight.triple for weight in added], stacklevel=3)
+        for weight in added:
+            weight.register()
+        with self._events.begin("add_param_group()", finish):
+            note(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under keys that begin with "deltaopt" what a resumed run needs.
@@ -642,9 +647,7 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
         rescaled = self._rule.scales_branches
-        with suppress(RuntimeError):  # of an event that cannot be completed: a state says where everything is
-            self._events.complete()
-            self._rule.flush()
+        # An event that was interrupted is not completed here: the weights were loaded just now.
         with self._resolved("load_state_dict()", rescaled, waiting=False, use=None) as weights:
             state_dict = state_dict.copy()
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

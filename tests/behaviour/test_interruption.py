@@ -8,6 +8,10 @@ one does, or where one without the event does. The suite takes some of the lines
 import copy
 import itertools
 import os
+import re
+import signal
+import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,6 +19,8 @@ from torch.optim import optimizer as torch_optimizer
 
 import deltaopt
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.rounding.writer import Writer
+from tests.support import internals
 from tests.support.compare import close, same
 from tests.support.interruption import interrupted_at
 from tests.support.strategies import RULES
@@ -225,3 +231,154 @@ def assert_all_or_nothing(name, rule, moment, error, sampled=SAMPLED, **options)
 @pytest.mark.parametrize("name", EVENTS)
 def test_an_event_that_is_interrupted_at_any_line_leaves_things_in_order(name, rule, moment, error):
     assert_all_or_nothing(name, rule, moment, error)
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "step_at_another_ratio", "restart", "resync", "load_state_dict", "base_weights"]
+)
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_a_16_bit_weight_is_written_once(name, rounding):
+    """Round as the uninterrupted run does, bit for bit: no block is written twice, and none is left out."""
+    warned = {"resync": "in one rounded step", "load_state_dict": "rounded once"}.get(name, "nothing")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{warned}")
+        assert_all_or_nothing(
+            name,
+            "in_place",
+            4,
+            KeyboardInterrupt,
+            3 * SAMPLED,
+            dtype=torch.bfloat16,
+            rounding=rounding,
+            keep_base="cpu",
+        )
+
+
+def test_blocks_of_one_weight_are_written_once(monkeypatch):
+    internals.use_blocks_of(monkeypatch, 4)
+    for rounding in ("nearest", "stochastic", "compensated"):
+        assert_all_or_nothing("step", "in_place", 2, KeyboardInterrupt, 13, dtype=torch.float16, rounding=rounding)
+
+
+def test_a_step_whose_device_the_host_cannot_read():
+    """Take the path of a GPU, on which the ledgers learn later what a step came to."""
+    for event in ("step", "step_at_another_ratio", "flush"):
+        assert_all_or_nothing(event, internals.as_on_a_gpu(), 4, KeyboardInterrupt, 13)
+
+
+def test_an_inner_step_that_raises_half_way_takes_w_with_it():
+    """Count no step, and let each W follow what was done to its factors."""
+    world, whole = World().train(3), World().train(3)
+    world.backward()
+    with torch.no_grad():
+        for layer in whole.layers[:1]:
+            before = (layer.A @ layer.B).clone()
+            layer.A.mul_(2.0)
+            layer.W.add_(1.5 * layer.scaling * (layer.A @ layer.B - before))
+
+    def half_a_step(closure=None):
+        with torch.no_grad():
+            world.layers[0].A.mul_(2.0)
+        raise MemoryError("half-way")
+
+    world.optimizer.inner.step = half_a_step
+    with pytest.raises(MemoryError, match="half-way"):
+        world.optimizer.step()
+    del world.optimizer.inner.step
+    assert world.optimizer.step_count == 3
+    world.assert_in_order()
+    assert all(map(close, world.tensors(), whole.tensors()))
+
+
+class OutOfMemory:
+    """Lets each write of the layer "b" run out of memory before it changes anything, until memory is freed."""
+
+    def __init__(self, patch):
+        self.freed = False
+        for name in ("add_product_", "add_terms_"):
+            patch.setattr(Writer, name, self.failing(getattr(Writer, name)))
+
+    def failing(self, write):
+        def wrapped(writer, weight, *arguments, **options):
+            if weight.label == "b" and not self.freed:
+                raise torch.OutOfMemoryError("out of memory")
+            write(writer, weight, *arguments, **options)
+
+        return wrapped
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        *((name, "in_place") for name in ("step", "restart", "resync", "load_state_dict")),
+        *((name, "folded") for name in ("step_at_another_ratio", "restart")),
+    ],
+)
+def test_an_event_that_cannot_be_completed_says_so_until_it_can(name, rule, monkeypatch):
+    ends = ends_of(name, rule, 4, 2)
+    world = world_at(name, rule, 4)
+    memory = OutOfMemory(monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        EVENTS[name](world)
+    what = {"step_at_another_ratio": "a change of update_ratio"}.get(name, f"{name}()")
+    message = f"{what} was interrupted earlier, and completing it has failed now: 1 layer (b) not in order (OutOfMemory"
+    for use in (step, state_dict, restart, base_weights, deepcopy, add_param_group):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            use(world)
+    memory.freed = True
+    world.assert_in_order()
+    end = world.train(2).tensors()  # a change of a folded ratio comes before the inner step, which was not made
+    assert any(all(map(close, end, whole)) for whole in ends)
+
+
+def test_loading_a_checkpoint_leads_out_of_an_event_that_cannot_be_completed(monkeypatch):
+    world = World().train(4)
+    saved = copy.deepcopy((world.layers.state_dict(), world.optimizer.state_dict()))
+    end = world.train(3).tensors()
+    with pytest.MonkeyPatch.context() as patch:
+        OutOfMemory(patch)
+        world.backward()
+        with pytest.raises(torch.OutOfMemoryError):
+            world.optimizer.restart()
+        world.layers.load_state_dict(saved[0])
+        world.optimizer.load_state_dict(saved[1])
+        world.optimizer.state_dict()
+    assert all(map(close, world.train(3).tensors(), end))
+
+
+def test_a_state_that_is_refused_leads_nowhere(monkeypatch):
+    """Keep what is left to be done of an interrupted event."""
+    world = World().train(4)
+    memory = OutOfMemory(monkeypatch)
+    world.backward()
+    with pytest.raises(torch.OutOfMemoryError):
+        world.optimizer.step()
+    with pytest.raises(ValueError, match="no state of an optimizer"):
+        world.optimizer.load_state_dict({})
+    memory.freed = True
+    world.assert_in_order()
+    assert all(map(close, world.train(1).tensors(), World().train(6).tensors()))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="runs where the system has timers that send signals")
+@pytest.mark.parametrize("rule", RULES)
+def test_a_signal_at_any_time_leaves_things_in_order(rule):
+    """Raise in the handler of a timer, wherever it is: within a product, in torch's own lines, or in ours."""
+
+    def handler(number, frame):
+        raise KeyboardInterrupt("a signal")
+
+    delays = torch.rand(40, generator=torch.Generator().manual_seed(0)).mul(0.02).tolist()
+    before, world = signal.signal(signal.SIGALRM, handler), World(rule, update_ratio=lambda t: 1.0 + t % 3)
+    try:
+        for delay in delays:
+            signal.setitimer(signal.ITIMER_REAL, 0.001 + delay)
+            with suppress(KeyboardInterrupt):
+                world.train(1000)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            torch.set_grad_enabled(True)  # a signal in the first line of a `torch.no_grad()` leaves it switched off
+            world.assert_in_order()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert world.optimizer.step_count > 0
