@@ -3,7 +3,8 @@
 Each row of `ROWS` builds one function for a case, a number of equal layers. The functions are called in turn. Each
 round shuffles their order, so that noise and drift of the machine affect all of them alike; ratios are formed within a
 round. Before each call the caches are filled with other memory, as the forward and backward pass of a training step
-would do. All rows share the weights; each has its own factors and optimizer.
+would do. Each row has its own factors and optimizer, and all share the weights, but for those of our optimizers: these
+refuse weights that another one moves.
 
     python -m benchmarks.step_overhead [--device cuda] [--rounds N] [--threads N] [--out FILE]
 """
@@ -303,6 +304,9 @@ NARROW = ("nearest", "compensated", "write", "write_nearest", "write_compensated
 WIDE = ("training", "folded_training")
 """The rows for float32 weights only: other dtypes change the matrix products of the model, and nothing in deltaopt."""
 
+CLAIMING = ("folded", "folded_training", "wrapped", "nearest", "compensated")
+"""The rows with an optimizer of ours, which gets weights of its own."""
+
 PARTS = (
     *("inner", "lora", "folded", "training", "folded_training"),
     *("addmm", "pass", "write", "write_nearest", "write_compensated"),
@@ -340,7 +344,10 @@ def ratios_of(case: Case) -> dict[str, Callable[[Mapping[str, float]], float]]:
 def measure(case: Case, device: torch.device, rounds: int, seed: int = 0) -> dict[str, Any]:
     """Measure time and memory of every row for one case."""
     weights = make_weights(case, device)
-    rows = {name: build(make_layers(case, weights)) for name, build in rows_of(case).items()}
+    rows = {
+        name: build(make_layers(case, [W.clone() for W in weights] if name in CLAIMING else weights))
+        for name, build in rows_of(case).items()
+    }
     flush = torch.zeros(FLUSH_BYTES // 4, device=device)
     for _ in range(WARM_UP_ROUNDS):
         for row in rows.values():

@@ -147,8 +147,9 @@ def follow(claims: Sequence[Claim]) -> None:
         for i, j in overlapping_pairs([matrix for _, matrix in places]):
             older, newer = sorted((places[i][0], places[j][0]), key=lambda claim: claim._number)
             if older.owner is newer.owner:
-                older._siblings.append(newer.triple.label)
-                newer._siblings.append(older.triple.label)
+                if older.triple is not newer.triple:  # else one is no longer in use, and an exception holds it
+                    older._siblings.append(newer.triple.label)
+                    newer._siblings.append(older.triple.label)
             elif older in following or newer in following:
                 _relate(older, newer)
 
