@@ -150,7 +150,11 @@ def check_claims(weights: Iterable[WeightState], what: str, use: Use) -> None:
         what: the event, for the message.
         use: what it does with a W.
     """
-    taken = [(weight, weight.claim) for weight in weights if weight.claim is not None and weight.claim.forbids(use)]
+    taken = [
+        (weight, claim)
+        for weight in weights
+        if (claim := weight.claim) is not None and not claim.is_settled() and claim.forbids(use)
+    ]
     if not taken:
         return
     where = names([weight.label for weight, _ in taken])

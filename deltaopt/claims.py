@@ -71,6 +71,10 @@ class Claim:
         """True if another optimizer has written a W that this one had claimed."""
         return self._overwritten and not self._waits
 
+    def is_settled(self) -> bool:
+        """Tell if W was written and no other optimizer has to do with it: then there is nothing to ask, or to note."""
+        return self._wrote and not (self._waits or self._newer or self._informs or self._overwritten)
+
     def forbids(self, use: Use) -> bool:
         """Tell if the optimizer must not do this with W any more."""
         if self._informs and use != "read" and any(other.owner.at_base for other in _alive(self._informs)):

@@ -9,7 +9,7 @@ A host that cannot read its device without waiting does not know whether they we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from types import ModuleType
@@ -29,7 +29,7 @@ from deltaopt.weight import WeightState
 Kind: TypeAlias = "tuple[torch.Size, torch.Size, torch.dtype, torch.device]"
 """The properties that weights in the same buffers share: shapes of A and B, dtype of the computation, device."""
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18
 """The largest number of elements of U and V together that are made at a time on a CPU, if one weight has no more."""
 
 
@@ -127,8 +127,12 @@ class FactorBuffers:
         for slot in self.slots:
             slot.weight.note_base()
 
-    def sizes(self) -> list[Tensor]:
-        """Return the largest magnitude of each weight's change of A and B: 0 if none; NaN or infinite if one is."""
+    def marks(self) -> list[Tensor]:
+        """Look at A' and B', and return tensors that hold a number that is not finite if A, B, A' or B' do."""
+        raise NotImplementedError
+
+    def changed(self) -> bool:
+        """Tell if any factor is another one than at the start of the step. Waits for the device."""
         raise NotImplementedError
 
     def write(self, finite: Tensor, writer: Writer) -> None:
@@ -138,6 +142,9 @@ class FactorBuffers:
     def record(self, finite: Tensor) -> Any:
         """Keep the factors that the moves came to, and extend the ledgers; return what has to wait for the device."""
         raise NotImplementedError
+
+    def release(self) -> None:
+        """Let go of what only a step needs."""
 
     def unwritten(self) -> list[str]:
         """Return the labels of the weights of which no block was written."""
@@ -164,39 +171,45 @@ class FactorBuffers:
 class HostBuffers(FactorBuffers):
     """Buffers that the host can read: it copies A and B only where they are not what the last move left.
 
-    U and V are made for as many weights at a time as fit `CHUNK_ELEMENTS`, within the step.
+    Within a step it holds a stack of A' and B', r (c + d) numbers for each weight, one of A and B where one of them was
+    changed since the last move, and U and V for as many weights at a time as fit `CHUNK_ELEMENTS`.
     """
 
     def __init__(self, kind: Kind, members: Sequence[WeightState]) -> None:
         super().__init__(kind, members)
-        at_a_time = max(1, CHUNK_ELEMENTS // (2 * prod(self._lead) * self._r * (self._c + self._d) or 1))
-        self._chunks = [self.slots[i : i + at_a_time] for i in range(0, len(members), at_a_time)]
-        self._start: list[Factors] = []
-        self._sizes: list[list[float]] = []
-        self._delta: tuple[int, Tensor, Tensor] | None = None
+        count = max(1, CHUNK_ELEMENTS // (2 * prod(self._lead) * self._r * (self._c + self._d)))
+        self._chunks = [slice(start, start + count) for start in range(0, len(members), count)]
+        self._continues: list[bool] = []
+        self._start: Factors | None = None
+        self._now: Factors | None = None
         self._chunks_written = 0
         self._due: list[Move] | None = None
         self._extended: list[Any] = []
 
     def snapshot(self) -> None:
-        """Keep lambda times s, and a copy of A and B where they are not what the last move left."""
+        """Keep lambda times s; and a copy of A and B, if they are not what the last move left."""
         super().snapshot()
-        start = []
-        for slot in self.slots:
-            A, B = (factor.detach().to(self.dtype) for factor in slot.weight.factors())
-            same = torch.equal(A, slot.end[0]) and torch.equal(B, slot.end[1])
-            start.append(slot.end if same else (_contiguous_copy(A), _contiguous_copy(B)))
-        self._start = start
-        self._sizes, self._delta, self._chunks_written, self._due, self._extended = [], None, 0, None, []
+        factors, n = self._factors(), len(self.slots)
+        if any(factor.dtype != self.dtype for factor in factors):
+            factors = [factor.detach().to(self.dtype) for factor in factors]
+        equal = list(map(torch.equal, factors, self._end))
+        self._continues = [equal[i] and equal[n + i] for i in range(n)]
+        self._start = (self._A_end, self._B_end) if all(equal) else self._stacked(factors)
+        self._now, self._chunks_written, self._due, self._extended = None, 0, None, []
 
-    def sizes(self) -> list[Tensor]:
-        """Make the delta of each chunk of weights, and return its sizes."""
-        sizes = []
-        for number in range(len(self._chunks)):
-            U, V = self._delta_of(number)
-            sizes.append(torch.maximum(_size(U[..., : self._r]), _size(V[..., self._r :, :])))
-        self._sizes = [size.tolist() for size in sizes]
-        return sizes
+    def marks(self) -> list[Tensor]:
+        """Stack A' and B', and return tensors that hold a number that is not finite if they do."""
+        assert self._start is not None
+        self._now = self._stacked(self._factors())
+        tensors = list(self._now) if all(self._continues) else [*self._now, *self._start]
+        total = torch.stack([tensor.sum() for tensor in tensors])  # not finite if one number is not, or by overflow
+        return [total] if bool(total.isfinite().all()) else tensors
+
+    def changed(self) -> bool:
+        """Tell if any factor is another one than at the start of the step."""
+        assert self._start is not None
+        assert self._now is not None
+        return not all(map(torch.equal, self._now, self._start))
 
     def write(self, finite: Tensor, writer: Writer) -> None:
         """Add the delta to every W whose factors have changed, a chunk of weights after the other."""
@@ -206,46 +219,53 @@ class HostBuffers(FactorBuffers):
         for number, chunk in enumerate(self._chunks):
             if number < self._chunks_written:
                 continue
-            U, V = (stack.unbind(0) for stack in self._delta_of(number))
-            for i, slot in enumerate(chunk):
-                place = slot.place
-                if self._sizes[number][i] > 0:
-                    noise = None if noises is None else (noises[0][place], noises[1][place])
-                    writer.add_product_(slot.weight, U[i], V[i], self._coefs[place], noise, self._written[place])
+            deltas = self._deltas(chunk)
+            for slot, (U, V, size) in zip(self.slots[chunk], deltas, strict=True):
+                if size > 0:
+                    i = slot.place
+                    noise = None if noises is None else (noises[0][i], noises[1][i])
+                    writer.add_product_(slot.weight, U, V, self._coefs[i], noise, self._written[i])
             self._chunks_written = number + 1
-        self._delta = None
 
     def record(self, finite: Tensor) -> list[Ledger]:
-        """Extend the ledgers whose moves do not continue the last ones, and keep A and B; return these ledgers."""
+        """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""
         if not finite:
             return []
+        assert self._start is not None
+        assert self._now is not None
         if self._due is None:
+            starts = zip(*(stack.unbind(0) for stack in self._start), strict=True)
             moves = [
-                Move(slot, coef, start, None if start is slot.end else slot.end)
-                for slot, coef, start in zip(self.slots, self._coefs, self._start, strict=True)
+                Move(slot, coef, start, None if continues else slot.end)
+                for slot, coef, start, continues in zip(self.slots, self._coefs, starts, self._continues, strict=True)
             ]
             self._due = [move for move in moves if not move.continues_the_last()]
         extended = extend_ledgers(self._due, self._extended)
-        torch._foreach_copy_(self._end, self._factors())
+        torch._foreach_copy_([self._A_end, self._B_end], self._now)
         return extended
 
-    def _delta_of(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return U (n, ..., c, 2r) and V (n, ..., 2r, d) of a chunk; those of the last one asked for are kept."""
-        if self._delta is None or self._delta[0] != number:
-            chunk = self._chunks[number]
-            shapes = (len(chunk), *self._lead, self._c, 2 * self._r), (len(chunk), *self._lead, 2 * self._r, self._d)
-            U, V = (torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes)
-            A_new, A_old = (half.unbind(0) for half in U.split(self._r, dim=-1))
-            B_new, B_old = (half.unbind(0) for half in V.split(self._r, dim=-2))
-            now = [slot.weight.factors() for slot in chunk]
-            old = [self._start[slot.place] for slot in chunk]
-            torch._foreach_copy_(
-                A_new + B_new + A_old + B_old,
-                [A for A, _ in now] + [B for _, B in now] + [A for A, _ in old] + [B for _, B in old],
-            )
-            factored_delta_(U, V)
-            self._delta = number, U, V
-        return self._delta[1:]
+    def release(self) -> None:
+        """Let go of what only a step needs."""
+        self._start = self._now = self._due = None
+
+    def _stacked(self, factors: list[Tensor]) -> Factors:
+        A, B = torch.empty_like(self._A_end), torch.empty_like(self._B_end)
+        torch._foreach_copy_(A.unbind(0) + B.unbind(0), factors)
+        return A, B
+
+    def _deltas(self, chunk: slice) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Give U = [A' - A | A], V = [B' ; B' - B] and the size of the change of each weight, 0 where there is none."""
+        assert self._start is not None
+        assert self._now is not None
+        (A, B), (A_new, B_new) = ((stack[chunk] for stack in stacks) for stacks in (self._start, self._now))
+        U, V = A.new_empty(*A.shape[:-1], 2 * self._r), B.new_empty(*B.shape[:-2], 2 * self._r, self._d)
+        (A_change, A_old), (B_first, B_change) = U.split(self._r, dim=-1), V.split(self._r, dim=-2)
+        A_old.copy_(A)
+        B_first.copy_(B_new)
+        torch.sub(A_new, A, out=A_change)
+        torch.sub(B_new, B, out=B_change)
+        sizes = torch.maximum(_size(A_change), _size(B_change)).tolist()
+        return zip(U.unbind(0), V.unbind(0), sizes, strict=True)
 
 
 class DeviceBuffers(FactorBuffers):
@@ -293,16 +313,20 @@ class DeviceBuffers(FactorBuffers):
             continues=_equal(self._A_old, self._A_end) & _equal(self._B_old, self._B_end),
         )
 
-    def sizes(self) -> list[Tensor]:
-        """Make the delta, and return its sizes."""
+    def marks(self) -> list[Tensor]:
+        """Make the delta, and return its sizes: 0 where nothing has changed."""
         copying = partial(torch._foreach_copy_, self._new, self._factors())
         call_the_rest(self._making, [copying, *_delta_calls(self.U, self.V)])
         return [torch.maximum(_size(self._A_new), _size(self._B_old))]
 
+    def changed(self) -> bool:
+        """Tell if any factor is another one than at the start of the step. Waits for the device."""
+        return bool(self.marks()[0].any())
+
     def write(self, finite: Tensor, writer: Writer) -> None:
         """Add the delta to every W; the device leaves those alone whose factors did not change, or all of them."""
         if self._keep is None:  # U and V are masked below
-            self._keep = self.sizes()[0].gt(0) & finite.to(self.device)
+            self._keep = self.marks()[0].gt(0) & finite.to(self.device)
         others = self.slots
         if self._by_kernel is not None:
             narrow = [slot for slot in self.slots if slot.weight.tensors.W.element_size() == 2]
@@ -437,10 +461,6 @@ def _delta_calls(U: Tensor, V: Tensor) -> list[Callable[[], object]]:
     A_new, A_old = U.chunk(2, dim=-1)
     B_new, B_old = V.chunk(2, dim=-2)
     return [partial(A_new.sub_, A_old), partial(torch.sub, B_new, B_old, out=B_old)]
-
-
-def _contiguous_copy(factor: Tensor) -> Tensor:
-    return factor.clone(memory_format=torch.contiguous_format)
 
 
 def _size(change: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ class FiniteGuard:
         return self._before + (int(self._count) if self._count is not None else 0)
 
     @staticmethod
-    def verdict(sizes: Sequence[Tensor]) -> Tensor:
-        """Tell if all sizes on all devices are finite: a 0-d bool on the device of the first."""
-        home = sizes[0].device
-        return torch.stack([_moved(size.isfinite().all(), home) for size in sizes]).all()
+    def verdict(tensors: Sequence[Tensor]) -> Tensor:
+        """Tell if all numbers on all devices are finite: a 0-d bool on the device of the first."""
+        home = tensors[0].device
+        return torch.stack([_moved(tensor.isfinite().all(), home) for tensor in tensors]).all()
 
     def count(self, finite: Tensor, counted: list[Any]) -> None:
         """Count an update that is not applied.

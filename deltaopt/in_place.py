@@ -140,11 +140,11 @@ class InPlaceUpdate(UpdateRule):
         if move is None:
             return
         if move.finite is None:
-            sizes = [size for buffers in move.buffers for size in buffers.sizes()]
-            if not whole and not any(bool(size.any()) for size in sizes):
+            marks = [mark for buffers in move.buffers for mark in buffers.marks()]
+            if not whole and not any(buffers.changed() for buffers in move.buffers):
                 self._move = None
                 return
-            move.finite = self._guard.verdict(sizes)
+            move.finite = self._guard.verdict(marks)
         for buffers in move.buffers:
             buffers.note_bases()
         for buffers in move.buffers:
@@ -154,6 +154,8 @@ class InPlaceUpdate(UpdateRule):
             self._note_ledgers(buffers.record(move.finite))
         self._guard.count(move.finite, move.counted)
         self._move = None
+        for buffers in move.buffers:
+            buffers.release()
         self._complete_ledgers(wait=False)
         self._upkeep.after_step(self._extended)
         self._extended = []

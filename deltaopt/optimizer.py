@@ -307,11 +307,13 @@ class DeltaLoRAOptimizer(Optimizer):
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes held in addition to the inner optimizer's state: 3 r (c + d) numbers for each triple, and the ledgers.
+        """Bytes that stay from step to step in addition to the inner optimizer's state.
 
-        A ledger has r (c + d) numbers for each term; with a constant `update_ratio` that is one, or none where the
-        product at `start_step` was zero. What compensated rounding keeps (2 c d bytes) and copies of the base
-        (`keep_base`) are counted too.
+        On a CPU these are r (c + d) numbers for each triple, its factors as the last move left them; on a GPU
+        3 r (c + d). They are float32, or float64 where W or a factor is. A ledger has r (c + d) numbers for each closed
+        term: with a constant `update_ratio` that is one, or none where the product at `start_step` was zero. With one
+        that changes often it becomes a matrix as large as W in that dtype, and up to half as much again while terms
+        wait. What compensated rounding keeps (2 c d bytes) and copies of the base (`keep_base`) are counted too.
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
 
@@ -326,7 +328,8 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Returns:
             A (c, R) and B (R, d), or (e, c, R) and (e, R, d), whose `product()` is the displacement of W's matrix. With
-            a constant `update_ratio`, R is 2r, or r where the product at `start_step` was zero.
+            a constant `update_ratio`, R is 2r, or r where the product at `start_step` was zero. It is at most
+            min(c, d) where the ratio changes often.
 
         Raises:
             KeyError: if there is no such triple.

@@ -184,6 +184,8 @@ class WeightState:
 
     def note_base(self) -> None:
         """Take W as it is now as its base, unless it has moved before. Called before every write."""
+        if self.base is not None and (self.claim is None or self.claim.is_settled()):
+            return
         if self.base is None and self.claim is not None:
             self.rebased |= self.claim.base_overwritten
         self.note_write()
