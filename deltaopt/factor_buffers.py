@@ -9,7 +9,7 @@ A host that cannot read its device without waiting does not know whether they we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from types import ModuleType
@@ -29,7 +29,7 @@ from deltaopt.weight import WeightState
 Kind: TypeAlias = "tuple[torch.Size, torch.Size, torch.dtype, torch.device]"
 """The properties that weights in the same buffers share: shapes of A and B, dtype of the computation, device."""
 
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 20
 """The largest number of elements of U and V together that are made at a time on a CPU, if one weight has no more."""
 
 
@@ -171,8 +171,8 @@ class FactorBuffers:
 class HostBuffers(FactorBuffers):
     """Buffers that the host can read: it copies A and B only where they are not what the last move left.
 
-    Within a step it holds a stack of A' and B', r (c + d) numbers for each weight, one of A and B where one of them was
-    changed since the last move, and U and V for as many weights at a time as fit `CHUNK_ELEMENTS`.
+    Within a step it holds U and V of as many weights at a time as fit `CHUNK_ELEMENTS`, and a copy of A and B if they
+    were changed since the last move.
     """
 
     def __init__(self, kind: Kind, members: Sequence[WeightState]) -> None:
@@ -181,7 +181,8 @@ class HostBuffers(FactorBuffers):
         self._chunks = [slice(start, start + count) for start in range(0, len(members), count)]
         self._continues: list[bool] = []
         self._start: Factors | None = None
-        self._now: Factors | None = None
+        self._delta: tuple[slice, Tensor, Tensor] | None = None
+        self._sizes: list[list[float]] = []
         self._chunks_written = 0
         self._due: list[Move] | None = None
         self._extended: list[Any] = []
@@ -189,27 +190,29 @@ class HostBuffers(FactorBuffers):
     def snapshot(self) -> None:
         """Keep lambda times s; and a copy of A and B, if they are not what the last move left."""
         super().snapshot()
-        factors, n = self._factors(), len(self.slots)
-        if any(factor.dtype != self.dtype for factor in factors):
-            factors = [factor.detach().to(self.dtype) for factor in factors]
-        equal = list(map(torch.equal, factors, self._end))
-        self._continues = [equal[i] and equal[n + i] for i in range(n)]
-        self._start = (self._A_end, self._B_end) if all(equal) else self._stacked(factors)
-        self._now, self._chunks_written, self._due, self._extended = None, 0, None, []
+        end, every = (self._A_end, self._B_end), slice(None)
+        now = self._stacked(0, every), self._stacked(1, every)
+        if all(map(_same_bits, now, end)):
+            self._start, self._continues = end, [True] * len(self.slots)
+        else:
+            self._start = now
+            self._continues = [
+                _same_bits(now[0][i], end[0][i]) and _same_bits(now[1][i], end[1][i]) for i in range(len(self.slots))
+            ]
+        self._delta, self._sizes, self._chunks_written, self._due, self._extended = None, [], 0, None, []
 
     def marks(self) -> list[Tensor]:
-        """Stack A' and B', and return tensors that hold a number that is not finite if they do."""
-        assert self._start is not None
-        self._now = self._stacked(self._factors())
-        tensors = list(self._now) if all(self._continues) else [*self._now, *self._start]
-        total = torch.stack([tensor.sum() for tensor in tensors])  # not finite if one number is not, or by overflow
-        return [total] if bool(total.isfinite().all()) else tensors
+        """Make the delta of each chunk of weights, and return its sizes: 0 where nothing has changed."""
+        sizes = []
+        for chunk in self._chunks:
+            U, V = self._delta_of(chunk)
+            sizes.append(torch.maximum(_size(U[..., : self._r]), _size(V[..., self._r :, :])))
+        self._sizes = [size.tolist() for size in sizes]
+        return sizes
 
     def changed(self) -> bool:
         """Tell if any factor is another one than at the start of the step."""
-        assert self._start is not None
-        assert self._now is not None
-        return not all(map(torch.equal, self._now, self._start))
+        return any(size != 0 for sizes in self._sizes for size in sizes)
 
     def write(self, finite: Tensor, writer: Writer) -> None:
         """Add the delta to every W whose factors have changed, a chunk of weights after the other."""
@@ -219,53 +222,56 @@ class HostBuffers(FactorBuffers):
         for number, chunk in enumerate(self._chunks):
             if number < self._chunks_written:
                 continue
-            deltas = self._deltas(chunk)
-            for slot, (U, V, size) in zip(self.slots[chunk], deltas, strict=True):
+            U, V = (stack.unbind(0) for stack in self._delta_of(chunk))
+            for slot, U_i, V_i, size in zip(self.slots[chunk], U, V, self._sizes[number], strict=True):
                 if size > 0:
                     i = slot.place
                     noise = None if noises is None else (noises[0][i], noises[1][i])
-                    writer.add_product_(slot.weight, U, V, self._coefs[i], noise, self._written[i])
+                    writer.add_product_(slot.weight, U_i, V_i, self._coefs[i], noise, self._written[i])
             self._chunks_written = number + 1
 
     def record(self, finite: Tensor) -> list[Ledger]:
         """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""
         if not finite:
             return []
-        assert self._start is not None
-        assert self._now is not None
         if self._due is None:
-            starts = zip(*(stack.unbind(0) for stack in self._start), strict=True)
-            moves = [
-                Move(slot, coef, start, None if continues else slot.end)
-                for slot, coef, start, continues in zip(self.slots, self._coefs, starts, self._continues, strict=True)
-            ]
-            self._due = [move for move in moves if not move.continues_the_last()]
+            self._due = [move for move in map(self._move, self.slots) if move is not None]
         extended = extend_ledgers(self._due, self._extended)
-        torch._foreach_copy_([self._A_end, self._B_end], self._now)
+        for factor, end in enumerate((self._A_end, self._B_end)):
+            end.copy_(self._stacked(factor, slice(None)))
         return extended
 
     def release(self) -> None:
         """Let go of what only a step needs."""
-        self._start = self._now = self._due = None
+        self._start = self._delta = self._due = None
 
-    def _stacked(self, factors: list[Tensor]) -> Factors:
-        A, B = torch.empty_like(self._A_end), torch.empty_like(self._B_end)
-        torch._foreach_copy_(A.unbind(0) + B.unbind(0), factors)
-        return A, B
-
-    def _deltas(self, chunk: slice) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Give U = [A' - A | A], V = [B' ; B' - B] and the size of the change of each weight, 0 where there is none."""
+    def _delta_of(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Return U = [A' - A | A] and V = [B' ; B' - B] of a chunk of weights; those of the last chunk are kept."""
         assert self._start is not None
-        assert self._now is not None
-        (A, B), (A_new, B_new) = ((stack[chunk] for stack in stacks) for stacks in (self._start, self._now))
-        U, V = A.new_empty(*A.shape[:-1], 2 * self._r), B.new_empty(*B.shape[:-2], 2 * self._r, self._d)
-        (A_change, A_old), (B_first, B_change) = U.split(self._r, dim=-1), V.split(self._r, dim=-2)
-        A_old.copy_(A)
-        B_first.copy_(B_new)
-        torch.sub(A_new, A, out=A_change)
-        torch.sub(B_new, B, out=B_change)
-        sizes = torch.maximum(_size(A_change), _size(B_change)).tolist()
-        return zip(U.unbind(0), V.unbind(0), sizes, strict=True)
+        if self._delta is None or self._delta[0] != chunk:
+            A, B = (stack[chunk] for stack in self._start)
+            U, V = A.new_empty(*A.shape[:-1], 2 * self._r), B.new_empty(*B.shape[:-2], 2 * self._r, self._d)
+            (A_change, A_old), (B_new, B_change) = U.split(self._r, dim=-1), V.split(self._r, dim=-2)
+            A_old.copy_(A)
+            torch.sub(self._stacked(0, chunk), A, out=A_change)
+            B_now = self._stacked(1, chunk)
+            B_new.copy_(B_now)
+            torch.sub(B_now, B, out=B_change)
+            self._delta = chunk, U, V
+        return self._delta[1:]
+
+    def _stacked(self, factor: int, chunk: slice) -> Tensor:
+        """Return A (n, ..., c, r), if `factor` is 0, or B (n, ..., r, d) of a chunk of weights as they are now."""
+        factors = [slot.weight.factors()[factor] for slot in self.slots[chunk]]
+        return torch.stack(factors).to(self.dtype)
+
+    def _move(self, slot: Slot) -> Move | None:
+        """Return the move of a weight for its ledger; None if it continues the last one."""
+        assert self._start is not None
+        i, continues = slot.place, self._continues[slot.place]
+        if continues and self._coefs[i] == slot.ledger.coef:
+            return None
+        return Move(slot, self._coefs[i], (self._start[0][i], self._start[1][i]), None if continues else slot.end)
 
 
 class DeviceBuffers(FactorBuffers):
@@ -467,6 +473,12 @@ def _size(change: Tensor) -> Tensor:
     """Return the largest magnitude in each of the n changes; NaN or infinite if one number is."""
     # torch.linalg.vector_norm(ord=inf) says the same without the temporary, but is 5 times slower on a CPU.
     return change.abs().amax(dim=tuple(range(1, change.dim())))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compare two contiguous tensors; as integers, which takes half as long."""
+    word = torch.int64 if one.numel() * one.element_size() % 8 == 0 else torch.int32
+    return torch.equal(one.view(-1).view(word), other.view(-1).view(word))
 
 
 def _equal(one: Tensor, other: Tensor) -> Tensor:
