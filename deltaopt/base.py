@@ -160,6 +160,7 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
     assert weight.base is not None
     ways = 'hand in the pristine weights, base_weights(source=...), or build the optimizer with keep_base="cpu"'
     lost = weight.ledger.lost
+    nothing_asked = lost is None and not weight.displacement()
     if method != "hooks":
         if pristine is not None:
             found = pristine.find(weight)
@@ -173,6 +174,8 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
             found = base_by_compensation(weight)
         if found is not None:
             return found
+        if nothing_asked and weight.fingerprint().record() == weight.base.record():
+            return "computed"  # W is the base: its steps were skipped, or at lr 0
         if weight.tensors.W.element_size() > 2:
             return "computed" if lost is None else _NoWay(f"{lost}; or {ways}")
     if method == "copy":
@@ -180,7 +183,7 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
             f"W is {weight.tensors.W.dtype}, in which adding and then subtracting does not lead back: {ways}; or take "
             'method="hooks"'
         )
-    problem = lost or hook_problem(weight)
+    problem = lost or (None if nothing_asked else hook_problem(weight))
     return "hooks" if problem is None else _NoWay(f"{problem}; {ways}")
 
 
