@@ -6,15 +6,18 @@ The suite takes every moment and every start with both rules, but not all of the
 import copy
 import itertools
 import os
+import typing
 import warnings
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("peft", reason="runs where peft is installed")
 pytest.importorskip("transformers", reason="runs where transformers is installed")
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from transformers.pytorch_utils import Conv1D
 
 import deltaopt
 from deltaopt import DeltaLoRAOptimizer
@@ -360,3 +363,27 @@ def test_in_16_bits(name, rule, start, rounding, tmp_path):
         run.train(steps)
         for other in others:
             assert_same(other.train(steps), run)
+
+
+def test_the_starts_are_those_that_peft_knows():
+    """Name the one that is no start of A and B alone."""
+    names = {
+        value
+        for part in typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
+        for value in typing.get_args(part)
+    }
+    assert names <= {*STARTS, "mica", "pissa_niter_[number of iters]"}
+
+
+@pytest.mark.parametrize(
+    ("start", "kind", "match"),
+    [
+        ("mica", nn.Linear, naming("model.0", "model.2") + r"LoRA variant \(MiCALinearVariant\).*: use plain LoRA"),
+        ("olora", Conv1D, r"model\.0: A \(6, 2\) and B \(2, 8\) do not fit W \(6, 8\) \(layout 'transposed'"),
+    ],
+)
+def test_starts_with_which_a_layer_is_not_the_weight_and_its_branch_are_refused(start, kind, match):
+    """PEFT's OLoRA makes factors of wrong shapes on a Conv1D."""
+    plain, x = three_layers(kind), torch.randn(32, 6)
+    model = from_a_start(start, plain, x, fan_in_fan_out=kind is Conv1D)
+    refused(lambda: DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW), ValueError, match, kept=model.state_dict)

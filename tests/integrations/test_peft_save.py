@@ -505,9 +505,10 @@ def test_loftq_is_refused(tmp_path):
     )
 
 
-def test_olora_on_a_square_conv1d_is_refused(tmp_path):
+@pytest.mark.parametrize("start", ["olora", "OLoRA"])  # PEFT takes both
+def test_olora_on_a_square_conv1d_is_refused(tmp_path, start):
     plain, x = nn.Sequential(Conv1D(6, 6)), inputs(6)
-    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="olora", fan_in_fan_out=True)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=start, fan_in_fan_out=True)
     model = get_peft_model(copy.deepcopy(plain), config)
     assert (model(x) - plain(x)).abs().max() > 1e-3  # the fault is PEFT's
     assert_refused(tmp_path, model, trained_optimizer(model, x), r"model\.0: PEFT's OLoRA .*without transposing")
