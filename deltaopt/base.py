@@ -106,26 +106,31 @@ class Visit:
 @torch.no_grad()
 def residual(weight: WeightState, source: BaseSource | None) -> Tensor:
     """Return what rounding did to W; see `DeltaLoRAOptimizer.residual`."""
-    view, label = weight.triple.view, weight.label
+    view, W = weight.triple.view, weight.tensors.W
     if problems := weight.weight_problems():
-        raise RuntimeError(f"{label}: {problems[0]}")
+        raise RuntimeError(f"{weight.label}: {problems[0]}")
+    return view.in_order_of_factors(view.part_matrix(_residual(weight, source)), W)
+
+
+def _residual(weight: WeightState, source: BaseSource | None) -> Tensor:
+    """Return the residual as the part of W that moves."""
     part = weight.part().detach()
     dtype = torch.promote_types(part.dtype, torch.float32)
     if weight.base is None:
-        return view.part_matrix(torch.zeros_like(part, dtype=dtype))
+        return torch.zeros_like(part, dtype=dtype)
     base = weight.base_copy(weight.base) if source is None else Pristine(source).find(weight)
     if base is None and source is not None:
         raise ValueError(_not_in_source(weight))
     if base is None and base_by_compensation(weight) is not None:
-        return view.part_matrix(part - weight.full_part())
+        return part - weight.full_part()
     if base is None:
         raise RuntimeError(
-            f"{label}: what rounding did is known with W from before its first move only: hand it in, "
+            f"{weight.label}: what rounding did is known with W from before its first move only: hand it in, "
             'residual(name, source=...), or build the optimizer with keep_base="cpu"'
         )
     asked = base.to(part.device, torch.float64, copy=True)
     add_terms_(weight, asked, weight.displacement())
-    return view.part_matrix((part - asked).to(dtype))
+    return (part - asked).to(dtype)
 
 
 @torch.no_grad()
@@ -155,6 +160,7 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
     assert weight.base is not None
     ways = 'hand in the pristine weights, base_weights(source=...), or build the optimizer with keep_base="cpu"'
     lost = weight.ledger.lost
+    nothing_asked = lost is None and not weight.displacement()
     if method != "hooks":
         if pristine is not None:
             found = pristine.find(weight)
@@ -168,6 +174,8 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
             found = base_by_compensation(weight)
         if found is not None:
             return found
+        if nothing_asked and weight.fingerprint().record() == weight.base.record():
+            return "computed"  # W is the base: its steps were skipped, or at lr 0
         if weight.tensors.W.element_size() > 2:
             return "computed" if lost is None else _NoWay(f"{lost}; or {ways}")
     if method == "copy":
@@ -175,7 +183,7 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
             f"W is {weight.tensors.W.dtype}, in which adding and then subtracting does not lead back: {ways}; or take "
             'method="hooks"'
         )
-    problem = lost or hook_problem(weight)
+    problem = lost or (None if nothing_asked else hook_problem(weight))
     return "hooks" if problem is None else _NoWay(f"{problem}; {ways}")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -102,10 +103,15 @@ class MatrixView(NamedTuple):
         """Return the view that a user asked for.
 
         Raises:
-            ValueError: for an unknown layout, or bounds that are no range.
+            ValueError: for an unknown layout, bounds that are no range, or columns of a convolution.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"{label}: layout is one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if layout == "conv" and columns is not None:
+            raise ValueError(
+                f"{label}: columns is not for layout 'conv', whose columns are channels and places of the kernel "
+                "together: give B all of them, zero where W is not to move"
+            )
         return cls(layout, _checked_range(rows, f"{label}: rows"), _checked_range(columns, f"{label}: columns"))
 
     @property
@@ -130,6 +136,11 @@ class MatrixView(NamedTuple):
     def ordered(self, V: Tensor, W: Tensor) -> Tensor:
         """Put the columns of V (r, d) in the order of W's matrix: another one for convolutions in channels_last."""
         return LAYOUTS[self.layout].columns(V, W)
+
+    def in_order_of_factors(self, matrix: Tensor, W: Tensor) -> Tensor:
+        """Copy a matrix like W's with its columns in the order of B's: undo `ordered`."""
+        order = self.ordered(torch.arange(matrix.shape[-1], device=matrix.device).unsqueeze(0), W)[0]
+        return matrix[..., order.argsort()]
 
     def part(self, W: Tensor) -> Tensor:
         """View the part of W that moves: W itself, in an order that does not depend on strides, where all of it moves.

@@ -196,10 +196,15 @@ class Ledger:
         state = self._state
         if state.lost is not None:
             raise RuntimeError(state.lost)
-        waiting = tuple(term for term in state.waiting() if not term.is_zero())
-        self._state = state = state._replace(terms=waiting, batch=None)
-        running = [] if state.end is None else [Term(state.coef, *state.end)]
-        return self.terms + [term for term in running if not term.is_zero()]
+        waiting = [term for term in state.waiting() if not term.is_zero()]
+        self._state = state = state._replace(terms=tuple(waiting), batch=None)
+        closed = [] if state.matrix is None else [Term(1.0, *matrix_factors(state.matrix))]
+        if state.end is None:
+            return waiting + closed
+        running = Term(state.coef, *state.end)
+        while waiting and all(map(torch.equal, waiting[-1][1:], state.end)):  # A and B have not changed since
+            running = running._replace(coef=waiting.pop().coef + running.coef)
+        return waiting + closed + ([] if running.is_zero() else [running])
 
     def ranks(self) -> tuple[int, int]:
         """Return the summed rank of the terms that are not in a matrix, and up to which rank that is none."""

@@ -351,9 +351,9 @@ class DeltaLoRAOptimizer(Optimizer):
                 what was cut off, if the base that follows from it has the base's fingerprint.
 
         Returns:
-            (c, d), or (e, c, d) for experts, in float32 (float64 for a float64 W), as W's matrix is: zero to rounding
-            for float32 and float64; within half a spacing of W's values with compensated rounding; a mean of zero with
-            stochastic rounding; most of minus the displacement with rounding to nearest.
+            (c, d), or (e, c, d) for experts, in float32 (float64 for a float64 W), ordered as `displacement`: zero to
+            rounding for float32 and float64; within half a spacing of W's values with compensated rounding; a mean of
+            zero with stochastic rounding; most of minus the displacement with rounding to nearest.
 
         Raises:
             KeyError: if there is no such triple.

@@ -169,7 +169,7 @@ class WeightState:
         terms = [*self.displacement(), branch]
         if from_pristine and self.origin is not None:
             terms.append(self.origin._replace(coef=-self.origin.coef))
-        return joined([term for term in combined(terms) if not term.is_zero()] or [branch])
+        return joined([term for term in combined(terms) if not term.is_zero()] or [branch._replace(coef=0.0)])
 
     # The base.
 

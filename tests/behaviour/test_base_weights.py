@@ -118,6 +118,18 @@ def test_before_the_first_move_W_is_its_base(rule, options):
         assert torch.equal(run.stored.W, run.W0)
 
 
+@pytest.mark.parametrize("method", [None, "copy", "hooks"])
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize("zero", [True, False])
+def test_after_steps_that_moved_nothing_W_is_its_base(zero, rounding, method):
+    """As after the first step of a warm-up, whose learning rate is 0."""
+    run = random_run("in_place", zero=zero, dtype=torch.bfloat16, rounding=rounding, lr=0.0).train(2)
+    assert run.optimizer.displacement("q").rank == 0
+    with run.optimizer.base_weights(method=method):
+        assert torch.equal(run.stored.W, run.W0)
+    assert torch.equal(run.stored.W, run.W0)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_weights_that_are_loaded_before_the_first_move_are_the_base(rule):
     """Build the optimizer before a checkpoint of the base is loaded."""

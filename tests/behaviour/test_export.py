@@ -141,6 +141,21 @@ def test_from_pristine_counts_from_before_the_start_was_taken_out(start_step):
     assert close(W0 + deltaopt.export_adapter(optimizer)["q"].product(), trained)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_from_pristine_a_start_that_has_not_changed_is_no_change(rule, steps):
+    """Cancel the start of A and B against what it took out of W."""
+    stored = strategies.make("linear")
+    triple = TakenFromBase(stored.W, stored.A, stored.B, scaling=torch.tensor(SCALING), name="q")
+    optimizer = deltaopt.DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.0, weight_update=rule, start_step=9)
+    for _ in range(steps):
+        (stored.A.sum() + stored.B.sum()).backward()
+        optimizer.step()
+    found = deltaopt.export_adapter(optimizer, from_pristine=True)["q"]
+    assert (found.A.shape, found.B.shape) == (stored.A.shape, stored.B.shape)
+    assert not found.product().any()
+
+
 @given(rule=strategies.rules, layout=strategies.layouts, dtype=strategies.dtypes)
 def test_merged_weights_are_W_with_the_branch_rounded_once(rule, layout, dtype):
     run = random_run(rule, layout, dtype=dtype).train(1)

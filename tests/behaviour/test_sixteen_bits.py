@@ -301,6 +301,15 @@ def test_the_residual_of_a_wide_weight_is_rounding(layout, dtype):
     assert float(found.abs().max()) < 50 * torch.finfo(dtype).eps
 
 
+@in_16_bits
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_the_residual_is_in_the_order_of_the_displacement(layout, dtype):
+    run = random_run("in_place", layout, dtype=dtype, factor_dtype=torch.float32, keep_base="cpu").train(2)
+    expected = run.stored.matrix(run.stored.W).double() - run.base() - run.displacement()
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(run.optimizer.residual("q").double(), expected, rtol=0, atol=1e-5)
+
+
 def test_the_residual_asks_for_a_base():
     run = SmallSteps(rounding="stochastic").train(3)
     with pytest.raises(RuntimeError, match=r'q0: what rounding did is known .* source=.* keep_base="cpu"'):

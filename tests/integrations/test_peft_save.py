@@ -21,10 +21,7 @@ pytest.importorskip("transformers", reason="runs where transformers is installed
 
 import peft
 import transformers
-from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.loraga import preprocess_loraga
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
@@ -51,6 +48,7 @@ from tests.support.peft_layers import (
     train_model,
 )
 from tests.support.peft_runs import peft_asks_by_an_old_name
+from tests.support.peft_starts import from_a_start, three_layers
 
 pytestmark = [
     peft_asks_by_an_old_name,
@@ -431,25 +429,6 @@ def test_a_bf16_base_keeps_float32_factors(tmp_path):
     assert_loads(plain, tmp_path, model, x, tolerance=0.03)
 
 
-def from_a_start(start: str, plain: nn.Module, x: Tensor, **config) -> nn.Module:
-    """Build a model whose base PEFT has rewritten."""
-    base = copy.deepcopy(plain)
-    more = {"corda": {"corda_config": CordaConfig(corda_method="kpm")}, "lora_ga": {"lora_ga_config": LoraGAConfig()}}
-    config = LoraConfig(
-        r=2, lora_alpha=3, init_lora_weights=start, target_modules=["0", "2"], **more.get(start, {}), **config
-    )
-    if start == "corda":
-        preprocess_corda(base, config, run_model=lambda: base(x))
-    if start == "lora_ga":
-        preprocess_loraga(base, config, lambda: base(x.requires_grad_()).square().mean().backward())
-    return get_peft_model(base, config)
-
-
-def three_layers(kind: type = nn.Linear) -> nn.Sequential:
-    sizes = [(8, 6), (5, 8)] if kind is Conv1D else [(6, 8), (8, 5)]
-    return nn.Sequential(kind(*sizes[0]), nn.Tanh(), kind(*sizes[1]))
-
-
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
@@ -528,9 +507,10 @@ def test_loftq_is_refused(tmp_path):
     )
 
 
-def test_olora_on_a_square_conv1d_is_refused(tmp_path):
+@pytest.mark.parametrize("start", ["olora", "OLoRA"])  # PEFT takes both
+def test_olora_on_a_square_conv1d_is_refused(tmp_path, start):
     plain, x = nn.Sequential(Conv1D(6, 6)), inputs(6)
-    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="olora", fan_in_fan_out=True)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=start, fan_in_fan_out=True)
     model = get_peft_model(copy.deepcopy(plain), config)
     assert (model(x) - plain(x)).abs().max() > 1e-3  # the fault is PEFT's
     assert_refused(tmp_path, model, trained_optimizer(model, x), r"model\.0: PEFT's OLoRA .*without transposing")

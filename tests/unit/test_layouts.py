@@ -65,3 +65,16 @@ def test_refuses_a_convolution_without_a_matrix_view():
     W = torch.randn(4, 3, 2, 5)[..., :2]
     A, B = torch.randn(4, 2, requires_grad=True), torch.randn(2, 3, 2, 2, requires_grad=True)
     assert "no matrix view of W (4, 3, 2, 2)" in refuses_triples(LoRATriple(W, A, B, layout="conv"))
+
+
+def test_refuses_columns_of_a_convolution():
+    W, A, B = torch.randn(5, 4, 3), torch.zeros(5, 2, 1), torch.randn(2, 6)
+    with pytest.raises(ValueError, match=r"^q: columns is not for layout 'conv', .*: give B all of them"):
+        LoRATriple(W, A, B, layout="conv", columns=(0, 6), name="q")
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_a_matrix_like_that_of_W_is_put_in_the_order_of_the_factors(layout):
+    stored = strategies.make(layout)
+    view = stored.triple().view
+    assert torch.equal(view.in_order_of_factors(view.weight(stored.W), stored.W), stored.matrix(stored.W))

@@ -107,6 +107,19 @@ def test_moves_of_one_coefficient_take_one_anchor():
     assert_close(sum_of(ledger), 0.5 * (end[0] @ end[1] - start[0] @ start[1]), 1e-13)
 
 
+def test_a_product_that_has_not_changed_adds_nothing_to_its_anchor():
+    generator = torch.Generator().manual_seed(0)
+    first, later = factors_of(generator), factors_of(generator)
+    ledger = Ledger()
+    ledger.extend(0.5, first, None)
+    ledger.end = first
+    assert ledger.displacement() == []
+    ledger.extend(1.5, first, None)  # another coefficient, and still the same factors
+    assert ledger.displacement() == []
+    ledger.end = later
+    assert_close(sum_of(ledger), 1.5 * (later[0] @ later[1] - first[0] @ first[1]))
+
+
 @pytest.mark.parametrize(
     ("c", "d", "r", "limit"), [(768, 768, 8, 192), (384, 384, 8, 96), (9, 7, 2, 64), (300, 300, 40, 160)]
 )

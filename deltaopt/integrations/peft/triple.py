@@ -154,7 +154,7 @@ class PeftTriple(LoRATriple):
             ]
         if not self._subtracts():
             return []
-        if self._start == "olora" and self.layout == "transposed":
+        if str(self._start).lower() == "olora" and self.layout == "transposed":
             return [
                 "PEFT's OLoRA takes A @ B out of a Conv1D's weight without transposing it, so W was another one than "
                 "the branch belongs to: use another init_lora_weights"
