@@ -16,6 +16,7 @@ from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
 from deltaopt.rounding.writer import Writer, put_
+from deltaopt.sharding import gathered, local_part
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -52,7 +53,7 @@ class Restart:
             reinit(weight.triple)
         check_finite(self._weights)
         start = self._copies()
-        self._put(self._before)
+        self._put_back()
         self._start = start
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class Restart:
         again after an exception.
         """
         if self._start is None:
-            self._put(self._before)
+            self._put_back()
             return False
         for weight, branch, start, written, recorded in zip(
             self._weights, self._branches, self._start, self._written, self._recorded, strict=True
@@ -72,11 +73,11 @@ class Restart:
             triple, (W, *_) = weight.triple, weight.tensors
             given = []
             if triple.folded:
-                A, B = (factor.to(branch.A.dtype) for factor in triple.view.factors(W, *start))
+                A, B = (factor.to(branch.A.dtype) for factor in triple.view.factors(W, *map(gathered, start)))
                 given = [Term(-triple.folded * triple.scaling, A, B)]
             weight.note_base()
             self._writer.add_terms_(weight, [branch, *given], written)
-            torch._foreach_copy_(weight.tensors[1:], start)
+            _put(weight.tensors[1:], start)
             ledger = weight.placed_ledger()
             call_the_rest(
                 recorded,
@@ -94,10 +95,9 @@ class Restart:
     def _copies(self) -> list[list[Tensor]]:
         return [[factor.detach().clone() for factor in weight.tensors[1:]] for weight in self._weights]
 
-    def _put(self, factors: list[list[Tensor]]) -> None:
-        """Write A and B of all weights in one call, so that no exception leaves some of them."""
+    def _put_back(self) -> None:
         own = [factor for weight in self._weights for factor in weight.tensors[1:]]
-        torch._foreach_copy_(own, [factor for pair in factors for factor in pair])
+        _put(own, [factor for pair in self._before for factor in pair])
 
 
 class Resync:
@@ -172,6 +172,11 @@ class _ResyncMove(NamedTuple):
     base: Tensor | None
     put: list[Any]
     written: list[Any]
+
+
+def _put(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write factors in one call, so that no exception leaves some of them."""
+    torch._foreach_copy_(list(map(local_part, factors)), list(map(local_part, values)))
 
 
 def lora_start(generator: torch.Generator | None = None) -> Reinit:
