@@ -190,14 +190,15 @@ class HostBuffers(FactorBuffers):
     def snapshot(self) -> None:
         """Keep lambda times s; and a copy of A and B, if they are not what the last move left."""
         super().snapshot()
-        end, every = (self._A_end, self._B_end), slice(None)
-        now = self._stacked(0, every), self._stacked(1, every)
-        if all(map(_same_bits, now, end)):
-            self._start, self._continues = end, [True] * len(self.slots)
+        A = self._stack_(0, slice(None), torch.empty_like(self._A_end))
+        B = self._stack_(1, slice(None), torch.empty_like(self._B_end))
+        if _same_bits(A, self._A_end) and _same_bits(B, self._B_end):
+            self._start, self._continues = (self._A_end, self._B_end), [True] * len(self.slots)
         else:
-            self._start = now
+            self._start = A, B
             self._continues = [
-                _same_bits(now[0][i], end[0][i]) and _same_bits(now[1][i], end[1][i]) for i in range(len(self.slots))
+                _same_bits(A_i, slot.end[0]) and _same_bits(B_i, slot.end[1])
+                for slot, A_i, B_i in zip(self.slots, A, B, strict=True)
             ]
         self._delta, self._sizes, self._chunks_written, self._due, self._extended = None, [], 0, None, []
 
@@ -238,7 +239,7 @@ class HostBuffers(FactorBuffers):
             self._due = [move for move in map(self._move, self.slots) if move is not None]
         extended = extend_ledgers(self._due, self._extended)
         for factor, end in enumerate((self._A_end, self._B_end)):
-            end.copy_(self._stacked(factor, slice(None)))
+            self._stack_(factor, slice(None), out=end)
         return extended
 
     def release(self) -> None:
@@ -253,17 +254,16 @@ class HostBuffers(FactorBuffers):
             U, V = A.new_empty(*A.shape[:-1], 2 * self._r), B.new_empty(*B.shape[:-2], 2 * self._r, self._d)
             (A_change, A_old), (B_new, B_change) = U.split(self._r, dim=-1), V.split(self._r, dim=-2)
             A_old.copy_(A)
-            torch.sub(self._stacked(0, chunk), A, out=A_change)
-            B_now = self._stacked(1, chunk)
+            torch.sub(self._stack_(0, chunk, torch.empty_like(A)), A, out=A_change)
+            B_now = self._stack_(1, chunk, torch.empty_like(B))
             B_new.copy_(B_now)
             torch.sub(B_now, B, out=B_change)
             self._delta = chunk, U, V
         return self._delta[1:]
 
-    def _stacked(self, factor: int, chunk: slice) -> Tensor:
-        """Return A (n, ..., c, r), if `factor` is 0, or B (n, ..., r, d) of a chunk of weights as they are now."""
-        factors = [slot.weight.factors()[factor] for slot in self.slots[chunk]]
-        return torch.stack(factors).to(self.dtype)
+    def _stack_(self, factor: int, chunk: slice, out: Tensor) -> Tensor:
+        """Write A (n, ..., c, r), if `factor` is 0, or B (n, ..., r, d) of a chunk of weights, as they are now."""
+        return torch.stack([slot.weight.factors()[factor] for slot in self.slots[chunk]], out=out)
 
     def _move(self, slot: Slot) -> Move | None:
         """Return the move of a weight for its ledger; None if it continues the last one."""
