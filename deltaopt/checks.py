@@ -194,9 +194,8 @@ def check_branches(weights: Iterable[WeightState], rescaled: bool = False) -> No
         [
             problem
             for weight in weights
-            for problem in problems_of(
-                weight.label, weight.triple.merge_problems() if rescaled else weight.triple.branch_problems()
-            )
+            if (found := weight.triple.merge_problems() if rescaled else weight.triple.branch_problems())
+            for problem in problems_of(weight.label, found)
         ],
     )
 

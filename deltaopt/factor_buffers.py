@@ -181,6 +181,7 @@ class HostBuffers(FactorBuffers):
         self._chunks = [slice(start, start + count) for start in range(0, len(members), count)]
         self._continues: list[bool] = []
         self._start: Factors | None = None
+        self._now: list[Tensor] = []
         self._delta: tuple[slice, Tensor, Tensor] | None = None
         self._sizes: list[list[float]] = []
         self._chunks_written = 0
@@ -190,8 +191,9 @@ class HostBuffers(FactorBuffers):
     def snapshot(self) -> None:
         """Keep lambda times s; and a copy of A and B, if they are not what the last move left."""
         super().snapshot()
-        A = self._stack_(0, slice(None), torch.empty_like(self._A_end))
-        B = self._stack_(1, slice(None), torch.empty_like(self._B_end))
+        n, factors = len(self.slots), self._factors()
+        A = torch.stack(factors[:n], out=torch.empty_like(self._A_end))
+        B = torch.stack(factors[n:], out=torch.empty_like(self._B_end))
         if _same_bits(A, self._A_end) and _same_bits(B, self._B_end):
             self._start, self._continues = (self._A_end, self._B_end), [True] * len(self.slots)
         else:
@@ -200,11 +202,11 @@ class HostBuffers(FactorBuffers):
                 _same_bits(A_i, slot.end[0]) and _same_bits(B_i, slot.end[1])
                 for slot, A_i, B_i in zip(self.slots, A, B, strict=True)
             ]
-        self._delta, self._sizes, self._chunks_written, self._due, self._extended = None, [], 0, None, []
+        self._now, self._delta, self._sizes, self._chunks_written, self._due, self._extended = [], None, [], 0, None, []
 
     def marks(self) -> list[Tensor]:
         """Make the delta of each chunk of weights, and return its sizes: 0 where nothing has changed."""
-        sizes = []
+        self._now, sizes = self._factors(), []
         for chunk in self._chunks:
             U, V = self._delta_of(chunk)
             sizes.append(torch.maximum(_size(U[..., : self._r]), _size(V[..., self._r :, :])))
@@ -235,16 +237,22 @@ class HostBuffers(FactorBuffers):
         """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""
         if not finite:
             return []
+        assert self._start is not None
         if self._due is None:
-            self._due = [move for move in map(self._move, self.slots) if move is not None]
+            self._due = [
+                Move(slot, coef, (self._start[0][i], self._start[1][i]), None if continues else slot.end)
+                for i, (slot, coef, continues) in enumerate(zip(self.slots, self._coefs, self._continues, strict=True))
+                if not continues or coef != slot.ledger.coef
+            ]
         extended = extend_ledgers(self._due, self._extended)
-        for factor, end in enumerate((self._A_end, self._B_end)):
-            self._stack_(factor, slice(None), out=end)
+        torch.stack(self._now[: len(self.slots)], out=self._A_end)
+        torch.stack(self._now[len(self.slots) :], out=self._B_end)
         return extended
 
     def release(self) -> None:
         """Let go of what only a step needs."""
         self._start = self._delta = self._due = None
+        self._now = []
 
     def _delta_of(self, chunk: slice) -> tuple[Tensor, Tensor]:
         """Return U = [A' - A | A] and V = [B' ; B' - B] of a chunk of weights; those of the last chunk are kept."""
@@ -254,24 +262,13 @@ class HostBuffers(FactorBuffers):
             U, V = A.new_empty(*A.shape[:-1], 2 * self._r), B.new_empty(*B.shape[:-2], 2 * self._r, self._d)
             (A_change, A_old), (B_new, B_change) = U.split(self._r, dim=-1), V.split(self._r, dim=-2)
             A_old.copy_(A)
-            torch.sub(self._stack_(0, chunk, torch.empty_like(A)), A, out=A_change)
-            B_now = self._stack_(1, chunk, torch.empty_like(B))
+            n = len(self.slots)
+            torch.sub(torch.stack(self._now[:n][chunk], out=torch.empty_like(A)), A, out=A_change)
+            B_now = torch.stack(self._now[n:][chunk], out=torch.empty_like(B))
             B_new.copy_(B_now)
             torch.sub(B_now, B, out=B_change)
             self._delta = chunk, U, V
         return self._delta[1:]
-
-    def _stack_(self, factor: int, chunk: slice, out: Tensor) -> Tensor:
-        """Write A (n, ..., c, r), if `factor` is 0, or B (n, ..., r, d) of a chunk of weights, as they are now."""
-        return torch.stack([slot.weight.factors()[factor] for slot in self.slots[chunk]], out=out)
-
-    def _move(self, slot: Slot) -> Move | None:
-        """Return the move of a weight for its ledger; None if it continues the last one."""
-        assert self._start is not None
-        i, continues = slot.place, self._continues[slot.place]
-        if continues and self._coefs[i] == slot.ledger.coef:
-            return None
-        return Move(slot, self._coefs[i], (self._start[0][i], self._start[1][i]), None if continues else slot.end)
 
 
 class DeviceBuffers(FactorBuffers):

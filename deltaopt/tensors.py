@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (Tensor, nn.Parameter)
 WAY_OUT = (
     'Take weight_update="folded", which does not write W where the product A @ B is zero at start_step, or load the '
     "layer in 16 or 32 bits"
@@ -57,7 +58,7 @@ def offload_problems(owner: nn.Module) -> list[str]:
 
 def is_plain(tensor: Tensor) -> bool:
     """Tell if this is a tensor of its own, and no packed, sharded or fake one that only looks like it."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    return type(tensor) in PLAIN
 
 
 def same_view(first: Tensor, second: Tensor) -> bool:

@@ -29,11 +29,16 @@ class Tensors(NamedTuple):
 
     def signature(self) -> tuple[object, ...]:
         """Return a value that changes when a tensor is replaced or moved."""
-        return tuple((id(t), t.data_ptr() if is_plain(t) else None, t.shape, t.dtype) for t in self)
+        W, A, B = self
+        return *_identity(W), *_identity(A), *_identity(B)
 
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype for products of the factors: float32, or float64 where one of the tensors is."""
         return reduce(torch.promote_types, (t.dtype for t in self if t.dtype in FLOATS), torch.float32)
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    return id(tensor), tensor.data_ptr() if is_plain(tensor) else None, tensor.shape, tensor.dtype
 
 
 class _Kinds(NamedTuple):

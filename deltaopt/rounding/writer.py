@@ -86,12 +86,14 @@ class Writer(NamedTuple):
             noise: of this matrix; used if this W is rounded stochastically.
             written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
         """
-        view, W = weight.triple.view, weight.tensors.W
-        kept = self.compensation(weight)
-        if kept is not None:
-            kept = view.part_matrix(kept)
-        if noise is not None and self.rounding.of(W.dtype) != "stochastic":
-            noise = None
+        view, W, kept = weight.triple.view, weight.tensors.W, None
+        if W.dtype.itemsize > 2:
+            noise = weight.compensation = None
+        elif self.stochastic:
+            weight.compensation = None
+        else:
+            noise, kept = None, self.compensation(weight)
+            kept = None if kept is None else view.part_matrix(kept)
         add_product_(view.weight(W), U, view.ordered(V, W), coef, noise, kept, self.scratch, written)
 
     def add_term_(self, weight: WeightState, term: Term, written: list[Any] | None = None) -> None:
