@@ -258,8 +258,8 @@ def is_in_use(triple: LoRATriple) -> bool:
 
 def _register_first(factor: Tensor, hook: _Divisor) -> None:
     """Register a hook that runs before those that are there: one that clamps shall see what it sees in place."""
-    _divisors[factor] = hook
     handle = factor.register_hook(hook)
+    _divisors[factor] = hook  # after it: an exception in between leaves a hook that nobody has claimed
     hooks: Any = factor._backward_hooks
     for key in [key for key in hooks if key != handle.id]:
         hooks[key] = hooks.pop(key)

@@ -9,7 +9,7 @@ pytest.importorskip("peft", reason="runs where peft is installed")
 
 from deltaopt.integrations.peft import save_adapter
 from tests.support.compare import relative
-from tests.support.interruption import interrupted_at
+from tests.support.interruption import interrupt, interrupted_at
 from tests.support.models import batches, causal_lm
 from tests.support.peft_layers import assert_loads
 from tests.support.peft_runs import ModelRun, peft_asks_by_an_old_name
@@ -54,11 +54,7 @@ def test_an_interrupted_event_leaves_an_adapter_that_is_right(name, rule, share,
     before = run.effective()
     with interrupted_at(EVENTS[name], None) as lines:
         EVENTS[name](whole)
-    try:
-        with interrupted_at(EVENTS[name], int(share * lines.lines), KeyboardInterrupt):
-            EVENTS[name](run)
-    except KeyboardInterrupt:
-        pass
+    interrupt(lambda: EVENTS[name](run), EVENTS[name], int(share * lines.lines))
     run.optimizer.state_dict()
     ends = before, whole.effective()
     now = run.effective()

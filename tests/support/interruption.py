@@ -48,3 +48,20 @@ def interrupted_at(
         yield found
     finally:
         sys.settrace(before)
+
+
+def interrupt(
+    event: Callable[[], Any], function: Callable[..., Any], line: int, error: type[BaseException] = KeyboardInterrupt
+) -> bool:
+    """Run `event`, and raise `error` at a line within `function`; return False if fewer lines have run.
+
+    How many there are can change from run to run: claims ask after all optimizers that still exist.
+    """
+    raised = False
+    try:
+        with interrupted_at(function, line, error) as interruption:
+            event()
+    except error as caught:
+        raised = str(caught) == "at a line"
+    assert raised == (interruption.lines >= line), f"line {line}: the exception was lost"
+    return raised
