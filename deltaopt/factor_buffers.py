@@ -182,8 +182,7 @@ class HostBuffers(FactorBuffers):
         self._continues: list[bool] = []
         self._start: Factors | None = None
         self._now: list[Tensor] = []
-        self._delta: tuple[slice, Tensor, Tensor] | None = None
-        self._sizes: list[list[float]] = []
+        self._delta: tuple[slice, Tensor, Tensor, Tensor] | None = None
         self._chunks_written = 0
         self._due: list[Move] | None = None
         self._extended: list[Any] = []
@@ -202,20 +201,21 @@ class HostBuffers(FactorBuffers):
                 _same_bits(A_i, slot.end[0]) and _same_bits(B_i, slot.end[1])
                 for slot, A_i, B_i in zip(self.slots, A, B, strict=True)
             ]
-        self._now, self._delta, self._sizes, self._chunks_written, self._due, self._extended = [], None, [], 0, None, []
+        self._now, self._delta, self._chunks_written, self._due, self._extended = [], None, 0, None, []
 
     def marks(self) -> list[Tensor]:
-        """Make the delta of each chunk of weights, and return its sizes: 0 where nothing has changed."""
-        self._now, sizes = self._factors(), []
-        for chunk in self._chunks:
-            U, V = self._delta_of(chunk)
-            sizes.append(torch.maximum(_size(U[..., : self._r]), _size(V[..., self._r :, :])))
-        self._sizes = [size.tolist() for size in sizes]
-        return sizes
+        """Make the delta, and return its sizes; if it takes several chunks, which are made later, look at A' and B'."""
+        self._now = self._factors()
+        if len(self._chunks) == 1:
+            return [self._delta_of(self._chunks[0])[2]]
+        assert self._start is not None
+        tensors = self._now if all(self._continues) else [*self._now, *self._start]
+        totals = torch.stack([tensor.detach().sum(dtype=self.dtype) for tensor in tensors])
+        return [totals] if bool(totals.isfinite().all()) else tensors  # the total of large numbers is infinite too
 
     def changed(self) -> bool:
         """Tell if any factor is another one than at the start of the step."""
-        return any(size != 0 for sizes in self._sizes for size in sizes)
+        return any(bool(self._delta_of(chunk)[2].any()) for chunk in self._chunks)
 
     def write(self, finite: Tensor, writer: Writer) -> None:
         """Add the delta to every W whose factors have changed, a chunk of weights after the other."""
@@ -225,8 +225,8 @@ class HostBuffers(FactorBuffers):
         for number, chunk in enumerate(self._chunks):
             if number < self._chunks_written:
                 continue
-            U, V = (stack.unbind(0) for stack in self._delta_of(chunk))
-            for slot, U_i, V_i, size in zip(self.slots[chunk], U, V, self._sizes[number], strict=True):
+            U, V, sizes = self._delta_of(chunk)
+            for slot, U_i, V_i, size in zip(self.slots[chunk], U.unbind(0), V.unbind(0), sizes.tolist(), strict=True):
                 if size > 0:
                     i = slot.place
                     noise = None if noises is None else (noises[0][i], noises[1][i])
@@ -254,8 +254,11 @@ class HostBuffers(FactorBuffers):
         self._start = self._delta = self._due = None
         self._now = []
 
-    def _delta_of(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Return U = [A' - A | A] and V = [B' ; B' - B] of a chunk of weights; those of the last chunk are kept."""
+    def _delta_of(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U = [A' - A | A], V = [B' ; B' - B] and sizes of a chunk of weights; those of the last one are kept.
+
+        The size is the largest magnitude in a weight's A' - A and B' - B: 0 if it does not move.
+        """
         assert self._start is not None
         if self._delta is None or self._delta[0] != chunk:
             A, B = (stack[chunk] for stack in self._start)
@@ -267,7 +270,7 @@ class HostBuffers(FactorBuffers):
             B_now = torch.stack(self._now[n:][chunk], out=torch.empty_like(B))
             B_new.copy_(B_now)
             torch.sub(B_now, B, out=B_change)
-            self._delta = chunk, U, V
+            self._delta = chunk, U, V, torch.maximum(_size(A_change), _size(B_change))
         return self._delta[1:]
 
 

@@ -212,3 +212,8 @@ def as_schema_4(state: dict[str, Any]) -> dict[str, Any]:
         if found:
             entries[KEY] = _sealed(found)
     return state
+
+
+def use_chunks_of(patch: pytest.MonkeyPatch, elements: int) -> None:
+    """Make U and V of as many weights at a time as have this many elements of them; of one weight at least."""
+    patch.setattr(factor_buffers, "CHUNK_ELEMENTS", elements)

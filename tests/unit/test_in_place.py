@@ -345,3 +345,50 @@ def test_buffers_are_kept_from_step_to_step():
     assert internals.buffer_addresses(optimizer) == first
     kept, anchor = 1, 1
     assert optimizer.buffer_bytes == (kept + anchor) * 3 * 4 * 4 * (1500 + 1200)
+
+
+def chunked_steps(patch, elements, dtype=torch.float32, bad=None):
+    """Return W of 5 equal layers after 3 steps, in the second of which a factor may become `bad`."""
+    internals.use_chunks_of(patch, elements)
+    stored = [strategies.make("linear", seed, dtype) for seed in range(5)]
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [s.triple(name=str(i)) for i, s in enumerate(stored)], lr=0.1)
+    for t in range(3):
+        for i, s in enumerate(stored):
+            s.A.grad, s.B.grad = (random64(*f.shape, seed=10 * t + i).to(f) for f in (s.A, s.B))
+        if t == 1 and bad is not None:
+            stored[3].B.grad[0, 0] = bad
+        optimizer.step()
+    return [s.W for s in stored], optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights_at_a_time", [1, 2])
+def test_weights_move_alike_however_many_at_a_time(weights_at_a_time, dtype, monkeypatch):
+    whole, _ = chunked_steps(monkeypatch, 1 << 20, dtype)
+    stored = strategies.make("linear", 0)
+    elements = weights_at_a_time * 2 * (stored.A.numel() + stored.B.numel())
+    parts, _ = chunked_steps(monkeypatch, elements, dtype)
+    assert all(map(torch.equal, whole, parts))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_factor_in_any_chunk_stops_them_all(bad, monkeypatch):
+    """Skip two steps of three for every W: the one in which a factor goes bad, and the one that begins with it."""
+    with pytest.warns(RuntimeWarning, match="became NaN or infinite"):
+        parts, optimizer = chunked_steps(monkeypatch, 1, bad=bad)
+    assert optimizer.skipped_updates == 2
+    assert all(W.isfinite().all() for W in parts)
+
+
+def test_large_factors_are_not_taken_for_infinite_ones(monkeypatch):
+    """Look at each number, where their sum is beyond the largest one."""
+    internals.use_chunks_of(monkeypatch, 1)
+    triples = []
+    for i in range(2):
+        A, B = torch.full((2, 1), 3e38, requires_grad=True), torch.full((1, 4), 1e-38, requires_grad=True)
+        A.grad, B.grad = torch.zeros_like(A), torch.full_like(B, -1e-38)
+        triples.append(LoRATriple(torch.zeros(2, 4), A, B, name=str(i)))
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=1.0, update_ratio=1.0)
+    optimizer.step()
+    assert optimizer.skipped_updates == 0
+    torch.testing.assert_close(triples[0].W, torch.full((2, 4), 3.0))
