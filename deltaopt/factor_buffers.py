@@ -267,9 +267,8 @@ class HostBuffers(FactorBuffers):
             A_old.copy_(A)
             n = len(self.slots)
             torch.sub(torch.stack(self._now[:n][chunk], out=torch.empty_like(A)), A, out=A_change)
-            B_now = torch.stack(self._now[n:][chunk], out=torch.empty_like(B))
-            B_new.copy_(B_now)
-            torch.sub(B_now, B, out=B_change)
+            B_new.copy_(torch.stack(self._now[n:][chunk], out=torch.empty_like(B)))
+            torch.sub(B_new, B, out=B_change)
             self._delta = chunk, U, V, torch.maximum(_size(A_change), _size(B_change))
         return self._delta[1:]
 

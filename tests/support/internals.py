@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, gradient_hooks, ledger
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, factor_buffers, gradient_hooks, ledger
 from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
 from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings
