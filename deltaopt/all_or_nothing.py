@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from deltaopt.messages import layers
 
 
@@ -26,7 +28,11 @@ def note(done: list[Any], call: Callable[[], Any]) -> None:
         call: a `functools.partial` of a function in C, such as a method of a tensor. Within one in Python an exception
             can come before or after its effect.
     """
-    done.extend(map(type, map(operator.call, (call,))))  # the type stands for the result, which may be a whole W
+    if torch._C._len_torch_function_stack() == 0:
+        done.extend(map(type, map(operator.call, (call,))))  # the type stands for the result, which may be a whole W
+        return
+    with torch._C.DisableTorchFunction():  # a mode, such as a default device, would make a call in Python of it
+        done.extend(map(type, map(operator.call, (call,))))
 
 
 def call_the_rest(done: list[Any], calls: Sequence[Callable[[], Any]]) -> None:
@@ -62,6 +68,7 @@ class Event:
         self._what = what
         self._finish = finish
         self._unfinished = unfinished
+        self.outer: Event | None = None
         self._begun = begun if begun is not None else []
         self._interrupted = False
         self._finished = False
@@ -118,28 +125,29 @@ class Events:
 
         If that fails too, it is left for `complete`. The arguments are those of `Event`.
         """
-        outer, event = self._under_way, Event(what, finish, unfinished, begun)
+        event = Event(what, finish, unfinished, begun)
+        event.outer = self._under_way
         self._under_way = event
         try:
             yield
             event.complete()
         except BaseException:
             event.complete_now()
-            self._under_way = outer
+            self._under_way = event.outer
             raise
-        self._under_way = outer
+        self._under_way = event.outer
 
     def complete(self) -> None:
-        """Complete an event that was interrupted, but not one that is under way: a closure may ask for a state.
+        """Complete events that were interrupted, but not one that is under way: a closure may ask for a state.
 
         Raises:
             RuntimeError: if it cannot be completed.
         """
-        event = self._under_way
-        if event is not None and event.has_to_be_completed():
+        while (event := self._under_way) is not None and event.has_to_be_completed():
             event.complete_later()
-            self._under_way = None
+            self._under_way = event.outer
 
-    def forget(self) -> None:
-        """Forget an event that could not be completed: everything was set anew."""
-        self._under_way = None
+    def supersede(self) -> None:
+        """Forget what could not be completed before the event under way, which says where everything is."""
+        if self._under_way is not None:
+            self._under_way.outer = None

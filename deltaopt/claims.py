@@ -48,13 +48,15 @@ class Claim:
         self.triple = triple
         self.owner = owner
         self._waits = waits
+        self._untaken = False
         self._number = 0
         self._wrote = False
         self._overwritten = False
         self._siblings: list[str] = []  # triples of the same optimizer on the same memory
         self._newer: list[weakref.ref[Claim]] = []  # whose optimizers hold W in place of this one's
         self._informs: list[weakref.ref[Claim]] = []  # of the others, once this one's optimizer writes W
-        _living.add(self)
+        with _lock:
+            _living.add(self)
 
     @property
     def superseded(self) -> bool:
@@ -72,7 +74,7 @@ class Claim:
         return self._overwritten and not self._waits
 
     def is_settled(self) -> bool:
-        """Tell if W was written and no other optimizer has to do with it: then there is nothing to ask, or to note."""
+        """Tell if W was written and no other optimizer shares it: then nothing has to be checked or noted."""
         return self._wrote and not (self._waits or self._newer or self._informs or self._overwritten)
 
     def forbids(self, use: Use) -> bool:
@@ -86,8 +88,9 @@ class Claim:
     def first_write_problems(self) -> list[str]:
         """Say why a claim that waits cannot be made now.
 
-        Two adapters of one optimizer on one W: what were written for one would be in the output of the other, wherever
-        that one is active alone. It would be right for the sum of both only, and nobody tells which are active.
+        Two adapters of one optimizer share a W: what is written for one would be in the output of the other wherever
+        that one is active alone. It would be right for the sum of both only, and the optimizer cannot see which of them
+        are active.
         """
         if self._waits and self._siblings:
             return [
@@ -108,8 +111,10 @@ class Claim:
             problems = self.first_write_problems()
             if problems:
                 raise RuntimeError(f"{self.triple.label}: {problems[0]}")
-            self._waits = False
+            self._waits, self._untaken = False, True
+        if self._untaken:
             take([self])
+            self._untaken = False  # after it: an exception in between lets the next write take it
         self._wrote = True
         if self._informs:
             for other in _alive(self._informs):
@@ -142,20 +147,28 @@ def take(claims: Sequence[Claim]) -> None:
 def follow(claims: Sequence[Claim]) -> None:
     """Find the claims of other optimizers on the memory of these, whose tensors may be other ones than before."""
     with _lock:
-        others = [claim for claim in _living if claim._number]
-        places = [(claim, matrix) for claim in others if (matrix := claim._matrix()) is not None]
-        following = set(claims)
-        for claim in others:
-            claim._siblings = []
-            _forget_relations(claim, following)
-        for i, j in overlapping_pairs([matrix for _, matrix in places]):
-            older, newer = sorted((places[i][0], places[j][0]), key=lambda claim: claim._number)
-            if older.owner is newer.owner:
-                if older.triple is not newer.triple:  # else one is no longer in use, and an exception holds it
-                    older._siblings.append(newer.triple.label)
-                    newer._siblings.append(older.triple.label)
-            elif older in following or newer in following:
-                _relate(older, newer)
+        try:
+            _follow(claims)
+        except BaseException:
+            _follow(claims)  # the relations of others were forgotten, and have to be found again
+            raise
+
+
+def _follow(claims: Sequence[Claim]) -> None:
+    others = [claim for claim in _living if claim._number]
+    places = [(claim, matrix) for claim in others if (matrix := claim._matrix()) is not None]
+    following = set(claims)
+    for claim in others:
+        claim._siblings = []
+        _forget_relations(claim, following)
+    for i, j in overlapping_pairs([matrix for _, matrix in places]):
+        older, newer = sorted((places[i][0], places[j][0]), key=lambda claim: claim._number)
+        if older.owner is newer.owner:
+            if older.triple is not newer.triple:  # else one is no longer in use, and an exception holds it
+                older._siblings.append(newer.triple.label)
+                newer._siblings.append(older.triple.label)
+        elif older in following or newer in following:
+            _relate(older, newer)
 
 
 def _relate(older: Claim, newer: Claim) -> None:

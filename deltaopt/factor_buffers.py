@@ -85,7 +85,7 @@ class FactorBuffers:
     def __init__(self, kind: Kind, members: Sequence[WeightState]) -> None:
         (*self._lead, self._c, self._r), (*_, self._d), self.dtype, self.device = kind
         n = len(members)
-        # Not a number at first: equal to nothing, so that a first move does not seem to continue another.
+        # Not a number at first, so that a first move does not seem to continue another.
         self._A_end = torch.full((n, *kind[0]), torch.nan, dtype=self.dtype, device=self.device)
         self._B_end = torch.full((n, *kind[1]), torch.nan, dtype=self.dtype, device=self.device)
         self._end = self._A_end.unbind(0) + self._B_end.unbind(0)
@@ -100,6 +100,7 @@ class FactorBuffers:
                 torch._foreach_copy_(slot.end, ledger.end)
                 ledger.end = slot.end
         self._known_hashes: Tensor | None = None
+        self._now: list[Tensor] = []
         self._coefs: list[float] = []
         self._written: list[list[Any]] = []
 
@@ -119,6 +120,7 @@ class FactorBuffers:
 
     def snapshot(self) -> None:
         """Keep A and B, and lambda times s, as they are before the inner step."""
+        self._now = []
         self._coefs = [slot.weight.ratio * slot.weight.triple.scaling for slot in self.slots]
         self._written = [[] for _ in self.slots]
 
@@ -143,8 +145,13 @@ class FactorBuffers:
         """Keep the factors that the moves came to, and extend the ledgers; return what has to wait for the device."""
         raise NotImplementedError
 
+    def freeze(self) -> None:
+        """Keep A' and B' for a completion later: somebody may have changed the factors until then."""
+        self._now = [factor.detach().clone() for factor in self._now or self._factors()]
+
     def release(self) -> None:
         """Let go of what only a step needs."""
+        self._now = []
 
     def unwritten(self) -> list[str]:
         """Return the labels of the weights of which no block was written."""
@@ -171,8 +178,8 @@ class FactorBuffers:
 class HostBuffers(FactorBuffers):
     """Buffers that the host can read: it copies A and B only where they are not what the last move left.
 
-    Within a step it holds U and V of as many weights at a time as fit `CHUNK_ELEMENTS`, and a copy of A and B if they
-    were changed since the last move.
+    Within a step it stacks A and B to compare them, and keeps the stacks if they are not what the last move left. Then
+    it holds U and V of as many weights at a time as fit `CHUNK_ELEMENTS`.
     """
 
     def __init__(self, kind: Kind, members: Sequence[WeightState]) -> None:
@@ -181,7 +188,6 @@ class HostBuffers(FactorBuffers):
         self._chunks = [slice(start, start + count) for start in range(0, len(members), count)]
         self._continues: list[bool] = []
         self._start: Factors | None = None
-        self._now: list[Tensor] = []
         self._delta: tuple[slice, Tensor, Tensor, Tensor] | None = None
         self._chunks_written = 0
         self._due: list[Move] | None = None
@@ -201,17 +207,18 @@ class HostBuffers(FactorBuffers):
                 _same_bits(A_i, slot.end[0]) and _same_bits(B_i, slot.end[1])
                 for slot, A_i, B_i in zip(self.slots, A, B, strict=True)
             ]
-        self._now, self._delta, self._chunks_written, self._due, self._extended = [], None, 0, None, []
+        self._delta, self._chunks_written, self._due, self._extended = None, 0, None, []
 
     def marks(self) -> list[Tensor]:
         """Make the delta, and return its sizes; if it takes several chunks, which are made later, look at A' and B'."""
-        self._now = self._factors()
-        if len(self._chunks) == 1:
-            return [self._delta_of(self._chunks[0])[2]]
+        self._now = self._now or self._factors()
         assert self._start is not None
-        tensors = self._now if all(self._continues) else [*self._now, *self._start]
-        totals = torch.stack([tensor.detach().sum(dtype=self.dtype) for tensor in tensors])
-        return [totals] if bool(totals.isfinite().all()) else tensors  # the total of large numbers is infinite too
+        if len(self._chunks) > 1:
+            tensors = self._now if all(self._continues) else [*self._now, *self._start]
+            totals = torch.stack([tensor.detach().abs().sum(dtype=self.dtype) for tensor in tensors])
+            if bool((totals < torch.finfo(self.dtype).max / 4).all()):  # then no difference is infinite either
+                return [totals]
+        return [self._delta_of(chunk)[2] for chunk in self._chunks]
 
     def changed(self) -> bool:
         """Tell if any factor is another one than at the start of the step."""
@@ -251,8 +258,8 @@ class HostBuffers(FactorBuffers):
 
     def release(self) -> None:
         """Let go of what only a step needs."""
+        super().release()
         self._start = self._delta = self._due = None
-        self._now = []
 
     def _delta_of(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return U = [A' - A | A], V = [B' ; B' - B] and sizes of a chunk of weights; those of the last one are kept.
@@ -298,7 +305,7 @@ class DeviceBuffers(FactorBuffers):
         self._making: list[Any] = []
         self._masking: list[Any] = []
         self._launched: list[Any] = []
-        self._keep: Tensor | None = None
+        self._sizes: Tensor | None = None
         self._updates: LedgerUpdates | None = None
 
     @property
@@ -310,7 +317,7 @@ class DeviceBuffers(FactorBuffers):
         """Keep A and B, lambda times s, and all that the ledgers may need once the device has reported."""
         super().snapshot()
         torch._foreach_copy_(self._old, self._factors())
-        self._making, self._masking, self._launched, self._keep = [], [], [], None
+        self._making, self._masking, self._launched, self._sizes = [], [], [], None
         self._updates = LedgerUpdates(
             list(zip(self.slots, self._coefs, strict=True)),
             start=(self._A_old.clone(), self._B_old.clone()),
@@ -320,9 +327,12 @@ class DeviceBuffers(FactorBuffers):
 
     def marks(self) -> list[Tensor]:
         """Make the delta, and return its sizes: 0 where nothing has changed."""
-        copying = partial(torch._foreach_copy_, self._new, self._factors())
-        call_the_rest(self._making, [copying, *_delta_calls(self.U, self.V)])
-        return [torch.maximum(_size(self._A_new), _size(self._B_old))]
+        if self._sizes is None:
+            self._now = self._now or self._factors()
+            copying = partial(torch._foreach_copy_, self._new, self._now)
+            call_the_rest(self._making, [copying, *_delta_calls(self.U, self.V)])
+            self._sizes = torch.maximum(_size(self._A_new), _size(self._B_old))
+        return [self._sizes]
 
     def changed(self) -> bool:
         """Tell if any factor is another one than at the start of the step. Waits for the device."""
@@ -330,19 +340,18 @@ class DeviceBuffers(FactorBuffers):
 
     def write(self, finite: Tensor, writer: Writer) -> None:
         """Add the delta to every W; the device leaves those alone whose factors did not change, or all of them."""
-        if self._keep is None:  # U and V are masked below
-            self._keep = self.marks()[0].gt(0) & finite.to(self.device)
+        keep = self.marks()[0].gt(0) & finite.to(self.device)
         others = self.slots
         if self._by_kernel is not None:
             narrow = [slot for slot in self.slots if slot.weight.tensors.W.element_size() == 2]
             others = [slot for slot in self.slots if slot.weight.tensors.W.element_size() != 2]
-            self._write_by_kernel(self._by_kernel, narrow, self._keep, writer)
+            self._write_by_kernel(self._by_kernel, narrow, keep, writer)
         if not others:
             return
         # The host does not know which ones to leave out. Their factors become +0 and all coefficients negative, as
         # adding -0 leaves every bit.
         turned = [self.U[slot.place] for slot in self.slots if self._coefs[slot.place] > 0]
-        drop = ~self._keep.view(-1, *[1] * (self.U.dim() - 1))
+        drop = ~keep.view(-1, *[1] * (self.U.dim() - 1))
         masking: list[Callable[[], object]] = [partial(torch._foreach_neg_, turned)] if turned else []
         masking += [partial(self.U.masked_fill_, drop, 0.0), partial(self.V.masked_fill_, drop, 0.0)]
         call_the_rest(self._masking, masking)
@@ -357,11 +366,16 @@ class DeviceBuffers(FactorBuffers):
         """Keep A and B where the move was applied; return the updates of the ledgers, on their way to the host."""
         assert self._updates is not None
         applied = finite.to(self.device)
-        torch._foreach_copy_(self._end, self._factors())
+        torch._foreach_copy_(self._end, self._now)
         for end, before in zip((self._A_end, self._B_end), self._updates.before, strict=True):
             end.copy_(torch.where(applied, end, before))
         self._updates.send(applied)
         return self._updates
+
+    def release(self) -> None:
+        """Let go of what only a step needs, the copies of the factors too: the ledgers' updates hold them."""
+        super().release()
+        self._updates = self._sizes = None
 
     def _write_by_kernel(self, batch: KernelBatch, slots: Sequence[Slot], keep: Tensor, writer: Writer) -> None:
         if not slots:

@@ -112,7 +112,8 @@ class FoldedUpdate(UpdateRule):
     def before_step(self, weights: Sequence[WeightState], writer: Writer, closure: Closure | None) -> None:
         """Fold the ratios that are other ones than in the last step; after that the branch moves what W would.
 
-        The effective weight stays. A factor that is NaN or infinite leaves every W as it is, and is counted.
+        The effective weight stays. A factor that is NaN or infinite leaves every W as it is, and is counted: then the
+        branches have their new scaling and the effective weights jump.
 
         Raises:
             ValueError: if triples with different ratios share a factor or the place of a scaling.

@@ -139,10 +139,24 @@ class InPlaceUpdate(UpdateRule):
         move = self._move
         if move is None:
             return
+        try:
+            self._complete(move, writer, whole)
+        except BaseException:
+            for buffers in move.buffers:
+                buffers.freeze()
+            raise
+        self._move = None
+        for buffers in move.buffers:
+            buffers.release()
+        self._complete_ledgers(wait=False)
+        self._upkeep.after_step(self._extended)
+        self._extended = []
+
+    def _complete(self, move: _Move, writer: Writer, whole: bool) -> None:
+        """Do what is left of a move."""
         if move.finite is None:
             marks = [mark for buffers in move.buffers for mark in buffers.marks()]
             if not whole and not any(buffers.changed() for buffers in move.buffers):
-                self._move = None
                 return
             move.finite = self._guard.verdict(marks)
         for buffers in move.buffers:
@@ -153,12 +167,6 @@ class InPlaceUpdate(UpdateRule):
         for buffers in move.buffers:
             self._note_ledgers(buffers.record(move.finite))
         self._guard.count(move.finite, move.counted)
-        self._move = None
-        for buffers in move.buffers:
-            buffers.release()
-        self._complete_ledgers(wait=False)
-        self._upkeep.after_step(self._extended)
-        self._extended = []
 
     def warn(self, stacklevel: int) -> None:
         """Warn of the first update that was skipped, and of ledgers that will grow large."""

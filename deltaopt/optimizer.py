@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deltaopt import base, claims, restarts
-from deltaopt.all_or_nothing import Events, note, note_result
+from deltaopt.all_or_nothing import Events, note_result
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
@@ -337,6 +337,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         check_claims(self._weights, "displacement()", "read")
         with outside_inference_mode():
+            self._events.complete()
             self._rule.flush()
             return self._weight(name).asked_movement()
 
@@ -579,10 +580,10 @@ class DeltaLoRAOptimizer(Optimizer):
         check_no_weight_trains(self._weights, options[0].get("params", ()))
         self._rule.check_groups([*self._groups, *groups])
         all_groups = [*self._groups, *groups]
-        held: list[Any] = []
+        held, before = list[Any](), len(self._inner.param_groups)
 
         def finish() -> None:
-            if held:
+            if held or len(self._inner.param_groups) > before:
                 self._groups, self._weights = all_groups, weights
                 self._take(added)
 
@@ -590,7 +591,7 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in added:
             weight.register()
         with self._events.begin("add_param_group()", finish):
-            note(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
+            note_result(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state, and under keys that begin with "deltaopt" what a resumed run needs.
@@ -664,13 +665,17 @@ class DeltaLoRAOptimizer(Optimizer):
             writer = rounding.during("resume", record["step_count"])
             before = [branch_record(weight.triple) for weight in weights]
             saved = [triple for group in record["groups"] for triple in group["triples"]]
-            loaded: list[Any] = []
+            groups, loaded = self._inner.param_groups, list[Any]()
             uncompensated: list[str] = []
 
             def finish() -> None:
-                self._rule.restore(weights, saved if loaded else before)
-                if not loaded:
+                # By what has happened: hooks of the inner optimizer can raise after it has loaded.
+                has_loaded = bool(loaded) or self._inner.param_groups is not groups
+                self._rule.restore(weights, saved if has_loaded else before)
+                if not has_loaded:
                     return
+                self._events.supersede()
+                self._rule.forget()
                 self._hold(weights)
                 if not record["ledgers"]:
                     for weight in weights:
@@ -685,9 +690,7 @@ class DeltaLoRAOptimizer(Optimizer):
             unfinished = partial(resume.unfinished, decided)
             with self._events.begin("load_state_dict()", finish, unfinished):
                 self._rule.restore(weights, saved)
-                note(loaded, partial(self._inner.load_state_dict, inner_state))
-            self._events.forget()
-            self._rule.forget()
+                note_result(loaded, partial(self._inner.load_state_dict, inner_state))
             resume.warn(decided, uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
@@ -785,10 +788,10 @@ class DeltaLoRAOptimizer(Optimizer):
             waiting: wait until the ledgers hold every step.
             use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
         """
-        if use is not None:
-            self._events.complete()
-        self._refuse_at_base(what)
         with outside_inference_mode():
+            if use is not None:
+                self._events.complete()
+            self._refuse_at_base(what)
             if waiting:
                 self._rule.flush()
             try:
@@ -834,11 +837,11 @@ class DeltaLoRAOptimizer(Optimizer):
     @contextmanager
     def _between_steps(self, what: str, use: Use | None) -> Iterator[None]:
         """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step."""
-        self._events.complete()
-        self._refuse_at_base(what)
-        if use is not None:
-            check_claims(self._weights, what, use)
         with outside_inference_mode():
+            self._events.complete()
+            self._refuse_at_base(what)
+            if use is not None:
+                check_claims(self._weights, what, use)
             self._rule.flush()
             yield
 

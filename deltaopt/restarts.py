@@ -125,6 +125,7 @@ class Resync:
     def carry_out(self) -> None:
         """Write the weights; may be called again after an exception."""
         for weight, before, now, base, put, written in self._moves:
+            weight.note_base()
             ledger = weight.ledger
             ledger.end = now
             if base is None:

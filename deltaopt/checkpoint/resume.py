@@ -20,7 +20,7 @@ from deltaopt.messages import Problem, layers, problems_of, raise_problems
 from deltaopt.rounding.blocks import cut_off
 from deltaopt.rounding.writer import Writer, add_terms_, put_
 from deltaopt.sharding import gathered
-from deltaopt.weight import WeightState
+from deltaopt.weight import Compensation, WeightState
 
 _rebuilt_for: dict[int, int] = {}
 """Hash of all of a W that was rebuilt -> the hash that was saved of the one it was rebuilt for. They differ by
@@ -157,7 +157,7 @@ def _compensate(left_alone: Sequence[WeightState], writer: Writer) -> list[str]:
             continue
         full = base.to(part.device, torch.float32, copy=True)
         add_terms_(weight, full, weight.displacement())
-        weight.writable_compensation(part).copy_(cut_off(part, full))
+        weight.compensation = Compensation(cut_off(part, full), part.dtype)
     return missing
 
 

@@ -37,6 +37,9 @@ else:
     SHIFT_0, SHIFT_1, SHIFT_2 = (tl.constexpr(shift) for shift in (*dict(noise.MIX), noise.LAST_SHIFT))
     FACTOR_0, FACTOR_1 = (tl.constexpr(factor % 2**32) for _, factor in noise.MIX)
 
+UNKNOWN = "unknown"
+"""Stands for a launch that may have been made."""
+
 TILE_SIDE = 64
 """Rows and columns of a tile of W at most: a row is a cache line, and U and V are read once for 64 columns and rows."""
 TILE_DEPTH = 16
@@ -89,11 +92,27 @@ class Batch:
             keep: (n,) bool, on the device. A W for whose place it is False is left as it is, not even read.
             keys: round stochastically, save where there is a compensation. None: to nearest.
             launched: one entry for each launch, appended with it. After an exception a call makes the other launches.
+
+        Raises:
+            RuntimeError: if a Ctrl-C came while the kernel was being launched, which is done in Python: nobody knows
+                then whether it was.
         """
         launched = [] if launched is None else launched
         with torch.cuda.device_of(keep):
-            for group in self.groups[len(launched) :]:
-                note(launched, partial(group.add_, coefs, keep, keys))
+            if UNKNOWN in launched:
+                raise RuntimeError(
+                    "the launch of a kernel was interrupted, so it is not known whether it has moved its 16-bit W: "
+                    "load the weights and the optimizer state of a checkpoint"
+                )
+            for number, group in enumerate(self.groups[len(launched) :], len(launched)):
+                try:
+                    note(launched, partial(group.add_, coefs, keep, keys))
+                except Exception:
+                    raise  # the launch has failed
+                except BaseException:
+                    if len(launched) == number:
+                        launched.append(UNKNOWN)
+                    raise
 
 
 def is_available(device: torch.device) -> bool:

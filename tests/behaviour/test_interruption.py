@@ -325,6 +325,22 @@ def test_an_event_that_cannot_be_completed_says_so_until_it_can(name, rule, monk
     assert any(all(map(close, end, whole)) for whole in ends)
 
 
+def test_factors_that_change_before_an_event_is_completed_are_no_part_of_it(monkeypatch):
+    """Move W by the factors of the interrupted step; what was changed since is a change from outside."""
+    world, whole = World().train(4), World().train(5)
+    memory = OutOfMemory(monkeypatch)
+    world.backward()
+    with pytest.raises(torch.OutOfMemoryError):
+        world.optimizer.step()
+    with torch.no_grad():
+        for layer in world.layers:
+            layer.A.add_(1.0)
+    memory.freed = True
+    world.optimizer.state_dict()
+    assert all(close(layer.W, there.W) for layer, there in zip(world.layers, whole.layers, strict=True))
+    world.assert_in_order()
+
+
 def test_loading_a_checkpoint_leads_out_of_an_event_that_cannot_be_completed(monkeypatch):
     world = World().train(4)
     saved = copy.deepcopy((world.layers.state_dict(), world.optimizer.state_dict()))
@@ -337,6 +353,30 @@ def test_loading_a_checkpoint_leads_out_of_an_event_that_cannot_be_completed(mon
         world.layers.load_state_dict(saved[0])
         world.optimizer.load_state_dict(saved[1])
         world.optimizer.state_dict()
+    assert all(map(close, world.train(3).tensors(), end))
+
+
+def test_a_load_that_is_interrupted_supersedes_an_event_that_cannot_be_completed():
+    """Complete the load alone: the old step is no part of what was loaded."""
+    world = World().train(4)
+    saved = copy.deepcopy((world.layers.state_dict(), world.optimizer.state_dict()))
+    end = world.train(3).tensors()
+    with pytest.MonkeyPatch.context() as patch:
+        OutOfMemory(patch)
+        world.backward()
+        with pytest.raises(torch.OutOfMemoryError):
+            world.optimizer.step()
+    world.layers.load_state_dict(saved[0])
+
+    def fail(*_):
+        raise MemoryError("in a hook")
+
+    hook = world.optimizer.inner.register_load_state_dict_post_hook(fail)
+    with pytest.raises(MemoryError, match="in a hook"):
+        world.optimizer.load_state_dict(saved[1])
+    hook.remove()
+    assert world.optimizer.step_count == 4
+    world.assert_in_order()
     assert all(map(close, world.train(3).tensors(), end))
 
 

@@ -42,3 +42,17 @@ def test_a_signal_during_the_call_is_handled_after_it_is_noted():
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert len(done) == 1
+
+
+def test_a_mode_does_not_make_a_call_in_python_of_it():
+    """Leave a default device, and any other mode of torch's, out of the call: its lines could be interrupted."""
+
+    class Asking(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            raise _InterruptError
+
+    A, B, done = torch.ones(2, 2), torch.ones(2, 2), []
+    with Asking():
+        note(done, partial(torch.Tensor.addmm_, A, B, B))
+    assert len(done) == 1
+    assert torch.equal(A, torch.full((2, 2), 3.0))

@@ -275,3 +275,38 @@ def test_a_batch_is_not_for_another_compensation(kernel):
     optimizer.step()
     assert kernel.made == [1, 1]
     assert internals.compensation_of(optimizer) is not before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_launch_that_was_interrupted_is_not_made_again(error, kernel, monkeypatch):
+    """Make one again that has failed; but nobody knows whether one was made that a Ctrl-C has interrupted."""
+    stored = integer_layers(["linear"], torch.bfloat16)
+    optimizer = batched_run(stored, "stochastic", kernel.rule())
+    saved = copy.deepcopy((stored[0].W, stored[0].A.detach(), stored[0].B.detach(), optimizer.state_dict()))
+    launch, failed = _triton._Group.add_, []
+
+    def once(group, *arguments):
+        if not failed:
+            failed.append(True)
+            raise error("in the launcher")
+        launch(group, *arguments)
+
+    monkeypatch.setattr(_triton._Group, "add_", once)
+    gradients(stored, 3)
+    if error is RuntimeError:
+        with pytest.raises(error, match="in the launcher"):
+            optimizer.step()
+        assert optimizer.step_count == 4
+        optimizer.state_dict()
+        return
+    with pytest.raises(RuntimeError, match="not known whether it has moved its 16-bit W"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"step\(\) was interrupted earlier.*not known whether it has moved"):
+        optimizer.state_dict()
+    with torch.no_grad():
+        for tensor, kept in zip((stored[0].W, stored[0].A, stored[0].B), saved, strict=False):
+            tensor.copy_(kept)
+    optimizer.load_state_dict(saved[3])
+    gradients(stored, 3)
+    optimizer.step()
+    assert optimizer.step_count == 4
