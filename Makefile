@@ -33,7 +33,8 @@ test: .venv/.test .venv/.model
 test-core: .venv/.test
 	$(BIN)/python -m pytest -n 2 -m "not extra" tests/conformance tests/unit tests/behaviour $(ARGS)
 
-# The whole suite, with 40 times the examples of each property, other ones every time.
+# The whole suite, with 40 times the examples of each property, other ones every time; every event is interrupted at each
+# of its lines, and every moment of a run is tried.
 nightly: .venv/.test .venv/.model
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 $(ARGS)
 
