@@ -33,7 +33,6 @@ from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.sharding import is_sharded
 from deltaopt.triple import LoRATriple
-from deltaopt.upkeep import Upkeep
 from deltaopt.weight import WeightState
 
 
@@ -49,22 +48,12 @@ class FoldedUpdate(UpdateRule):
     scales_branches = True
 
     def __init__(self, host: Host | None = None) -> None:
+        super().__init__()
         self._host = host if host is not None else Host()
         self._hooks = GradientHooks()
-        self._guard = FiniteGuard()
         self._change: _Change | None = None
         self._checked_ratios: dict[DeltaGroup, UpdateRatio] = {}
         self._changed: list[Ledger] = []
-        self._upkeep = Upkeep()
-
-    @property
-    def skipped_updates(self) -> int:
-        """The number of changes that left every W alone because a factor was not finite. Waits for the device."""
-        return self._guard.skipped
-
-    @skipped_updates.setter
-    def skipped_updates(self, count: int) -> None:
-        self._guard = FiniteGuard(count)
 
     def check_inner(self, inner: Optimizer) -> None:
         """Raise ValueError for an optimizer that evaluates the loss at several places within a step."""
@@ -192,11 +181,6 @@ class FoldedUpdate(UpdateRule):
         if self._change is not None:
             Event("a change of update_ratio", self._change.complete, self._change.unfinished).complete_later()
             self._change = None
-
-    def warn(self, stacklevel: int) -> None:
-        """Warn of the first change that was skipped, and of ledgers that will grow large."""
-        self._guard.warn(stacklevel + 1)
-        self._upkeep.warn(stacklevel + 1)
 
     def _refuse_varying(self, weights: Sequence[WeightState]) -> None:
         """Raise RuntimeError where a callable ratio was set since the last step, and a W cannot be written."""

@@ -18,14 +18,12 @@ from torch import Tensor
 
 from deltaopt.factor_buffers import DeviceBuffers, FactorBuffers, HostBuffers, Kind, LedgerUpdates
 from deltaopt.gradient_hooks import leave_whole
-from deltaopt.guard import FiniteGuard
 from deltaopt.ledger import Ledger
 from deltaopt.rounding.batch import fused_kernel
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain
-from deltaopt.upkeep import Upkeep
 from deltaopt.weight import WeightState
 
 
@@ -85,14 +83,13 @@ class InPlaceUpdate(UpdateRule):
     scales_branches = False
 
     def __init__(self, host: Host | None = None) -> None:
+        super().__init__()
         self._host = host if host is not None else Host()
-        self._guard = FiniteGuard()
         self._kinds: dict[WeightState, Kind] = {}
         self._buffers: dict[Kind, FactorBuffers] = {}
         self._move: _Move | None = None
         self._pending: deque[LedgerUpdates] = deque()
         self._extended: list[Ledger] = []
-        self._upkeep = Upkeep()
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
         """Say why W cannot be written, with the way out for packed and quantized ones."""
@@ -168,11 +165,6 @@ class InPlaceUpdate(UpdateRule):
             self._note_ledgers(buffers.record(move.finite))
         self._guard.count(move.finite, move.counted)
 
-    def warn(self, stacklevel: int) -> None:
-        """Warn of the first update that was skipped, and of ledgers that will grow large."""
-        self._guard.warn(stacklevel + 1)
-        self._upkeep.warn(stacklevel + 1)
-
     def unwritten(self) -> list[str]:
         """Return the labels of the weights that an interrupted step has not moved yet."""
         return [] if self._move is None else [label for buffers in self._move.buffers for label in buffers.unwritten()]
@@ -190,15 +182,6 @@ class InPlaceUpdate(UpdateRule):
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         return sum(buffers.nbytes for buffers in self._buffers.values())
-
-    @property
-    def skipped_updates(self) -> int:
-        """The number of steps that left every W alone because a factor was not finite. Waits for the device."""
-        return self._guard.skipped
-
-    @skipped_updates.setter
-    def skipped_updates(self, count: int) -> None:
-        self._guard = FiniteGuard(count)
 
     def _buffers_for(self, kind: Kind, members: Sequence[WeightState]) -> FactorBuffers:
         device = kind[-1]

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt.groups import DeltaGroup
+from deltaopt.guard import FiniteGuard
 from deltaopt.rounding.writer import Writer
 from deltaopt.tensors import tensor_problems
+from deltaopt.upkeep import Upkeep
 from deltaopt.weight import WeightState
 
 Closure: TypeAlias = Callable[[], float]
@@ -27,13 +29,24 @@ class UpdateRule:
         name: the value of the argument ``weight_update``.
         moves_weights: True if every W moves, so that checkpoints hold a place for the compensation of each.
         scales_branches: True if branches get another scaling, which export and loading have to look at.
-        skipped_updates: updates that left every W alone because a factor was not finite.
     """
 
     name: str
     moves_weights: bool
     scales_branches: bool
-    skipped_updates: int = 0
+
+    def __init__(self) -> None:
+        self._guard = FiniteGuard()
+        self._upkeep = Upkeep()
+
+    @property
+    def skipped_updates(self) -> int:
+        """The number of updates that left every W alone because a factor was not finite. Waits for the device."""
+        return self._guard.skipped
+
+    @skipped_updates.setter
+    def skipped_updates(self, count: int) -> None:
+        self._guard = FiniteGuard(count)
 
     def check_inner(self, inner: Optimizer) -> None:
         """Raise ValueError for an inner optimizer that this rule cannot follow."""
@@ -91,7 +104,12 @@ class UpdateRule:
         """
 
     def warn(self, stacklevel: int) -> None:
-        """Warn of what the last steps came to. Called last, since a warning may be made an error."""
+        """Warn of the first update that was skipped, and of ledgers that will grow large.
+
+        Called last, since a warning may be made an error.
+        """
+        self._guard.warn(stacklevel + 1)
+        self._upkeep.warn(stacklevel + 1)
 
     def unwritten(self) -> list[str]:
         """Return the labels of the weights that an interrupted step has not moved yet."""
