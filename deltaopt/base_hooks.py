@@ -279,6 +279,12 @@ class ModuleHook(OutputHook):
         """Return the module itself."""
         return module, self._name
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, ModuleHook)
+        twin.is_active = deepcopy(self.is_active, memo)  # a method of the copied model, for one of this model
+        return twin
+
 
 def unpickled(instead: object, kind: str, state: dict[str, Any], moved: tuple[Any, ...]) -> OutputHook:
     """Return the hook of a module that is unpickled.

@@ -84,7 +84,8 @@ class LoRATriple:
             after each forward pass of W's module. Where it returns False, the movement of W is left out of the
             module's output, which is then the base's: as a reference, or next to another branch. It takes a W that is
             registered as ``(module, "name")``, whose forward pass takes x first and applies W to it as `layout` says;
-            not for experts. Default: the output is that of the moved W.
+            not for experts. A copy of the model asks a method of the copy, where it is a method of a module, and the
+            same function in all other cases. Default: the output is that of the moved W.
 
     Attributes:
         scaling: s, as it was registered.

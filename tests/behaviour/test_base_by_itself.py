@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-from tests.support.compare import assert_close
+from tests.support.compare import COPIES, assert_close
 from tests.support.strategies import each_rule
 from tests.support.switched import (
     LAYERS,
@@ -215,6 +215,30 @@ def test_gradients_flow_to_the_input_of_the_base(kind, rule, keep):
 
 
 # Copies.
+
+
+@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
+@each_rule
+@each_kind
+def test_a_copy_of_the_model_has_the_same_base(kind, rule, way):
+    """And switches of its own, whatever the original does afterwards."""
+    run = Run(kind, rule)
+    twin = way(run.layer)
+    run.train(2)
+    assert_base(twin, run.frozen, run.x)
+    run.assert_base()
+
+
+@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
+@each_rule
+def test_a_copy_of_model_and_optimizer_goes_its_own_way(rule, way):
+    run = Run("fused", rule)
+    twin, optimizer = way((run.layer, run.optimizer))
+    train(twin, optimizer, run.x, 2)
+    assert_base(twin, run.frozen, run.x)
+    run.assert_base()
+    run.train(1)
+    assert_base(twin, run.frozen, run.x)
 
 
 @each_rule
