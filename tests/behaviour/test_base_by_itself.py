@@ -200,6 +200,19 @@ def test_a_module_of_torchs_own_with_the_branch_next_to_it(keep, rule):
         assert_base(net, frozen, x)
 
 
+@pytest.mark.parametrize("keep", [None, "device"])
+def test_what_a_hook_of_the_user_adds_stays(keep):
+    """As where the branch itself, or another one, is such a hook, put on before or after the triple is made."""
+    torch.manual_seed(0)
+    layer, x = Linear(D, C).with_branches(q=Branch({"layout": "linear"}, D)), torch.randn(4, D, dtype=torch.float64)
+    frozen = copy.deepcopy(layer)
+    layer.register_forward_hook(lambda module, args, output: output + 10.0)
+    optimizer = optimizer_of(layer, keep_base=keep)
+    layer.register_forward_hook(lambda module, args, output: 2.0 * output)
+    train(layer, optimizer, x)
+    close(base_output(layer, x), 2.0 * (base_output(frozen, x) + 10.0))
+
+
 @pytest.mark.parametrize("keep", [None, "cpu"])
 @each_rule
 @pytest.mark.parametrize("kind", sorted(LAYERS.keys() - {"embedding"}))
