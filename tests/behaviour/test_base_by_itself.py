@@ -213,6 +213,27 @@ def test_what_a_hook_of_the_user_adds_stays(keep):
     close(base_output(layer, x), 2.0 * (base_output(frozen, x) + 10.0))
 
 
+@pytest.mark.parametrize("keep", [None, "device"])
+def test_a_forward_pass_with_further_arguments(keep):
+    class Shifted(Linear):
+        def forward(self, x, shift):
+            return super().forward(x) + shift
+
+    torch.manual_seed(0)
+    layer, x = Shifted(D, C).with_branches(q=Branch({"layout": "linear"}, D)), torch.randn(4, D, dtype=torch.float64)
+    frozen = copy.deepcopy(layer)
+    optimizer = optimizer_of(layer, keep_base=keep)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x, 1.0).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad(), off(layer), off(frozen):
+        close(layer(x, 3.0), frozen(x, 3.0))
+        close(layer(x=x, shift=3.0), frozen(x, 3.0))
+        close(layer(shift=3.0, x=x), frozen(x, 3.0))
+        close(layer(shift=torch.tensor(3.0), x=x), frozen(x, 3.0))
+
+
 @pytest.mark.parametrize("keep", [None, "cpu"])
 @each_rule
 @pytest.mark.parametrize("kind", sorted(LAYERS.keys() - {"embedding"}))
