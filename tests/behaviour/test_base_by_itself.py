@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -354,6 +355,16 @@ def optimizers_of(layer, name, **options):
     return DeltaLoRAOptimizer(torch.optim.AdamW, [triple], lr=2e-2, start_step=1, **options)
 
 
+def test_a_later_optimizer_of_the_same_branch_knows_that_W_had_moved():
+    """Its base is not the pristine weight, as its checkpoints say."""
+    run = Run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        later = optimizer_of(run.layer)
+    assert later.weights()[0].rebased
+    assert not run.optimizer.weights()[0].rebased
+
+
 # Bad input.
 
 
@@ -387,6 +398,24 @@ def test_rows_of_a_convolution_are_refused():
     A, B = torch.randn(C, R, 1, requires_grad=True), torch.randn(R, 4, 3, requires_grad=True)
     with pytest.raises(ValueError, match=r"q: is_active is not for the layout 'conv' with rows, .*base_weights"):
         LoRATriple((module, "weight"), A, B, name="q", layout="conv", rows=(0, C), is_active=lambda: True)
+    assert not module._forward_hooks
+
+
+def test_a_convolution_of_ones_own_is_refused():
+    """What it does with stride and padding is not known."""
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(C, 4, 3), requires_grad=False)
+    A, B = torch.randn(C, R, 1, requires_grad=True), torch.randn(R, 4, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"q: is_active is not for .* 'conv' of a Module, .* nn\.Conv1d"):
+        LoRATriple((module, "weight"), A, B, name="q", layout="conv", is_active=lambda: True)
+    assert not module._forward_hooks
+
+
+def test_an_embedding_with_max_norm_is_refused():
+    module = nn.Embedding(D, C, max_norm=1.0).requires_grad_(False)
+    A, B = torch.randn(C, R, requires_grad=True), torch.randn(R, D, requires_grad=True)
+    with pytest.raises(ValueError, match=r"q: is_active is not for an embedding with max_norm, .*base_weights"):
+        LoRATriple((module, "weight"), A, B, name="q", layout="embedding", is_active=lambda: True)
     assert not module._forward_hooks
 
 
