@@ -31,8 +31,11 @@ class Branch(nn.Module):
         return self.on
 
     def product(self, W: Tensor) -> Tensor:
-        """Return scaling * A @ B, stored as W is, zero where the branch does not belong."""
-        dense = self.scaling * self.A @ self.B.flatten(1)
+        """Return scaling * A @ B, stored as W is."""
+        return self.placed(self.scaling * self.A @ self.B.flatten(1), W).to(W.dtype)
+
+    def placed(self, dense: Tensor, W: Tensor) -> Tensor:
+        """Store a (c, d) matrix as W is, zero where the branch does not belong."""
         if self.options["layout"] == "conv":
             return dense.view(W.shape)
         rows, columns = self.options.get("rows"), self.options.get("columns")
@@ -83,8 +86,7 @@ class Transposed(Layer):
         self.weight, self.bias = nn.Parameter(torch.randn(d, c)), nn.Parameter(torch.randn(c))
 
     def computed(self, weight, bias, x):
-        out = x @ weight
-        return out if bias is None else out + bias
+        return functional.linear(x, weight.mT, bias)
 
 
 class Embedding(Layer, nn.Embedding):
@@ -141,10 +143,13 @@ LAYERS: dict[str, Callable[[], Layer]] = {
 """By how the weight is stored, and which part of it moves."""
 
 
-def layer_and_input(kind: str = "linear", dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Layer, Tensor]:
-    """Return a layer whose W and factors are of this dtype, and an input."""
+def layer_and_input(
+    kind: str = "linear", dtype: torch.dtype = torch.float64, factors: torch.dtype | None = None, seed: int = 0
+) -> tuple[Layer, Tensor]:
+    """Return a layer whose W is of this dtype, with `factors` of that one or of another, and an input."""
     torch.manual_seed(seed)
     layer = LAYERS[kind]().to(dtype)
+    layer.branches.to(factors or dtype)
     sizes = {"conv1d": (4, 6), "conv2d": (4, 6, 5), "conv3d": (4, 4, 4, 4), "columns": (3, D + 4)}
     x = torch.randint(D, (2, 3)) if kind == "embedding" else torch.randn(2, *sizes.get(kind, (3, D)), dtype=dtype)
     return layer, x
