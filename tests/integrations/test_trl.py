@@ -79,6 +79,20 @@ def test_a_kept_base_is_the_reference_bit_for_bit(kept, run_of):
     assert found.off == [0] * STEPS
 
 
+# torch says so of the test's own forward passes without gradients.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_checkpointing": False}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}],
+    ids=["none", "reentrant"],
+)
+def test_other_gradient_checkpointing_gives_the_same_run(settings, run_of, tmp_path):
+    """TRL checkpoints by default, without reentrance, as the other tests do."""
+    found = run("dpo", "trained", "in_place", tmp_path, settings=settings)
+    assert max(found.passes) <= LOGITS
+    assert_logged_alike(found, run_of("dpo", "trained", "in_place", reference="frozen"))
+
+
 def assert_logged_alike(actual: Run, expected: Run) -> None:
     for step, numbers in enumerate(expected.logged):
         assert numbers.keys() > {"loss", "grad_norm"}

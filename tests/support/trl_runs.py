@@ -252,7 +252,15 @@ class Run:
     """What the trainer logged of each step, without what is `NOT_COMPARED`."""
 
 
-def run(kind: str, start: str, rule: str, folder: Path, reference: str = "own", **options: Any) -> Run:
+def run(
+    kind: str,
+    start: str,
+    rule: str,
+    folder: Path,
+    reference: str = "own",
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> Run:
     """Train for `STEPS` steps.
 
     Args:
@@ -262,12 +270,13 @@ def run(kind: str, start: str, rule: str, folder: Path, reference: str = "own", 
         folder: the trainer's; nothing is written into it.
         reference: "own" leaves it to the trainer; "frozen" hands it a frozen copy of the model, "precomputed" lets the
             trainer compute its log-probabilities before the first step.
+        settings: of the trainer's configuration.
         **options: of the optimizer, next to those of the start.
     """
     model = STARTS[start].model()
     frozen = frozen_copy(model)
     ref_model = merged_copy(model) if reference == "frozen" else None
-    settings = {"precompute_ref_log_probs": True} if reference == "precomputed" else {}
+    settings = {"precompute_ref_log_probs": True} if reference == "precomputed" else settings or {}
     trainer = trainer_for(kind, start, rule, folder, model, ref_model, settings, options)
     record = ReferenceRecord(trainer, frozen)
     trainer.train()
