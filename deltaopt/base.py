@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaopt.all_or_nothing import note_result
-from deltaopt.base_hooks import hook_problem, subtract_from_output
+from deltaopt.base_hooks import output_problem, subtract_always
 from deltaopt.checkpoint.files import load
 from deltaopt.checkpoint.fingerprint import Fingerprint
-from deltaopt.lowrank import joined
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.rounding.writer import add_terms_, put_
 from deltaopt.weight import WeightState
@@ -81,7 +80,9 @@ class Visit:
         for weight, way in self._ways.items():
             terms = [] if isinstance(way, Tensor) else weight.displacement()
             if way == "hooks" and terms:
-                note_result(self._hooks, partial(subtract_from_output, weight, joined(terms)))
+                owner = weight.triple.weight_module()
+                assert owner is not None
+                note_result(self._hooks, partial(subtract_always, owner, weight.tensors.W, weight.triple.view, terms))
             elif terms or isinstance(way, Tensor):
                 self._moved[weight] = weight.part().detach().clone()
                 if isinstance(way, Tensor):
@@ -148,6 +149,34 @@ def base_by_compensation(weight: WeightState) -> Tensor | None:
     return found if Fingerprint(found).record() == weight.base.record() else None
 
 
+@torch.no_grad()
+def put_back(weight: WeightState) -> str | None:
+    """Write the base into W for good, and take it as where W is; return why that cannot be done, if it cannot."""
+    if problems := weight.weight_problems():
+        return problems[0]
+    if weight.base is None:
+        return None
+    way = _way_to_base(weight, None, "copy")
+    if isinstance(way, _NoWay):
+        return way.sentence
+    weight.note_write()
+    if not isinstance(way, Tensor):
+        way, terms = weight.part().detach().clone(), weight.displacement()
+        add_terms_(weight, way, terms, -1.0)
+    bits = way
+
+    def finish() -> None:
+        put_(weight, bits)
+        weight.rebase()
+
+    try:
+        finish()
+    except BaseException:
+        finish()
+        raise
+    return None
+
+
 class _NoWay:
     """The reason why a base cannot be brought back."""
 
@@ -183,7 +212,8 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
             f"W is {weight.tensors.W.dtype}, in which adding and then subtracting does not lead back: {ways}; or take "
             'method="hooks"'
         )
-    problem = lost or (None if nothing_asked else hook_problem(weight))
+    triple = weight.triple
+    problem = lost or (None if nothing_asked else output_problem(triple.weight_module(), triple.view, triple.tied))
     return "hooks" if problem is None else _NoWay(f"{problem}; {ways}")
 
 

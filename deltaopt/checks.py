@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deltaopt.base_hooks import WAYS_OUT
 from deltaopt.claims import Use
 from deltaopt.groups import ParamsInput
-from deltaopt.messages import Problem, names, problems_of, raise_problems
+from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
 from deltaopt.tensors import overlapping_pairs, same_view
@@ -198,6 +200,38 @@ def check_branches(weights: Iterable[WeightState], rescaled: bool = False) -> No
             for problem in problems_of(weight.label, found)
         ],
     )
+
+
+def check_output_hooks(weights: Iterable[WeightState]) -> None:
+    """Raise RuntimeError if somebody has removed the hooks that keep the base's output; they are put on again."""
+    removed = [w for w in weights if (hook := w.triple.output_hook) is not None and not hook.is_on()]
+    for weight in removed:
+        assert weight.triple.output_hook is not None
+        weight.triple.output_hook.put_on()
+    if removed:
+        raise RuntimeError(
+            f"the forward hooks of {layers([weight.label for weight in removed])} were removed, which give the base's "
+            "output wherever the adapter takes no part: reference passes since then had the moved weights (nothing was "
+            "changed). The hooks are back: call this again to continue"
+        )
+
+
+def warn_of_outputs(weights: Iterable[WeightState], stacklevel: int) -> None:
+    """Warn of layers whose output is not the base's by itself where their branch takes no part."""
+    found = [
+        Problem(weight.label, problem)
+        for weight in weights
+        if (problem := weight.triple.output_problem(weight.copies_base)) is not None
+    ]
+    if found:
+        lines = "\n  ".join(problem_lines(found))
+        warnings.warn(
+            "once their W has moved, the forward pass of these layers raises an error wherever the adapter takes no "
+            f"part (disabled, or another one is active), as the base's output cannot be computed there. {WAYS_OUT}:"
+            f"\n  {lines}",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def check_finite(weights: Iterable[WeightState]) -> None:

@@ -11,7 +11,8 @@ before anything sees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -181,6 +182,17 @@ class FoldedUpdate(UpdateRule):
         if self._change is not None:
             Event("a change of update_ratio", self._change.complete, self._change.unfinished).complete_later()
             self._change = None
+
+    def settler(self) -> Callable[[], None]:
+        """Return `flush` of this rule while it lives: its hooks on the gradients must not live on with the model."""
+        rule = weakref.ref(self)
+
+        def settle() -> None:
+            living = rule()
+            if living is not None:
+                living.flush()
+
+        return settle
 
     def _refuse_varying(self, weights: Sequence[WeightState]) -> None:
         """Raise RuntimeError where a callable ratio was set since the last step, and a W cannot be written."""

@@ -187,6 +187,11 @@ class Ledger:
             state = state.closed(state.coef, state.end)
         self._state = state._replace(coef=0.0, end=None)
 
+    def mark(self) -> tuple[object, ...]:
+        """Return values that are not the same ones any more once the displacement is another one."""
+        end = self._state.end
+        return (self._state,) if end is None else (self._state, end[0]._version, end[1]._version)
+
     def displacement(self) -> list[Term]:
         """Return terms that add up to what W was asked to move by; empty when that is nothing.
 

@@ -36,8 +36,10 @@ from deltaopt.checks import (
     check_not_differentiable,
     check_not_folded,
     check_nothing_unused,
+    check_output_hooks,
     check_training,
     check_weights,
+    warn_of_outputs,
 )
 from deltaopt.claims import Claim, Claimant, Use
 from deltaopt.folded import FoldedUpdate
@@ -57,6 +59,7 @@ from deltaopt.inner import build_inner, forget_state, is_state_initialisation, s
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
+from deltaopt.movement import RunningMovement
 from deltaopt.plain import plain
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
@@ -196,6 +199,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._become(inner, groups, weights, rounds, rule, step_count=0)
         self._seen = True
         warn_of_folded([weight.triple for weight in weights], stacklevel=2)
+        self._warn_of_outputs(weights, stacklevel=2)
         self._take(weights)
 
     @classmethod
@@ -588,6 +592,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._take(added)
 
         warn_of_folded([weight.triple for weight in added], stacklevel=3)
+        self._warn_of_outputs(added, stacklevel=3)
         for weight in added:
             weight.register()
         with self._events.begin("add_param_group()", finish):
@@ -755,9 +760,15 @@ class DeltaLoRAOptimizer(Optimizer):
         self._hold(weights)
         self._rule.attach(weights)
 
+    def _warn_of_outputs(self, weights: Sequence[WeightState], stacklevel: int) -> None:
+        if self._rule.moves_weights:
+            warn_of_outputs(weights, stacklevel + 1)
+
     def _hold(self, weights: Sequence[WeightState]) -> None:
-        """Claim each W for this optimizer, whoever held it before."""
+        """Claim each W for this optimizer, whoever held it before, and let its layer leave out what it counts."""
+        settle = _Settlement(self._events, self._rule.settler())
         for weight in weights:
+            weight.triple.count_movement(RunningMovement(weight, settle))
             weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 
@@ -810,6 +821,7 @@ class DeltaLoRAOptimizer(Optimizer):
         if replaced:
             check_weights(weights, self._rule)
         check_branches(weights, rescaled)
+        check_output_hooks(weights)
         check_membership(self._inner, weights)
         check_not_capturing()
         self._rule.follow(weights, replaced=bool(replaced))
@@ -850,6 +862,18 @@ class DeltaLoRAOptimizer(Optimizer):
             raise RuntimeError(
                 f"{what} within base_weights(), where no W is what this optimizer moved it to: leave it first"
             )
+
+
+class _Settlement:
+    """Completes what an optimizer has left open, for hooks on its layers; it does not keep the optimizer alive."""
+
+    def __init__(self, events: Events, flush: Callable[[], None]) -> None:
+        self._events = events
+        self._flush = flush
+
+    def __call__(self) -> None:
+        self._events.complete()
+        self._flush()
 
 
 def _rule_of(weight_update: str | Callable[[], UpdateRule]) -> UpdateRule:

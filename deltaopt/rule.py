@@ -118,6 +118,10 @@ class UpdateRule:
     def flush(self) -> None:
         """Complete what past steps have left open, and the ledgers; waits for the device."""
 
+    def settler(self) -> Callable[[], None]:
+        """Return a function that does what `flush` does, for hooks on the model, which outlive the optimizer."""
+        return self.flush
+
     def unfold(self, weights: Sequence[WeightState]) -> None:
         """Let every branch add scaling * A @ B, as next to a W that moves."""
 

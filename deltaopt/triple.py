@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import copy
 from functools import reduce
@@ -12,7 +12,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from deltaopt.base_hooks import ModuleHook, OutputHook, hook_of
 from deltaopt.layouts import MatrixView, shape
+from deltaopt.movement import Movement
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
 from deltaopt.tensors import FLOATS, is_plain
 
@@ -78,6 +80,11 @@ class LoRATriple:
         columns: the same for its columns.
         set_scaling: for ``weight_update="folded"`` where `scaling` is a plain number: a function that is called with
             the new scaling and sets it, for this branch alone.
+        is_active: tells if the branch takes part in the forward pass that has just run: called without arguments,
+            after each forward pass of W's module. Where it returns False, the movement of W is left out of the
+            module's output, which is then the base's: as a reference, or next to another branch. It takes a W that is
+            registered as ``(module, "name")``, whose forward pass takes x first and applies W to it as `layout` says;
+            not for experts. Default: the output is that of the moved W.
 
     Attributes:
         scaling: s, as it was registered.
@@ -87,13 +94,14 @@ class LoRATriple:
         view: the same three, with what they make of tensors (a `MatrixView`).
         sources: by letter, what W, A and B were registered as.
         branch: where the branch's scaling is.
+        output_hook: what leaves the movement of W out where the branch takes no part; None if nothing does.
 
     Raises:
         ValueError: for an unknown layout, a bad ``rows`` or ``columns``, a scaling that is zero or
-            not finite, or a name that UTF-8 cannot hold. What depends on the tensors is checked when an
-            optimizer is built from the triple, for all layers at once.
-        TypeError: for a source that is no tensor and no place of one, a scaling that is no number, or a name that
-            is no string.
+            not finite, a name that UTF-8 cannot hold, or an `is_active` for experts. What depends on the tensors is
+            checked when an optimizer is built from the triple, for all layers at once.
+        TypeError: for a source that is no tensor and no place of one, a scaling that is no number, a name that
+            is no string, or an `is_active` that is no function or that the module of W is missing for.
 
     Example:
         >>> import torch
@@ -114,6 +122,7 @@ class LoRATriple:
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
         set_scaling: SetScaling | None = None,
+        is_active: Callable[[], bool] | None = None,
     ) -> None:
         self.sources = {letter: _checked_source(s, letter) for letter, s in (("W", W), ("A", A), ("B", B))}
         self._owners = list({id(s[0]): s[0] for s in (W, A, B) if isinstance(s, tuple)}.values())
@@ -123,7 +132,10 @@ class LoRATriple:
         self.view = MatrixView.checked(layout, rows, columns, self.label)
         self.layout, self.rows, self.columns = self.view
         self._registered_kinds = self._kinds()
-        self.tied = False  # True where `find_triples` found other users of W
+        self.tied = False  # True where `find_triples` found other users of W, see `tie`
+        self.output_hook: OutputHook | None = None
+        if is_active is not None:
+            self.output_hook = self._module_hook(is_active)
 
     @property
     def label(self) -> str:
@@ -181,6 +193,28 @@ class LoRATriple:
 
     def weight_rests(self) -> None:
         """Note that W as it is now is the base."""
+
+    def count_movement(self, movement: Movement) -> None:
+        """Leave this movement of W out of the layer's output from now on, where the branch takes no part in it."""
+        if self.output_hook is not None:
+            self.output_hook.movement = movement
+
+    def tie(self) -> None:
+        """Note that W is used in another place too."""
+        self.tied = True
+        if self.output_hook is not None:
+            self.output_hook.tied = True
+
+    def output_problem(self, base_kept: bool) -> str | None:
+        """Say why the output cannot be corrected where the branch takes no part; None if it can, or nobody asked.
+
+        Args:
+            base_kept: a copy of the base is kept.
+        """
+        hook = self.output_hook
+        if hook is None or (base_kept and not hook.tied):
+            return None
+        return "its W is used in another place too, which a hook would leave as it is" if hook.tied else hook.problem
 
     @property
     def folded(self) -> float:
@@ -248,6 +282,29 @@ class LoRATriple:
         return (
             f"{type(self).__name__}({self.label!r}: W {shape(W)}, A {shape(A)}, B {shape(B)}, scaling={self.scaling:g})"
         )
+
+    def _module_hook(self, is_active: Callable[[], bool]) -> ModuleHook:
+        """Put a hook on the module of W, or find the one that an earlier triple of this branch has put there."""
+        if not callable(is_active):
+            raise TypeError(f"{self.label}: is_active is a function without arguments, got {is_active!r}")
+        if isinstance(self.sources["W"], Tensor):
+            raise TypeError(
+                f"{self.label}: is_active needs the module whose output is to be corrected, and W is a tensor: "
+                'register ((module, "weight"), A, B)'
+            )
+        owner, name = holder_of(*self.sources["W"])
+        if self.layout.endswith("experts") or (self.layout == "conv" and not self.view.moves_all):
+            raise ValueError(
+                f"{self.label}: is_active is not for the layout {self.layout!r}"
+                f"{' with rows' if self.layout == 'conv' else ''}, whose output is no product of W and x alone: use "
+                "optimizer.base_weights() where the branch is off"
+            )
+        hook = hook_of(owner, ModuleHook, self.sources["A"])
+        if hook is None:
+            hook = ModuleHook(owner, name, is_active, self.sources["A"], self.view, self.label)
+            hook.put_on()
+        hook.is_active = is_active
+        return hook
 
     def _resolve(self, letter: str) -> Tensor:
         source = self.sources[letter]

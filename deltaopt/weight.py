@@ -56,6 +56,7 @@ class WeightState:
         self.claim: Claim | None = None
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
+        self._copied: Fingerprint | None = None  # of that copy, once it was asked for
         self._tensors: Tensors | None = None
         self._checked: tuple[object, ...] | None = None
 
@@ -211,6 +212,7 @@ class WeightState:
         if self._copy_place is None:
             return
         part = self.part().detach() if bits is None else bits
+        self._copied = None
         if self._base_copy is None or self._base_copy.shape != part.shape or self._base_copy.dtype != part.dtype:
             device = "cpu" if self._copy_place == "cpu" else self.tensors.W.device
             self._base_copy = torch.empty_like(part, device=device)
@@ -218,11 +220,11 @@ class WeightState:
 
     def base_copy(self, base: Fingerprint) -> Tensor | None:
         """Return the copy, unless it is of another weight: W may have moved before this optimizer was built."""
-        return (
-            self._base_copy
-            if self._base_copy is not None and Fingerprint(self._base_copy).record() == base.record()
-            else None
-        )
+        if self._base_copy is None:
+            return None
+        if self._copied is None:
+            self._copied = Fingerprint(self._base_copy)
+        return self._base_copy if self._copied.record() == base.record() else None
 
     @property
     def copies_base(self) -> bool:

@@ -59,7 +59,7 @@ def find_triples(
     if not allow_tied:
         _refuse_tied(model, triples)
     for triple, _ in tied_places(model, triples):
-        triple.tied = True
+        triple.tie()
     return triples
 
 

@@ -17,8 +17,6 @@ from tests.support.compare import through_a_file
 from tests.support.peft_layers import assert_loads, image, mlp, train_model
 from tests.support.strategies import RULES
 
-pytestmark = pytest.mark.filterwarnings("ignore:adapters .* sit on the same weights:UserWarning")
-
 
 def with_two_adapters():
     """(plain, model, triples): both adapters are active, and theirs differ in rank and alpha."""

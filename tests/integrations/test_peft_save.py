@@ -42,6 +42,7 @@ from tests.support.peft_layers import (
     gpt2_config,
     mlp,
     output,
+    tied_outputs_are_named,
     tied_weights_are_meant,
     tiny_llama,
     tokens,
@@ -759,6 +760,7 @@ def test_a_displacement_that_is_lost_is_refused(tmp_path, trained_pair):
 
 
 @tied_weights_are_meant
+@tied_outputs_are_named
 def test_a_tied_weight_that_moved_in_two_places_is_refused(tmp_path):
     plain = tiny_llama(tie_word_embeddings=True)
     model, x = get_peft_model(copy.deepcopy(plain), LoraConfig(r=2, target_modules=["embed_tokens"])), tokens()
@@ -959,11 +961,12 @@ def test_an_optimizer_on_weights_that_another_has_moved_does_not_take_them_for_p
 @pytest.mark.parametrize("way", ["rebase", "without_ledger"])
 def test_an_adapter_for_another_base_than_the_pristine_one_is_saved_with_a_warning(tmp_path, trained_pair, way):
     model, optimizer = trained_pair
-    base, x = copy.deepcopy(model).unload(), inputs(7)
+    x = inputs(7)
     if way == "rebase":
         optimizer.rebase()
     else:
         optimizer.load_state_dict(deltaopt.without_ledger(optimizer.state_dict()))
+    base = copy.deepcopy(model).unload()  # the weights as they are now, which are the base from now on
     train_model(model, optimizer, x)
     with pytest.warns(UserWarning, match=OTHER_BASE):
         save_adapter(model, optimizer, tmp_path / "adapter")
@@ -981,6 +984,7 @@ def test_a_pissa_of_rank_1_is_refused(tmp_path):
     assert_refused(tmp_path, model, optimizer, r"with rank 1 it cannot be known")
 
 
+@tied_outputs_are_named
 def test_hooks_are_refused_for_a_weight_with_other_users():
     model = mlp(6, 6, 6)
     model[1].weight = model[0].weight

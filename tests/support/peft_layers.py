@@ -24,6 +24,9 @@ tied_weights_are_meant = pytest.mark.filterwarnings(
     "ignore:Model (with|has) `?tie", "ignore:.*tied:UserWarning:peft", "ignore:.*tie_word_embeddings:UserWarning:peft"
 )
 
+tied_outputs_are_named = pytest.mark.filterwarnings("ignore:once their W has moved, the forward pass:UserWarning")
+"""An in-place optimizer names the layers whose output it cannot keep at the base."""
+
 
 class Experts(nn.Module):
     """Two stacks of matrices, stored (e, out, in) or, where `is_transposed`, (e, in, out) as PEFT calls it."""

@@ -24,13 +24,13 @@ ORDER = [
     "export",
     "optimizer",
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
-    *("base", "base_hooks", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
+    *("base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "claims", "groups", "inner", "triple"),
+    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement"),
     *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding"),
-    *("all_or_nothing", "plain", "messages", "schedules"),
+    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "compiled"),
+    *("all_or_nothing", "plain", "pickled", "messages", "schedules"),
 ]
 
 

@@ -49,7 +49,6 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
             if (reason := _refusal(layer, adapter, allow_dropout)) is not None
         ],
     )
-    _warn_about_companions(holders, adapter)
     start, guard, alphas = _start(model, adapter), SaveGuard(), Alphas.within(model, adapter)
     return [
         PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard, alphas.get(id(layer)))
@@ -219,16 +218,6 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
         )
     problems = [] if allow_dropout else dropout_problems(layer, adapter)
     return problems[0] if problems else None
-
-
-def _warn_about_companions(holders: list[tuple[str, lora.LoraLayer]], adapter: str) -> None:
-    others = {other for _, layer in holders for other in _adapters(layer)} - {adapter}
-    if others:
-        warnings.warn(
-            f"adapters {', '.join(sorted(others))} sit on the same weights as {adapter!r}, which will move: they "
-            "were made for weights that did not",
-            stacklevel=4,
-        )
 
 
 def _label(name: str, layer: lora.LoraLayer) -> str:

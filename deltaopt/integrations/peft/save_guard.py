@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pydoc
 import sys
 import warnings
 from types import FrameType
 from typing import Any
 
 from torch import nn
+
+from deltaopt.pickled import IfInstalled
 
 LIBRARIES = ("peft", "transformers")
 """Whose ``save_pretrained`` writes an adapter and leaves out the weight under it."""
@@ -33,7 +34,7 @@ class SaveGuard:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # slice takes what torch hands to the hook, three arguments, and does nothing. All names are of Python's own.
-        return getattr, (_ThisModuleIfInstalled(), UNPICKLED, slice)
+        return IfInstalled(__name__, UNPICKLED, slice).__reduce__()
 
     def watch(self, layer: nn.Module) -> None:
         """Watch a layer whose W moves, or has moved; replace the guard of an earlier search of the model."""
@@ -77,13 +78,6 @@ def __getattr__(name: str) -> SaveGuard:
     if name == UNPICKLED:
         return SaveGuard()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _ThisModuleIfInstalled:
-    """Pickled in place of this module; None comes back where the package is not installed."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pydoc.locate, (__name__,)
 
 
 def _remove(layer: nn.Module) -> bool:

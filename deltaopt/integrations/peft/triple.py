@@ -9,7 +9,9 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from deltaopt.integrations.peft.alphas import Alphas
+from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.save_guard import SaveGuard
+from deltaopt.scaling import holder_of
 from deltaopt.triple import LoRATriple, Tensors
 
 CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
@@ -61,6 +63,7 @@ class PeftTriple(LoRATriple):
             layout=_layout(layer),
         )
         self._first_scaling = self.scaling
+        self.output_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
 
     @property
     def longer_name(self) -> str:
@@ -72,8 +75,10 @@ class PeftTriple(LoRATriple):
         return self._subtracts() and self._is_at_its_start(tensors)
 
     def has_moved(self) -> bool:
-        """Tell if an earlier optimizer has moved W: its mark is still on the layer."""
-        return SaveGuard.watches(self.layer)
+        """Tell if W has moved for this adapter, or for one whose movement the layer does not leave out by itself."""
+        hooks = hooks_on(self.layer)
+        moved = {hook.branch for hook in hooks if hook.movement is not None and hook.movement.moved()}
+        return self.adapter in moved or (SaveGuard.watches(self.layer) and not moved)
 
     def weight_moves(self) -> None:
         """Let PEFT's own save of the adapter warn: it leaves the movement of W out."""

@@ -1,0 +1,83 @@
+"""What `torch.compile` needs: a correction as one operation that it does not look into, and graphs without hooks gone.
+
+A compiled graph keeps the numbers and the code that it saw when it was made. So what a hook adds to an output is an
+operation of its own, which looks the movement of W up whenever it runs; ranks, ratios and sums may change.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Correction(Protocol):
+    """What is done to the output of a layer."""
+
+    def corrected(self, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
+        """Return the output without the movement of W, in these rows; None for all rows."""
+
+    def pulled_back(self, grad: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
+        """Return the gradient that x gets by what `corrected` adds to the output."""
+
+
+_corrections: WeakValueDictionary[int, Correction] = WeakValueDictionary()
+_keys = count()
+
+
+def enroll(correction: Correction) -> int:
+    """Return the number by which a compiled graph finds the correction."""
+    key = next(_keys)
+    _corrections[key] = correction
+    return key
+
+
+# A CUDA graph would replay the numbers of its first run.
+@torch.library.custom_op("deltaopt::corrected", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def corrected(output: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+    """Call `Correction.corrected` of the correction with this key."""
+    result = _corrections[key].corrected(output, x, rows)
+    return output.clone() if result is output else result
+
+
+@torch.library.custom_op("deltaopt::pulled_back", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _pulled_back(grad: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+    """Call `Correction.pulled_back` of the correction with this key."""
+    return _corrections[key].pulled_back(grad, x, rows)
+
+
+@corrected.register_fake
+def _(output: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+    return torch.empty_like(output)
+
+
+@_pulled_back.register_fake
+def _(grad: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_input(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, x, ctx.key, ctx.rows = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (x,) = ctx.saved_tensors
+    pulled = _pulled_back(grad, x, ctx.key, ctx.rows) if ctx.needs_input_grad[1] else None
+    return grad, pulled, None, None
+
+
+corrected.register_autograd(_backward, setup_context=_keep_input)
+
+
+def forget_graphs() -> None:
+    """Let everything be compiled again: graphs that were made before a hook was there do not call it.
+
+    Torch checks attributes and tensors before it runs a graph, and not the hooks of modules.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+        torch.compiler.reset()

@@ -1,0 +1,337 @@
+"""The base by itself: wherever the adapter that moved W takes no part, PEFT's layers give the base's output."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from deltaopt import DeltaLoRAOptimizer
+from tests.support.models import batches, causal_lm, loss_of
+from tests.support.peft_layers import (
+    CASES,
+    PEFT_CAN_NOT,
+    lora_layers,
+    output,
+    randomised,
+    train_model,
+    weight,
+)
+from tests.support.peft_runs import peft_asks_by_an_old_name
+from tests.support.strategies import each_rule
+
+# isort: split
+from peft import LoraConfig, get_peft_model
+
+pytestmark = peft_asks_by_an_old_name
+
+RATIO = 2.0
+EXACT = {"rtol": 0, "atol": 1e-11}
+"""Of float64 outputs of order 1."""
+
+KINDS = sorted(CASES.keys() - PEFT_CAN_NOT)
+NO_MIXED_BATCHES = {name for name in KINDS if "target_parameters" in CASES[name][3]}
+"""PEFT refuses adapter_names for layers that adapt parameters."""
+
+
+class Frozen:
+    """Copies of a model that nothing moves: the base, and the base with each adapter as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def base(self, x):
+        with self.model.disable_adapter():
+            return output(self.model, x)
+
+    @torch.no_grad()
+    def with_adapter(self, name, x):
+        self.model.set_adapter(name)
+        return output(self.model, x)
+
+
+def two_adapters(name="linear", **config):
+    """Build a model of one kind of layer with the adapters "default" and "other", and an input, in float64."""
+    build, targets, inputs, of_case = CASES[name]
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": list(targets), **of_case, **config}
+    model = get_peft_model(build().double(), LoraConfig(**settings))
+    model.add_adapter("other", LoraConfig(**settings))
+    randomised(model)
+    return randomised(model, "other"), inputs()
+
+
+def trained(model, x, rule="in_place", steps=4, **options):
+    """Train the adapter "default" until W has moved; return the optimizer."""
+    before = {name: weight(layer).clone() for name, layer in lora_layers(model).items()}
+    options = {"lr": 2e-2, "update_ratio": RATIO, "start_step": 1, "weight_update": rule, **options}
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, **options)
+    train_model(model, optimizer, x, steps)
+    model.eval()
+    for name, layer in lora_layers(model).items():
+        assert (weight(layer) - before[name]).abs().max() > 1e-3, name
+    return optimizer
+
+
+@torch.no_grad()
+def assert_base_by_itself(model, frozen, x):
+    """Without the adapter, and with the other one in its place, the output is that of the frozen copy."""
+    policy = output(model, x)
+    with model.disable_adapter():
+        torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+    model.set_adapter("other")
+    torch.testing.assert_close(output(model, x), frozen.with_adapter("other", x), **EXACT)
+    model.set_adapter("default")
+    assert torch.equal(output(model, x), policy)
+    assert (policy - frozen.with_adapter("default", x)).abs().max() > 1e-2
+
+
+@each_rule
+@pytest.mark.parametrize("name", KINDS)
+def test_without_the_adapter_the_output_is_the_bases(name, rule):
+    """In place, and folded from a product that is not zero, which is taken from W at step K."""
+    model, x = two_adapters(name)
+    frozen = Frozen(model)
+    optimizer = trained(model, x, rule)
+    assert_base_by_itself(model, frozen, x)
+    train_model(model, optimizer, x, steps=2)  # what was looked up before is not what W has moved by now
+    model.eval()
+    assert_base_by_itself(model, frozen, x)
+
+
+@each_rule
+@pytest.mark.parametrize("name", sorted(set(KINDS) - NO_MIXED_BATCHES))
+def test_each_row_of_a_batch_has_its_own_base(name, rule):
+    model, x = two_adapters(name)
+    frozen = Frozen(model)
+    trained(model, x, rule)
+    names = ["default", "__base__", "other"]
+    index = torch.tensor([0, 1, 0])
+    rows = {key: value[index] for key, value in x.items()} if isinstance(x, dict) else x[index]
+    with torch.no_grad():
+        mixed = model(**rows, adapter_names=names) if isinstance(x, dict) else model(rows, adapter_names=names)
+        mixed = getattr(mixed, "logits", mixed)
+        torch.testing.assert_close(mixed[0], output(model, rows)[0], **EXACT)
+        torch.testing.assert_close(mixed[1], frozen.base(rows)[1], **EXACT)
+        torch.testing.assert_close(mixed[2], frozen.with_adapter("other", rows)[2], **EXACT)
+
+
+@each_rule
+@pytest.mark.parametrize("name", KINDS)
+def test_both_adapters_together_have_the_movement(name, rule):
+    """The adapter takes part, whoever else does."""
+    if name in NO_MIXED_BATCHES and rule == "folded":
+        pytest.skip("ends when PEFT's ParamWrapper adds several adapters in one forward pass as it merges them")
+    model, x = two_adapters(name)
+    trained(model, x, rule)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        model.base_model.set_adapter(["default", "other"])
+        dense = plain.merge_and_unload(adapter_names=["default", "other"])
+        torch.testing.assert_close(output(model, x), output(dense, x), **EXACT)
+
+
+@pytest.mark.parametrize("event", ["ratio", "restart", "resync", "rebase", "reload", "base_weights"])
+@each_rule
+def test_after_every_event(event, rule, tmp_path):
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    optimizer = trained(model, x, rule)
+    if event == "ratio":
+        optimizer.groups[0].update_ratio = 0.5
+    elif event == "restart":
+        optimizer.restart()
+    elif event == "resync":
+        with torch.no_grad():
+            for triple in optimizer.triples:
+                triple.A.add_(0.1)
+        optimizer.resync()
+    elif event == "rebase":
+        moved = copy.deepcopy(model).base_model.model
+        optimizer.rebase()
+        for path, layer in lora_layers(frozen.model).items():
+            with torch.no_grad():
+                weight(layer).copy_(weight(lora_layers(model)[path]))
+        del moved
+    elif event == "reload":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        with torch.no_grad(), optimizer.base_weights(), model.disable_adapter():
+            torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+    train_model(model, optimizer, x, steps=2)
+    model.eval()
+    assert_base_by_itself(model, frozen, x)
+
+
+@pytest.mark.parametrize("method", ["copy", "hooks"])
+def test_within_base_weights_nothing_is_subtracted_twice(method):
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    optimizer = trained(model, x)
+    with torch.no_grad():
+        with optimizer.base_weights(method=method), model.disable_adapter():
+            torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+        with model.disable_adapter(), optimizer.base_weights(method=method):
+            torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+        with model.disable_adapter():
+            torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+
+
+@each_rule
+def test_it_outlives_the_optimizer(rule):
+    """W keeps its movement when the optimizer is gone, and the layer knows of it; the optimizer's memory is freed."""
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    gone = weakref.ref(trained(model, x, rule))
+    gc.collect()
+    assert gone() is None
+    assert_base_by_itself(model, frozen, x)
+
+
+def test_gradients_flow_through_the_base():
+    """Another adapter that trains on the base gets the gradients that it would get there, and so does the input."""
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    trained(model, x)
+    grads = []
+    for net in (model, frozen.model):
+        net.set_adapter("other")
+        inputs = x.clone().requires_grad_()
+        output(net, inputs).square().mean().backward()
+        grads.append([inputs.grad, *(p.grad for n, p in net.named_parameters() if ".other." in n)])
+    assert len(grads[0]) > 2
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# Adapters that are merged, taken away or deleted.
+
+
+@each_rule
+def test_a_merged_adapter_takes_part(rule):
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    trained(model, x, rule)
+    with torch.no_grad():
+        policy = output(model, x)
+        model.merge_adapter()
+        torch.testing.assert_close(output(model, x), policy, **EXACT)
+        with model.disable_adapter():  # PEFT unmerges in the forward pass
+            torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+        torch.testing.assert_close(output(model, x), policy, **EXACT)
+        model.set_adapter("other")
+        model.merge_adapter()
+        torch.testing.assert_close(output(model, x), frozen.with_adapter("other", x), **EXACT)
+        model.unmerge_adapter()
+    model.set_adapter("default")
+    assert_base_by_itself(model, frozen, x)
+
+
+@each_rule
+@pytest.mark.parametrize("name", KINDS)
+def test_merge_and_unload_subtracts_nothing(name, rule):
+    model, x = two_adapters(name)
+    trained(model, x, rule)
+    with torch.no_grad():
+        policy = output(model, x)
+        torch.testing.assert_close(output(model.merge_and_unload(), x), policy, **EXACT)
+
+
+@each_rule
+@pytest.mark.parametrize("name", KINDS)
+def test_unload_gives_the_base_back(name, rule):
+    """And so does merging another adapter alone."""
+    model, x = two_adapters(name)
+    frozen = Frozen(model)
+    optimizer = trained(model, x, rule)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = frozen.with_adapter("other", x)
+        torch.testing.assert_close(output(twin.merge_and_unload(adapter_names=["other"]), x), expected, **EXACT)
+        torch.testing.assert_close(output(model.unload(), x), frozen.base(x), **EXACT)
+    if rule == "in_place":
+        assert all(optimizer.displacement(triple.label).rank == 0 for triple in optimizer.triples)
+
+
+def test_unload_of_16_bit_weights_warns_unless_the_base_is_kept():
+    for keep in (None, "cpu"):
+        model = causal_lm(torch.bfloat16)
+        frozen = Frozen(model)
+        optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, keep_base=keep)
+        for ids in batches(3):
+            optimizer.zero_grad()
+            loss_of(model, ids).backward()
+            optimizer.step()
+        ids = batches(1)[0]
+        if keep is None:
+            with pytest.warns(UserWarning, match="these weights keep the movement: W is torch.bfloat16"):
+                model.unload()
+            continue
+        base = model.unload()
+        with torch.no_grad():
+            assert torch.equal(base(ids).logits, frozen.base({"input_ids": ids}))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted:UserWarning")
+@each_rule
+def test_a_deleted_adapter_takes_no_part(rule):
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    trained(model, x, rule)
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, x), frozen.with_adapter("other", x), **EXACT)
+
+
+# Copies.
+
+
+@each_rule
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_a_copy_of_the_model_has_the_same_base(name, rule):
+    """Whatever the original does afterwards."""
+    model, x = two_adapters(name)
+    frozen = Frozen(model)
+    optimizer = trained(model, x, rule)
+    twin = copy.deepcopy(model)
+    train_model(model, optimizer, x, steps=2)
+    model.eval()
+    assert_base_by_itself(twin, frozen, x)
+    assert_base_by_itself(model, frozen, x)
+
+
+@each_rule
+def test_a_copy_of_model_and_optimizer_goes_its_own_way(rule):
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    twin, optimizer = copy.deepcopy((model, trained(model, x, rule)))
+    train_model(twin, optimizer, x, steps=2)
+    twin.eval()
+    assert_base_by_itself(twin, frozen, x)
+    assert_base_by_itself(model, frozen, x)
+
+
+@each_rule
+def test_a_pickled_model_has_the_same_base(rule):
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    trained(model, x, rule)
+    assert_base_by_itself(pickle.loads(pickle.dumps(model)), frozen, x)
+
+
+def test_a_copy_whose_weights_were_written_since_is_refused():
+    """As an average of models is: nobody counts what its W has moved by."""
+    model, x = two_adapters()
+    optimizer = trained(model, x)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    train_model(model, optimizer, x, steps=1)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    with torch.no_grad(), average.module.disable_adapter(), pytest.raises(RuntimeError, match="was written since"):
+        average(x)
