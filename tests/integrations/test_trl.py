@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from tests.support.strategies import each_rule
-from tests.support.trl_runs import GENERATING, KINDS, STARTS, STEPS, Run, run
+from tests.support.trl_runs import CASES, FOLDER, GENERATING, STARTS, STEPS, Run, run
 
 pytestmark = [
     pytest.mark.extra,
@@ -21,11 +21,10 @@ pytestmark = [
 
 LOGITS = 1e-5
 """The logits are as large as 4: a few roundings in float32."""
-LOGGED = 1e-4
+LOGGED = 5e-5
 """Relative to a number that is larger than 1. Roundings of the reference change the later steps a little."""
 
-each_kind = pytest.mark.parametrize("kind", KINDS)
-each_start = pytest.mark.parametrize("start", STARTS)
+each_case = pytest.mark.parametrize(("kind", "start"), CASES)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,7 @@ def run_of(tmp_path_factory) -> Callable[..., Run]:
     return cache(lambda *arguments, **options: run(*arguments, folder, **options))
 
 
-@each_kind
-@each_start
+@each_case
 @each_rule
 def test_the_reference_is_the_model_at_the_start(kind, start, rule, run_of):
     """In each forward pass that the trainer makes of it, and in logits after each step."""
@@ -46,12 +44,10 @@ def test_the_reference_is_the_model_at_the_start(kind, start, rule, run_of):
     writes_W = rule == "in_place" or STARTS[start].product
     assert found.uncorrected > 0.1 if writes_W else found.uncorrected == 0
     assert len(found.passes) == STEPS * (2 if kind == "kto" else 1)  # KTO makes one more for its estimate of the KL
-    assert max(found.passes) <= LOGITS
-    assert max(found.off) <= LOGITS
+    assert_exact(found)
 
 
-@each_kind
-@each_start
+@each_case
 @each_rule
 def test_losses_equal_those_with_a_frozen_reference(kind, start, rule, run_of):
     """All that the trainer logs: losses, rewards, KL divergence, norms of gradients.
@@ -63,8 +59,7 @@ def test_losses_equal_those_with_a_frozen_reference(kind, start, rule, run_of):
     assert_logged_alike(run_of(kind, start, rule), frozen)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in GENERATING])
-@each_start
+@pytest.mark.parametrize(("kind", "start"), [case for case in CASES if case[0] not in GENERATING])
 @each_rule
 def test_losses_equal_those_with_a_precomputed_reference(kind, start, rule, run_of):
     precomputed = run_of(kind, start, rule, reference="precomputed")
@@ -89,8 +84,15 @@ def test_a_kept_base_is_the_reference_bit_for_bit(kept, run_of):
 def test_other_gradient_checkpointing_gives_the_same_run(settings, run_of, tmp_path):
     """TRL checkpoints by default, without reentrance, as the other tests do."""
     found = run("dpo", "trained", "in_place", tmp_path, settings=settings)
-    assert max(found.passes) <= LOGITS
+    assert_exact(found)
     assert_logged_alike(found, run_of("dpo", "trained", "in_place", reference="frozen"))
+
+
+def assert_exact(found: Run) -> None:
+    """The reference is right to float32's rounding, which a model of the user's may have more of."""
+    tolerance = LOGITS if FOLDER is None else LOGITS * found.largest
+    assert max(found.passes) <= tolerance
+    assert max(found.off) <= tolerance
 
 
 def assert_logged_alike(actual: Run, expected: Run) -> None:

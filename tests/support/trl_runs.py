@@ -110,6 +110,24 @@ def trained_adapter() -> nn.Module:
     return model
 
 
+def moved_adapter() -> nn.Module:
+    """The model after an optimizer that is gone has trained the adapter and moved W."""
+    model = fresh_adapter()
+    optimizer = delta_lora(model)
+    inputs = tokenizer()(PROMPTS, return_tensors="pt", padding=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+    return model
+
+
+def delta_lora(model: nn.Module, **options: Any) -> DeltaLoRAOptimizer:
+    return DeltaLoRAOptimizer.for_model(
+        model, torch.optim.AdamW, lr=LEARNING_RATE, **{"update_ratio": UPDATE_RATIO, **options}
+    )
+
+
 @dataclass(frozen=True)
 class Start:
     """What a user hands to the trainer.
@@ -130,11 +148,14 @@ class Start:
 STARTS = {
     "fresh": Start(fresh_adapter),
     "trained": Start(trained_adapter, product=True),
+    "moved": Start(moved_adapter, product=True),
     "config": Start(language_model, config=True),
     "config_later": Start(language_model, config=True, options={"start_step": 2}, product=True),
     "config_merged": Start(lambda: trained_adapter().merge_and_unload(), config=True),
 }
 """In each of them TRL's reference is the model as it is handed over."""
+FEW = ("moved", "config_merged")
+"""Starts that two kinds of trainers are enough for."""
 
 
 def token_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -168,6 +189,8 @@ KINDS = {
     "rloo": Kind(trl.RLOOTrainer, trl.RLOOConfig, PAIRS, GENERATION, {"reward_funcs": token_reward}),
 }
 GENERATING = ("grpo", "rloo")
+CASES = [(kind, start) for kind, start in product(KINDS, STARTS) if start not in FEW or kind in ("dpo", "grpo")]
+"""Of each kind every start, but for `FEW`."""
 
 
 def trainer_for(
@@ -195,8 +218,7 @@ def trainer_for(
     chosen, begin = KINDS[kind], STARTS[start]
 
     def optimizer_of(model: nn.Module) -> DeltaLoRAOptimizer:
-        rule_options = {"update_ratio": UPDATE_RATIO, "weight_update": rule, **begin.options, **options}
-        return DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=LEARNING_RATE, **rule_options)
+        return delta_lora(model, weight_update=rule, **begin.options, **options)
 
     args = chosen.config(
         output_dir=str(folder),
@@ -246,6 +268,8 @@ class Run:
     """How far the reference's logits were off after each step, at most."""
     moved: list[float]
     """How far the policy's logits had moved after each step, at most."""
+    largest: float
+    """The largest logit of the reference."""
     uncorrected: float
     """How far the logits of a reference with the W of the trained model are off in the end, at most."""
     logged: list[dict[str, float]]
@@ -283,7 +307,8 @@ def run(
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == len(record.off) == STEPS
     logged = [{name: value for name, value in entry.items() if not name.endswith(NOT_COMPARED)} for entry in steps]
-    return Run(record.passes, record.off, record.moved, record.uncorrected(), logged)
+    largest = float(record.expected.abs().max())
+    return Run(record.passes, record.off, record.moved, largest, record.uncorrected(), logged)
 
 
 class ReferenceRecord(transformers.TrainerCallback):
