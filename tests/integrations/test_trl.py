@@ -4,7 +4,8 @@ TRL's reference is the model as it is handed over. With `peft_config=` that is t
 adds. A PeftModel may have an adapter that was trained before, so TRL adds a frozen copy of it, "ref".
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -28,10 +29,13 @@ each_case = pytest.mark.parametrize(("kind", "start"), CASES)
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory) -> Callable[..., Run]:
+def run_of(tmp_path_factory) -> Iterator[Callable[..., Run]]:
     """Runs a trainer; what two tests look at is run once."""
     folder = tmp_path_factory.mktemp("trl")
-    return cache(lambda *arguments, **options: run(*arguments, folder, **options))
+    gc.collect()
+    gc.freeze()  # each trainer collects garbage, and half of the time would go into looking through what was imported
+    yield cache(lambda *arguments, **options: run(*arguments, folder, **options))
+    gc.unfreeze()
 
 
 @each_case
