@@ -13,6 +13,7 @@ from deltaopt.lowrank import Term
 from deltaopt.tensors import outside_inference_mode
 
 if TYPE_CHECKING:
+    from deltaopt.base_hooks import OutputHook
     from deltaopt.weight import WeightState
 
 
@@ -56,7 +57,7 @@ class RunningMovement:
     def moved(self) -> bool:
         """Tell if W was written since its base, and no `base_weights` has brought that back for a while."""
         claim = self.state.claim
-        return self.state.base is not None and (claim is None or not claim.owner.at_base)
+        return self.state.is_off_base and (claim is None or not claim.owner.at_base)
 
     @torch.no_grad()
     def terms(self) -> Sequence[Term]:
@@ -83,6 +84,37 @@ class RunningMovement:
     def weight(self) -> Tensor:
         """Return W as it is stored now."""
         return self.state.triple.W
+
+
+class FollowedMovement:
+    """The movement that another hook knows, for other modules with the same W.
+
+    Args:
+        hook: whose `movement` it is, now and later.
+    """
+
+    def __init__(self, hook: OutputHook) -> None:
+        self._hook = hook
+
+    def moved(self) -> bool:
+        """Tell if W is another one than its base now."""
+        return self._hook.movement is not None and self._hook.movement.moved()
+
+    def terms(self) -> Sequence[Term]:
+        """Return the terms that the other hook knows."""
+        return () if self._hook.movement is None else self._hook.movement.terms()
+
+    def base(self) -> Tensor | None:
+        """Return the copy of the base that the other hook knows."""
+        return None if self._hook.movement is None else self._hook.movement.base()
+
+    def belongs_to(self, part: Tensor) -> bool:
+        """Tell if it is the movement of this W."""
+        return self._hook.movement is not None and self._hook.movement.belongs_to(part)
+
+    def weight(self) -> Tensor | None:
+        """Return W as it is stored now."""
+        return None if self._hook.movement is None else self._hook.movement.weight()
 
 
 class CopiedMovement:
