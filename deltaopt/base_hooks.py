@@ -243,7 +243,7 @@ class OutputHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         movement = None if self.movement is None else self._copied_movement()
-        moved = () if movement is None else ([tuple(t) for t in movement.terms()], movement.record())
+        moved = () if movement is None else movement.record()
         state = {**self.__dict__, "movement": None, "_handles": [], "_view": tuple(self._view)}
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
         # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
@@ -325,7 +325,7 @@ def unpickled(instead: object, kind: str, state: dict[str, Any], moved: tuple[An
         instead: what takes its place where this package is not installed.
         kind: module and name of its class.
         state: its attributes.
-        moved: the terms of its movement, and the record of W's fingerprint; empty if it has none.
+        moved: the record of its movement; empty if it has none.
     """
     module, _, name = kind.partition(":")
     cls = getattr(importlib.import_module(module), name)

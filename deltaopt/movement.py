@@ -123,16 +123,18 @@ class CopiedMovement:
     Args:
         terms: that add up to it.
         fingerprint: of the part of W that moves.
+        known: False if the original did not know its movement any more.
     """
 
-    def __init__(self, terms: Sequence[Term], fingerprint: Fingerprint | None) -> None:
+    def __init__(self, terms: Sequence[Term], fingerprint: Fingerprint | None, known: bool = True) -> None:
         self._terms = [term.cloned() for term in terms]
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
+        self._known = known
         self._checked: tuple[object, ...] | None = None
 
     def moved(self) -> bool:
-        """Tell if there is any."""
-        return bool(self._terms)
+        """Tell if there is any, or may be."""
+        return bool(self._terms) or not self._known
 
     def terms(self) -> Sequence[Term]:
         """Return the terms as they were when the copy was made."""
@@ -141,20 +143,22 @@ class CopiedMovement:
     def base(self) -> None:
         """Return None: a copy of the base is not copied."""
 
-    def record(self) -> dict[str, Any] | None:
-        """Return W's fingerprint as plain data."""
-        return None if self.fingerprint is None else self.fingerprint.record()
+    def record(self) -> tuple[Any, ...]:
+        """Return it as plain data, to be pickled."""
+        terms = [tuple(term) for term in self._terms]
+        return terms, None if self._fingerprint is None else self._fingerprint.record(), self._known
 
     @classmethod
-    def of_record(cls, terms: Sequence[Sequence[Any]], record: dict[str, Any] | None) -> CopiedMovement:
+    def of_record(cls, terms: Sequence[Sequence[Any]], record: dict[str, Any] | None, known: bool) -> CopiedMovement:
         """Return the movement that was pickled as plain data."""
-        return cls([Term(*term) for term in terms], None if record is None else Fingerprint.of_record(record))
+        fingerprint = None if record is None else Fingerprint.of_record(record)
+        return cls([Term(*term) for term in terms], fingerprint, known)
 
     def belongs_to(self, part: Tensor) -> bool:
         """Tell if W is what it was when it was copied."""
         version = part._version, part.data_ptr(), part.dtype
         if self._checked != version:
-            if self.fingerprint is None or Fingerprint(part).record() != self.fingerprint.record():
+            if self._fingerprint is None or Fingerprint(part).record() != self._fingerprint.record():
                 return False
             self._checked = version
         return True
@@ -167,7 +171,10 @@ def copied(movement: Movement, part: Tensor) -> CopiedMovement:
     """Return the movement as it is now, for a copy of the layer and of the part of W that moves."""
     if not movement.moved():
         return CopiedMovement((), None)
-    return CopiedMovement(movement.terms(), Fingerprint(part))
+    try:
+        return CopiedMovement(movement.terms(), Fingerprint(part))
+    except RuntimeError:  # not known any more, which is no reason not to copy a model
+        return CopiedMovement((), None, known=False)
 
 
 def is_shared(movement: Movement, memo: dict[int, Any]) -> bool:

@@ -337,6 +337,22 @@ def test_a_copy_whose_weights_were_written_since_is_refused():
         average(x)
 
 
+def test_a_copy_is_made_though_the_movement_is_not_known():
+    """As after a state of an earlier version that had lost it; the base's output is refused then, in the copy too."""
+    model, x = two_adapters()
+    optimizer = trained(model, x)
+    for account in optimizer.accounts():
+        account.ledger.lost = "the displacement is not known any more"
+    for net, match in (
+        (model, "base_model.model.0: the displacement is not known"),
+        (copy.deepcopy(model), "this W is a copy that was written since"),
+        (pickle.loads(pickle.dumps(model)), "this W is a copy that was written since"),
+    ):
+        output(net, x)
+        with net.disable_adapter(), pytest.raises(RuntimeError, match=match):
+            output(net, x)
+
+
 # Several adapters, several optimizers, and weights that somebody loads.
 
 
