@@ -373,10 +373,11 @@ class DeltaLoRAOptimizer(Optimizer):
     def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
         """Give back the base for a while: within it every W is what it was before its first move.
 
-        On leaving, every W has the bits it has now. It serves as the reference model of DPO or GRPO, or to evaluate the
-        base; with PEFT use it together with ``model.disable_adapter()``, which leaves out the branch. (A folded branch
-        adds scaling * A @ B within it, as next to a W that moves.) The bits of W come from the first of these that is
-        available:
+        On leaving, every W has the bits it has now. It is for whatever reads W itself, and for layers whose output does
+        not become the base's when their branch is off (docs/reference-models.md): those of PEFT do so by themselves,
+        and other triples with `is_active`. With PEFT use it together with ``model.disable_adapter()``, which leaves
+        out the branch. (A folded branch adds scaling * A @ B within it, as next to a W that moves.) The bits of W come
+        from the first of these that is available:
 
         1. `source`: exact;
         2. the copy of `keep_base`: exact;
