@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from deltaopt import compiled
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import Term, joined
-from deltaopt.movement import CopiedMovement, Movement, copied, is_shared
+from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, copied, is_shared
 from deltaopt.pickled import IfInstalled
 from deltaopt.rounding.blocks import full_precision
 
@@ -191,10 +191,16 @@ class OutputHook:
         return -product_on(owner, getattr(owner, name), x, terms, self._view)
 
     def _base(self, module: nn.Module) -> Tensor | None:
-        """Return the copy of the base, if W has moved and it is a copy of all of W."""
-        if self._movement_of(module) is None or self.movement is None or not self._view.moves_all:
+        """Return the copy of the base, if W has moved; of all of W, and nobody else has moved it since."""
+        movement = self._movement_of(module)
+        if movement is None or not self._view.moves_all or self._others_have_moved(module):
             return None
-        return self.movement.base()
+        return movement.base()
+
+    def _others_have_moved(self, module: nn.Module) -> bool:
+        """Tell if W has moved for another branch of the module too, which has a hook of its own."""
+        hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, OutputHook) and hook is not self)
+        return any(hook.movement is not None and hook.movement.moved() for hook in hooks)
 
     def _terms(self, module: nn.Module) -> Sequence[Term]:
         """Return terms that add up to what W has moved by; empty if it has not."""
@@ -237,7 +243,7 @@ class OutputHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         movement = None if self.movement is None else self._copied_movement()
-        moved = () if movement is None else ([tuple(t) for t in movement.terms()], movement.record())
+        moved = () if movement is None else movement.record()
         state = {**self.__dict__, "movement": None, "_handles": [], "_view": tuple(self._view)}
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
         # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
@@ -280,6 +286,38 @@ class ModuleHook(OutputHook):
         return module, self._name
 
 
+class SharerHook(OutputHook):
+    """The hook of a module of another model that has the same W, and no part in moving it.
+
+    Args:
+        owner: the module.
+        name: of W there.
+        first: the hook on the layer whose branch moves W.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, first: OutputHook) -> None:
+        super().__init__(owner, first, first._view, f"a {type(owner).__name__} that shares the W of {first.label}")
+        self.problem = output_problem(owner, first._view)
+        self.movement = FollowedMovement(first)
+        self._name = name
+
+    def absence(self, module: nn.Module, arguments: Mapping[str, Any]) -> Absence:
+        """Return True: the branch is in another model."""
+        return True
+
+    def holder(self, module: nn.Module) -> tuple[nn.Module, str]:
+        """Return the module itself."""
+        return module, self._name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
+        memo.setdefault(id(self.branch), self.branch)  # of the other model, which is not to be copied with this one
+        return super().__deepcopy__(memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind, (instead, name, state, moved) = super().__reduce__()
+        return kind, (instead, name, {**state, "branch": None}, moved)
+
+
 def unpickled(instead: object, kind: str, state: dict[str, Any], moved: tuple[Any, ...]) -> OutputHook:
     """Return the hook of a module that is unpickled.
 
@@ -287,7 +325,7 @@ def unpickled(instead: object, kind: str, state: dict[str, Any], moved: tuple[An
         instead: what takes its place where this package is not installed.
         kind: module and name of its class.
         state: its attributes.
-        moved: the terms of its movement, and the record of W's fingerprint; empty if it has none.
+        moved: the record of its movement; empty if it has none.
     """
     module, _, name = kind.partition(":")
     cls = getattr(importlib.import_module(module), name)

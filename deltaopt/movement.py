@@ -13,6 +13,7 @@ from deltaopt.lowrank import Term
 from deltaopt.tensors import outside_inference_mode
 
 if TYPE_CHECKING:
+    from deltaopt.base_hooks import OutputHook
     from deltaopt.weight import WeightState
 
 
@@ -56,7 +57,7 @@ class RunningMovement:
     def moved(self) -> bool:
         """Tell if W was written since its base, and no `base_weights` has brought that back for a while."""
         claim = self.state.claim
-        return self.state.base is not None and (claim is None or not claim.owner.at_base)
+        return self.state.is_off_base and (claim is None or not claim.owner.at_base)
 
     @torch.no_grad()
     def terms(self) -> Sequence[Term]:
@@ -85,22 +86,55 @@ class RunningMovement:
         return self.state.triple.W
 
 
+class FollowedMovement:
+    """The movement that another hook knows, for other modules with the same W.
+
+    Args:
+        hook: whose `movement` it is, now and later.
+    """
+
+    def __init__(self, hook: OutputHook) -> None:
+        self._hook = hook
+
+    def moved(self) -> bool:
+        """Tell if W is another one than its base now."""
+        return self._hook.movement is not None and self._hook.movement.moved()
+
+    def terms(self) -> Sequence[Term]:
+        """Return the terms that the other hook knows."""
+        return () if self._hook.movement is None else self._hook.movement.terms()
+
+    def base(self) -> Tensor | None:
+        """Return the copy of the base that the other hook knows."""
+        return None if self._hook.movement is None else self._hook.movement.base()
+
+    def belongs_to(self, part: Tensor) -> bool:
+        """Tell if it is the movement of this W."""
+        return self._hook.movement is not None and self._hook.movement.belongs_to(part)
+
+    def weight(self) -> Tensor | None:
+        """Return W as it is stored now."""
+        return None if self._hook.movement is None else self._hook.movement.weight()
+
+
 class CopiedMovement:
     """The movement of a W that was copied or pickled with its model: it does not change any more.
 
     Args:
         terms: that add up to it.
         fingerprint: of the part of W that moves.
+        known: False if the original did not know its movement any more.
     """
 
-    def __init__(self, terms: Sequence[Term], fingerprint: Fingerprint | None) -> None:
+    def __init__(self, terms: Sequence[Term], fingerprint: Fingerprint | None, known: bool = True) -> None:
         self._terms = [term.cloned() for term in terms]
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
+        self._known = known
         self._checked: tuple[object, ...] | None = None
 
     def moved(self) -> bool:
-        """Tell if there is any."""
-        return bool(self._terms)
+        """Tell if there is any, or may be."""
+        return bool(self._terms) or not self._known
 
     def terms(self) -> Sequence[Term]:
         """Return the terms as they were when the copy was made."""
@@ -109,20 +143,22 @@ class CopiedMovement:
     def base(self) -> None:
         """Return None: a copy of the base is not copied."""
 
-    def record(self) -> dict[str, Any] | None:
-        """Return W's fingerprint as plain data."""
-        return None if self.fingerprint is None else self.fingerprint.record()
+    def record(self) -> tuple[Any, ...]:
+        """Return it as plain data, to be pickled."""
+        terms = [tuple(term) for term in self._terms]
+        return terms, None if self._fingerprint is None else self._fingerprint.record(), self._known
 
     @classmethod
-    def of_record(cls, terms: Sequence[Sequence[Any]], record: dict[str, Any] | None) -> CopiedMovement:
+    def of_record(cls, terms: Sequence[Sequence[Any]], record: dict[str, Any] | None, known: bool) -> CopiedMovement:
         """Return the movement that was pickled as plain data."""
-        return cls([Term(*term) for term in terms], None if record is None else Fingerprint.of_record(record))
+        fingerprint = None if record is None else Fingerprint.of_record(record)
+        return cls([Term(*term) for term in terms], fingerprint, known)
 
     def belongs_to(self, part: Tensor) -> bool:
         """Tell if W is what it was when it was copied."""
         version = part._version, part.data_ptr(), part.dtype
         if self._checked != version:
-            if self.fingerprint is None or Fingerprint(part).record() != self.fingerprint.record():
+            if self._fingerprint is None or Fingerprint(part).record() != self._fingerprint.record():
                 return False
             self._checked = version
         return True
@@ -135,7 +171,10 @@ def copied(movement: Movement, part: Tensor) -> CopiedMovement:
     """Return the movement as it is now, for a copy of the layer and of the part of W that moves."""
     if not movement.moved():
         return CopiedMovement((), None)
-    return CopiedMovement(movement.terms(), Fingerprint(part))
+    try:
+        return CopiedMovement(movement.terms(), Fingerprint(part))
+    except RuntimeError:  # not known any more, which is no reason not to copy a model
+        return CopiedMovement((), None, known=False)
 
 
 def is_shared(movement: Movement, memo: dict[int, Any]) -> bool:

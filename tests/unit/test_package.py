@@ -21,6 +21,7 @@ MODULES = [
 # A module may import from those that stand after it.
 ORDER = [
     "integrations",
+    "sharers",
     "export",
     "optimizer",
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),

@@ -17,7 +17,7 @@ from deltaopt.base import put_back
 from deltaopt.base_hooks import Absence, OutputHook, hook_of, output_problem, standing_in
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import joined
-from deltaopt.movement import RunningMovement
+from deltaopt.movement import Movement, RunningMovement
 from deltaopt.rounding.blocks import add_product_
 
 
@@ -36,6 +36,7 @@ class LayerHook(OutputHook):
         super().__init__(layer, adapter, view, label)
         self.problem = output_problem(layer.get_base_layer(), view)
         self._name = name
+        self._companions: set[str] | None = None  # the adapters of the layer when W began to move
 
     def put_on(self) -> None:
         """Put the hook on the layer, and be asked when PEFT takes the layer away."""
@@ -66,6 +67,34 @@ class LayerHook(OutputHook):
         """Tell if no other adapter adds to the output of the layer."""
         layer: Any = module
         return layer.disable_adapters or not (layer.merged or any(n in _adapters(layer) for n in layer.active_adapters))
+
+    def note_companions(self) -> None:
+        """Note the adapters that the layer holds before W moves: they are made for the base."""
+        self._companions = {*_adapters(self.module)}
+
+    def _movement_of(self, module: nn.Module) -> Movement | None:
+        movement = super()._movement_of(module)
+        if movement is not None and self._companions is not None and len(_adapters(module)) != len(self._companions):
+            self._warn_of_copies(module)
+        return movement
+
+    def _warn_of_copies(self, layer: Any) -> None:
+        """Warn of an adapter that is a copy of the one that trains, as a trainer makes for its reference model.
+
+        One that was loaded is made for the base. A copy is of a model whose W had moved, and does not hold that.
+        """
+        known, present = self._companions or set(), {*_adapters(layer)}
+        self._companions = present
+        copies = sorted(name for name in present - known if _are_equal(layer, name, self.branch))
+        if copies:
+            warnings.warn(
+                f"adapter {', '.join(copies)} is a copy of {self.branch!r} that was made after Delta-LoRA had moved W. "
+                "It stands on the base, without that movement, so that it is not the model that was copied. If it is "
+                "to be the reference model (TRL's trainers add one), call optimizer.rebase() before the trainer is "
+                "built: then W as it is becomes the base",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def take_back(self) -> None:
         """Write the base into W for good: the adapter that W moved for is taken away."""
@@ -120,13 +149,16 @@ class ParameterHook(LayerHook):
         self._standing: list[Any] = []
 
     def put_on(self) -> None:
-        """Put one hook before the layer and one after it, also where the forward pass raises."""
+        """Put one hook before the layer and one after it, also where the forward pass raises.
+
+        The one after it comes before those of earlier adapters, as the exchanges of W are undone in reverse.
+        """
         super().put_on()
         for handle in self._handles:
             handle.remove()
         self._handles = [
             self.module.register_forward_pre_hook(self, with_kwargs=True),
-            self.module.register_forward_hook(self, with_kwargs=True, always_call=True),
+            self.module.register_forward_hook(self, with_kwargs=True, always_call=True, prepend=True),
         ]
         compiled.forget_graphs()
 
@@ -217,6 +249,16 @@ def _wrappers(layer: nn.Module) -> Iterator[Any]:
     while isinstance(inside, lora.LoraLayer):
         yield inside
         inside = inside.base_layer
+
+
+def _are_equal(layer: Any, one: str, other: object) -> bool:
+    """Tell if two adapters of a layer have equal factors, whose product is not zero."""
+    found = []
+    for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
+        if one in factors and other in factors:
+            tensors = [getattr(factors[name], "weight", factors[name]) for name in (one, other)]
+            found.append(torch.equal(*tensors) and bool(tensors[0].any()))
+    return bool(found) and all(found)
 
 
 def _adapters(layer: Any) -> Any:
