@@ -7,7 +7,7 @@ model and the tokenizer of that folder instead.
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -137,18 +137,20 @@ class Start:
         config: the trainer adds the adapter, with `peft_config=`; the optimizer is built after the trainer then.
         options: of the optimizer.
         product: A B is not zero when W begins to move, so that the folded rule writes W.
+        warning: a pattern of what the optimizer warns of when it is built; None if it does not warn.
     """
 
     model: Callable[[], nn.Module]
     config: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     product: bool = False
+    warning: str | None = None
 
 
 STARTS = {
     "fresh": Start(fresh_adapter),
     "trained": Start(trained_adapter, product=True),
-    "moved": Start(moved_adapter, product=True),
+    "moved": Start(moved_adapter, product=True, warning="As they are now they are the base of this one"),
     "config": Start(language_model, config=True),
     "config_later": Start(language_model, config=True, options={"start_step": 2}, product=True),
     "config_merged": Start(lambda: trained_adapter().merge_and_unload(), config=True),
@@ -218,7 +220,8 @@ def trainer_for(
     chosen, begin = KINDS[kind], STARTS[start]
 
     def optimizer_of(model: nn.Module) -> DeltaLoRAOptimizer:
-        return delta_lora(model, weight_update=rule, **begin.options, **options)
+        with nullcontext() if begin.warning is None else pytest.warns(UserWarning, match=begin.warning):
+            return delta_lora(model, weight_update=rule, **begin.options, **options)
 
     args = chosen.config(
         output_dir=str(folder),
