@@ -12,10 +12,12 @@ touched.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
+from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -42,6 +44,9 @@ KINDS: dict[str, tuple[Any, ...]] = {
 
 Absence: TypeAlias = "bool | list[int]"
 """Where a branch takes no part: nowhere (False), in all rows of the batch (True), or in these rows."""
+
+Further: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a forward pass after x, by position and by name."""
 
 NEEDS_THE_BASE = (
     "its W has moved for a branch that takes no part in this forward pass, so that the base's output is needed"
@@ -101,7 +106,10 @@ class OutputHook:
         movement: of W; None before an optimizer is built.
         problem: why the output cannot be computed from the displacement; None if it can.
         tied: True if W is used in another place too, which no hook on this module corrects.
+        own_arguments: names of arguments of a forward pass of the module that do not reach the forward pass with W.
     """
+
+    own_arguments: frozenset[str] = frozenset()
 
     def __init__(self, module: nn.Module, branch: object, view: MatrixView, label: str) -> None:
         self.module = module
@@ -111,6 +119,7 @@ class OutputHook:
         self.problem: str | None = None
         self.tied = False
         self._view = view
+        self._first = _first_parameter(module)
         self._shared = False  # a copy that has W in common with the original, and no part in moving it
         self._key = compiled.enroll(self)
         self._handles: list[RemovableHandle] = []
@@ -133,7 +142,8 @@ class OutputHook:
 
     def put_on(self) -> None:
         """Put the hook on its module."""
-        self._handles = [self.module.register_forward_hook(self, with_kwargs=True)]
+        # Before the hooks of others: what these add to the output is no movement of W, and they see the base's output.
+        self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
         compiled.forget_graphs()
 
     def is_on(self) -> bool:
@@ -145,8 +155,10 @@ class OutputHook:
         absence = self._shared or self.absence(module, kwargs)
         if absence is False:
             return None
-        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        x, further = self._split(args, kwargs)
         rows = absence if isinstance(absence, list) else None
+        if any(further):
+            return self._uncompiled(module, output, x, rows, further)
         if torch.compiler.is_compiling():
             return compiled.corrected(output, x, self._key, rows)
         return self._corrected(module, output, x, rows)
@@ -166,22 +178,40 @@ class OutputHook:
                 (pulled[chosen],) = torch.autograd.grad(change, part, grad[chosen].to(change.dtype))
         return pulled
 
-    def _corrected(self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
-        if rows is not None:
-            change = self._change(module, x[rows])
+    def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Further]:
+        """Return the input of a forward pass, and the arguments after it."""
+        named = {name: value for name, value in kwargs.items() if name not in self.own_arguments}
+        if args:
+            return args[0], (args[1:], named)
+        first = self._first if self._first in named else next(n for n, v in named.items() if isinstance(v, Tensor))
+        return named.pop(first), ((), named)
+
+    # The operation that compiled graphs call has no place for further arguments.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(
+        self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further
+    ) -> Tensor:
+        return self._corrected(module, output, x, rows, further)
+
+    def _corrected(
+        self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further = ((), {})
+    ) -> Tensor:
+        if rows is not None:  # further arguments may have rows of their own, or none
+            change = self._change(module, x, further) if any(further) else self._change(module, x[rows])
+            change = change[rows] if any(further) and change is not None else change
             return output if change is None else output.index_copy(0, *_rows(output, rows, change))
         base = self._base(module)
         if base is not None and self.adds_nothing(module):
-            return _forward_with(*self.holder(module), base, x)
-        change = self._change(module, x)
+            return _forward_with(*self.holder(module), base, x, further)
+        change = self._change(module, x, further)
         return output if change is None else _sum(output, change)
 
-    def _change(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def _change(self, module: nn.Module, x: Tensor, further: Further = ((), {})) -> Tensor | None:
         """Return what has to be added to the output for x; None if that is nothing."""
         owner, name = self.holder(module)
         base = self._base(module)
         if base is not None:
-            change: Tensor = _forward_with(owner, name, base, x) - owner.forward(x)
+            change: Tensor = _forward_with(owner, name, base, x, further) - owner.forward(x, *further[0], **further[1])
             return change
         terms = self._terms(module)
         if not terms:
@@ -284,6 +314,12 @@ class ModuleHook(OutputHook):
     def holder(self, module: nn.Module) -> tuple[nn.Module, str]:
         """Return the module itself."""
         return module, self._name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, ModuleHook)
+        twin.is_active = deepcopy(self.is_active, memo)  # a method of the copied model, for one of this model
+        return twin
 
 
 class SharerHook(OutputHook):
@@ -410,10 +446,16 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
     return (output.to(torch.promote_types(output.dtype, change.dtype)) + change).to(output.dtype)
 
 
-def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor) -> Tensor:
+def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor, further: Further) -> Tensor:
     """Return what a module computes with another W."""
     with standing_in(owner, name, W):
-        return owner.forward(x)  # type: ignore[no-any-return]
+        return owner.forward(x, *further[0], **further[1])  # type: ignore[no-any-return]
+
+
+def _first_parameter(module: nn.Module) -> str | None:
+    """Return the name of the first argument of a module's forward pass."""
+    own: Any = type(module)
+    return next(islice(inspect.signature(own.forward).parameters, 1, None), None)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from deltaopt.movement import Movement
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
 from deltaopt.tensors import FLOATS, is_plain
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
 """A tensor, or a module and the dotted name of an attribute that is looked up at every step."""
 
@@ -84,7 +86,8 @@ class LoRATriple:
             after each forward pass of W's module. Where it returns False, the movement of W is left out of the
             module's output, which is then the base's: as a reference, or next to another branch. It takes a W that is
             registered as ``(module, "name")``, whose forward pass takes x first and applies W to it as `layout` says;
-            not for experts. Default: the output is that of the moved W.
+            not for experts. A copy of the model asks a method of the copy, where it is a method of a module, and the
+            same function in all other cases. Default: the output is that of the moved W.
 
     Attributes:
         scaling: s, as it was registered.
@@ -98,8 +101,9 @@ class LoRATriple:
 
     Raises:
         ValueError: for an unknown layout, a bad ``rows`` or ``columns``, a scaling that is zero or
-            not finite, a name that UTF-8 cannot hold, or an `is_active` for experts. What depends on the tensors is
-            checked when an optimizer is built from the triple, for all layers at once.
+            not finite, a name that UTF-8 cannot hold, or an `is_active` for experts, for a convolution that is not
+            derived from torch's, or for an embedding with ``max_norm``. What depends on the tensors is checked when an
+            optimizer is built from the triple, for all layers at once.
         TypeError: for a source that is no tensor and no place of one, a scaling that is no number, a name that
             is no string, or an `is_active` that is no function or that the module of W is missing for.
 
@@ -186,7 +190,8 @@ class LoRATriple:
 
     def has_moved(self) -> bool:
         """Tell if an earlier optimizer is known to have moved W."""
-        return False
+        hook = self.output_hook
+        return hook is not None and hook.movement is not None and hook.movement.moved()
 
     def weight_moves(self) -> None:
         """Note that W is about to move for the first time, or that a state was loaded in which it has moved."""
@@ -293,11 +298,22 @@ class LoRATriple:
                 'register ((module, "weight"), A, B)'
             )
         owner, name = holder_of(*self.sources["W"])
+        way_out = "use optimizer.base_weights() where the branch is off"
         if self.layout.endswith("experts") or (self.layout == "conv" and not self.view.moves_all):
             raise ValueError(
                 f"{self.label}: is_active is not for the layout {self.layout!r}"
-                f"{' with rows' if self.layout == 'conv' else ''}, whose output is no product of W and x alone: use "
-                "optimizer.base_weights() where the branch is off"
+                f"{' with rows' if self.layout == 'conv' else ''}, whose output is no product of W and x alone: "
+                f"{way_out}"
+            )
+        if self.layout == "conv" and not isinstance(owner, CONVOLUTIONS):
+            raise ValueError(
+                f"{self.label}: is_active is not for the layout 'conv' of a {type(owner).__name__}, whose stride and "
+                f"padding are not known: derive it from nn.Conv1d, nn.Conv2d or nn.Conv3d, or {way_out}"
+            )
+        if getattr(owner, "max_norm", None) is not None:
+            raise ValueError(
+                f"{self.label}: is_active is not for an embedding with max_norm, which rewrites rows of W in each "
+                f"forward pass: {way_out}"
             )
         hook = hook_of(owner, ModuleHook, self.sources["A"])
         if hook is None:

@@ -32,6 +32,8 @@ class LayerHook(OutputHook):
         label: names the layer in messages.
     """
 
+    own_arguments = frozenset(("adapter_names", *getattr(lora, "VARIANT_KWARG_KEYS", ())))
+
     def __init__(self, layer: lora.LoraLayer, adapter: str, name: str, view: MatrixView, label: str) -> None:
         super().__init__(layer, adapter, view, label)
         self.problem = output_problem(layer.get_base_layer(), view)
