@@ -1,0 +1,214 @@
+"""The base by itself under torch.compile: nothing goes stale, and nothing is compiled for each layer or each step."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from deltaopt import DeltaLoRAOptimizer
+from tests.integrations.test_peft_base import EXACT, Frozen, trained, two_adapters
+from tests.support.models import batches, causal_lm, loss_of
+from tests.support.peft_layers import lora_layers, output, train_model, weight
+from tests.support.peft_runs import peft_asks_by_an_old_name
+from tests.support.strategies import each_rule
+
+# isort: split
+
+pytestmark = [
+    peft_asks_by_an_old_name,
+    # torch.compile asks tensors that are no leaves for their gradients.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+BFLOAT16 = {"rtol": 0.02, "atol": 0.02}
+"""Of outputs of order 1."""
+
+each_way = pytest.mark.parametrize("keep_base", [None, "cpu"], ids=["by the displacement", "by a copy"])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Block(nn.Module):
+    """A layer of a model whose layers are compiled one by one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+def by_method(model: nn.Module, **options) -> nn.Module:
+    model.compile(**options)
+    return model
+
+
+@torch.no_grad()
+def assert_compiled_base(compiled: nn.Module, model: nn.Module, frozen: Frozen, x, tolerance=None) -> None:
+    """Like `assert_base_by_itself`, of a model and what was compiled from it."""
+    tolerance = EXACT if tolerance is None else tolerance
+    with model.disable_adapter():
+        torch.testing.assert_close(output(compiled, x), frozen.base(x), **tolerance)
+    model.set_adapter("other")
+    torch.testing.assert_close(output(compiled, x), frozen.with_adapter("other", x), **tolerance)
+    model.set_adapter("default")
+    policy = output(compiled, x)
+    assert (policy - frozen.with_adapter("default", x)).abs().max() > 1e-2
+    torch.testing.assert_close(policy, output(copy.deepcopy(model), x), **tolerance)
+
+
+@pytest.mark.parametrize(("compile_model", "rule"), [(torch.compile, "in_place"), (by_method, "folded")])
+@pytest.mark.parametrize("when", ["before the layers are found", "after the optimizer is built"])
+def test_a_compiled_model_gives_the_base(when, compile_model, rule):
+    """Graphs of both states that were made before there were hooks are not run any more."""
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    options = {"backend": "aot_eager", "fullgraph": True}
+    if when == "before the layers are found":
+        compiled = compile_model(model, **options)
+        for state in ("default", "other"):
+            model.set_adapter(state)
+            compiled(x).sum().backward()
+            with torch.no_grad():
+                compiled(x)
+                with model.disable_adapter():
+                    compiled(x)
+        model.set_adapter("default")
+        trained(model, x, rule)
+    else:
+        trained(model, x, rule)
+        compiled = compile_model(model, **options)
+    assert_compiled_base(compiled, model, frozen, x)
+
+
+def test_inductor_gives_the_base():
+    model, x = two_adapters("conv2d")
+    frozen = Frozen(model)
+    model.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    trained(model, x)
+    assert_compiled_base(torch.compile(model, backend="inductor", fullgraph=True), model, frozen, x)
+
+
+@each_rule
+@each_way
+def test_the_correction_does_not_go_stale_and_nothing_is_compiled_again(rule, keep_base):
+    """While W moves, as the ratio changes, and over a restart, which changes the rank of the displacement."""
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    optimizer = trained(model, x, rule, keep_base=keep_base)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def base():
+        with torch.no_grad(), model.disable_adapter():
+            torch.testing.assert_close(compiled(x), frozen.base(x), **EXACT)
+
+    base()
+    assert counter.frame_count == 1
+    W = weight(lora_layers(model)["base_model.model.0"])
+    for event in ("step", "step", "ratio", "step", "restart", "step"):
+        before = W.clone()
+        if event == "ratio":
+            optimizer.groups[0].update_ratio = 0.5
+        elif event == "restart":
+            optimizer.restart()
+        else:
+            train_model(model, optimizer, x, steps=1)
+        assert rule == "folded" or event == "ratio" or not torch.equal(W, before)
+        model.eval()
+        base()
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_optimizer_model_trains_on_its_own_graphs():
+    """The optimizer is built for what torch.compile returns; training and reference have two graphs for all steps."""
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = DeltaLoRAOptimizer.for_model(compiled, torch.optim.AdamW, lr=2e-2, update_ratio=2.0)
+    for _ in range(4):
+        with torch.no_grad(), model.disable_adapter():
+            torch.testing.assert_close(compiled(x), frozen.base(x), **EXACT)
+        train_model(compiled, optimizer, x, steps=1)
+    assert counter.frame_count == 2
+    model.eval()
+    assert_compiled_base(compiled, model, frozen, x)
+
+
+def test_models_with_the_same_code_have_their_own_corrections():
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    optimizer = trained(model, x)
+    twin, its_optimizer = copy.deepcopy((model, optimizer))
+    train_model(twin, its_optimizer, x, steps=3)
+    twin.eval()
+    compiled = {net: torch.compile(net, backend="eager", fullgraph=True) for net in (model, twin)}
+    for net in (model, twin, model):
+        assert_compiled_base(compiled[net], net, frozen, x)
+
+
+# Other layers and models.
+
+
+@pytest.mark.parametrize(("when", "rule"), [("before", "in_place"), ("after", "folded")])
+def test_experts_are_right_through_a_graph_break(when, rule):
+    model, x = two_adapters("experts_3_7x5_up")
+    frozen = Frozen(model)
+    compiled = torch.compile(model, backend="eager")
+    if when == "before":
+        with torch.no_grad():
+            compiled(x)
+            with model.disable_adapter():
+                compiled(x)
+    optimizer = trained(model, x, rule)
+    (layer,) = lora_layers(model).values()
+    W = weight(layer)
+    for _ in range(2):
+        assert_compiled_base(compiled, model, frozen, x)
+        assert weight(layer) is W
+        train_model(model, optimizer, x, steps=1)
+        model.eval()
+
+
+def test_experts_cannot_be_in_one_graph():
+    model, x = two_adapters("experts_3_7x5_up_down")
+    trained(model, x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), model.disable_adapter(), pytest.raises(RuntimeError, match=r"compiler\.disable"):
+        compiled(x)
+
+
+def test_a_compiled_language_model_gives_the_base():
+    model = causal_lm()
+    frozen = copy.deepcopy(model).eval()
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, update_ratio=2.0)
+    for block in model.base_model.model.model.layers:
+        block.compile(backend="aot_eager")
+    ids = batches(1, seed=9)[0]
+    with torch.no_grad(), frozen.disable_adapter():
+        expected = frozen(input_ids=ids).logits
+    for batch in batches(3):
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad(), model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, **EXACT)
+
+
+# What leaves the process, and what cannot be run here.
+
+
+def test_the_correction_is_kept_out_of_cuda_graphs():
+    """They would replay the numbers of their first run."""
+    for name in ("corrected", "pulled_back"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.deltaopt, name).default.tags
