@@ -10,11 +10,12 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from deltaopt import DeltaLoRAOptimizer
 from tests.integrations.test_peft_base import EXACT, Frozen, trained, two_adapters
 from tests.support.models import batches, causal_lm, loss_of
-from tests.support.peft_layers import lora_layers, output, train_model, weight
+from tests.support.peft_layers import lora_layers, output, randomised, train_model, weight
 from tests.support.peft_runs import peft_asks_by_an_old_name
 from tests.support.strategies import each_rule
 
 # isort: split
+from peft import LoraConfig, get_peft_model
 
 pytestmark = [
     peft_asks_by_an_old_name,
@@ -143,6 +144,20 @@ def test_a_compiled_optimizer_model_trains_on_its_own_graphs():
     assert counter.frame_count == 2
     model.eval()
     assert_compiled_base(compiled, model, frozen, x)
+
+
+def test_layers_that_are_compiled_one_by_one_have_one_graph():
+    """As in regional compilation: a graph for each of them would soon be more than torch makes."""
+    blocks = nn.Sequential(*[Block(5) for _ in range(torch._dynamo.config.recompile_limit + 2)]).double()
+    model = randomised(get_peft_model(blocks, LoraConfig(r=2, target_modules=["linear"])))
+    frozen, x = Frozen(model), torch.randn(3, 5, dtype=torch.float64)
+    trained(model, x)
+    counter = CompileCounter()
+    for block in model.base_model.model:
+        block.compile(backend=counter, fullgraph=True)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(x), frozen.base(x), **EXACT)
+    assert counter.frame_count == 1
 
 
 def test_models_with_the_same_code_have_their_own_corrections():
