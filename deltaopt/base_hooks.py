@@ -159,11 +159,15 @@ class OutputHook:
         """Return the gradient that x gets by what `corrected` adds to the output."""
         pulled = torch.zeros_like(x)
         chosen = slice(None) if rows is None else rows
-        with torch.enable_grad():
-            part = x[chosen].detach().requires_grad_()
-            change = self._change(self.module, part)
-            if change is not None:
-                (pulled[chosen],) = torch.autograd.grad(change, part, grad[chosen].to(change.dtype))
+        grad = grad[chosen]
+
+        def change(part: Tensor) -> Tensor:
+            found = self._change(self.module, part)
+            return torch.zeros_like(grad) if found is None else found.to(grad.dtype)
+
+        # Within an operation of a compiled graph `torch.autograd` is switched off, and transforms are not.
+        _, pull = torch.func.vjp(change, x[chosen])
+        (pulled[chosen],) = pull(grad)
         return pulled
 
     def _corrected(self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:

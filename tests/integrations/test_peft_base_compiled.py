@@ -172,6 +172,61 @@ def test_models_with_the_same_code_have_their_own_corrections():
         assert_compiled_base(compiled[net], net, frozen, x)
 
 
+# Gradients.
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@each_way
+def test_gradients_flow_through_the_compiled_base(keep_base, backend):
+    """Another adapter trains on the base, and the input has a gradient too."""
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    trained(model, x, keep_base=keep_base)
+    grads = []
+    for net, run in ((model, torch.compile(model, backend=backend, fullgraph=True)), (frozen.model, frozen.model)):
+        net.set_adapter("other")
+        net.zero_grad()
+        inputs = x.clone().requires_grad_()
+        run(inputs).square().mean().backward()
+        grads.append([inputs.grad, *(p.grad for n, p in net.named_parameters() if ".other." in n)])
+        assert all(p.grad is None for n, p in net.named_parameters() if ".default." in n)
+    assert len(grads[0]) > 2
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@each_way
+@pytest.mark.parametrize("name", ["linear_square", "conv2d", "embedding"])
+def test_rows_of_a_compiled_batch_have_their_own_base(name, keep_base):
+    """Values and gradients, of a layer: PEFT's own code for whole models breaks the graph."""
+    model, x = two_adapters(name)
+    frozen = Frozen(model)
+    trained(model, x, keep_base=keep_base)
+    names, index = ["default", "__base__", "other"], torch.tensor([0, 1, 0])
+
+    def found(net, names, rows, **options):
+        (layer,) = lora_layers(net.eval()).values()
+        inputs = x[rows]
+        if inputs.is_floating_point():
+            inputs.requires_grad_()
+        out = torch.compile(layer, **options)(inputs, adapter_names=names) if options else layer(inputs)
+        out.square().sum().backward()
+        return out, inputs.grad
+
+    mixed, grad = found(model, names, index, backend="aot_eager", fullgraph=True)
+    expected, expected_grad = found(frozen.model, names, index, backend="eager")
+    policy, policy_grad = found(model, None, index)
+    torch.testing.assert_close(mixed[1:], expected[1:], **EXACT)
+    torch.testing.assert_close(mixed[0], policy[0], **EXACT)
+    assert (mixed[0] - expected[0]).abs().max() > 1e-2
+    if grad is not None:
+        torch.testing.assert_close(grad[1:], expected_grad[1:], **EXACT)
+        torch.testing.assert_close(grad[0], policy_grad[0], **EXACT)
+    whole = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x[index], adapter_names=names), mixed, **EXACT)
+
+
 # Other layers and models.
 
 
