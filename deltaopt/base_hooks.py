@@ -176,7 +176,7 @@ class OutputHook:
             return output if change is None else output.index_copy(0, *_rows(output, rows, change))
         base = self._base(module)
         if base is not None and self.adds_nothing(module):
-            return _forward_with(*self.holder(module), base, x)
+            return _forward_with(*self.holder(module), base, x).to(output.dtype)
         change = self._change(module, x)
         return output if change is None else _sum(output, change)
 
@@ -185,8 +185,7 @@ class OutputHook:
         owner, name = self.holder(module)
         base = self._base(module)
         if base is not None:
-            change: Tensor = _forward_with(owner, name, base, x) - owner.forward(x)
-            return change
+            return _forward_with(owner, name, base, x) - _forward(owner, getattr(owner, name), x)
         terms = self._terms(module)
         if not terms:
             return None
@@ -379,7 +378,14 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
 def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor) -> Tensor:
     """Return what a module computes with another W."""
     with standing_in(owner, name, W):
-        return owner.forward(x)  # type: ignore[no-any-return]
+        return _forward(owner, W, x)
+
+
+def _forward(owner: nn.Module, W: Tensor, x: Tensor) -> Tensor:
+    """Return what a module whose weight is W computes, also for an x that autocast has made narrower."""
+    # Compiled graphs hold the casts of autocast, which is off when they run.
+    is_narrower = x.is_floating_point() and W.is_floating_point() and x.element_size() < W.element_size()
+    return owner.forward(x.to(W.dtype) if is_narrower else x)  # type: ignore[no-any-return]
 
 
 @contextmanager

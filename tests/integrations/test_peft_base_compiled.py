@@ -227,6 +227,28 @@ def test_rows_of_a_compiled_batch_have_their_own_base(name, keep_base):
         torch.testing.assert_close(whole(x[index], adapter_names=names), mixed, **EXACT)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@each_way
+def test_a_compiled_base_within_autocast(keep_base, backend):
+    """The casts of autocast are part of the graph, and autocast is off while it runs."""
+    model, x = two_adapters()
+    model, x = model.float(), x.float()
+    frozen = Frozen(model)
+    trained(model, x, keep_base=keep_base)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    grads = []
+    for net, run in ((model, compiled), (frozen.model, frozen.model)):
+        inputs = x.clone().requires_grad_()
+        with net.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+            out = run(inputs)
+        out.float().square().mean().backward()
+        grads.append((out, inputs.grad))
+    (ours, our_grad), (theirs, their_grad) = grads
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, **BFLOAT16)
+    torch.testing.assert_close(our_grad, their_grad, **BFLOAT16)
+
+
 # Other layers and models.
 
 
