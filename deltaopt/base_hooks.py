@@ -143,13 +143,22 @@ class OutputHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Correct the output of a forward pass; torch calls this after it."""
         absence = self._shared or self.absence(module, kwargs)
-        if absence is False:
+        if absence is False or (torch.compiler.is_exporting() and not self._moves_in_export()):
             return None
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         rows = absence if isinstance(absence, list) else None
         if torch.compiler.is_compiling():
             return compiled.corrected(output, x, self._key, rows)
         return self._corrected(module, output, x, rows)
+
+    def _moves_in_export(self) -> bool:
+        """Refuse to leave out a movement in an exported program; return False if there is none."""
+        if self.movement is None or not self.movement.moved():
+            return False
+        raise RuntimeError(
+            f"{self.label}: {NEEDS_THE_BASE}, which an exported program would look up in a process that does not have "
+            "it: export and save within optimizer.base_weights(), or export the model that unload() returns"
+        )
 
     def corrected(self, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
         """Return the output without the movement of W, in these rows; None for all rows."""

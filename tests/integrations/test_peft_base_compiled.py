@@ -1,6 +1,7 @@
 """The base by itself under torch.compile: nothing goes stale, and nothing is compiled for each layer or each step."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -298,6 +299,23 @@ def test_a_compiled_language_model_gives_the_base():
 
 
 # What leaves the process, and what cannot be run here.
+
+
+def test_an_exported_program_holds_the_base_or_is_refused():
+    """It would look the movement up in another process."""
+    for name in ("linear", "experts_3_7x5_up_down"):
+        model, x = two_adapters(name)
+        frozen = Frozen(model)
+        optimizer = trained(model, x)
+        with torch.no_grad(), model.disable_adapter():
+            with pytest.raises(
+                RuntimeError, match=r"exported program .* export and save within optimizer\.base_weights"
+            ):
+                torch.export.export(model, (x,))
+            with optimizer.base_weights():
+                torch.export.save(torch.export.export(model, (x,)), file := io.BytesIO())
+        file.seek(0)
+        torch.testing.assert_close(torch.export.load(file).module()(x), frozen.base(x), **EXACT)
 
 
 def test_the_correction_is_kept_out_of_cuda_graphs():

@@ -145,6 +145,8 @@ class ParameterHook(LayerHook):
     # Within a compiled graph the exchange of a parameter would be taken for a change of the model at each call.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module) -> None:
+        if torch.compiler.is_exporting():
+            self._moves_in_export()
         movement = self.movement
         if movement is None or not movement.moved():
             self._standing.append(None)
