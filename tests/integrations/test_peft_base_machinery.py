@@ -158,6 +158,20 @@ def test_within_inference_mode(name, rule):
     assert_all_close(*(gradients(net, x, lambda net, inputs: net(inputs)) for net in (model, frozen.model)), **EXACT)
 
 
+def test_a_copy_that_was_made_in_inference_mode():
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    trained(model, x)
+    with torch.inference_mode():
+        twin = copy.deepcopy(model)
+        for layer in lora_layers(twin).values():
+            layer.set_adapter("other", inference_mode=True)
+        torch.testing.assert_close(output(twin, x), frozen.with_adapter("other", x), **EXACT)
+        weight(lora_layers(twin)["base_model.model.0"]).add_(0.1)
+        with pytest.raises(RuntimeError, match="was written since"):
+            output(twin, x)
+
+
 @each_kind
 def test_with_another_default_device_and_dtype(name):
     model, x = two_adapters(name)
