@@ -175,7 +175,7 @@ class OutputHook:
             return torch.zeros_like(grad) if found is None else found.to(grad.dtype)
 
         # Within an operation of a compiled graph `torch.autograd` is switched off, and transforms are not.
-        _, pull = torch.func.vjp(change, x[chosen])
+        pull = torch.func.vjp(change, x[chosen])[1]
         (pulled[chosen],) = pull(grad)
         return pulled
 
@@ -386,6 +386,11 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
 
 def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor) -> Tensor:
     """Return what a module computes with another W."""
+    if "forward" not in owner.__dict__:
+        # Other threads may be in a forward pass of this module: leave it as it is.
+        twin = object.__new__(type(owner))
+        twin.__dict__.update(owner.__dict__, _parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
+        owner = twin
     with standing_in(owner, name, W):
         return _forward(owner, W, x)
 

@@ -1,6 +1,8 @@
 """The base by itself in the machinery of training: checkpointing, autocast, modes, threads, hooks and transforms."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -185,6 +187,66 @@ def test_with_another_default_device_and_dtype(name):
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
+
+
+# Threads, and forward passes that do not end.
+
+
+@each_way
+@each_kind
+def test_several_threads_have_the_base_at_once(name, keep_base):
+    model, x = two_adapters(name)
+    frozen = Frozen(model)
+    trained(model, x, keep_base=keep_base)
+    before, expected, results = stacks_of(model), frozen.base(x), []
+
+    def work() -> None:
+        with torch.no_grad():
+            results.extend(output(model, x) for _ in range(40))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with model.disable_adapter():
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(results) == 120
+    for result in results:
+        torch.testing.assert_close(result, expected, **EXACT)
+    assert all(W is now for W, now in zip(before, stacks_of(model), strict=True))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_experts_whose_forward_pass_was_ended_are_right_in_the_next_one(error):
+    """Torch calls hooks after an error, and not after a signal."""
+    model, x = two_adapters(EXPERTS)
+    frozen = Frozen(model)
+    trained(model, x)
+    before = stacks_of(model)
+    with torch.no_grad():
+        policy = output(model, x)
+
+    def end(*_):
+        raise error("ended")
+
+    for state in ("disabled", "default"):
+        handle = next(iter(lora_layers(model).values())).get_base_layer().register_forward_hook(end)
+        with pytest.raises(error, match="ended"), torch.no_grad(), model.disable_adapter():
+            output(model, x)
+        handle.remove()
+        if error is ValueError:
+            assert all(W is now for W, now in zip(before, stacks_of(model), strict=True))
+        if state == "disabled":
+            assert_base_by_itself(model, frozen, x)
+        else:
+            with torch.no_grad():
+                assert torch.equal(output(model, x), policy)
+        assert all(W is now for W, now in zip(before, stacks_of(model), strict=True))
 
 
 # Hooks and calls of other people.
