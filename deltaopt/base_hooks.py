@@ -133,7 +133,8 @@ class OutputHook:
 
     def put_on(self) -> None:
         """Put the hook on its module."""
-        self._handles = [self.module.register_forward_hook(self, with_kwargs=True)]
+        # Before the hooks of others: what these add to the output is no movement of W, and they see the base's output.
+        self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
         compiled.forget_graphs()
 
     def is_on(self) -> bool:

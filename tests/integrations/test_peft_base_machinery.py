@@ -252,6 +252,38 @@ def test_experts_whose_forward_pass_was_ended_are_right_in_the_next_one(error):
 # Hooks and calls of other people.
 
 
+@each_way
+def test_other_hooks_see_the_base_and_may_change_it(keep_base):
+    """Whether they were there before the layers were found or came after it."""
+    model, x = two_adapters()
+    seen = {"before": [], "after": []}
+
+    def doubles(when):
+        def hook(module, args, out):
+            seen[when].append(out)
+            return 2 * out.tanh()
+
+        return hook
+
+    for layer in lora_layers(model).values():
+        layer.register_forward_hook(doubles("before"))
+    frozen = Frozen(model)
+    trained(model, x, keep_base=keep_base)
+    for layer in [*lora_layers(model).values(), *lora_layers(frozen.model).values()]:
+        layer.register_forward_hook(doubles("after"))
+    assert_base_by_itself(model, frozen, x)
+    for found in seen.values():
+        found.clear()
+    with torch.no_grad(), model.disable_adapter():
+        output(model, x)
+    ours = {when: list(found) for when, found in seen.items()}
+    for found in seen.values():
+        found.clear()
+    frozen.base(x)
+    for when, found in seen.items():
+        assert_all_close([x, *ours[when]], [x, *found], **EXACT)
+
+
 def test_an_input_that_another_hook_has_changed():
     model, x = two_adapters()
     frozen = Frozen(model)
