@@ -153,15 +153,24 @@ class OutputHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Correct the output of a forward pass; torch calls this after it."""
         absence = self._shared or self.absence(module, kwargs)
-        if absence is False:
+        if absence is False or (torch.compiler.is_exporting() and not self._moves_in_export()):
             return None
         x, further = self._split(args, kwargs)
         rows = absence if isinstance(absence, list) else None
-        if any(further):
-            return self._uncompiled(module, output, x, rows, further)
-        if torch.compiler.is_compiling():
-            return compiled.corrected(output, x, self._key, rows)
-        return self._corrected(module, output, x, rows)
+        if not torch.compiler.is_compiling():
+            return self._corrected(module, output, x, rows, further)
+        if any(further):  # the operation has no place for them
+            return torch.compiler.disable(self._corrected)(module, output, x, rows, further)
+        return compiled.corrected(output, x, self._key, rows)
+
+    def _moves_in_export(self) -> bool:
+        """Refuse to leave out a movement in an exported program; return False if there is none."""
+        if self.movement is None or not self.movement.moved():
+            return False
+        raise RuntimeError(
+            f"{self.label}: {NEEDS_THE_BASE}, which an exported program would look up in a process that does not have "
+            "it: export and save within optimizer.base_weights(), or export the model that unload() returns"
+        )
 
     def corrected(self, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
         """Return the output without the movement of W, in these rows; None for all rows."""
@@ -171,11 +180,15 @@ class OutputHook:
         """Return the gradient that x gets by what `corrected` adds to the output."""
         pulled = torch.zeros_like(x)
         chosen = slice(None) if rows is None else rows
-        with torch.enable_grad():
-            part = x[chosen].detach().requires_grad_()
-            change = self._change(self.module, part)
-            if change is not None:
-                (pulled[chosen],) = torch.autograd.grad(change, part, grad[chosen].to(change.dtype))
+        grad = grad[chosen]
+
+        def change(part: Tensor) -> Tensor:
+            found = self._change(self.module, part)
+            return torch.zeros_like(grad) if found is None else found.to(grad.dtype)
+
+        # Within an operation of a compiled graph `torch.autograd` is switched off, and transforms are not.
+        pull = torch.func.vjp(change, x[chosen])[1]
+        (pulled[chosen],) = pull(grad)
         return pulled
 
     def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Further]:
@@ -186,13 +199,6 @@ class OutputHook:
         first = self._first if self._first in named else next(n for n, v in named.items() if isinstance(v, Tensor))
         return named.pop(first), ((), named)
 
-    # The operation that compiled graphs call has no place for further arguments.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _uncompiled(
-        self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further
-    ) -> Tensor:
-        return self._corrected(module, output, x, rows, further)
-
     def _corrected(
         self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further = ((), {})
     ) -> Tensor:
@@ -202,7 +208,7 @@ class OutputHook:
             return output if change is None else output.index_copy(0, *_rows(output, rows, change))
         base = self._base(module)
         if base is not None and self.adds_nothing(module):
-            return _forward_with(*self.holder(module), base, x, further)
+            return _forward_with(*self.holder(module), base, x, further).to(output.dtype)
         change = self._change(module, x, further)
         return output if change is None else _sum(output, change)
 
@@ -211,8 +217,7 @@ class OutputHook:
         owner, name = self.holder(module)
         base = self._base(module)
         if base is not None:
-            change: Tensor = _forward_with(owner, name, base, x, further) - owner.forward(x, *further[0], **further[1])
-            return change
+            return _forward_with(owner, name, base, x, further) - _forward(owner, getattr(owner, name), x, further)
         terms = self._terms(module)
         if not terms:
             return None
@@ -448,8 +453,21 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
 
 def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor, further: Further) -> Tensor:
     """Return what a module computes with another W."""
+    if "forward" not in owner.__dict__:
+        # Other threads may be in a forward pass of this module: leave it as it is.
+        twin = object.__new__(type(owner))
+        twin.__dict__.update(owner.__dict__, _parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
+        owner = twin
     with standing_in(owner, name, W):
-        return owner.forward(x, *further[0], **further[1])  # type: ignore[no-any-return]
+        return _forward(owner, W, x, further)
+
+
+def _forward(owner: nn.Module, W: Tensor, x: Tensor, further: Further) -> Tensor:
+    """Return what a module whose weight is W computes, also for an x that autocast has made narrower."""
+    # Compiled graphs hold the casts of autocast, which is off when they run.
+    is_narrower = x.is_floating_point() and W.is_floating_point() and x.element_size() < W.element_size()
+    args, kwargs = further
+    return owner.forward(x.to(W.dtype) if is_narrower else x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def _first_parameter(module: nn.Module) -> str | None:

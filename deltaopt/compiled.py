@@ -14,6 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from deltaopt.tensors import outside_inference_mode
+
 
 class Correction(Protocol):
     """What is done to the output of a layer."""
@@ -29,45 +31,50 @@ _corrections: WeakValueDictionary[int, Correction] = WeakValueDictionary()
 _keys = count()
 
 
-def enroll(correction: Correction) -> int:
-    """Return the number by which a compiled graph finds the correction."""
+def enroll(correction: Correction) -> Tensor:
+    """Return the number by which a compiled graph finds the correction.
+
+    It is a tensor, so that a graph takes it as an input: layers of one kind have one graph, and a number would be part
+    of it.
+    """
     key = next(_keys)
     _corrections[key] = correction
-    return key
+    with outside_inference_mode():
+        return torch.tensor(key, device="cpu")
 
 
 # A CUDA graph would replay the numbers of its first run.
 @torch.library.custom_op("deltaopt::corrected", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def corrected(output: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+def corrected(output: Tensor, x: Tensor, key: Tensor, rows: list[int] | None) -> Tensor:
     """Call `Correction.corrected` of the correction with this key."""
-    result = _corrections[key].corrected(output, x, rows)
+    result = _corrections[int(key)].corrected(output, x, rows)
     return output.clone() if result is output else result
 
 
 @torch.library.custom_op("deltaopt::pulled_back", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _pulled_back(grad: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+def _pulled_back(grad: Tensor, x: Tensor, key: Tensor, rows: list[int] | None) -> Tensor:
     """Call `Correction.pulled_back` of the correction with this key."""
-    return _corrections[key].pulled_back(grad, x, rows)
+    return _corrections[int(key)].pulled_back(grad, x, rows)
 
 
 @corrected.register_fake
-def _(output: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+def _(output: Tensor, x: Tensor, key: Tensor, rows: list[int] | None) -> Tensor:
     return torch.empty_like(output)
 
 
 @_pulled_back.register_fake
-def _(grad: Tensor, x: Tensor, key: int, rows: list[int] | None) -> Tensor:
+def _(grad: Tensor, x: Tensor, key: Tensor, rows: list[int] | None) -> Tensor:
     return torch.empty_like(x)
 
 
 def _keep_input(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, x, ctx.key, ctx.rows = inputs
-    ctx.save_for_backward(x)
+    _, x, key, ctx.rows = inputs
+    ctx.save_for_backward(x, key)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    (x,) = ctx.saved_tensors
-    pulled = _pulled_back(grad, x, ctx.key, ctx.rows) if ctx.needs_input_grad[1] else None
+    x, key = ctx.saved_tensors
+    pulled = _pulled_back(grad, x, key, ctx.rows) if ctx.needs_input_grad[1] else None
     return grad, pulled, None, None
 
 

@@ -156,8 +156,9 @@ class CopiedMovement:
 
     def belongs_to(self, part: Tensor) -> bool:
         """Tell if W is what it was when it was copied."""
-        version = part._version, part.data_ptr(), part.dtype
-        if self._checked != version:
+        # A tensor of inference mode has no version, so that it is compared at each call.
+        version = None if part.is_inference() else (part._version, part.data_ptr(), part.dtype)
+        if version is None or self._checked != version:
             if self._fingerprint is None or Fingerprint(part).record() != self._fingerprint.record():
                 return False
             self._checked = version

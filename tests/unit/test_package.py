@@ -30,7 +30,7 @@ ORDER = [
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement"),
     *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "compiled"),
+    *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
     *("all_or_nothing", "plain", "pickled", "messages", "schedules"),
 ]
 

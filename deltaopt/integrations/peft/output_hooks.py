@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import partial
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import joined
 from deltaopt.movement import Movement, RunningMovement
 from deltaopt.rounding.blocks import add_product_
+
+_exchanging = RLock()
 
 
 class LayerHook(OutputHook):
@@ -148,7 +151,8 @@ class ParameterHook(LayerHook):
     def __init__(self, layer: lora.ParamWrapper, adapter: str, name: str, view: MatrixView, label: str) -> None:
         super().__init__(layer, adapter, name, view, label)
         self.problem = None
-        self._standing: list[Any] = []
+        # By module, as data parallel replicas have one hook: what stands in there, and the threads that are inside.
+        self._standing: dict[int, tuple[Any, set[int]]] = {}
 
     def put_on(self) -> None:
         """Put one hook before the layer and one after it, also where the forward pass raises.
@@ -172,29 +176,49 @@ class ParameterHook(LayerHook):
         """Let the base stand in for W before a forward pass, and W be back after it."""
         if output:
             if self._standing:
-                self._end()
+                self._end(module)
         elif self._shared or self.absence(module, kwargs):
             self._begin(module)
+        elif self._standing:
+            self._end(module)
 
     # Within a compiled graph the exchange of a parameter would be taken for a change of the model at each call.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module) -> None:
-        movement = self.movement
-        if movement is None or not movement.moved():
-            self._standing.append(None)
-            return
+        if torch.compiler.is_exporting():
+            self._moves_in_export()
         owner, name = self.holder(module)
-        with torch.no_grad():
-            base = self._base(module)
-            exchange = standing_in(owner, name, self._base_of(getattr(owner, name)) if base is None else base)
-        exchange.__enter__()
-        self._standing.append(exchange)
+        with _exchanging:
+            self._end(module)  # a signal that ended the last forward pass of this thread left it open
+            exchange, threads = self._standing.get(id(owner), (None, set()))
+            movement = self.movement
+            if exchange is None:
+                if movement is None or not movement.moved():
+                    return
+                with torch.no_grad():
+                    base = self._base(module)
+                    base = self._base_of(getattr(owner, name)) if base is None else base
+                exchange = standing_in(owner, name, base)
+                exchange.__enter__()
+            self._standing[id(owner)] = exchange, {*threads, get_ident()}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _end(self) -> None:
-        exchange = self._standing.pop()
-        if exchange is not None:
-            exchange.__exit__(None, None, None)
+    def _end(self, module: nn.Module) -> None:
+        """Let W be back, unless another thread is in a forward pass of the module."""
+        owner, _ = self.holder(module)
+        with _exchanging:
+            exchange, threads = self._standing.pop(id(owner), (None, set()))
+            threads = threads - {get_ident()}
+            if threads:
+                self._standing[id(owner)] = exchange, threads
+            elif exchange is not None:
+                exchange.__exit__(None, None, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, ParameterHook)
+        twin._standing = {}
+        return twin
 
 
 class Unloading:
