@@ -106,9 +106,11 @@ class OutputHook:
         movement: of W; None before an optimizer is built.
         problem: why the output cannot be computed from the displacement; None if it can.
         tied: True if W is used in another place too, which no hook on this module corrects.
+        in_weight: True if W holds the movement; else it is one that W is to be given for a while.
         own_arguments: names of arguments of a forward pass of the module that do not reach the forward pass with W.
     """
 
+    in_weight = True
     own_arguments: frozenset[str] = frozenset()
 
     def __init__(self, module: nn.Module, branch: object, view: MatrixView, label: str) -> None:
@@ -145,6 +147,11 @@ class OutputHook:
         # Before the hooks of others: what these add to the output is no movement of W, and they see the base's output.
         self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
         compiled.forget_graphs()
+
+    def take_off(self) -> None:
+        """Remove the hook from its module."""
+        for handle in self._handles:
+            handle.remove()
 
     def is_on(self) -> bool:
         """Tell if the hook is still where it was put."""
@@ -235,7 +242,7 @@ class OutputHook:
     def _others_have_moved(self, module: nn.Module) -> bool:
         """Tell if W has moved for another branch of the module too, which has a hook of its own."""
         hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, OutputHook) and hook is not self)
-        return any(hook.movement is not None and hook.movement.moved() for hook in hooks)
+        return any(hook.in_weight and hook.movement is not None and hook.movement.moved() for hook in hooks)
 
     def _terms(self, module: nn.Module) -> Sequence[Term]:
         """Return terms that add up to what W has moved by; empty if it has not."""
@@ -257,29 +264,34 @@ class OutputHook:
                 "it is. Use optimizer.base_weights(), or leave this layer out of target_modules"
             )
         owner, name = self.holder(module)
-        if not movement.belongs_to(self._view.part(getattr(owner, name))):
-            raise RuntimeError(
-                f"{self.label}: {NEEDS_THE_BASE}, and this W is a copy that was written since (averaged, loaded or "
-                "cast), so that its movement is not known: copy the model again, or take the original"
-            )
+        W = getattr(owner, name)
+        W = getattr(W, "stands_in_for", W)
+        if (problem := movement.problem(self._view.part(W))) is not None:
+            raise RuntimeError(f"{self.label}: {NEEDS_THE_BASE}, and {problem}")
         return movement
 
     # Copies.
+
+    def not_copied(self) -> dict[str, Any]:
+        """Return the attributes that belong to this very hook, as a copy has them."""
+        return {"_handles": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, movement=None)
         twin._key = compiled.enroll(twin)
-        twin.module, twin.branch, twin._handles = deepcopy(self.module, memo), deepcopy(self.branch, memo), []
+        twin.__dict__.update(self.not_copied())
+        twin.module, twin.branch = deepcopy(self.module, memo), deepcopy(self.branch, memo)
         if self.movement is not None:
-            twin._shared |= is_shared(self.movement, memo)
-            twin.movement = self.movement if twin._shared else self._copied_movement()
+            shared = is_shared(self.movement, memo)
+            twin._shared |= shared and self.in_weight
+            twin.movement = self.movement if shared else self._copied_movement()
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         movement = None if self.movement is None else self._copied_movement()
         moved = () if movement is None else movement.record()
-        state = {**self.__dict__, "movement": None, "_handles": [], "_view": tuple(self._view)}
+        state = {**self.__dict__, **self.not_copied(), "movement": None, "_view": tuple(self._view)}
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
         # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
         return IfInstalled(__name__, "unpickled", partial), (nullcontext().__exit__, kind, state, moved)
@@ -482,8 +494,10 @@ def standing_in(owner: nn.Module, name: str, W: Tensor) -> Iterator[None]:
     places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner.__dict__)
     place = next(slots for slots in places if name in slots)
     before = place[name]
-    stand_in = W.to(before.device)
-    place[name] = nn.Parameter(stand_in, requires_grad=False) if isinstance(before, nn.Parameter) else stand_in
+    stand_in: Any = W.detach().to(before.device)
+    stand_in = nn.Parameter(stand_in, requires_grad=False) if isinstance(before, nn.Parameter) else stand_in
+    stand_in.stands_in_for = getattr(before, "stands_in_for", before)
+    place[name] = stand_in
     try:
         yield
     finally:

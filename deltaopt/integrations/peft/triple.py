@@ -77,7 +77,8 @@ class PeftTriple(LoRATriple):
 
     def has_moved(self) -> bool:
         """Tell if W has moved for this adapter, or for one whose movement the layer does not leave out by itself."""
-        movements = {hook.branch: hook.movement for hook in hooks_on(self.layer) if hook.movement is not None}
+        hooks = [hook for hook in hooks_on(self.layer) if hook.in_weight and hook.movement is not None]
+        movements = {hook.adapter: hook.movement for hook in hooks if hook.movement is not None}
         if movements:
             return self.adapter in movements and movements[self.adapter].moved()
         return SaveGuard.watches(self.layer)
