@@ -135,7 +135,7 @@ class OutputHook:
         """Put the hook on its module."""
         # Before the hooks of others: what these add to the output is no movement of W, and they see the base's output.
         self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
-        compiled.forget_graphs()
+        compiled.renew_graphs(self.module)
 
     def is_on(self) -> bool:
         """Tell if the hook is still where it was put."""
