@@ -251,7 +251,7 @@ class OutputHook:
     def __reduce__(self) -> tuple[Any, ...]:
         movement = None if self.movement is None else self._copied_movement()
         moved = () if movement is None else ([tuple(t) for t in movement.terms()], movement.record())
-        state = {**self.__dict__, "movement": None, "_handles": [], "_view": tuple(self._view)}
+        state = {**self.__dict__, "movement": None, "_key": None, "_handles": [], "_view": tuple(self._view)}
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
         # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
         return IfInstalled(__name__, "unpickled", partial), (nullcontext().__exit__, kind, state, moved)
