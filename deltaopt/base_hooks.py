@@ -146,7 +146,7 @@ class OutputHook:
         """Put the hook on its module."""
         # Before the hooks of others: what these add to the output is no movement of W, and they see the base's output.
         self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
-        compiled.forget_graphs()
+        compiled.renew_graphs(self.module)
 
     def take_off(self) -> None:
         """Remove the hook from its module."""
@@ -291,7 +291,7 @@ class OutputHook:
     def __reduce__(self) -> tuple[Any, ...]:
         movement = None if self.movement is None else self._copied_movement()
         moved = () if movement is None else movement.record()
-        state = {**self.__dict__, **self.not_copied(), "movement": None, "_view": tuple(self._view)}
+        state = {**self.__dict__, **self.not_copied(), "movement": None, "_key": None, "_view": tuple(self._view)}
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
         # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
         return IfInstalled(__name__, "unpickled", partial), (nullcontext().__exit__, kind, state, moved)

@@ -1,4 +1,4 @@
-"""What `torch.compile` needs: a correction as one operation that it does not look into, and graphs without hooks gone.
+"""What `torch.compile` needs: a correction as one operation that it does not look into, and graphs of this model alone.
 
 A compiled graph keeps the numbers and the code that it saw when it was made. So what a hook adds to an output is an
 operation of its own, which looks the movement of W up whenever it runs; ranks, ratios and sums may change.
@@ -7,14 +7,13 @@ operation of its own, which looks the movement of W up whenever it runs; ranks, 
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from itertools import count
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
-
-from deltaopt.tensors import outside_inference_mode
+from torch import Tensor, nn
 
 
 class Correction(Protocol):
@@ -39,7 +38,7 @@ def enroll(correction: Correction) -> Tensor:
     """
     key = next(_keys)
     _corrections[key] = correction
-    with outside_inference_mode():
+    with torch.inference_mode(False):
         return torch.tensor(key, device="cpu")
 
 
@@ -81,10 +80,13 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 corrected.register_autograd(_backward, setup_context=_keep_input)
 
 
-def forget_graphs() -> None:
-    """Let everything be compiled again: graphs that were made before a hook was there do not call it.
+def renew_graphs(module: nn.Module) -> None:
+    """Let no graph run on this module that was made without its new hook: of itself before, or of one like it.
 
-    Torch checks attributes and tensors before it runs a graph, and not the hooks of modules.
+    Before torch runs a graph it checks the types of a module's dicts, and not whether there are hooks: so the type of
+    one is changed, which tells the module from those without a hook, whose graphs may be made at any time. The graphs
+    that were made before are dropped, as torch makes only a few of one piece of code.
     """
+    module._parameters = OrderedDict(module._parameters)
     if "torch._dynamo" in sys.modules:  # else nothing was compiled
         torch.compiler.reset()

@@ -48,6 +48,10 @@ class Block(nn.Module):
         return self.linear(x).tanh()
 
 
+def assert_differ(one: Tensor, other: Tensor) -> None:
+    assert (one - other).abs().max() > 1e-2
+
+
 def by_method(model: nn.Module, **options) -> nn.Module:
     model.compile(**options)
     return model
@@ -171,6 +175,33 @@ def test_models_with_the_same_code_have_their_own_corrections():
     compiled = {net: torch.compile(net, backend="eager", fullgraph=True) for net in (model, twin)}
     for net in (model, twin, model):
         assert_compiled_base(compiled[net], net, frozen, x)
+
+
+@pytest.mark.parametrize("parts", ["model", "layers"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "embedding", "experts_3_7x5_up"])
+def test_a_plain_model_with_the_same_code_is_told_apart(name, parts):
+    """Torch does not check for hooks before it runs a graph: those of the plain model would do for ours."""
+    model, x = two_adapters(name)
+    plain, frozen = copy.deepcopy(model).eval(), Frozen(model)
+    trained(model, x)
+    run = {}
+    for net in (plain, model):
+        if parts == "model":
+            run[net] = torch.compile(net, backend="eager")
+        else:
+            run[net] = net
+            for layer in lora_layers(net).values():
+                layer.compile(backend="eager")
+    with torch.no_grad():
+        for net in (plain, model, plain, model):
+            with net.disable_adapter():
+                torch.testing.assert_close(output(run[net], x), frozen.base(x), **EXACT)
+            net.set_adapter("other")
+            torch.testing.assert_close(output(run[net], x), frozen.with_adapter("other", x), **EXACT)
+            net.set_adapter("default")
+            (torch.testing.assert_close if net is plain else assert_differ)(
+                output(run[net], x), frozen.with_adapter("default", x)
+            )
 
 
 # Gradients.

@@ -169,7 +169,7 @@ class ParameterHook(LayerHook):
             self.module.register_forward_pre_hook(self, with_kwargs=True),
             self.module.register_forward_hook(self, with_kwargs=True, always_call=True, prepend=True),
         ]
-        compiled.forget_graphs()
+        compiled.renew_graphs(self.module)
 
     def is_on(self) -> bool:
         """Tell if both hooks are still where they were put."""
