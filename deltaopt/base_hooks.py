@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from deltaopt import compiled
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import Term, joined
-from deltaopt.movement import CopiedMovement, Movement, copied, is_shared
+from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, copied, is_shared
 from deltaopt.pickled import IfInstalled
 from deltaopt.rounding.blocks import full_precision
 
@@ -106,9 +106,11 @@ class OutputHook:
         movement: of W; None before an optimizer is built.
         problem: why the output cannot be computed from the displacement; None if it can.
         tied: True if W is used in another place too, which no hook on this module corrects.
+        in_weight: True if W holds the movement; else it is one that W is to be given for a while.
         own_arguments: names of arguments of a forward pass of the module that do not reach the forward pass with W.
     """
 
+    in_weight = True
     own_arguments: frozenset[str] = frozenset()
 
     def __init__(self, module: nn.Module, branch: object, view: MatrixView, label: str) -> None:
@@ -144,7 +146,12 @@ class OutputHook:
         """Put the hook on its module."""
         # Before the hooks of others: what these add to the output is no movement of W, and they see the base's output.
         self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
-        compiled.forget_graphs()
+        compiled.renew_graphs(self.module)
+
+    def take_off(self) -> None:
+        """Remove the hook from its module."""
+        for handle in self._handles:
+            handle.remove()
 
     def is_on(self) -> bool:
         """Tell if the hook is still where it was put."""
@@ -153,15 +160,24 @@ class OutputHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Correct the output of a forward pass; torch calls this after it."""
         absence = self._shared or self.absence(module, kwargs)
-        if absence is False:
+        if absence is False or (torch.compiler.is_exporting() and not self._moves_in_export()):
             return None
         x, further = self._split(args, kwargs)
         rows = absence if isinstance(absence, list) else None
-        if any(further):
-            return self._uncompiled(module, output, x, rows, further)
-        if torch.compiler.is_compiling():
-            return compiled.corrected(output, x, self._key, rows)
-        return self._corrected(module, output, x, rows)
+        if not torch.compiler.is_compiling():
+            return self._corrected(module, output, x, rows, further)
+        if any(further):  # the operation has no place for them
+            return torch.compiler.disable(self._corrected)(module, output, x, rows, further)
+        return compiled.corrected(output, x, self._key, rows)
+
+    def _moves_in_export(self) -> bool:
+        """Refuse to leave out a movement in an exported program; return False if there is none."""
+        if self.movement is None or not self.movement.moved():
+            return False
+        raise RuntimeError(
+            f"{self.label}: {NEEDS_THE_BASE}, which an exported program would look up in a process that does not have "
+            "it: export and save within optimizer.base_weights(), or export the model that unload() returns"
+        )
 
     def corrected(self, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
         """Return the output without the movement of W, in these rows; None for all rows."""
@@ -171,11 +187,15 @@ class OutputHook:
         """Return the gradient that x gets by what `corrected` adds to the output."""
         pulled = torch.zeros_like(x)
         chosen = slice(None) if rows is None else rows
-        with torch.enable_grad():
-            part = x[chosen].detach().requires_grad_()
-            change = self._change(self.module, part)
-            if change is not None:
-                (pulled[chosen],) = torch.autograd.grad(change, part, grad[chosen].to(change.dtype))
+        grad = grad[chosen]
+
+        def change(part: Tensor) -> Tensor:
+            found = self._change(self.module, part)
+            return torch.zeros_like(grad) if found is None else found.to(grad.dtype)
+
+        # Within an operation of a compiled graph `torch.autograd` is switched off, and transforms are not.
+        pull = torch.func.vjp(change, x[chosen])[1]
+        (pulled[chosen],) = pull(grad)
         return pulled
 
     def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Further]:
@@ -186,13 +206,6 @@ class OutputHook:
         first = self._first if self._first in named else next(n for n, v in named.items() if isinstance(v, Tensor))
         return named.pop(first), ((), named)
 
-    # The operation that compiled graphs call has no place for further arguments.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _uncompiled(
-        self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further
-    ) -> Tensor:
-        return self._corrected(module, output, x, rows, further)
-
     def _corrected(
         self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further = ((), {})
     ) -> Tensor:
@@ -202,7 +215,7 @@ class OutputHook:
             return output if change is None else output.index_copy(0, *_rows(output, rows, change))
         base = self._base(module)
         if base is not None and self.adds_nothing(module):
-            return _forward_with(*self.holder(module), base, x, further)
+            return _forward_with(*self.holder(module), base, x, further).to(output.dtype)
         change = self._change(module, x, further)
         return output if change is None else _sum(output, change)
 
@@ -211,8 +224,7 @@ class OutputHook:
         owner, name = self.holder(module)
         base = self._base(module)
         if base is not None:
-            change: Tensor = _forward_with(owner, name, base, x, further) - owner.forward(x, *further[0], **further[1])
-            return change
+            return _forward_with(owner, name, base, x, further) - _forward(owner, getattr(owner, name), x, further)
         terms = self._terms(module)
         if not terms:
             return None
@@ -221,10 +233,16 @@ class OutputHook:
         return -product_on(owner, getattr(owner, name), x, terms, self._view)
 
     def _base(self, module: nn.Module) -> Tensor | None:
-        """Return the copy of the base, if W has moved and it is a copy of all of W."""
-        if self._movement_of(module) is None or self.movement is None or not self._view.moves_all:
+        """Return the copy of the base, if W has moved; of all of W, and nobody else has moved it since."""
+        movement = self._movement_of(module)
+        if movement is None or not self._view.moves_all or self._others_have_moved(module):
             return None
-        return self.movement.base()
+        return movement.base()
+
+    def _others_have_moved(self, module: nn.Module) -> bool:
+        """Tell if W has moved for another branch of the module too, which has a hook of its own."""
+        hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, OutputHook) and hook is not self)
+        return any(hook.in_weight and hook.movement is not None and hook.movement.moved() for hook in hooks)
 
     def _terms(self, module: nn.Module) -> Sequence[Term]:
         """Return terms that add up to what W has moved by; empty if it has not."""
@@ -246,29 +264,34 @@ class OutputHook:
                 "it is. Use optimizer.base_weights(), or leave this layer out of target_modules"
             )
         owner, name = self.holder(module)
-        if not movement.belongs_to(self._view.part(getattr(owner, name))):
-            raise RuntimeError(
-                f"{self.label}: {NEEDS_THE_BASE}, and this W is a copy that was written since (averaged, loaded or "
-                "cast), so that its movement is not known: copy the model again, or take the original"
-            )
+        W = getattr(owner, name)
+        W = getattr(W, "stands_in_for", W)
+        if (problem := movement.problem(self._view.part(W))) is not None:
+            raise RuntimeError(f"{self.label}: {NEEDS_THE_BASE}, and {problem}")
         return movement
 
     # Copies.
+
+    def not_copied(self) -> dict[str, Any]:
+        """Return the attributes that belong to this very hook, as a copy has them."""
+        return {"_handles": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, movement=None)
         twin._key = compiled.enroll(twin)
-        twin.module, twin.branch, twin._handles = deepcopy(self.module, memo), deepcopy(self.branch, memo), []
+        twin.__dict__.update(self.not_copied())
+        twin.module, twin.branch = deepcopy(self.module, memo), deepcopy(self.branch, memo)
         if self.movement is not None:
-            twin._shared |= is_shared(self.movement, memo)
-            twin.movement = self.movement if twin._shared else self._copied_movement()
+            shared = is_shared(self.movement, memo)
+            twin._shared |= shared and self.in_weight
+            twin.movement = self.movement if shared else self._copied_movement()
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         movement = None if self.movement is None else self._copied_movement()
-        moved = () if movement is None else ([tuple(t) for t in movement.terms()], movement.record())
-        state = {**self.__dict__, "movement": None, "_handles": [], "_view": tuple(self._view)}
+        moved = () if movement is None else movement.record()
+        state = {**self.__dict__, **self.not_copied(), "movement": None, "_key": None, "_view": tuple(self._view)}
         kind = f"{type(self).__module__}:{type(self).__qualname__}"
         # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
         return IfInstalled(__name__, "unpickled", partial), (nullcontext().__exit__, kind, state, moved)
@@ -316,6 +339,38 @@ class ModuleHook(OutputHook):
         return twin
 
 
+class SharerHook(OutputHook):
+    """The hook of a module of another model that has the same W, and no part in moving it.
+
+    Args:
+        owner: the module.
+        name: of W there.
+        first: the hook on the layer whose branch moves W.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, first: OutputHook) -> None:
+        super().__init__(owner, first, first._view, f"a {type(owner).__name__} that shares the W of {first.label}")
+        self.problem = output_problem(owner, first._view)
+        self.movement = FollowedMovement(first)
+        self._name = name
+
+    def absence(self, module: nn.Module, arguments: Mapping[str, Any]) -> Absence:
+        """Return True: the branch is in another model."""
+        return True
+
+    def holder(self, module: nn.Module) -> tuple[nn.Module, str]:
+        """Return the module itself."""
+        return module, self._name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutputHook:
+        memo.setdefault(id(self.branch), self.branch)  # of the other model, which is not to be copied with this one
+        return super().__deepcopy__(memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind, (instead, name, state, moved) = super().__reduce__()
+        return kind, (instead, name, {**state, "branch": None}, moved)
+
+
 def unpickled(instead: object, kind: str, state: dict[str, Any], moved: tuple[Any, ...]) -> OutputHook:
     """Return the hook of a module that is unpickled.
 
@@ -323,7 +378,7 @@ def unpickled(instead: object, kind: str, state: dict[str, Any], moved: tuple[An
         instead: what takes its place where this package is not installed.
         kind: module and name of its class.
         state: its attributes.
-        moved: the terms of its movement, and the record of W's fingerprint; empty if it has none.
+        moved: the record of its movement; empty if it has none.
     """
     module, _, name = kind.partition(":")
     cls = getattr(importlib.import_module(module), name)
@@ -410,8 +465,21 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
 
 def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor, further: Further) -> Tensor:
     """Return what a module computes with another W."""
+    if "forward" not in owner.__dict__:
+        # Other threads may be in a forward pass of this module: leave it as it is.
+        twin = object.__new__(type(owner))
+        twin.__dict__.update(owner.__dict__, _parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
+        owner = twin
     with standing_in(owner, name, W):
-        return owner.forward(x, *further[0], **further[1])  # type: ignore[no-any-return]
+        return _forward(owner, W, x, further)
+
+
+def _forward(owner: nn.Module, W: Tensor, x: Tensor, further: Further) -> Tensor:
+    """Return what a module whose weight is W computes, also for an x that autocast has made narrower."""
+    # Compiled graphs hold the casts of autocast, which is off when they run.
+    is_narrower = x.is_floating_point() and W.is_floating_point() and x.element_size() < W.element_size()
+    args, kwargs = further
+    return owner.forward(x.to(W.dtype) if is_narrower else x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def _first_parameter(module: nn.Module) -> str | None:
@@ -426,8 +494,10 @@ def standing_in(owner: nn.Module, name: str, W: Tensor) -> Iterator[None]:
     places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner.__dict__)
     place = next(slots for slots in places if name in slots)
     before = place[name]
-    stand_in = W.to(before.device)
-    place[name] = nn.Parameter(stand_in, requires_grad=False) if isinstance(before, nn.Parameter) else stand_in
+    stand_in: Any = W.detach().to(before.device)
+    stand_in = nn.Parameter(stand_in, requires_grad=False) if isinstance(before, nn.Parameter) else stand_in
+    stand_in.stands_in_for = getattr(before, "stands_in_for", before)
+    place[name] = stand_in
     try:
         yield
     finally:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from deltaopt.base_hooks import WAYS_OUT
 from deltaopt.claims import Use
 from deltaopt.groups import ParamsInput
-from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems
+from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
 from deltaopt.tensors import overlapping_pairs, same_view
@@ -216,7 +215,7 @@ def check_output_hooks(weights: Iterable[WeightState]) -> None:
         )
 
 
-def warn_of_outputs(weights: Iterable[WeightState], stacklevel: int) -> None:
+def warn_of_outputs(weights: Iterable[WeightState]) -> None:
     """Warn of layers whose output is not the base's by itself where their branch takes no part."""
     found = [
         Problem(weight.label, problem)
@@ -225,12 +224,22 @@ def warn_of_outputs(weights: Iterable[WeightState], stacklevel: int) -> None:
     ]
     if found:
         lines = "\n  ".join(problem_lines(found))
-        warnings.warn(
+        warn_user(
             "once their W has moved, the forward pass of these layers raises an error wherever the adapter takes no "
             f"part (disabled, or another one is active), as the base's output cannot be computed there. {WAYS_OUT}:"
-            f"\n  {lines}",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            f"\n  {lines}"
+        )
+
+
+def warn_of_moved(weights: Iterable[WeightState]) -> None:
+    """Warn of weights that an earlier optimizer has moved, which are the base of the one that is built now."""
+    moved = [weight.label for weight in weights if weight.rebased]
+    if moved:
+        warn_user(
+            f"the weights of {layers(moved)} were moved by an earlier optimizer. As they are now they are the base of "
+            "this one: disable_adapter(), base_weights() and exported adapters count from here. To count from what "
+            "they were before, load the state of the earlier optimizer with load_state_dict(), or go on with that "
+            "optimizer; to begin anew, load the model again"
         )
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+PACKAGE = str(Path(__file__).parent)
 
 NAMED = 8
 """Layers that one sentence names; it counts the others."""
@@ -55,3 +60,11 @@ def layers(labels: Sequence[str], opening: str = " (") -> str:
 def names(labels: Sequence[str]) -> str:
     """Return the labels in a row; of many, the first ones and three dots."""
     return ", ".join(labels[:NAMED]) + ", ..." * (len(labels) > NAMED)
+
+
+def warn_user(text: str) -> None:
+    """Warn at the line of the user's program that called this package."""
+    frame, stacklevel = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame, stacklevel = frame.f_back, stacklevel + 1
+    warnings.warn(text, UserWarning, stacklevel=stacklevel)

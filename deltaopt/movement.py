@@ -13,6 +13,7 @@ from deltaopt.lowrank import Term
 from deltaopt.tensors import outside_inference_mode
 
 if TYPE_CHECKING:
+    from deltaopt.base_hooks import OutputHook
     from deltaopt.weight import WeightState
 
 
@@ -32,8 +33,8 @@ class Movement(Protocol):
     def base(self) -> Tensor | None:
         """Return a copy of the part of W that moves, from before its first move; None if none is kept."""
 
-    def belongs_to(self, part: Tensor) -> bool:
-        """Tell if it is the movement of this W, given as the part that moves; that of a copy may have been written."""
+    def problem(self, part: Tensor) -> str | None:
+        """Say why it is not the movement of this W, given as the part that moves; None if it is."""
 
     def weight(self) -> Tensor | None:
         """Return W as it is stored now; None in a copy, which does not know it."""
@@ -56,7 +57,7 @@ class RunningMovement:
     def moved(self) -> bool:
         """Tell if W was written since its base, and no `base_weights` has brought that back for a while."""
         claim = self.state.claim
-        return self.state.base is not None and (claim is None or not claim.owner.at_base)
+        return self.state.is_off_base and (claim is None or not claim.owner.at_base)
 
     @torch.no_grad()
     def terms(self) -> Sequence[Term]:
@@ -76,13 +77,91 @@ class RunningMovement:
         base = self.state.base
         return None if base is None or not self.state.copies_base else self.state.base_copy(base)
 
-    def belongs_to(self, part: Tensor) -> bool:
-        """Return True: whoever writes W in the place of the optimizer says so by `rebase` or by loading a state."""
-        return True
+    def problem(self, part: Tensor) -> None:
+        """Return None: whoever writes W in the place of the optimizer says so by `rebase` or by loading a state."""
 
     def weight(self) -> Tensor:
         """Return W as it is stored now."""
         return self.state.triple.W
+
+
+class FollowedMovement:
+    """The movement that another hook knows, for other modules with the same W.
+
+    Args:
+        hook: whose `movement` it is, now and later.
+    """
+
+    def __init__(self, hook: OutputHook) -> None:
+        self._hook = hook
+
+    def moved(self) -> bool:
+        """Tell if W is another one than its base now."""
+        return self._hook.movement is not None and self._hook.movement.moved()
+
+    def terms(self) -> Sequence[Term]:
+        """Return the terms that the other hook knows."""
+        return () if self._hook.movement is None else self._hook.movement.terms()
+
+    def base(self) -> Tensor | None:
+        """Return the copy of the base that the other hook knows."""
+        return None if self._hook.movement is None else self._hook.movement.base()
+
+    def problem(self, part: Tensor) -> str | None:
+        """Say why it is not the movement of this W."""
+        return None if self._hook.movement is None else self._hook.movement.problem(part)
+
+    def weight(self) -> Tensor | None:
+        """Return W as it is stored now."""
+        return None if self._hook.movement is None else self._hook.movement.weight()
+
+
+class LentMovement:
+    """The movement that W had when an adapter was copied: it belongs to the copy, next to the base.
+
+    Args:
+        hook: of the adapter that W moves for; W has not moved since the copy was made.
+    """
+
+    def __init__(self, hook: OutputHook) -> None:
+        assert hook.movement is not None
+        self._hook = hook
+        # W does not hold it in addition to what the adapter has moved it by, so that subtracting has to add it.
+        self._terms = [term.cloned()._replace(coef=-term.coef) for term in hook.movement.terms()]
+        self._base = _base_record(hook.movement)
+
+    def moved(self) -> bool:
+        """Tell if there is any."""
+        return bool(self._terms)
+
+    def terms(self) -> Sequence[Term]:
+        """Return minus the movement at the time of the copy."""
+        return self._terms
+
+    def base(self) -> None:
+        """Return None: there is no copy of W as it was at that time."""
+
+    def problem(self, part: Tensor) -> str | None:
+        """Say that W has got another base since, from which the movement would count."""
+        movement = self._hook.movement
+        if movement is None or _base_record(movement) != self._base:
+            return (
+                "it was copied from the adapter that trains, with the movement that W had then, and W has got another "
+                "base since (rebase(), or another optimizer was built): copy the adapter again"
+            )
+        return None
+
+    def weight(self) -> Tensor | None:
+        """Return W as it is stored now."""
+        return None if self._hook.movement is None else self._hook.movement.weight()
+
+
+def _base_record(movement: Movement) -> object:
+    """Return a value that is another one where W has got another base."""
+    if isinstance(movement, RunningMovement):
+        base = movement.state.base
+        return id(movement.state), None if base is None else base.record()
+    return id(movement)
 
 
 class CopiedMovement:
@@ -91,16 +170,18 @@ class CopiedMovement:
     Args:
         terms: that add up to it.
         fingerprint: of the part of W that moves.
+        known: False if the original did not know its movement any more.
     """
 
-    def __init__(self, terms: Sequence[Term], fingerprint: Fingerprint | None) -> None:
+    def __init__(self, terms: Sequence[Term], fingerprint: Fingerprint | None, known: bool = True) -> None:
         self._terms = [term.cloned() for term in terms]
-        self.fingerprint = fingerprint
+        self._fingerprint = fingerprint
+        self._known = known
         self._checked: tuple[object, ...] | None = None
 
     def moved(self) -> bool:
-        """Tell if there is any."""
-        return bool(self._terms)
+        """Tell if there is any, or may be."""
+        return bool(self._terms) or not self._known
 
     def terms(self) -> Sequence[Term]:
         """Return the terms as they were when the copy was made."""
@@ -109,23 +190,29 @@ class CopiedMovement:
     def base(self) -> None:
         """Return None: a copy of the base is not copied."""
 
-    def record(self) -> dict[str, Any] | None:
-        """Return W's fingerprint as plain data."""
-        return None if self.fingerprint is None else self.fingerprint.record()
+    def record(self) -> tuple[Any, ...]:
+        """Return it as plain data, to be pickled."""
+        terms = [tuple(term) for term in self._terms]
+        return terms, None if self._fingerprint is None else self._fingerprint.record(), self._known
 
     @classmethod
-    def of_record(cls, terms: Sequence[Sequence[Any]], record: dict[str, Any] | None) -> CopiedMovement:
+    def of_record(cls, terms: Sequence[Sequence[Any]], record: dict[str, Any] | None, known: bool) -> CopiedMovement:
         """Return the movement that was pickled as plain data."""
-        return cls([Term(*term) for term in terms], None if record is None else Fingerprint.of_record(record))
+        fingerprint = None if record is None else Fingerprint.of_record(record)
+        return cls([Term(*term) for term in terms], fingerprint, known)
 
-    def belongs_to(self, part: Tensor) -> bool:
-        """Tell if W is what it was when it was copied."""
-        version = part._version, part.data_ptr(), part.dtype
-        if self._checked != version:
-            if self.fingerprint is None or Fingerprint(part).record() != self.fingerprint.record():
-                return False
+    def problem(self, part: Tensor) -> str | None:
+        """Say that W is not what it was when it was copied."""
+        # A tensor of inference mode has no version, so that it is compared at each call.
+        version = None if part.is_inference() else (part._version, part.data_ptr(), part.dtype)
+        if version is None or self._checked != version:
+            if self._fingerprint is None or Fingerprint(part).record() != self._fingerprint.record():
+                return (
+                    "this W is a copy that was written since (averaged, loaded or cast), so that its movement is not "
+                    "known: copy the model again, or take the original"
+                )
             self._checked = version
-        return True
+        return None
 
     def weight(self) -> None:
         """Return None."""
@@ -135,7 +222,10 @@ def copied(movement: Movement, part: Tensor) -> CopiedMovement:
     """Return the movement as it is now, for a copy of the layer and of the part of W that moves."""
     if not movement.moved():
         return CopiedMovement((), None)
-    return CopiedMovement(movement.terms(), Fingerprint(part))
+    try:
+        return CopiedMovement(movement.terms(), Fingerprint(part))
+    except RuntimeError:  # not known any more, which is no reason not to copy a model
+        return CopiedMovement((), None, known=False)
 
 
 def is_shared(movement: Movement, memo: dict[int, Any]) -> bool:

@@ -39,6 +39,7 @@ from deltaopt.checks import (
     check_output_hooks,
     check_training,
     check_weights,
+    warn_of_moved,
     warn_of_outputs,
 )
 from deltaopt.claims import Claim, Claimant, Use
@@ -199,7 +200,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._become(inner, groups, weights, rounds, rule, step_count=0)
         self._seen = True
         warn_of_folded([weight.triple for weight in weights], stacklevel=2)
-        self._warn_of_outputs(weights, stacklevel=2)
+        self._warn_of_bases(weights)
         self._take(weights)
 
     @classmethod
@@ -372,10 +373,11 @@ class DeltaLoRAOptimizer(Optimizer):
     def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
         """Give back the base for a while: within it every W is what it was before its first move.
 
-        On leaving, every W has the bits it has now. It serves as the reference model of DPO or GRPO, or to evaluate the
-        base; with PEFT use it together with ``model.disable_adapter()``, which leaves out the branch. (A folded branch
-        adds scaling * A @ B within it, as next to a W that moves.) The bits of W come from the first of these that is
-        available:
+        On leaving, every W has the bits it has now. It is for whatever reads W itself, and for layers whose output does
+        not become the base's when their branch is off (docs/reference-models.md): those of PEFT do so by themselves,
+        and other triples with `is_active`. With PEFT use it together with ``model.disable_adapter()``, which leaves
+        out the branch. (A folded branch adds scaling * A @ B within it, as next to a W that moves.) The bits of W come
+        from the first of these that is available:
 
         1. `source`: exact;
         2. the copy of `keep_base`: exact;
@@ -592,9 +594,9 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._take(added)
 
         warn_of_folded([weight.triple for weight in added], stacklevel=3)
-        self._warn_of_outputs(added, stacklevel=3)
         for weight in added:
             weight.register()
+        self._warn_of_bases(added)
         with self._events.begin("add_param_group()", finish):
             note_result(held, partial(self._inner.add_param_group, inner_groups(groups, options, ())[0]))
 
@@ -760,9 +762,10 @@ class DeltaLoRAOptimizer(Optimizer):
         self._hold(weights)
         self._rule.attach(weights)
 
-    def _warn_of_outputs(self, weights: Sequence[WeightState], stacklevel: int) -> None:
+    def _warn_of_bases(self, weights: Sequence[WeightState]) -> None:
         if self._rule.moves_weights:
-            warn_of_outputs(weights, stacklevel + 1)
+            warn_of_outputs(weights)
+        warn_of_moved(weights)
 
     def _hold(self, weights: Sequence[WeightState]) -> None:
         """Claim each W for this optimizer, whoever held it before, and let its layer leave out what it counts."""

@@ -14,7 +14,7 @@ from deltaopt.ledger import Ledger, combined
 from deltaopt.lowrank import LowRank, Term, joined
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import gathered
-from deltaopt.tensors import offload_problems, tensor_problems
+from deltaopt.tensors import is_plain, offload_problems, tensor_problems
 from deltaopt.triple import LoRATriple, Tensors
 
 
@@ -59,6 +59,8 @@ class WeightState:
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
         self._tensors: Tensors | None = None
         self._checked: tuple[object, ...] | None = None
+        self._left: tuple[int, int] | None = None  # the version of W after the last event that moved or read it
+        self._back = False  # W was its base again when `_left` was noted
 
     def register(self) -> None:
         """Record the state of W at registration: moved before, reduced by a start of A and B; copy it if asked."""
@@ -77,6 +79,8 @@ class WeightState:
 
     def resolve(self) -> bool:
         """Look W, A and B up for an event; return True if one of them is not what was checked last."""
+        if self.base is not None:
+            _ = self.is_off_base  # before the event writes W
         self._tensors = self.triple.tensors()
         return self._tensors.signature() != self._checked
 
@@ -85,7 +89,9 @@ class WeightState:
         self._checked = self.tensors.signature()
 
     def forget(self) -> None:
-        """Let go of the tensors after an event, so that a replaced W is freed."""
+        """Let go of the tensors after an event, so that a replaced W is freed; note how it has left W."""
+        if self._tensors is not None and self.base is not None and (version := _version(self._tensors.W)) != self._left:
+            self._left, self._back = version, False
         self._tensors = None
 
     @property
@@ -179,6 +185,17 @@ class WeightState:
         """True if W was asked to move, as far as the host knows."""
         return self.base is not None
 
+    @property
+    def is_off_base(self) -> bool:
+        """True if W has moved, and nobody has loaded its base into it since."""
+        if self.base is None:
+            return False
+        W = self.triple.W
+        if is_plain(W) and not W.is_meta and (version := _version(W)) != self._left:
+            self._left = version
+            self._back = Fingerprint(self.triple.view.part(W.detach())).record() == self.base.record()
+        return not self._back
+
     def fingerprint(self) -> Fingerprint:
         """Take the fingerprint of the part of W that moves."""
         return Fingerprint(self.part())
@@ -269,4 +286,9 @@ class WeightState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
-        return {**self.__dict__, "_tensors": None, "_checked": None, "claim": None}
+        return {**self.__dict__, "_tensors": None, "_checked": None, "_left": None, "claim": None}
+
+
+def _version(W: Tensor) -> tuple[int, int]:
+    """Return a value that changes when W is written or replaced."""
+    return W._version, W.data_ptr()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.sharers import keep_base_of_sharers
 from deltaopt.tensors import is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple
 
@@ -60,6 +61,7 @@ def find_triples(
         _refuse_tied(model, triples)
     for triple, _ in tied_places(model, triples):
         triple.tie()
+    keep_base_of_sharers(model, triples)
     return triples
 
 

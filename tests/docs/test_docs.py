@@ -1,6 +1,10 @@
 """The code of the how-to pages runs as it is printed, top to bottom, without a warning."""
 
+import os
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from deltaopt import DeltaLoRAOptimizer
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["folded", "sixteen-bits", "resume", "base-weights", "export", "restart"]
+PAGES = ["folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart"]
+SCRIPTS = {"reference-models": ["dpo.py"]}
+"""Blocks that have a title are files, which run by themselves."""
 
 
 def load_base():
@@ -60,9 +66,26 @@ def test_the_code_of_a_page(page, tmp_path):
     assert names["optimizer"].step_count > 0
 
 
+@pytest.mark.skipif(find_spec("trl") is None, reason="runs where trl is installed")
+@pytest.mark.parametrize(("page", "title"), [(page, title) for page, titles in SCRIPTS.items() for title in titles])
+def test_a_script_runs_by_itself(page, title, tmp_path):
+    """In a folder and a process of its own, without a network. Warnings that the script causes are errors."""
+    (tmp_path / title).write_text(scripts_of(page)[title], "utf8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(DOCS.parent)}
+    command = [sys.executable, "-W", "error:::__main__", title]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def scripts_of(page):
+    text = (DOCS / f"{page}.md").read_text("utf8")
+    return dict(re.findall(r'```python title="([^"]+)"\n(.*?)```', text, re.DOTALL))
+
+
 def test_every_page_is_named_and_linked():
-    """Every page is run here, and the README links to it."""
+    """Every page and every script is run here, and the README links to the pages."""
     pages = {path.stem for path in DOCS.glob("*.md")}
+    assert {page: [*scripts_of(page)] for page in pages if scripts_of(page)} == SCRIPTS
     assert pages == {*PAGES, "method", "architecture"}
     readme = (DOCS.parent / "README.md").read_text("utf8")
     assert all(f"docs/{page}.md" in readme for page in pages)

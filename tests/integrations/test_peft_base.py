@@ -24,7 +24,9 @@ from tests.support.peft_runs import peft_asks_by_an_old_name
 from tests.support.strategies import each_rule
 
 # isort: split
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from deltaopt.integrations.peft import save_adapter
 
 pytestmark = peft_asks_by_an_old_name
 
@@ -123,8 +125,6 @@ def test_each_row_of_a_batch_has_its_own_base(name, rule):
 @pytest.mark.parametrize("name", KINDS)
 def test_both_adapters_together_have_the_movement(name, rule):
     """The adapter takes part, whoever else does."""
-    if name in NO_MIXED_BATCHES and rule == "folded":
-        pytest.skip("ends when PEFT's ParamWrapper adds several adapters in one forward pass as it merges them")
     model, x = two_adapters(name)
     trained(model, x, rule)
     plain = copy.deepcopy(model)
@@ -335,3 +335,228 @@ def test_a_copy_whose_weights_were_written_since_is_refused():
     average.update_parameters(model)
     with torch.no_grad(), average.module.disable_adapter(), pytest.raises(RuntimeError, match="was written since"):
         average(x)
+
+
+def test_a_copy_is_made_though_the_movement_is_not_known():
+    """As after a state of an earlier version that had lost it; the base's output is refused then, in the copy too."""
+    model, x = two_adapters()
+    optimizer = trained(model, x)
+    for account in optimizer.accounts():
+        account.ledger.lost = "the displacement is not known any more"
+    for net, match in (
+        (model, "base_model.model.0: the displacement is not known"),
+        (copy.deepcopy(model), "this W is a copy that was written since"),
+        (pickle.loads(pickle.dumps(model)), "this W is a copy that was written since"),
+    ):
+        output(net, x)
+        with net.disable_adapter(), pytest.raises(RuntimeError, match=match):
+            output(net, x)
+
+
+# Several adapters, several optimizers, and weights that somebody loads.
+
+
+def trained_as(model, adapter, x, rule="in_place", **options):
+    """Train one of the adapters alone; return its optimizer."""
+    model.set_adapter(adapter)
+    options = {"lr": 2e-2, "update_ratio": RATIO, "weight_update": rule, "adapter": adapter, **options}
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, **options)
+    train_model(model, optimizer, x, steps=3)
+    model.eval()
+    return optimizer
+
+
+@pytest.mark.parametrize("keep_base", [None, "cpu"])
+@each_rule
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d", "experts_3_7x5_up_down"])
+def test_two_adapters_that_train_in_turn_move_w_for_themselves_alone(name, rule, keep_base, tmp_path):
+    """Each trains next to the base; its adapter is right there; the first optimizer is refused once W has moved on."""
+    model, x = two_adapters(name)
+    plain, alone = copy.deepcopy(model), {}
+    for adapter in ("default", "other"):  # on a model of its own
+        single = copy.deepcopy(plain)
+        trained_as(single, adapter, x, rule)
+        with torch.no_grad():
+            alone[adapter] = output(single, x)
+    first = trained_as(model, "default", x, rule, keep_base=keep_base)
+    second = trained_as(model, "other", x, rule, keep_base=keep_base)
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, x), alone["other"], **EXACT)
+        model.set_adapter("default")
+        torch.testing.assert_close(output(model, x), alone["default"], **EXACT)
+        with model.disable_adapter():
+            torch.testing.assert_close(output(model, x), Frozen(plain).base(x), **EXACT)
+        model.set_adapter("other")
+        save_adapter(model, second, tmp_path, adapter="other")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain).unload(), tmp_path)
+        torch.testing.assert_close(output(loaded.eval(), x), alone["other"], **EXACT)
+    if rule == "in_place":
+        model.set_adapter("default")
+        with pytest.raises(RuntimeError, match="another optimizer was built on the W"):
+            train_model(model, first, x, steps=1)
+        with pytest.raises(RuntimeError, match="another optimizer was built on the W"):
+            save_adapter(model, first, tmp_path / "first", adapter="default")
+
+
+@pytest.mark.filterwarnings("ignore:an earlier optimizer has folded its update_ratio:UserWarning")
+@each_rule
+def test_a_second_optimizer_of_the_adapter_takes_w_as_its_base_and_says_so(rule):
+    model, x = two_adapters()
+    trained(model, x, rule)
+    moved = copy.deepcopy(model)
+    for layer in lora_layers(moved).values():
+        layer._forward_hooks.clear()  # its W as it is stored
+    with pytest.warns(UserWarning, match="were moved by an earlier optimizer"):
+        second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
+    with torch.no_grad(), model.disable_adapter(), moved.disable_adapter():
+        torch.testing.assert_close(output(model, x), output(moved, x), **EXACT)
+    train_model(model, second, x, steps=2)
+    model.eval()
+    with torch.no_grad(), model.disable_adapter(), moved.disable_adapter():
+        torch.testing.assert_close(output(model, x), output(moved, x), **EXACT)
+
+
+@each_rule
+def test_weights_that_are_loaded_again_are_the_base(rule):
+    """Begin anew with the model's first state: nothing is subtracted, and nobody is told that it has moved."""
+    model, x = two_adapters()
+    state, frozen = copy.deepcopy(model.state_dict()), Frozen(model)
+    trained(model, x, rule)
+    for assign in (False, True):
+        model.load_state_dict(copy.deepcopy(state), assign=assign)
+        model.requires_grad_(False)
+        model.set_adapter("default")
+        with torch.no_grad(), model.disable_adapter():
+            torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+        if rule == "in_place":
+            trained(model, x, rule)  # a warning would be an error
+            assert_base_by_itself(model, frozen, x)
+
+
+def added_copy(model):
+    """Add a frozen copy of the adapter as TRL's trainers do."""
+    model.add_adapter("ref", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ref" in name:
+                parameter.copy_(model.get_parameter(name.replace(".ref", ".default")))
+    return model
+
+
+def test_a_copy_of_the_adapter_from_before_the_first_move_is_the_model_of_that_time():
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
+    train_model(added_copy(model), optimizer, x)
+    model.eval()
+    model.set_adapter("ref")
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, x), frozen.with_adapter("default", x), **EXACT)
+
+
+@each_rule
+@pytest.mark.parametrize("name", ["linear", "embedding", "conv2d", "experts_3_7x5_up_down"])
+def test_a_copy_of_the_adapter_has_the_movement_that_w_had_then(name, rule):
+    """A trainer copies it for a reference model after an earlier stage has moved W: it is the model that was copied."""
+    model, x = two_adapters(name)
+    frozen = Frozen(model)
+    optimizer = trained(model, x, rule)
+    with torch.no_grad():
+        policy = output(model, x)
+        added_copy(model).set_adapter("ref")
+        for _ in range(2):
+            torch.testing.assert_close(output(model, x), policy, **EXACT)
+    model.set_adapter("default")
+    train_model(model, optimizer, x)
+    for net in (model.eval(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        net.set_adapter("ref")
+        with torch.no_grad():
+            torch.testing.assert_close(output(net, x), policy, **EXACT)
+            merged = copy.deepcopy(net).merge_and_unload(adapter_names=["ref"])
+            torch.testing.assert_close(output(merged, x), policy, **EXACT)
+            if name not in NO_MIXED_BATCHES:
+                mixed = net(x, adapter_names=["ref", "__base__"])
+                torch.testing.assert_close(mixed[0], policy[0], **EXACT)
+                torch.testing.assert_close(mixed[1], frozen.base(x)[1], **EXACT)
+        net.set_adapter("default")
+        assert_base_by_itself(net, frozen, x)
+        with torch.no_grad():
+            torch.testing.assert_close(output(copy.deepcopy(net).unload(), x), frozen.base(x), **EXACT)
+
+
+def test_a_new_copy_of_the_same_name_has_its_own_movement():
+    model, x = two_adapters()
+    optimizer = trained(model, x)
+    for _ in range(2):
+        with torch.no_grad():
+            policy = output(model, x)
+            added_copy(model).set_adapter("ref")
+            torch.testing.assert_close(output(model, x), policy, **EXACT)
+        model.set_adapter("default")
+        model.delete_adapter("ref")
+        train_model(model, optimizer, x)
+        model.eval()
+
+
+@pytest.mark.parametrize("event", ["rebase", "optimizer"])
+def test_a_copy_of_the_adapter_is_refused_after_w_has_got_another_base(event):
+    model, x = two_adapters()
+    optimizer = trained(model, x)
+    with torch.no_grad():
+        policy = output(model, x)
+        added_copy(model).set_adapter("ref")
+        output(model, x)
+    model.set_adapter("default")
+    if event == "rebase":
+        optimizer.rebase()
+    else:
+        with pytest.warns(UserWarning, match="were moved by an earlier optimizer"):
+            DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
+    model.set_adapter("ref")
+    with pytest.raises(RuntimeError, match=r"model.0 \(ref\).*another base since.*copy the adapter again"):
+        output(model, x)
+    model.set_adapter("default")
+    model.delete_adapter("ref")
+    added_copy(model).set_adapter("ref")
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, x), policy, **EXACT)
+
+
+def test_an_adapter_that_is_loaded_later_is_made_for_the_base(tmp_path):
+    """Nothing is said of it."""
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    trained(model, x)
+    model.load_adapter(tmp_path / "other", adapter_name="late")
+    model.set_adapter("late")
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, x), frozen.with_adapter("other", x), rtol=0, atol=1e-6)
+
+
+@each_rule
+@pytest.mark.parametrize("name", ["linear", "embedding_square", "conv2d", "experts_3_7x5_up"])
+def test_a_model_that_shares_the_weights_has_the_base(name, rule):
+    """A copy that has its own modules and the same Parameters, made before the adapter was added."""
+    build, targets, inputs, config = CASES[name]
+    plain, x = build().double(), inputs()
+    shared, base = (copy.deepcopy(plain, {id(p): p for p in plain.parameters()}) for _ in range(2))
+    adapted = get_peft_model(base, LoraConfig(target_modules=list(targets), **config))
+    pristine = copy.deepcopy(plain)
+    trained(randomised_adapter(adapted), x, rule)
+    with torch.no_grad():
+        if name.startswith("experts"):
+            with pytest.raises(RuntimeError, match="its W has moved for a branch that takes no part"):
+                output(shared, x)
+            return
+        for model in (plain, shared, copy.deepcopy(shared)):
+            torch.testing.assert_close(output(model, x), output(pristine, x), **EXACT)
+
+
+def randomised_adapter(model):
+    """Give an adapter random factors, and leave the base alone."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.3
+    return model

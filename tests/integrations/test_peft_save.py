@@ -847,7 +847,7 @@ def test_a_copy_of_model_and_optimizer_has_a_guard_of_its_own(tmp_path, trained_
 
 
 def test_a_model_that_was_saved_whole_is_loaded_without_this_package(tmp_path, trained_pair):
-    """Load it in a process that cannot import deltaopt: the guard of the moved layers stays behind."""
+    """Load it in a process that cannot import deltaopt: what the moved layers hold of it stays behind."""
     model, _ = trained_pair
     x = inputs(7)
     torch.save((model, x), tmp_path / "model.pt")
@@ -860,7 +860,11 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import torch
 model, x = torch.load(sys.argv[1], weights_only=False)
-torch.save((model(x), model.state_dict()), sys.argv[2])
+with model.disable_adapter():
+    model(x)  # the hook for the base's output does nothing
+found = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+torch.testing.assert_close(model.merge_and_unload()(x), found[0])
+torch.save(found, sys.argv[2])
 """
     files = [str(tmp_path / name) for name in ("model.pt", "found.pt")]
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, *files], check=True, capture_output=True, text=True)
@@ -922,7 +926,8 @@ def test_a_resume_brings_the_warning_and_a_state_from_before_the_first_move_take
 def test_a_second_search_of_the_model_does_not_double_the_warning(tmp_path, trained_pair):
     model, _ = trained_pair
     for _ in range(2):
-        second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
+        with pytest.warns(UserWarning, match=MOVED_BEFORE):
+            second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
         train_model(model, second, inputs(7), steps=1)
     with pytest.warns(UserWarning, match=GUARD) as caught:
         model.save_pretrained(tmp_path)
@@ -944,16 +949,20 @@ def test_only_the_layers_that_moved_have_a_hook(tmp_path):
     quiet(lambda: model.save_pretrained(tmp_path))
 
 
+MOVED_BEFORE = r"the weights of 2 layers \(base_model.model.0, base_model.model.1\) were moved by an earlier optimizer"
 OTHER_BASE = "the base of 2 layers .* is what their weights were at rebase"
 
 
 def test_an_optimizer_on_weights_that_another_has_moved_does_not_take_them_for_pristine(tmp_path, trained_pair):
     """A notebook cell that is run twice does this. The state of the first optimizer says what the base is."""
     model, first = trained_pair
-    second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
+    with pytest.warns(UserWarning, match=MOVED_BEFORE) as caught:
+        second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
+    assert [warning.filename for warning in caught] == [__file__]
     second.load_state_dict(first.state_dict())
     save_adapter(model, second, tmp_path / "resumed")
-    third = trained_optimizer(model, inputs(7))
+    with pytest.warns(UserWarning, match=MOVED_BEFORE):
+        third = trained_optimizer(model, inputs(7))
     with pytest.warns(UserWarning, match=OTHER_BASE):
         save_adapter(model, third, tmp_path / "third")
 
@@ -972,7 +981,8 @@ def test_an_adapter_for_another_base_than_the_pristine_one_is_saved_with_a_warni
         save_adapter(model, optimizer, tmp_path / "adapter")
     served = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert torch.allclose(served(x), model(x), atol=1e-5)
-    again = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
+    with pytest.warns(UserWarning, match=MOVED_BEFORE):
+        again = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2)
     again.load_state_dict(optimizer.state_dict())  # the state knows it too
     with pytest.warns(UserWarning, match=OTHER_BASE):
         save_adapter(model, again, tmp_path / "again")

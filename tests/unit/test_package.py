@@ -21,6 +21,7 @@ MODULES = [
 # A module may import from those that stand after it.
 ORDER = [
     "integrations",
+    "sharers",
     "export",
     "optimizer",
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
@@ -29,7 +30,7 @@ ORDER = [
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement"),
     *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "tensors", "sharding", "compiled"),
+    *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
     *("all_or_nothing", "plain", "pickled", "messages", "schedules"),
 ]
 

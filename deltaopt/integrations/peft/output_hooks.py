@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
+from threading import RLock, get_ident
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -17,8 +19,11 @@ from deltaopt.base import put_back
 from deltaopt.base_hooks import Absence, OutputHook, hook_of, output_problem, standing_in
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import joined
-from deltaopt.movement import RunningMovement
+from deltaopt.movement import LentMovement, RunningMovement
+from deltaopt.pickled import IfInstalled
 from deltaopt.rounding.blocks import add_product_
+
+_exchanging = RLock()
 
 
 class LayerHook(OutputHook):
@@ -30,14 +35,19 @@ class LayerHook(OutputHook):
         name: of W in the base layer.
         view: of W.
         label: names the layer in messages.
+
+    Attributes:
+        adapter: as given.
     """
 
     own_arguments = frozenset(("adapter_names", *getattr(lora, "VARIANT_KWARG_KEYS", ())))
 
     def __init__(self, layer: lora.LoraLayer, adapter: str, name: str, view: MatrixView, label: str) -> None:
         super().__init__(layer, adapter, view, label)
+        self.adapter = adapter
         self.problem = output_problem(layer.get_base_layer(), view)
         self._name = name
+        self._known: dict[str, ReferenceType[Any] | None] | None = None  # adapters that are no copies; None: not asked
 
     def put_on(self) -> None:
         """Put the hook on the layer, and be asked when PEFT takes the layer away."""
@@ -53,11 +63,11 @@ class LayerHook(OutputHook):
             return True
         names = arguments.get("adapter_names")
         if names is not None:
-            rows = [row for row, name in enumerate(names) if name != self.branch]
+            rows = [row for row, name in enumerate(names) if name != self.adapter]
             return rows or False
         if layer.merged:
-            return self.branch not in layer.merged_adapters
-        return self.branch not in layer.active_adapters or self.branch not in _adapters(layer)
+            return self.adapter not in layer.merged_adapters
+        return self.adapter not in layer.active_adapters or self.adapter not in _adapters(layer)
 
     def holder(self, module: nn.Module) -> tuple[nn.Module, str]:
         """Return the innermost base layer."""
@@ -69,40 +79,65 @@ class LayerHook(OutputHook):
         layer: Any = module
         return layer.disable_adapters or not (layer.merged or any(n in _adapters(layer) for n in layer.active_adapters))
 
-    def take_back(self) -> None:
-        """Write the base into W for good: the adapter that W moved for is taken away."""
-        movement, layer = self.movement, self.module
-        if self._shared or self.tied or movement is None or not movement.moved():
-            return
-        state = movement.state if isinstance(movement, RunningMovement) else None
-        if state is not None and not layer.merged:
-            reason = put_back(state)
-        else:  # in a copy of the model, or under another adapter that is merged into W
-            reason = self._subtract_movement()
-            if reason is None and state is not None:
-                state.rebase()
-            elif reason is None:
-                self.movement = None
-        if reason is not None:
-            warnings.warn(
-                "unload() has taken adapters away whose weights Delta-LoRA has moved, and these weights keep the "
-                f"movement: {reason}. Load the base's weights again",
-                stacklevel=4,
-            )
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Correct the output of a forward pass, for copies of the adapter that are new too."""
+        result = super().__call__(module, args, kwargs, *output)
+        if result is not None and not torch.compiler.is_compiling():
+            for hook in self._adopted(module):  # torch does not call them in this pass yet
+                again = hook(module, args, kwargs, result)
+                result = result if again is None else again
+        return result
 
-    @torch.no_grad()
-    def _subtract_movement(self) -> str | None:
-        """Subtract the movement from W, or return why that does not give the base."""
-        owner, name = self.holder(self.module)
-        W = getattr(owner, name)
-        if W.element_size() <= 2:
-            return f"W is {W.dtype}, in which adding and then subtracting does not lead back"
-        W.copy_(self._base_of(W))
-        return None
+    def corrected(self, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
+        """Return the output without the movement of W, in these rows; with that of copies that are new."""
+        result = super().corrected(output, x, rows)
+        for hook in self._adopted(self.module) if rows is None else ():
+            if hook.absence(self.module, {}):
+                result = hook.corrected(result, x, None)
+        return result
 
-    def _base_of(self, W: Tensor) -> Tensor:
-        """Return a copy of W minus its movement."""
-        assert self.movement is not None
+    def note_companions(self) -> None:
+        """Note the adapters that the layer holds before W moves: they are made for the base."""
+        self._known = {name: ref(factor) for name, factor in _adapters(self.module).items()}
+
+    def _adopted(self, layer: Any) -> list[LayerHook]:
+        """Put hooks on for adapters that are new copies of this one: the model that was copied had W's movement.
+
+        A trainer copies the adapter for its reference model. A copy is known by its factors; an adapter that was loaded
+        has others, and is made for the base.
+        """
+        present, known = _adapters(layer), self._known
+        if known is None or not self.in_weight:
+            return []
+        if len(present) == len(known) and all(_is_known(known, name, factor) for name, factor in present.items()):
+            return []
+        if self.movement is None or not self.movement.moved():
+            return []
+        found = []
+        for name in [name for name, factor in present.items() if not _is_known(known, name, factor)]:
+            for hook in [hook for hook in hooks_on(layer) if not hook.in_weight and hook.adapter == name]:
+                hook.take_off()  # it was of an earlier adapter with this name
+            if name != self.adapter and _are_equal(layer, name, self.adapter):
+                found.append(self._lend_to(name))
+        self.note_companions()
+        return found
+
+    def _lend_to(self, copy: str) -> LayerHook:
+        """Put a hook on that gives a copy of the adapter the movement that W has now."""
+        kind = ParameterHookOfCopy if isinstance(self, ParameterHook) else LayerHookOfCopy
+        hook: _OfCopy = kind(self.module, copy, self._name, self._view, f"{self.label} ({copy})")
+        hook.branch = ("copy", copy)  # it may become an adapter that W moves for, with a hook of its own
+        hook.movement, hook.factor = LentMovement(self), ref(_adapters(self.module)[copy])
+        hook.put_on()
+        return hook
+
+    def not_copied(self) -> dict[str, Any]:
+        """Return the attributes that belong to this very hook, as a copy has them."""
+        known = None if self._known is None else dict[str, Any].fromkeys(self._known)
+        return {**super().not_copied(), "_known": known}
+
+    def base_of(self, W: Tensor) -> Tensor:
+        """Return a copy of W, or of what stands in for it, minus the movement."""
         base, terms = W.detach().clone(), self._terms(self.module)
         if terms:
             A, B, _ = joined([term.to(W.device, torch.float64) for term in terms])
@@ -119,18 +154,22 @@ class ParameterHook(LayerHook):
     def __init__(self, layer: lora.ParamWrapper, adapter: str, name: str, view: MatrixView, label: str) -> None:
         super().__init__(layer, adapter, name, view, label)
         self.problem = None
-        self._standing: list[Any] = []
+        # By module, as data parallel replicas have one hook: what stands in there, and the threads that are inside.
+        self._standing: dict[int, tuple[Any, set[int]]] = {}
 
     def put_on(self) -> None:
-        """Put one hook before the layer and one after it, also where the forward pass raises."""
+        """Put one hook before the layer and one after it, also where the forward pass raises.
+
+        The one after it comes before those of earlier adapters, as the exchanges of W are undone in reverse.
+        """
         super().put_on()
         for handle in self._handles:
             handle.remove()
         self._handles = [
             self.module.register_forward_pre_hook(self, with_kwargs=True),
-            self.module.register_forward_hook(self, with_kwargs=True, always_call=True),
+            self.module.register_forward_hook(self, with_kwargs=True, always_call=True, prepend=True),
         ]
-        compiled.forget_graphs()
+        compiled.renew_graphs(self.module)
 
     def is_on(self) -> bool:
         """Tell if both hooks are still where they were put."""
@@ -140,29 +179,83 @@ class ParameterHook(LayerHook):
         """Let the base stand in for W before a forward pass, and W be back after it."""
         if output:
             if self._standing:
-                self._end()
+                self._end(module)
         elif self._shared or self.absence(module, kwargs):
             self._begin(module)
+            for hook in self._adopted(module):  # torch does not call them in this pass yet
+                hook(module, args, kwargs)
+        elif self._standing:
+            self._end(module)
 
     # Within a compiled graph the exchange of a parameter would be taken for a change of the model at each call.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module) -> None:
-        movement = self.movement
-        if movement is None or not movement.moved():
-            self._standing.append(None)
-            return
+        if torch.compiler.is_exporting():
+            self._moves_in_export()
         owner, name = self.holder(module)
-        with torch.no_grad():
-            base = self._base(module)
-            exchange = standing_in(owner, name, self._base_of(getattr(owner, name)) if base is None else base)
-        exchange.__enter__()
-        self._standing.append(exchange)
+        with _exchanging:
+            self._end(module)  # a signal that ended the last forward pass of this thread left it open
+            exchange, threads = self._standing.get(id(owner), (None, set()))
+            movement = self.movement
+            if exchange is None:
+                if movement is None or not movement.moved():
+                    return
+                with torch.no_grad():
+                    base = self._base(module)
+                    base = self.base_of(getattr(owner, name)) if base is None else base
+                exchange = standing_in(owner, name, base)
+                exchange.__enter__()
+            self._standing[id(owner)] = exchange, {*threads, get_ident()}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _end(self) -> None:
-        exchange = self._standing.pop()
-        if exchange is not None:
-            exchange.__exit__(None, None, None)
+    def _end(self, module: nn.Module) -> None:
+        """Let W be back, unless another thread is in a forward pass of the module."""
+        owner, _ = self.holder(module)
+        with _exchanging:
+            exchange, threads = self._standing.pop(id(owner), (None, set()))
+            threads = threads - {get_ident()}
+            if threads:
+                self._standing[id(owner)] = exchange, threads
+            elif exchange is not None:
+                exchange.__exit__(None, None, None)
+
+    def not_copied(self) -> dict[str, Any]:
+        """Return the attributes that belong to this very hook, as a copy has them."""
+        return {**super().not_copied(), "_standing": {}}
+
+
+class _OfCopy(LayerHook):
+    """The hook of a copy of the adapter that W moves for: it adds the movement of that time, where the copy is active.
+
+    Attributes:
+        factor: of the copy; None in a copy of the model, which goes by the name.
+    """
+
+    in_weight = False
+    factor: ReferenceType[Any] | None = None
+
+    def not_copied(self) -> dict[str, Any]:
+        """Return the attributes that belong to this very hook, as a copy has them."""
+        return {**super().not_copied(), "factor": None}
+
+    def absence(self, module: nn.Module, arguments: Mapping[str, Any]) -> Absence:
+        """Tell where the copy takes part; nowhere, if another adapter has its name by now."""
+        present = _adapters(module)
+        if self.adapter not in present or (self.factor is not None and self.factor() is not present[self.adapter]):
+            return False
+        absence = super().absence(module, arguments)
+        if isinstance(absence, bool):
+            return not absence
+        rows = [row for row in range(len(arguments["adapter_names"])) if row not in absence]
+        return rows or False
+
+
+class LayerHookOfCopy(_OfCopy, LayerHook):
+    """See `_OfCopy`."""
+
+
+class ParameterHookOfCopy(_OfCopy, ParameterHook):
+    """See `_OfCopy`; next to what stands in for W without the adapter."""
 
 
 class Unloading:
@@ -180,9 +273,7 @@ class Unloading:
         layer: Any = self.layer
         for wrapper in _wrappers(layer):
             merged = {*wrapper.merged_adapters, *((adapter_names or wrapper.active_adapters) if merge else ())}
-            for hook in hooks_on(wrapper):
-                if hook.branch not in merged:
-                    hook.take_back()
+            _take_back([hook for hook in hooks_on(wrapper) if (hook.adapter in merged) is not hook.in_weight])
         own = getattr(type(layer), "unload_and_optionally_merge_module", None)
         if own is not None:
             return own(layer, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[no-any-return]
@@ -194,8 +285,19 @@ class Unloading:
         return Unloading(deepcopy(self.layer, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled layer is taken away by PEFT's code alone, which is installed wherever its layers are.
-        return partial, (lora.ParamWrapper.unload_and_optionally_merge_module, self.layer)
+        # Where this package is missing, a layer is taken away by PEFT's code alone.
+        instead = lora.ParamWrapper.unload_and_optionally_merge_module
+        return IfInstalled(__name__, "unpickled_unloading", partial), (instead, self.layer)
+
+
+def unpickled_unloading(instead: object, layer: nn.Module) -> Unloading:
+    """Return what takes an unpickled layer away.
+
+    Args:
+        instead: what takes its place where this package is not installed.
+        layer: PEFT's.
+    """
+    return Unloading(layer)
 
 
 def hook_for(layer: lora.LoraLayer, adapter: str, name: str, view: MatrixView, label: str) -> LayerHook:
@@ -213,12 +315,63 @@ def hooks_on(layer: nn.Module) -> list[LayerHook]:
     return [hook for hook in layer._forward_hooks.values() if isinstance(hook, LayerHook)]
 
 
+@torch.no_grad()
+def _take_back(hooks: Sequence[LayerHook]) -> None:
+    """Write what a layer computes without these hooks' movements into its W for good: adapters are taken away."""
+    moved = [
+        (hook, hook.movement)
+        for hook in hooks
+        if not (hook.tied or hook._shared) and hook.movement is not None and hook.movement.moved()
+    ]
+    if not moved:
+        return
+    (first, movement), layer = moved[0], moved[0][0].module
+    if len(moved) == 1 and isinstance(movement, RunningMovement) and not layer.merged:
+        reason = put_back(movement.state)
+    else:
+        owner, name = first.holder(layer)
+        W = getattr(owner, name)
+        if W.element_size() <= 2:
+            reason = f"W is {W.dtype}, in which adding and then subtracting does not lead back"
+        else:
+            base, reason = W, None
+            for hook, _ in moved:
+                base = hook.base_of(base)
+            W.copy_(base)
+            for hook, movement in moved:
+                if isinstance(movement, RunningMovement):
+                    movement.state.rebase()
+                else:
+                    hook.movement = None
+    if reason is not None:
+        warnings.warn(
+            "unload() has taken adapters away whose weights Delta-LoRA has moved, and these weights keep the movement: "
+            f"{reason}. Load the base's weights again",
+            stacklevel=4,
+        )
+
+
 def _wrappers(layer: nn.Module) -> Iterator[Any]:
     """Yield a LoRA layer, and those that it wraps."""
     inside: Any = layer
     while isinstance(inside, lora.LoraLayer):
         yield inside
         inside = inside.base_layer
+
+
+def _is_known(known: Mapping[str, ReferenceType[Any] | None], name: str, factor: object) -> bool:
+    """Tell if an adapter is the one that was known by this name; in a copy of the model the name is enough."""
+    return name in known and ((reference := known[name]) is None or reference() is factor)
+
+
+def _are_equal(layer: Any, one: str, other: object) -> bool:
+    """Tell if two adapters of a layer have equal factors, whose product is not zero."""
+    found = []
+    for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
+        if one in factors and other in factors:
+            tensors = [getattr(factors[name], "weight", factors[name]) for name in (one, other)]
+            found.append(torch.equal(*tensors) and bool(tensors[0].any()))
+    return bool(found) and all(found)
 
 
 def _adapters(layer: Any) -> Any:

@@ -63,7 +63,8 @@ class PeftTriple(LoRATriple):
             layout=_layout(layer),
         )
         self._first_scaling = self.scaling
-        self.output_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
+        self.layer_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
+        self.output_hook = self.layer_hook
 
     @property
     def longer_name(self) -> str:
@@ -76,13 +77,16 @@ class PeftTriple(LoRATriple):
 
     def has_moved(self) -> bool:
         """Tell if W has moved for this adapter, or for one whose movement the layer does not leave out by itself."""
-        hooks = hooks_on(self.layer)
-        moved = {hook.branch for hook in hooks if hook.movement is not None and hook.movement.moved()}
-        return self.adapter in moved or (SaveGuard.watches(self.layer) and not moved)
+        hooks = [hook for hook in hooks_on(self.layer) if hook.in_weight and hook.movement is not None]
+        movements = {hook.adapter: hook.movement for hook in hooks if hook.movement is not None}
+        if movements:
+            return self.adapter in movements and movements[self.adapter].moved()
+        return SaveGuard.watches(self.layer)
 
     def weight_moves(self) -> None:
         """Let PEFT's own save of the adapter warn: it leaves the movement of W out."""
         self._guard.watch(self.layer)
+        self.layer_hook.note_companions()
 
     def weight_rests(self) -> None:
         """Let PEFT's own save of the adapter be: W is the base."""
