@@ -465,6 +465,8 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
 
 def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor, further: Further) -> Tensor:
     """Return what a module computes with another W."""
+    if getattr(owner, "max_norm", None) is not None:
+        W = W.clone()  # the forward pass rewrites its rows, and W may be the copy of the base itself
     if "forward" not in owner.__dict__:
         # Other threads may be in a forward pass of this module: leave it as it is.
         twin = object.__new__(type(owner))
