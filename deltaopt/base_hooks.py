@@ -53,9 +53,12 @@ NEEDS_THE_BASE = (
 )
 
 WAYS_OUT = (
-    "For a reference use optimizer.base_weights(), keep a copy of the base (keep_base=), or take "
-    'weight_update="folded", which does not write W where the product is zero at start_step'
+    'build the optimizer with keep_base="cpu" or "device", or with weight_update="folded", which does not write W '
+    "where the product A @ B is zero at start_step"
 )
+
+TIED = "its W is used in another place too, which a hook would leave as it is"
+TIED_WAY_OUT = "leave this layer out of target_modules"
 
 Hook = TypeVar("Hook", bound="OutputHook")
 
@@ -71,7 +74,7 @@ def output_problem(module: nn.Module | None, view: MatrixView, tied: bool = Fals
     if module is None:
         return 'it was registered by its tensors, so that its module is not known: register ((module, "weight"), A, B)'
     if tied:
-        return "its W is used in another place too, which a hook would leave as it is"
+        return TIED
     if _is_known(module, view) and (view.layout != "conv" or view.moves_all):
         return None
     return (
@@ -229,7 +232,10 @@ class OutputHook:
         if not terms:
             return None
         if self.problem is not None:
-            raise RuntimeError(f"{self.label}: {NEEDS_THE_BASE}, and it cannot be computed: {self.problem}. {WAYS_OUT}")
+            raise RuntimeError(
+                f"{self.label}: {NEEDS_THE_BASE}, and it cannot be computed: {self.problem}. Run this pass within "
+                f"optimizer.base_weights(); or {WAYS_OUT}"
+            )
         return -product_on(owner, getattr(owner, name), x, terms, self._view)
 
     def _base(self, module: nn.Module) -> Tensor | None:
@@ -260,8 +266,8 @@ class OutputHook:
             return None
         if self.tied:
             raise RuntimeError(
-                f"{self.label}: {NEEDS_THE_BASE}, and its W is used in another place too, which a hook would leave as "
-                "it is. Use optimizer.base_weights(), or leave this layer out of target_modules"
+                f"{self.label}: {NEEDS_THE_BASE}, and {TIED}. Run this pass within optimizer.base_weights(), or "
+                f"{TIED_WAY_OUT}"
             )
         owner, name = self.holder(module)
         W = getattr(owner, name)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deltaopt.base_hooks import WAYS_OUT
 from deltaopt.claims import Use
 from deltaopt.groups import ParamsInput
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
@@ -209,9 +208,10 @@ def check_output_hooks(weights: Iterable[WeightState]) -> None:
         weight.triple.output_hook.put_on()
     if removed:
         raise RuntimeError(
-            f"the forward hooks of {layers([weight.label for weight in removed])} were removed, which give the base's "
-            "output wherever the adapter takes no part: reference passes since then had the moved weights (nothing was "
-            "changed). The hooks are back: call this again to continue"
+            f"the forward hooks of {layers([weight.label for weight in removed])} were removed. With them these layers "
+            "give the base's output wherever their adapter takes no part; without them such passes, as those of a "
+            "reference model, had the moved weights. The hooks are back now (nothing else was changed): call this "
+            "again to continue"
         )
 
 
@@ -225,9 +225,9 @@ def warn_of_outputs(weights: Iterable[WeightState]) -> None:
     if found:
         lines = "\n  ".join(problem_lines(found))
         warn_user(
-            "once their W has moved, the forward pass of these layers raises an error wherever the adapter takes no "
-            f"part (disabled, or another one is active), as the base's output cannot be computed there. {WAYS_OUT}:"
-            f"\n  {lines}"
+            "once their W has moved, the forward pass of these layers raises RuntimeError wherever their adapter takes "
+            "no part (it is disabled, or another one is active), except within optimizer.base_weights(): the base's "
+            f"output cannot be computed there.\n  {lines}"
         )
 
 
@@ -238,8 +238,8 @@ def warn_of_moved(weights: Iterable[WeightState]) -> None:
         warn_user(
             f"the weights of {layers(moved)} were moved by an earlier optimizer. As they are now they are the base of "
             "this one: disable_adapter(), base_weights() and exported adapters count from here. To count from what "
-            "they were before, load the state of the earlier optimizer with load_state_dict(), or go on with that "
-            "optimizer; to begin anew, load the model again"
+            "they were before, load the state of the earlier optimizer with load_state_dict(), or continue with that "
+            "optimizer; to start from the pristine weights, load the model again"
         )
 
 

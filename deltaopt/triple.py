@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from deltaopt.base_hooks import ModuleHook, OutputHook, hook_of
+from deltaopt.base_hooks import TIED, TIED_WAY_OUT, WAYS_OUT, ModuleHook, OutputHook, hook_of
 from deltaopt.layouts import MatrixView, shape
 from deltaopt.movement import Movement
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
@@ -211,7 +211,9 @@ class LoRATriple:
             self.output_hook.tied = True
 
     def output_problem(self, base_kept: bool) -> str | None:
-        """Say why the output cannot be corrected where the branch takes no part; None if it can, or nobody asked.
+        """Say why the output cannot be corrected where the branch takes no part, and what to do about it.
+
+        None if it can be corrected, or if nobody asked.
 
         Args:
             base_kept: a copy of the base is kept.
@@ -219,7 +221,9 @@ class LoRATriple:
         hook = self.output_hook
         if hook is None or (base_kept and not hook.tied):
             return None
-        return "its W is used in another place too, which a hook would leave as it is" if hook.tied else hook.problem
+        if hook.tied:
+            return f"{TIED}: {TIED_WAY_OUT}"
+        return None if hook.problem is None else f"{hook.problem}: {WAYS_OUT}"
 
     @property
     def folded(self) -> float:
