@@ -151,6 +151,9 @@ class OutputHook:
         self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
         compiled.renew_graphs(self.module)
 
+    def undo(self) -> None:
+        """Undo what a forward pass that was interrupted has left behind."""
+
     def take_off(self) -> None:
         """Remove the hook from its module."""
         for handle in self._handles:
@@ -270,9 +273,7 @@ class OutputHook:
                 f"{TIED_WAY_OUT}"
             )
         owner, name = self.holder(module)
-        W = getattr(owner, name)
-        W = getattr(W, "stands_in_for", W)
-        if (problem := movement.problem(self._view.part(W))) is not None:
+        if (problem := movement.problem(self._view.part(stood_in_for(getattr(owner, name))))) is not None:
             raise RuntimeError(f"{self.label}: {NEEDS_THE_BASE}, and {problem}")
         return movement
 
@@ -496,6 +497,11 @@ def _first_parameter(module: nn.Module) -> str | None:
     return next(islice(inspect.signature(own.forward).parameters, 1, None), None)
 
 
+def stood_in_for(W: Any) -> Any:
+    """Return the W that a tensor stands in for; another tensor as it is."""
+    return getattr(W, "stands_in_for", W)
+
+
 @contextmanager
 def standing_in(owner: nn.Module, name: str, W: Tensor) -> Iterator[None]:
     """Let a tensor stand in for the W of a module."""
@@ -504,7 +510,7 @@ def standing_in(owner: nn.Module, name: str, W: Tensor) -> Iterator[None]:
     before = place[name]
     stand_in: Any = W.detach().to(before.device)
     stand_in = nn.Parameter(stand_in, requires_grad=False) if isinstance(before, nn.Parameter) else stand_in
-    stand_in.stands_in_for = getattr(before, "stands_in_for", before)
+    stand_in.stands_in_for = stood_in_for(before)
     place[name] = stand_in
     try:
         yield

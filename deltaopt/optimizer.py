@@ -820,6 +820,9 @@ class DeltaLoRAOptimizer(Optimizer):
     def _look_up(self, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed."""
         weights = self._weights
+        for weight in weights:
+            if weight.triple.output_hook is not None:
+                weight.triple.output_hook.undo()
         replaced = [weight for weight in weights if weight.resolve()]
         if replaced:
             check_weights(weights, self._rule)

@@ -14,6 +14,7 @@ from tests.support.models import batches, causal_lm, loss_of
 from tests.support.peft_layers import (
     CASES,
     PEFT_CAN_NOT,
+    Experts,
     lora_layers,
     output,
     randomised,
@@ -351,6 +352,36 @@ def test_a_copy_is_made_though_the_movement_is_not_known():
         output(net, x)
         with net.disable_adapter(), pytest.raises(RuntimeError, match=match):
             output(net, x)
+
+
+@pytest.mark.parametrize("then", ["forward", "step", "state"])
+def test_experts_have_their_w_back_after_a_signal_within_them(then, monkeypatch):
+    """Torch calls hooks after an exception, but not after a KeyboardInterrupt."""
+    model, x = two_adapters("experts_3_7x5_up_down")
+    frozen = Frozen(model)
+    first, second = trained_as(model, "default", x), trained_as(model, "other", x)
+    del first
+    with torch.no_grad():
+        policy = output(model, x)
+    stored = {name: weight(layer) for name, layer in lora_layers(model).items()}
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, model.disable_adapter():
+        patch.setattr(Experts, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            output(model, x)
+    if then == "step":
+        train_model(model, second, x, steps=1)
+    elif then == "state":
+        second.state_dict()
+    else:
+        with torch.no_grad():
+            torch.testing.assert_close(output(model, x), policy, **EXACT)
+            with model.disable_adapter():
+                torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+    assert all(weight(layer) is stored[name] for name, layer in lora_layers(model).items())
 
 
 # Several adapters, several optimizers, and weights that somebody loads.

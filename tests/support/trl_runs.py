@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from deltaopt import DeltaLoRAOptimizer
 from tests.support.models import peft, transformers
+from tests.support.strategies import RULES
 
 datasets = pytest.importorskip("datasets", reason="runs where datasets is installed")
 trl = pytest.importorskip("trl", reason="runs where trl is installed")
@@ -110,10 +112,14 @@ def trained_adapter() -> nn.Module:
     return model
 
 
+FIRST_OPTIMIZERS: WeakKeyDictionary[nn.Module, DeltaLoRAOptimizer] = WeakKeyDictionary()
+"""The optimizer of each model's first stage."""
+
+
 def moved_adapter() -> nn.Module:
-    """The model after an optimizer that is gone has trained the adapter and moved W."""
+    """The model after a first stage that has trained the adapter and moved W."""
     model = fresh_adapter()
-    optimizer = delta_lora(model)
+    optimizer = FIRST_OPTIMIZERS[model] = delta_lora(model)
     inputs = tokenizer()(PROMPTS, return_tensors="pt", padding=True)
     for _ in range(2):
         optimizer.zero_grad()
@@ -128,6 +134,10 @@ def delta_lora(model: nn.Module, **options: Any) -> DeltaLoRAOptimizer:
     )
 
 
+def plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+
+
 @dataclass(frozen=True)
 class Start:
     """What a user hands to the trainer.
@@ -138,6 +148,7 @@ class Start:
         options: of the optimizer.
         product: A B is not zero when W begins to move, so that the folded rule writes W.
         warning: a pattern of what the optimizer warns of when it is built; None if it does not warn.
+        optimizer: makes it of the model, in the place of a new one of ours.
     """
 
     model: Callable[[], nn.Module]
@@ -145,18 +156,21 @@ class Start:
     options: dict[str, Any] = field(default_factory=dict)
     product: bool = False
     warning: str | None = None
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
 
 
 STARTS = {
     "fresh": Start(fresh_adapter),
     "trained": Start(trained_adapter, product=True),
     "moved": Start(moved_adapter, product=True, warning="As they are now they are the base of this one"),
+    "continued": Start(moved_adapter, optimizer=lambda model: FIRST_OPTIMIZERS[model]),
+    "continued_plainly": Start(moved_adapter, optimizer=lambda model: plain_optimizer(model)),
     "config": Start(language_model, config=True),
     "config_later": Start(language_model, config=True, options={"start_step": 2}, product=True),
     "config_merged": Start(lambda: trained_adapter().merge_and_unload(), config=True),
 }
 """In each of them TRL's reference is the model as it is handed over."""
-FEW = ("moved", "config_merged")
+FEW = ("moved", "continued", "continued_plainly", "config_merged")
 """Starts that two kinds of trainers are enough for."""
 
 
@@ -191,8 +205,12 @@ KINDS = {
     "rloo": Kind(trl.RLOOTrainer, trl.RLOOConfig, PAIRS, GENERATION, {"reward_funcs": token_reward}),
 }
 GENERATING = ("grpo", "rloo")
-CASES = [(kind, start) for kind, start in product(KINDS, STARTS) if start not in FEW or kind in ("dpo", "grpo")]
-"""Of each kind every start, but for `FEW`."""
+CASES = [
+    (kind, start, rule)
+    for kind, start, rule in product(KINDS, STARTS, RULES)
+    if (start not in FEW or kind in ("dpo", "grpo")) and (STARTS[start].optimizer is None or rule == "in_place")
+]
+"""Of each kind every start, but for `FEW`; both rules, unless the optimizer is not a new one."""
 
 
 def trainer_for(
@@ -219,7 +237,9 @@ def trainer_for(
     """
     chosen, begin = KINDS[kind], STARTS[start]
 
-    def optimizer_of(model: nn.Module) -> DeltaLoRAOptimizer:
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        if begin.optimizer is not None:
+            return begin.optimizer(model)
         with nullcontext() if begin.warning is None else pytest.warns(UserWarning, match=begin.warning):
             return delta_lora(model, weight_update=rule, **begin.options, **options)
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from deltaopt import compiled
 from deltaopt.base import put_back
-from deltaopt.base_hooks import Absence, OutputHook, hook_of, output_problem, standing_in
+from deltaopt.base_hooks import Absence, OutputHook, hook_of, output_problem, standing_in, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import joined
 from deltaopt.movement import LentMovement, RunningMovement
 from deltaopt.pickled import IfInstalled
 from deltaopt.rounding.blocks import add_product_
+from deltaopt.weight import WeightState
 
 _exchanging = RLock()
 
@@ -48,6 +49,7 @@ class LayerHook(OutputHook):
         self.problem = output_problem(layer.get_base_layer(), view)
         self._name = name
         self._known: dict[str, ReferenceType[Any] | None] | None = None  # adapters that are no copies; None: not asked
+        self._noted_for: WeightState | None = None  # when it began to move
 
     def put_on(self) -> None:
         """Put the hook on the layer, and be asked when PEFT takes the layer away."""
@@ -97,8 +99,20 @@ class LayerHook(OutputHook):
         return result
 
     def note_companions(self) -> None:
-        """Note the adapters that the layer holds before W moves: they are made for the base."""
-        self._known = {name: ref(factor) for name, factor in _adapters(self.module).items()}
+        """Note the adapters that the layer holds before W moves: they are made for the base.
+
+        Loading a state calls it again, when there may be copies that no pass has met yet: what was noted stays.
+        """
+        state = self.movement.state if isinstance(self.movement, RunningMovement) else None
+        if self._known is None or self._noted_for is not state:
+            self._known, self._noted_for = self._present(), state
+
+    def forget_companions(self) -> None:
+        """Forget the adapters that were noted: W as it is now is the base."""
+        self._known = self._noted_for = None
+
+    def _present(self) -> dict[str, ReferenceType[Any] | None]:
+        return {name: ref(factor) for name, factor in _adapters(self.module).items()}
 
     def _adopted(self, layer: Any) -> list[LayerHook]:
         """Put hooks on for adapters that are new copies of this one: the model that was copied had W's movement.
@@ -119,7 +133,7 @@ class LayerHook(OutputHook):
                 hook.take_off()  # it was of an earlier adapter with this name
             if name != self.adapter and _are_equal(layer, name, self.adapter):
                 found.append(self._lend_to(name))
-        self.note_companions()
+        self._known = self._present()
         return found
 
     def _lend_to(self, copy: str) -> LayerHook:
@@ -134,7 +148,7 @@ class LayerHook(OutputHook):
     def not_copied(self) -> dict[str, Any]:
         """Return the attributes that belong to this very hook, as a copy has them."""
         known = None if self._known is None else dict[str, Any].fromkeys(self._known)
-        return {**super().not_copied(), "_known": known}
+        return {**super().not_copied(), "_known": known, "_noted_for": None}
 
     def base_of(self, W: Tensor) -> Tensor:
         """Return a copy of W, or of what stands in for it, minus the movement."""
@@ -180,12 +194,28 @@ class ParameterHook(LayerHook):
         if output:
             if self._standing:
                 self._end(module)
-        elif self._shared or self.absence(module, kwargs):
+            return
+        if self._standing and self._comes_first(module):
+            self.undo()
+        if self._shared or self.absence(module, kwargs):
             self._begin(module)
             for hook in self._adopted(module):  # torch does not call them in this pass yet
                 hook(module, args, kwargs)
-        elif self._standing:
-            self._end(module)
+
+    def _comes_first(self, module: nn.Module) -> bool:
+        """Tell if it is the first hook of its kind that a forward pass of the module calls."""
+        return self is next(hook for hook in module._forward_pre_hooks.values() if isinstance(hook, ParameterHook))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def undo(self) -> None:
+        """Let W be back where a signal has ended a forward pass of this thread, and torch has not called the hooks."""
+        owner, name = self.holder(self.module)
+        with _exchanging:
+            hooks = [hook for hook in hooks_on(self.module) if isinstance(hook, ParameterHook)]
+            if any(get_ident() in hook._standing.get(id(owner), (None, ()))[1] for hook in hooks):
+                for hook in hooks:
+                    hook._standing.pop(id(owner), None)
+                owner._parameters[name] = stood_in_for(owner._parameters[name])
 
     # Within a compiled graph the exchange of a parameter would be taken for a change of the model at each call.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -194,7 +224,6 @@ class ParameterHook(LayerHook):
             self._moves_in_export()
         owner, name = self.holder(module)
         with _exchanging:
-            self._end(module)  # a signal that ended the last forward pass of this thread left it open
             exchange, threads = self._standing.get(id(owner), (None, set()))
             movement = self.movement
             if exchange is None:

@@ -91,6 +91,7 @@ class PeftTriple(LoRATriple):
     def weight_rests(self) -> None:
         """Let PEFT's own save of the adapter be: W is the base."""
         self._guard.leave(self.layer)
+        self.layer_hook.forget_companions()
 
     def branch_problems(self) -> list[str]:
         """Say if the branch was merged, rescaled or given dropout since it was registered."""
