@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import warnings
 import weakref
 
 import pytest
@@ -321,9 +320,10 @@ def test_without_is_active_nothing_is_hooked():
 # Several branches on one W.
 
 
+@pytest.mark.parametrize("keep", [None, "cpu"])
 @pytest.mark.parametrize("first", ["q", "other"])
 @each_rule
-def test_two_branches_that_moved_one_W_in_turn_have_their_own_movement(rule, first):
+def test_two_branches_that_moved_one_W_in_turn_have_their_own_movement(rule, first, keep):
     """Whichever hook comes first, each branch keeps its movement when the other one is off."""
     torch.manual_seed(0)
     branches = {name: Branch({"layout": "linear"}, D) for name in ("q", "other")}
@@ -331,11 +331,11 @@ def test_two_branches_that_moved_one_W_in_turn_have_their_own_movement(rule, fir
     frozen = copy.deepcopy(layer)
     layer.branches[first].triple(layer)
     with off(layer, "other"):
-        train(layer, optimizers_of(layer, "q", weight_update=rule), x)
+        train(layer, optimizer_of_branch(layer, "q", weight_update=rule, keep_base=keep), x)
         with torch.no_grad():
             q_alone = layer(x)
     with off(layer, "q"):
-        train(layer, optimizers_of(layer, "other", weight_update=rule), x)
+        train(layer, optimizer_of_branch(layer, "other", weight_update=rule, keep_base=keep), x)
         other_alone, W = layer(x).detach(), layer.weight.clone()
         with torch.no_grad(), off(layer, "other"):
             close(layer(x), base_output(frozen, x))
@@ -350,7 +350,7 @@ def test_two_branches_that_moved_one_W_in_turn_have_their_own_movement(rule, fir
         close(layer(x), both)
 
 
-def optimizers_of(layer, name, **options):
+def optimizer_of_branch(layer, name, **options):
     triple = layer.branches[name].triple(layer, name)
     return DeltaLoRAOptimizer(torch.optim.AdamW, [triple], lr=2e-2, start_step=1, **options)
 
@@ -358,8 +358,7 @@ def optimizers_of(layer, name, **options):
 def test_a_later_optimizer_of_the_same_branch_knows_that_W_had_moved():
     """Its base is not the pristine weight, as its checkpoints say."""
     run = Run()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match=r"the weights of 1 layer \(q\) were moved by an earlier optimizer"):
         later = optimizer_of(run.layer)
     assert later.weights()[0].rebased
     assert not run.optimizer.weights()[0].rebased
