@@ -23,6 +23,8 @@ from deltaopt.weight import WeightState
 BaseSource: TypeAlias = "Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]"
 """Pristine weights: a state_dict, a model, a file, or a folder of .safetensors files."""
 
+SIXTEEN_BITS = "W is {}, in which adding and then subtracting does not lead back"
+
 METHODS = (None, "copy", "hooks")
 
 
@@ -158,7 +160,7 @@ def put_back(weight: WeightState) -> str | None:
         return None
     way = _way_to_base(weight, None, "copy")
     if isinstance(way, _NoWay):
-        return way.sentence
+        return weight.ledger.lost or SIXTEEN_BITS.format(weight.tensors.W.dtype)
     weight.note_write()
     if not isinstance(way, Tensor):
         way, terms = weight.part().detach().clone(), weight.displacement()
@@ -208,10 +210,7 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
         if weight.tensors.W.element_size() > 2:
             return "computed" if lost is None else _NoWay(f"{lost}; or {ways}")
     if method == "copy":
-        return _NoWay(
-            f"W is {weight.tensors.W.dtype}, in which adding and then subtracting does not lead back: {ways}; or take "
-            'method="hooks"'
-        )
+        return _NoWay(f'{SIXTEEN_BITS.format(weight.tensors.W.dtype)}: {ways}; or take method="hooks"')
     triple = weight.triple
     problem = lost or (None if nothing_asked else output_problem(triple.weight_module(), triple.view, triple.tied))
     return "hooks" if problem is None else _NoWay(f"{problem}; {ways}")

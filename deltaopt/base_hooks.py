@@ -145,14 +145,17 @@ class OutputHook:
 
     # The hook.
 
+    def register(self) -> list[RemovableHandle]:
+        """Register with the module, before the hooks of others: what these add to the output is no movement of W."""
+        return [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
+
     def put_on(self) -> None:
         """Put the hook on its module."""
-        # Before the hooks of others: what these add to the output is no movement of W, and they see the base's output.
-        self._handles = [self.module.register_forward_hook(self, with_kwargs=True, prepend=True)]
+        self._handles = self.register()
         compiled.renew_graphs(self.module)
 
-    def undo(self) -> None:
-        """Undo what a forward pass that was interrupted has left behind."""
+    def attend(self) -> None:
+        """Attend to what has happened to the module since the last event of the optimizer."""
 
     def take_off(self) -> None:
         """Remove the hook from its module."""
@@ -508,7 +511,7 @@ def standing_in(owner: nn.Module, name: str, W: Tensor) -> Iterator[None]:
     places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner.__dict__)
     place = next(slots for slots in places if name in slots)
     before = place[name]
-    stand_in: Any = W.detach().to(before.device)
+    stand_in: Any = W.detach().to(before.device, before.dtype)
     stand_in = nn.Parameter(stand_in, requires_grad=False) if isinstance(before, nn.Parameter) else stand_in
     stand_in.stands_in_for = stood_in_for(before)
     place[name] = stand_in

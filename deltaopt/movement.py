@@ -57,7 +57,7 @@ class RunningMovement:
     def moved(self) -> bool:
         """Tell if W was written since its base, and no `base_weights` has brought that back for a while."""
         claim = self.state.claim
-        return self.state.is_off_base and (claim is None or not claim.owner.at_base)
+        return self.state.is_off_base() and (claim is None or not claim.owner.at_base)
 
     @torch.no_grad()
     def terms(self) -> Sequence[Term]:
@@ -75,7 +75,13 @@ class RunningMovement:
     def base(self) -> Tensor | None:
         """Return the copy of ``keep_base``, if it is of the base."""
         base = self.state.base
-        return None if base is None or not self.state.copies_base else self.state.base_copy(base)
+        usable = base is not None and self.state.copies_base and not self.is_overwritten()
+        return self.state.base_copy(base) if usable and base is not None else None
+
+    def is_overwritten(self) -> bool:
+        """Tell if another optimizer has written W since: then a copy of the base lacks what that one has moved."""
+        claim = self.state.claim
+        return claim is not None and claim.base_overwritten
 
     def problem(self, part: Tensor) -> None:
         """Return None: whoever writes W in the place of the optimizer says so by `rebase` or by loading a state."""
@@ -120,15 +126,24 @@ class LentMovement:
     """The movement that W had when an adapter was copied: it belongs to the copy, next to the base.
 
     Args:
-        hook: of the adapter that W moves for; W has not moved since the copy was made.
+        hook: of the adapter that W moves for.
+        terms: minus the movement, since W does not hold it in addition to what the adapter has moved it by.
     """
 
-    def __init__(self, hook: OutputHook) -> None:
+    def __init__(self, hook: OutputHook, terms: Sequence[Term]) -> None:
         assert hook.movement is not None
         self._hook = hook
-        # W does not hold it in addition to what the adapter has moved it by, so that subtracting has to add it.
-        self._terms = [term.cloned()._replace(coef=-term.coef) for term in hook.movement.terms()]
+        self._terms = [term.cloned() for term in terms]
         self._base = _base_record(hook.movement)
+
+    @classmethod
+    def of(cls, hook: OutputHook) -> LentMovement:
+        """Return the movement for a copy of the adapter of this hook; W has not moved since the copy was made."""
+        movement = hook.movement
+        assert movement is not None
+        if isinstance(movement, LentMovement):
+            return cls(movement._hook, movement._terms)
+        return cls(hook, [term._replace(coef=-term.coef) for term in movement.terms()])
 
     def moved(self) -> bool:
         """Tell if there is any."""
@@ -160,7 +175,7 @@ def _base_record(movement: Movement) -> object:
     """Return a value that is another one where W has got another base."""
     if isinstance(movement, RunningMovement):
         base = movement.state.base
-        return id(movement.state), None if base is None else base.record()
+        return None if base is None else base.record()
     return id(movement)
 
 

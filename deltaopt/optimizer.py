@@ -822,7 +822,7 @@ class DeltaLoRAOptimizer(Optimizer):
         weights = self._weights
         for weight in weights:
             if weight.triple.output_hook is not None:
-                weight.triple.output_hook.undo()
+                weight.triple.output_hook.attend()
         replaced = [weight for weight in weights if weight.resolve()]
         if replaced:
             check_weights(weights, self._rule)

@@ -79,9 +79,9 @@ class WeightState:
 
     def resolve(self) -> bool:
         """Look W, A and B up for an event; return True if one of them is not what was checked last."""
-        if self.base is not None:
-            _ = self.is_off_base  # before the event writes W
         self._tensors = self.triple.tensors()
+        if self.base is not None:
+            self._is_base_again(self._tensors.W)  # before the event writes it
         return self._tensors.signature() != self._checked
 
     def accept(self) -> None:
@@ -185,16 +185,16 @@ class WeightState:
         """True if W was asked to move, as far as the host knows."""
         return self.base is not None
 
-    @property
     def is_off_base(self) -> bool:
-        """True if W has moved, and nobody has loaded its base into it since."""
-        if self.base is None:
-            return False
-        W = self.triple.W
-        if is_plain(W) and not W.is_meta and (version := _version(W)) != self._left:
+        """Tell if W has moved, and nobody has loaded its base into it since."""
+        return self.base is not None and not self._is_base_again(self.triple.W)
+
+    def _is_base_again(self, W: Tensor) -> bool:
+        """Tell if somebody has loaded the base into a W that has moved; looks into it if it was written by others."""
+        if self.base is not None and is_plain(W) and not W.is_meta and (version := _version(W)) != self._left:
             self._left = version
             self._back = Fingerprint(self.triple.view.part(W.detach())).record() == self.base.record()
-        return not self._back
+        return self._back
 
     def fingerprint(self) -> Fingerprint:
         """Take the fingerprint of the part of W that moves."""

@@ -33,6 +33,10 @@ def pytest_collection_modifyitems(items):
 def _one_thread_and_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # A test that interrupts at every line leaves contexts of autocast open, and their cache of casts goes stale.
+    for _ in range(torch.autocast_increment_nesting()):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
 
 
 @pytest.fixture

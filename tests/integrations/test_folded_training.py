@@ -391,6 +391,7 @@ def test_a_hook_of_the_users_sees_the_divided_gradient(registered):
     assert_models_follow(*runs)
 
 
+@pytest.mark.filterwarnings("ignore:the weights of 10 layers .* were moved by an earlier optimizer:UserWarning")
 @each_start
 def test_an_optimizer_in_place_that_is_built_later_gets_whole_gradients(start):
     """Though the folded one is still there: its factors are taken over, with the scaling that the branch has now."""

@@ -270,7 +270,7 @@ def test_unload_of_16_bit_weights_warns_unless_the_base_is_kept():
             optimizer.step()
         ids = batches(1)[0]
         if keep is None:
-            with pytest.warns(UserWarning, match="these weights keep the movement: W is torch.bfloat16"):
+            with pytest.warns(UserWarning, match="these weights keep the movement, as W is torch.bfloat16"):
                 model.unload()
             continue
         base = model.unload()
@@ -551,6 +551,120 @@ def test_a_copy_of_the_adapter_is_refused_after_w_has_got_another_base(event):
     added_copy(model).set_adapter("ref")
     with torch.no_grad():
         torch.testing.assert_close(output(model, x), policy, **EXACT)
+
+
+@pytest.mark.parametrize("when", ["after_a_restart", "before_a_step", "within_base_weights", "of_a_copy"])
+@each_rule
+def test_a_copy_of_the_adapter_is_known_whenever_it_was_made(when, rule):
+    model, x = two_adapters()
+    optimizer = trained(model, x, rule)
+    if when == "after_a_restart":
+        optimizer.restart(generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        policy = output(model, x)
+        added_copy(model)
+        if when == "of_a_copy":
+            model.set_adapter("ref")
+            output(model, x)
+            model.add_adapter("ref2", model.peft_config["ref"])
+            for name, parameter in model.named_parameters():
+                if ".ref2" in name:
+                    parameter.copy_(model.get_parameter(name.replace(".ref2", ".ref")))
+        if when == "within_base_weights":
+            with optimizer.base_weights():
+                model.set_adapter("ref")
+                output(model, x)
+    model.set_adapter("default")
+    train_model(model, optimizer, x, steps=1)
+    model.eval()
+    model.set_adapter("ref2" if when == "of_a_copy" else "ref")
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, x), policy, **EXACT)
+
+
+def test_a_copy_is_right_again_once_w_has_its_base_again():
+    """As with a new optimizer that loads the state of the one before."""
+    model, x = two_adapters()
+    optimizer = trained(model, x)
+    with torch.no_grad():
+        policy = output(model, x)
+        added_copy(model).set_adapter("ref")
+        output(model, x)
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="were moved by an earlier optimizer"):
+        second = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
+    second.load_state_dict(optimizer.state_dict())
+    model.set_adapter("ref")
+    with torch.no_grad():
+        torch.testing.assert_close(output(model, x), policy, **EXACT)
+
+
+@each_rule
+def test_an_adapter_with_the_name_of_a_deleted_one_is_another_adapter(rule):
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    trained(model, x, rule)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", model.peft_config["other"])
+    randomised(model)
+    model.set_adapter("default")
+    plain = copy.deepcopy(frozen.model).unload()
+    fresh = get_peft_model(plain, LoraConfig(r=3, lora_alpha=5, target_modules=["0", "1"])).double().eval()
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(model.get_parameter(name))
+        torch.testing.assert_close(output(model, x), output(fresh, x), **EXACT)
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)  # without a warning
+    train_model(model, optimizer, x)
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(output(model, x), frozen.base(x), **EXACT)
+
+
+def test_an_optimizer_of_a_copy_says_that_its_base_has_moved(tmp_path):
+    model, x = two_adapters()
+    trained(model, x)
+    added_copy(model).set_adapter("ref")
+    with torch.no_grad():
+        output(model, x)
+    with pytest.warns(UserWarning, match="were moved by an earlier optimizer"):
+        DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, adapter="ref", lr=2e-2)
+
+
+@pytest.mark.parametrize("keep_base", [None, "cpu"])
+def test_merging_one_of_two_adapters_that_have_moved_w(keep_base):
+    """A kept copy of the base lacks what the other one has moved."""
+    model, x = two_adapters()
+    trained_as(model, "default", x, keep_base=keep_base)
+    second = trained_as(model, "other", x, keep_base=keep_base)
+    with torch.no_grad():
+        policy = output(model, x)
+        merged = copy.deepcopy(model).merge_and_unload(adapter_names=["other"])
+        torch.testing.assert_close(output(merged, x), policy, **EXACT)
+        second.rebase()
+        model.set_adapter("default")
+        with model.disable_adapter():
+            base = output(model, x)
+    model.set_adapter("other")
+    train_model(model, second, x, steps=1)
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(output(model, x), base, **EXACT)
+    with torch.no_grad():
+        policy = output(model, x)
+        torch.testing.assert_close(output(model.merge_and_unload(adapter_names=["other"]), x), policy, **EXACT)
+
+
+def test_a_kept_base_in_another_dtype_than_the_model_has_now():
+    model, x = two_adapters()
+    frozen = Frozen(model)
+    model.float()
+    trained(model, x.float(), keep_base="cpu")
+    model.double()
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(output(model, x), frozen.base(x), rtol=0, atol=1e-6)
 
 
 def test_an_adapter_that_is_loaded_later_is_made_for_the_base(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
@@ -13,12 +12,13 @@ from weakref import ReferenceType, ref
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from deltaopt import compiled
-from deltaopt.base import put_back
+from deltaopt.base import SIXTEEN_BITS, put_back
 from deltaopt.base_hooks import Absence, OutputHook, hook_of, output_problem, standing_in, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import joined
+from deltaopt.messages import warn_user
 from deltaopt.movement import LentMovement, RunningMovement
 from deltaopt.pickled import IfInstalled
 from deltaopt.rounding.blocks import add_product_
@@ -50,6 +50,7 @@ class LayerHook(OutputHook):
         self._name = name
         self._known: dict[str, ReferenceType[Any] | None] | None = None  # adapters that are no copies; None: not asked
         self._noted_for: WeightState | None = None  # when it began to move
+        self.factor: ReferenceType[Any] | None = None  # of the adapter; None: it goes by its name
 
     def put_on(self) -> None:
         """Put the hook on the layer, and be asked when PEFT takes the layer away."""
@@ -61,7 +62,7 @@ class LayerHook(OutputHook):
     def absence(self, module: nn.Module, arguments: Mapping[str, Any]) -> Absence:
         """Tell where the adapter takes no part, as PEFT's own forward pass decides it."""
         layer: Any = module
-        if layer.disable_adapters:
+        if layer.disable_adapters or self.is_replaced(layer):
             return True
         names = arguments.get("adapter_names")
         if names is not None:
@@ -90,6 +91,10 @@ class LayerHook(OutputHook):
                 result = result if again is None else again
         return result
 
+    def attend(self) -> None:
+        """Lend the movement to copies of the adapter that no forward pass has met yet."""
+        self._adopted(self.module)
+
     def corrected(self, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
         """Return the output without the movement of W, in these rows; with that of copies that are new."""
         result = super().corrected(output, x, rows)
@@ -97,6 +102,16 @@ class LayerHook(OutputHook):
             if hook.absence(self.module, {}):
                 result = hook.corrected(result, x, None)
         return result
+
+    def note_adapter(self) -> None:
+        """Note which adapter it is: one that is deleted, and another one that gets its name, are two."""
+        factor = dict(_adapters(self.module).items()).get(self.adapter)
+        self.factor = ref(factor) if isinstance(factor, nn.Module) else None  # loading may replace a Parameter
+
+    def is_replaced(self, layer: Any) -> bool:
+        """Tell if another adapter has the name by now."""
+        present = _adapters(layer)
+        return self.factor is not None and self.adapter in present and self.factor() is not present[self.adapter]
 
     def note_companions(self) -> None:
         """Note the adapters that the layer holds before W moves: they are made for the base.
@@ -131,8 +146,9 @@ class LayerHook(OutputHook):
         for name in [name for name, factor in present.items() if not _is_known(known, name, factor)]:
             for hook in [hook for hook in hooks_on(layer) if not hook.in_weight and hook.adapter == name]:
                 hook.take_off()  # it was of an earlier adapter with this name
-            if name != self.adapter and _are_equal(layer, name, self.adapter):
-                found.append(self._lend_to(name))
+            lenders = [self, *(hook for hook in hooks_on(layer) if not hook.in_weight)]
+            equal = [hook for hook in lenders if name != hook.adapter and _are_equal(layer, name, hook.adapter)]
+            found += [hook._lend_to(name) for hook in equal[:1]]
         self._known = self._present()
         return found
 
@@ -141,14 +157,15 @@ class LayerHook(OutputHook):
         kind = ParameterHookOfCopy if isinstance(self, ParameterHook) else LayerHookOfCopy
         hook: _OfCopy = kind(self.module, copy, self._name, self._view, f"{self.label} ({copy})")
         hook.branch = ("copy", copy)  # it may become an adapter that W moves for, with a hook of its own
-        hook.movement, hook.factor = LentMovement(self), ref(_adapters(self.module)[copy])
+        hook.movement = LentMovement.of(self)
+        hook.factor = ref(_adapters(self.module)[copy])
         hook.put_on()
         return hook
 
     def not_copied(self) -> dict[str, Any]:
         """Return the attributes that belong to this very hook, as a copy has them."""
         known = None if self._known is None else dict[str, Any].fromkeys(self._known)
-        return {**super().not_copied(), "_known": known, "_noted_for": None}
+        return {**super().not_copied(), "_known": known, "_noted_for": None, "factor": None}
 
     def base_of(self, W: Tensor) -> Tensor:
         """Return a copy of W, or of what stands in for it, minus the movement."""
@@ -171,19 +188,15 @@ class ParameterHook(LayerHook):
         # By module, as data parallel replicas have one hook: what stands in there, and the threads that are inside.
         self._standing: dict[int, tuple[Any, set[int]]] = {}
 
-    def put_on(self) -> None:
+    def register(self) -> list[RemovableHandle]:
         """Put one hook before the layer and one after it, also where the forward pass raises.
 
         The one after it comes before those of earlier adapters, as the exchanges of W are undone in reverse.
         """
-        super().put_on()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [
+        return [
             self.module.register_forward_pre_hook(self, with_kwargs=True),
             self.module.register_forward_hook(self, with_kwargs=True, always_call=True, prepend=True),
         ]
-        compiled.renew_graphs(self.module)
 
     def is_on(self) -> bool:
         """Tell if both hooks are still where they were put."""
@@ -196,18 +209,23 @@ class ParameterHook(LayerHook):
                 self._end(module)
             return
         if self._standing and self._comes_first(module):
-            self.undo()
+            self._undo()
         if self._shared or self.absence(module, kwargs):
             self._begin(module)
             for hook in self._adopted(module):  # torch does not call them in this pass yet
                 hook(module, args, kwargs)
+
+    def attend(self) -> None:
+        """Undo what a forward pass that was interrupted has left behind, too."""
+        self._undo()
+        super().attend()
 
     def _comes_first(self, module: nn.Module) -> bool:
         """Tell if it is the first hook of its kind that a forward pass of the module calls."""
         return self is next(hook for hook in module._forward_pre_hooks.values() if isinstance(hook, ParameterHook))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Let W be back where a signal has ended a forward pass of this thread, and torch has not called the hooks."""
         owner, name = self.holder(self.module)
         with _exchanging:
@@ -254,23 +272,13 @@ class ParameterHook(LayerHook):
 
 
 class _OfCopy(LayerHook):
-    """The hook of a copy of the adapter that W moves for: it adds the movement of that time, where the copy is active.
-
-    Attributes:
-        factor: of the copy; None in a copy of the model, which goes by the name.
-    """
+    """The hook of a copy of the adapter that W moves for: adds the movement of that time where the copy is active."""
 
     in_weight = False
-    factor: ReferenceType[Any] | None = None
-
-    def not_copied(self) -> dict[str, Any]:
-        """Return the attributes that belong to this very hook, as a copy has them."""
-        return {**super().not_copied(), "factor": None}
 
     def absence(self, module: nn.Module, arguments: Mapping[str, Any]) -> Absence:
         """Tell where the copy takes part; nowhere, if another adapter has its name by now."""
-        present = _adapters(module)
-        if self.adapter not in present or (self.factor is not None and self.factor() is not present[self.adapter]):
+        if self.adapter not in _adapters(module) or self.is_replaced(module):
             return False
         absence = super().absence(module, arguments)
         if isinstance(absence, bool):
@@ -333,6 +341,9 @@ def hook_for(layer: lora.LoraLayer, adapter: str, name: str, view: MatrixView, l
     """Return the hook of an adapter on its layer; it is put there if there is none yet."""
     kind = ParameterHook if isinstance(layer, lora.ParamWrapper) else LayerHook
     hook = hook_of(layer, kind, adapter)
+    if hook is not None and hook.is_replaced(layer):
+        hook.branch = ("earlier", id(hook), adapter)
+        hook = None
     if hook is None:
         hook = kind(layer, adapter, name, view, label)
         hook.put_on()
@@ -347,21 +358,21 @@ def hooks_on(layer: nn.Module) -> list[LayerHook]:
 @torch.no_grad()
 def _take_back(hooks: Sequence[LayerHook]) -> None:
     """Write what a layer computes without these hooks' movements into its W for good: adapters are taken away."""
-    moved = [
-        (hook, hook.movement)
-        for hook in hooks
-        if not (hook.tied or hook._shared) and hook.movement is not None and hook.movement.moved()
-    ]
+    moved = [(hook, m) for hook in hooks if not hook._shared and (m := hook.movement) is not None and m.moved()]
     if not moved:
         return
+    if any(hook.tied for hook, _ in moved):
+        _warn_of_rest("a W is used in another place too")
+        return
     (first, movement), layer = moved[0], moved[0][0].module
-    if len(moved) == 1 and isinstance(movement, RunningMovement) and not layer.merged:
+    alone = len(moved) == 1 and not layer.merged and not first._others_have_moved(layer)
+    if alone and isinstance(movement, RunningMovement) and not movement.is_overwritten():
         reason = put_back(movement.state)
     else:
         owner, name = first.holder(layer)
         W = getattr(owner, name)
         if W.element_size() <= 2:
-            reason = f"W is {W.dtype}, in which adding and then subtracting does not lead back"
+            reason = SIXTEEN_BITS.format(W.dtype)
         else:
             base, reason = W, None
             for hook, _ in moved:
@@ -373,11 +384,14 @@ def _take_back(hooks: Sequence[LayerHook]) -> None:
                 else:
                     hook.movement = None
     if reason is not None:
-        warnings.warn(
-            "unload() has taken adapters away whose weights Delta-LoRA has moved, and these weights keep the movement: "
-            f"{reason}. Load the base's weights again",
-            stacklevel=4,
-        )
+        _warn_of_rest(reason)
+
+
+def _warn_of_rest(reason: str) -> None:
+    warn_user(
+        "adapters were taken away (unload) whose weights Delta-LoRA has moved, and these weights keep the movement, as "
+        f"{reason}. Load the base's weights again"
+    )
 
 
 def _wrappers(layer: nn.Module) -> Iterator[Any]:
@@ -394,13 +408,13 @@ def _is_known(known: Mapping[str, ReferenceType[Any] | None], name: str, factor:
 
 
 def _are_equal(layer: Any, one: str, other: object) -> bool:
-    """Tell if two adapters of a layer have equal factors, whose product is not zero."""
+    """Tell if two adapters of a layer have equal factors, and not only zeros."""
     found = []
     for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
         if one in factors and other in factors:
-            tensors = [getattr(factors[name], "weight", factors[name]) for name in (one, other)]
-            found.append(torch.equal(*tensors) and bool(tensors[0].any()))
-    return bool(found) and all(found)
+            found.append([getattr(factors[name], "weight", factors[name]) for name in (one, other)])
+    alike = all(a.device == b.device and torch.equal(a, b) for a, b in found)
+    return alike and any(bool(a.any()) for a, _ in found)  # after a restart one of them is zero
 
 
 def _adapters(layer: Any) -> Any:

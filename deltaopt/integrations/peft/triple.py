@@ -11,6 +11,7 @@ from torch import nn
 from deltaopt.integrations.peft.alphas import Alphas
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.save_guard import SaveGuard
+from deltaopt.movement import Movement
 from deltaopt.scaling import holder_of
 from deltaopt.triple import LoRATriple, Tensors
 
@@ -77,11 +78,16 @@ class PeftTriple(LoRATriple):
 
     def has_moved(self) -> bool:
         """Tell if W has moved for this adapter, or for one whose movement the layer does not leave out by itself."""
-        hooks = [hook for hook in hooks_on(self.layer) if hook.in_weight and hook.movement is not None]
-        movements = {hook.adapter: hook.movement for hook in hooks if hook.movement is not None}
-        if movements:
-            return self.adapter in movements and movements[self.adapter].moved()
+        hooks = [hook for hook in hooks_on(self.layer) if hook.movement is not None]
+        own = [hook.movement for hook in hooks if hook.adapter == self.adapter and not hook.is_replaced(self.layer)]
+        if hooks:
+            return any(movement is not None and movement.moved() for movement in own)
         return SaveGuard.watches(self.layer)
+
+    def count_movement(self, movement: Movement) -> None:
+        """Leave this movement of W out of the layer's output from now on, where this very adapter takes no part."""
+        super().count_movement(movement)
+        self.layer_hook.note_adapter()
 
     def weight_moves(self) -> None:
         """Let PEFT's own save of the adapter warn: it leaves the movement of W out."""
