@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaopt.all_or_nothing import note_result
-from deltaopt.base_hooks import output_problem, subtract_always
+from deltaopt.base_hooks import subtract_always
 from deltaopt.checkpoint.files import load
 from deltaopt.checkpoint.fingerprint import Fingerprint
+from deltaopt.layer_output import output_problem
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.rounding.writer import add_terms_, put_
 from deltaopt.weight import WeightState

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -22,31 +22,17 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from deltaopt import compiled
+from deltaopt.layer_output import TIED, Further, forward_of, forward_with, output_problem, product_on, stood_in_for
 from deltaopt.layouts import MatrixView
-from deltaopt.lowrank import Term, joined
+from deltaopt.lowrank import Term
 from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, copied, is_shared
 from deltaopt.pickled import IfInstalled
-from deltaopt.rounding.blocks import full_precision
-
-CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
-"""By the number of dimensions of W."""
-
-KINDS: dict[str, tuple[Any, ...]] = {
-    "linear": (nn.Linear,),
-    "embedding": (nn.Embedding,),
-    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
-}
-"""By the layout of W: modules whose forward pass is known."""
 
 Absence: TypeAlias = "bool | list[int]"
 """Where a branch takes no part: nowhere (False), in all rows of the batch (True), or in these rows."""
-
-Further: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a forward pass after x, by position and by name."""
 
 NEEDS_THE_BASE = (
     "its W has moved for a branch that takes no part in this forward pass, so that the base's output is needed"
@@ -57,40 +43,9 @@ WAYS_OUT = (
     "where the product A @ B is zero at start_step"
 )
 
-TIED = "its W is used in another place too, which a hook would leave as it is"
 TIED_WAY_OUT = "leave this layer out of target_modules"
 
 Hook = TypeVar("Hook", bound="OutputHook")
-
-
-def output_problem(module: nn.Module | None, view: MatrixView, tied: bool = False) -> str | None:
-    """Say why the output of a module cannot be corrected by its displacement alone; None if it can.
-
-    Args:
-        module: whose weight W is; None for a W that was registered as a tensor.
-        view: of W.
-        tied: W is used in another place too.
-    """
-    if module is None:
-        return 'it was registered by its tensors, so that its module is not known: register ((module, "weight"), A, B)'
-    if tied:
-        return TIED
-    if _is_known(module, view) and (view.layout != "conv" or view.moves_all):
-        return None
-    return (
-        f"what a {type(module).__name__} with the layout {view.layout!r} computes from W is not known here (hooks "
-        "know nn.Linear, Conv1D, nn.Embedding without max_norm, convolutions, and classes made from these that inherit "
-        "their forward pass)"
-    )
-
-
-def _is_known(module: nn.Module, view: MatrixView) -> bool:
-    """Tell if the forward pass is one of torch's own; what a subclass computes is its own (Gemma scales embeddings)."""
-    if view.layout == "transposed":
-        return type(module).__name__ == "Conv1D"
-    own: Any = type(module)
-    known = any(isinstance(module, kind) and own.forward is kind.forward for kind in KINDS.get(view.layout, ()))
-    return known and getattr(module, "max_norm", None) is None
 
 
 class OutputHook:
@@ -224,7 +179,7 @@ class OutputHook:
             return output if change is None else output.index_copy(0, *_rows(output, rows, change))
         base = self._base(module)
         if base is not None and self.adds_nothing(module):
-            return _forward_with(*self.holder(module), base, x, further).to(output.dtype)
+            return forward_with(*self.holder(module), base, x, further).to(output.dtype)
         change = self._change(module, x, further)
         return output if change is None else _sum(output, change)
 
@@ -233,7 +188,7 @@ class OutputHook:
         owner, name = self.holder(module)
         base = self._base(module)
         if base is not None:
-            return _forward_with(owner, name, base, x, further) - _forward(owner, getattr(owner, name), x, further)
+            return forward_with(owner, name, base, x, further) - forward_of(owner, getattr(owner, name), x, further)
         terms = self._terms(module)
         if not terms:
             return None
@@ -417,44 +372,6 @@ def subtract_always(owner: nn.Module, W: Tensor, view: MatrixView, terms: Sequen
     return owner.register_forward_hook(hook, with_kwargs=True)
 
 
-def product_on(owner: nn.Module, W: Tensor, x: Tensor, terms: Sequence[Term], view: MatrixView) -> Tensor:
-    """Return what the sum of the terms gives in the place of a module's W, without bias, in the dtype of the terms.
-
-    Args:
-        owner: the module, for the stride and the padding of a convolution.
-        W: its weight, for the shape and the dtype.
-        x: its input.
-        terms: of W; at least one.
-        view: of W.
-    """
-    with full_precision(x.device):
-        found = [
-            _applied(owner, W, x, term.to(x.device, torch.promote_types(term.A.dtype, W.dtype)), view)
-            for term in _few(terms)
-        ]
-        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
-
-
-def _few(terms: Sequence[Term]) -> Sequence[Term]:
-    """Return the terms as they are, or as one: joining them copies all factors."""
-    return terms if len(terms) <= 2 else [Term(1.0, *joined(terms)[:2])]
-
-
-def _applied(owner: nn.Module, W: Tensor, x: Tensor, term: Term, view: MatrixView) -> Tensor:
-    coef, A, B = term
-    if not view.moves_all:
-        A, B = view.padded(A, B, W)
-    if view.layout == "embedding":
-        return functional.linear(functional.embedding(x, B.mT) * coef, A)
-    x = x.to(A.dtype)
-    if view.layout != "conv":
-        return functional.linear(functional.linear(x, B) * coef, A)
-    inner: Any = owner
-    kernel = [1] * (W.dim() - 2)
-    hidden = inner._conv_forward(x, B.view(-1, *W.shape[1:]), None)
-    return CONVOLUTIONS[W.dim()](hidden * coef, A.view(*A.shape, *kernel))
-
-
 def _rows(output: Tensor, rows: list[int], change: Tensor) -> tuple[Tensor, Tensor]:
     """Return the index of these rows, and what stands in them after the change."""
     index = torch.tensor(rows, device=output.device)
@@ -473,49 +390,7 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
     return (output.to(torch.promote_types(output.dtype, change.dtype)) + change).to(output.dtype)
 
 
-def _forward_with(owner: nn.Module, name: str, W: Tensor, x: Tensor, further: Further) -> Tensor:
-    """Return what a module computes with another W."""
-    if getattr(owner, "max_norm", None) is not None:
-        W = W.clone()  # the forward pass rewrites its rows, and W may be the copy of the base itself
-    if "forward" not in owner.__dict__:
-        # Other threads may be in a forward pass of this module: leave it as it is.
-        twin = object.__new__(type(owner))
-        twin.__dict__.update(owner.__dict__, _parameters=dict(owner._parameters), _buffers=dict(owner._buffers))
-        owner = twin
-    with standing_in(owner, name, W):
-        return _forward(owner, W, x, further)
-
-
-def _forward(owner: nn.Module, W: Tensor, x: Tensor, further: Further) -> Tensor:
-    """Return what a module whose weight is W computes, also for an x that autocast has made narrower."""
-    # Compiled graphs hold the casts of autocast, which is off when they run.
-    is_narrower = x.is_floating_point() and W.is_floating_point() and x.element_size() < W.element_size()
-    args, kwargs = further
-    return owner.forward(x.to(W.dtype) if is_narrower else x, *args, **kwargs)  # type: ignore[no-any-return]
-
-
 def _first_parameter(module: nn.Module) -> str | None:
     """Return the name of the first argument of a module's forward pass."""
     own: Any = type(module)
     return next(islice(inspect.signature(own.forward).parameters, 1, None), None)
-
-
-def stood_in_for(W: Any) -> Any:
-    """Return the W that a tensor stands in for; another tensor as it is."""
-    return getattr(W, "stands_in_for", W)
-
-
-@contextmanager
-def standing_in(owner: nn.Module, name: str, W: Tensor) -> Iterator[None]:
-    """Let a tensor stand in for the W of a module."""
-    places: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, owner.__dict__)
-    place = next(slots for slots in places if name in slots)
-    before = place[name]
-    stand_in: Any = W.detach().to(before.device, before.dtype)
-    stand_in = nn.Parameter(stand_in, requires_grad=False) if isinstance(before, nn.Parameter) else stand_in
-    stand_in.stands_in_for = stood_in_for(before)
-    place[name] = stand_in
-    try:
-        yield
-    finally:
-        place[name] = before

@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from deltaopt.base_hooks import TIED, TIED_WAY_OUT, WAYS_OUT, ModuleHook, OutputHook, hook_of
+from deltaopt.base_hooks import TIED_WAY_OUT, WAYS_OUT, ModuleHook, OutputHook, hook_of
+from deltaopt.layer_output import TIED
 from deltaopt.layouts import MatrixView, shape
 from deltaopt.movement import Movement
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaopt.base import SIXTEEN_BITS, put_back
-from deltaopt.base_hooks import Absence, OutputHook, hook_of, output_problem, standing_in, stood_in_for
+from deltaopt.base_hooks import Absence, OutputHook, hook_of
+from deltaopt.layer_output import output_problem, standing_in, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import joined
 from deltaopt.messages import warn_user
@@ -132,8 +133,8 @@ class LayerHook(OutputHook):
     def _adopted(self, layer: Any) -> list[LayerHook]:
         """Put hooks on for adapters that are new copies of this one: the model that was copied had W's movement.
 
-        A trainer copies the adapter for its reference model. A copy is known by its factors; an adapter that was loaded
-        has others, and is made for the base.
+        A trainer copies the adapter for its reference model. A copy is known by its factors, which are equal; an
+        adapter with others is made for the base.
         """
         present, known = _adapters(layer), self._known
         if known is None or not self.in_weight:
@@ -153,7 +154,7 @@ class LayerHook(OutputHook):
         return found
 
     def _lend_to(self, copy: str) -> LayerHook:
-        """Put a hook on that gives a copy of the adapter the movement that W has now."""
+        """Put a hook on that gives a copy of the adapter the movement that W has now, for this hook's adapter."""
         kind = ParameterHookOfCopy if isinstance(self, ParameterHook) else LayerHookOfCopy
         hook: _OfCopy = kind(self.module, copy, self._name, self._view, f"{self.label} ({copy})")
         hook.branch = ("copy", copy)  # it may become an adapter that W moves for, with a hook of its own
