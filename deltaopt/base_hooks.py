@@ -197,7 +197,7 @@ class OutputHook:
                 f"{self.label}: {NEEDS_THE_BASE}, and it cannot be computed: {self.problem}. Run this pass within "
                 f"optimizer.base_weights(); or {WAYS_OUT}"
             )
-        return -product_on(owner, getattr(owner, name), x, terms, self._view)
+        return product_on(owner, getattr(owner, name), x, _minus(terms), self._view)
 
     def _base(self, module: nn.Module) -> Tensor | None:
         """Return the copy of the base, if W has moved; of all of W, and nobody else has moved it since."""
@@ -367,9 +367,14 @@ def subtract_always(owner: nn.Module, W: Tensor, view: MatrixView, terms: Sequen
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return _sum(output, -product_on(module, W, x, terms, view))
+        return _sum(output, product_on(module, W, x, _minus(terms), view))
 
     return owner.register_forward_hook(hook, with_kwargs=True)
+
+
+def _minus(terms: Sequence[Term]) -> Sequence[Term]:
+    """Return minus the sum of the terms, which takes no pass over an output."""
+    return [term._replace(coef=-term.coef) for term in terms]
 
 
 def _rows(output: Tensor, rows: list[int], change: Tensor) -> tuple[Tensor, Tensor]:
