@@ -202,14 +202,14 @@ class OutputHook:
     def _base(self, module: nn.Module) -> Tensor | None:
         """Return the copy of the base, if W has moved; of all of W, and nobody else has moved it since."""
         movement = self._movement_of(module)
-        if movement is None or not self._view.moves_all or self._others_have_moved(module):
+        if movement is None or not self._view.moves_all or self.others_that_moved(module):
             return None
         return movement.base()
 
-    def _others_have_moved(self, module: nn.Module) -> bool:
-        """Tell if W has moved for another branch of the module too, which has a hook of its own."""
+    def others_that_moved(self, module: nn.Module) -> list[OutputHook]:
+        """Return the hooks of other branches of the module for which W has moved too."""
         hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, OutputHook) and hook is not self)
-        return any(hook.in_weight and hook.movement is not None and hook.movement.moved() for hook in hooks)
+        return [hook for hook in hooks if hook.in_weight and hook.movement is not None and hook.movement.moved()]
 
     def _terms(self, module: nn.Module) -> Sequence[Term]:
         """Return terms that add up to what W has moved by; empty if it has not."""

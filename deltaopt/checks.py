@@ -243,6 +243,31 @@ def warn_of_moved(weights: Iterable[WeightState]) -> None:
         )
 
 
+def shared_movements(weights: Iterable[WeightState]) -> list[str]:
+    """Return the labels of weights that have moved, and hold movements that other optimizers count.
+
+    Args:
+        weights: all of an optimizer.
+    """
+    hooks = [(weight, hook) for weight in weights if (hook := weight.triple.output_hook) is not None]
+    own = {id(hook) for _, hook in hooks}
+    return [
+        weight.label
+        for weight, hook in hooks
+        if weight.moved and any(id(other) not in own for other in hook.others_that_moved(hook.module))
+    ]
+
+
+def warn_of_shared_base(labels: Sequence[str]) -> None:
+    """Warn that a `rebase` gives other branches another base."""
+    if labels:
+        warn_user(
+            f"W of {layers(labels)} has moved for other adapters too. After rebase() these stand on W as this "
+            "optimizer has moved it, so that each of them gives another output than before: save them first, with "
+            "save_adapter()"
+        )
+
+
 def check_finite(weights: Iterable[WeightState]) -> None:
     """Raise ValueError for factors that are NaN or infinite, before their product is added to W."""
     bad = [weight.label for weight in weights if not _finite(weight)]

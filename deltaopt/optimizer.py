@@ -39,8 +39,10 @@ from deltaopt.checks import (
     check_output_hooks,
     check_training,
     check_weights,
+    shared_movements,
     warn_of_moved,
     warn_of_outputs,
+    warn_of_shared_base,
 )
 from deltaopt.claims import Claim, Claimant, Use
 from deltaopt.folded import FoldedUpdate
@@ -423,8 +425,11 @@ class DeltaLoRAOptimizer(Optimizer):
         The displacement begins at zero. The next move takes a new copy of the base, if `keep_base` asks for one.
         Adapters that are exported later are for this base, not for the pristine weights.
         """
-        with self._between_steps("rebase()", None), self._events.begin("rebase()", self._finish_rebase):
-            pass
+        with self._between_steps("rebase()", None):
+            others = shared_movements(self._weights)
+            with self._events.begin("rebase()", self._finish_rebase):
+                pass
+        warn_of_shared_base(others)
 
     def _finish_rebase(self) -> None:
         for weight in self._weights:

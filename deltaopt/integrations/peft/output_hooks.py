@@ -366,7 +366,7 @@ def _take_back(hooks: Sequence[LayerHook]) -> None:
         _warn_of_rest("a W is used in another place too")
         return
     (first, movement), layer = moved[0], moved[0][0].module
-    alone = len(moved) == 1 and not layer.merged and not first._others_have_moved(layer)
+    alone = len(moved) == 1 and not layer.merged and not first.others_that_moved(layer)
     if alone and isinstance(movement, RunningMovement) and not movement.is_overwritten():
         reason = put_back(movement.state)
     else:
