@@ -348,8 +348,8 @@ class DeviceBuffers(FactorBuffers):
             self._write_by_kernel(self._by_kernel, narrow, keep, writer)
         if not others:
             return
-        # The host does not know which ones to leave out. Their factors become +0 and all coefficients negative, as
-        # adding -0 leaves every bit.
+        # The host does not know which ones to leave out. Their factors become +0 and all coefficients negative: adding
+        # -0 leaves every bit. (cuBLAS adds +0 to a float32 W all the same, so that a -0.0 there becomes 0.0.)
         turned = [self.U[slot.place] for slot in self.slots if self._coefs[slot.place] > 0]
         drop = ~keep.view(-1, *[1] * (self.U.dim() - 1))
         masking: list[Callable[[], object]] = [partial(torch._foreach_neg_, turned)] if turned else []
