@@ -135,6 +135,7 @@ class UpdateRule:
         """
         for weight, record in zip(weights, records, strict=True):
             if record["scaling"] != weight.triple.scaling:
+                weight.triple.store_for_first_scaling()
                 weight.triple.scaling = record["scaling"]
                 weight.triple.set_branch_scaling(record["scaling"])
 

@@ -25,8 +25,8 @@ from deltaopt.sharding import local_part
 MARK = "deltaopt"
 """In a module's metadata of a state_dict: by name, the factors that its values were multiplied by."""
 
-REMEMBERED = 256
-"""Values that one hook knows again, of those it has handed out."""
+_for_first_scaling: deque[Tensor] = deque(maxlen=4096)
+"""Hashes of what was handed out or loaded as values for a first scaling. Facts about contents, hence for the process."""
 
 
 def stored_form(A: Tensor, factor: float) -> Tensor:
@@ -64,7 +64,6 @@ class StoredFactor:
         self.name = name
         self._label = label
         self._first = self._now = scaling
-        self._handed_out: deque[Tensor] = deque(maxlen=REMEMBERED)
 
     @staticmethod
     def on(module: nn.Module, name: str) -> StoredFactor | None:
@@ -121,7 +120,7 @@ class StoredFactor:
         if state_dict[key] is not A:
             metadata.setdefault(MARK, {})[self.name] = factor
         if factor == 1.0:
-            self._handed_out.append(_hash(A))
+            _remember(A)
             return
         if state_dict[key] is A:
             self._warn_once(
@@ -134,20 +133,23 @@ class StoredFactor:
         # A write into a tensor that is not A would be lost; torch refuses to write one that was made like this.
         with torch.inference_mode():
             state_dict[key] = stored_form(state_dict[key], factor)
-        self._handed_out.append(_hash(state_dict[key]))
+        _remember(state_dict[key])
 
     @torch.no_grad()
     def _taken(self, A: Tensor, value: Tensor, mark: Mapping[str, float] | None, call: object) -> Tensor:
         """Return what A becomes by loading this value, which is for the first scaling."""
         factor = self.factor
-        if factor == 1.0 or value.shape != A.shape:  # torch refuses another shape
+        if value.shape != A.shape:  # torch refuses it
+            return value
+        if factor == 1.0:
+            _remember(value.to(A.dtype))
             return value
         marked = mark is not None and self.name in mark
         if not marked and _is_same(value, A):
             return value
         if _is_same(value, stored_form(A, factor)):
             return A.detach().clone()
-        if not marked and not self._knows(value, A):
+        if not marked and not _is_known(value.to(A.dtype)):  # adapter files may be read in another dtype
             self._warn_once(
                 call,
                 f"load_state_dict() has divided what was loaded for A of {self._label}, and of every other scaled "
@@ -157,11 +159,6 @@ class StoredFactor:
                 "torch.no_grad(), or keep copies of model.state_dict() as it is",
             )
         return raw_form(value, factor)
-
-    def _knows(self, value: Tensor, A: Tensor) -> bool:
-        """Tell if this value was handed out in this process, or is zero. Adapter files are read in another dtype."""
-        sought = int(_hash(value.to(A.dtype)))
-        return any(int(known) == sought for known in self._handed_out) or not value.any()
 
     @classmethod
     def _warn_once(cls, call: object, text: str) -> None:
@@ -203,6 +200,16 @@ def _is_same(value: Tensor, other: Tensor) -> bool:
         return False
     dtype = torch.promote_types(value.dtype, other.dtype)
     return torch.equal(value.to(other.device, dtype), other.to(dtype))
+
+
+def _remember(value: Tensor) -> None:
+    _for_first_scaling.append(_hash(value))
+
+
+def _is_known(value: Tensor) -> bool:
+    """Tell if this value is known to be for a first scaling; zero is for every one."""
+    sought = int(_hash(value))
+    return any(int(known) == sought for known in _for_first_scaling) or not value.any()
 
 
 def _hash(tensor: Tensor) -> Tensor:
