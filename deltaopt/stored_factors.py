@@ -26,7 +26,7 @@ MARK = "deltaopt"
 """In a module's metadata of a state_dict: by name, the factors that its values were multiplied by."""
 
 _for_first_scaling: deque[Tensor] = deque(maxlen=4096)
-"""Hashes of what was handed out or loaded as values for a first scaling. Facts about contents, hence for the process."""
+"""Hashes of values for a first scaling: handed out, or loaded. Facts about contents, hence for the process."""
 
 
 def stored_form(A: Tensor, factor: float) -> Tensor:
