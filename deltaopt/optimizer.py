@@ -67,6 +67,7 @@ from deltaopt.plain import plain
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
+from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
 from deltaopt.weight import WeightState
@@ -677,6 +678,7 @@ class DeltaLoRAOptimizer(Optimizer):
             writer = rounding.during("resume", record["step_count"])
             before = [branch_record(weight.triple) for weight in weights]
             saved = [triple for group in record["groups"] for triple in group["triples"]]
+            anew = [] if record["ledgers"] else resume.stored_anew(weights, saved)
             groups, loaded = self._inner.param_groups, list[Any]()
             uncompensated: list[str] = []
 
@@ -690,6 +692,8 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._rule.forget()
                 self._hold(weights)
                 if not record["ledgers"]:
+                    for weight, A in anew:
+                        put_whole_(weight.tensors.A, A)
                     for weight in weights:
                         weight.rebase()
                 uncompensated[:] = resume.carry_out(decided, writer)

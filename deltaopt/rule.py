@@ -129,7 +129,15 @@ class UpdateRule:
         """Undo `unfold`, also half of it; may be called again after an exception."""
 
     def restore(self, weights: Sequence[WeightState], records: Sequence[Mapping[str, Any]]) -> None:
-        """Put the branches into the state of a saved run; may be called again after an exception."""
+        """Put the branches into the state of a saved run; may be called again after an exception.
+
+        A rule that scales none meets another scaling where a folded run came before the saved one.
+        """
+        for weight, record in zip(weights, records, strict=True):
+            if record["scaling"] != weight.triple.scaling:
+                weight.triple.store_for_first_scaling()
+                weight.triple.scaling = record["scaling"]
+                weight.triple.set_branch_scaling(record["scaling"])
 
     def forget(self) -> None:
         """Forget what an interrupted step has left open: a state was loaded, which says where every W is."""
