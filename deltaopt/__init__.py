@@ -9,6 +9,7 @@ from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.triple import LoRATriple
+from deltaopt.wrappers import unwrap
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "other_parameters",
     "save",
     "schedules",
+    "unwrap",
     "without_compensation",
     "without_ledger",
 ]

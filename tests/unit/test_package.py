@@ -23,6 +23,7 @@ ORDER = [
     "integrations",
     "sharers",
     "export",
+    "wrappers",
     "optimizer",
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
     *("base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),

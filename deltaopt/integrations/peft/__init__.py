@@ -23,6 +23,7 @@ from deltaopt.messages import Problem, layers, names, problems_of, raise_problem
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
+from deltaopt.wrappers import unwrap
 
 SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
 QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "awq", "eetq", "hqq", "aqlm", "inc")]
@@ -82,7 +83,8 @@ def save_adapter(
 
     Args:
         model: a PeftModel, or a model with transformers' ``add_adapter``; it is not changed.
-        optimizer: whose triples are all layers of `model` that hold the adapter.
+        optimizer: whose triples are all layers of `model` that hold the adapter; a wrapped one too, see
+            `deltaopt.unwrap`.
         directory: the folder for ``adapter_config.json`` and ``adapter_model.safetensors`` (float32 factors, or
             float64 for a float64 model).
         rank: compress each layer to this rank; see `deltaopt.export_adapter`. Default: exact.
@@ -99,11 +101,7 @@ def save_adapter(
         RuntimeError: in `base_weights`. In each case nothing is written.
         NotADirectoryError: if `directory` is a file.
     """
-    if not isinstance(optimizer, DeltaLoRAOptimizer):
-        raise TypeError(
-            f"optimizer is a DeltaLoRAOptimizer, got a {type(optimizer).__name__}: hand in the one that trains the "
-            "model (accelerate wraps it: optimizer.optimizer)"
-        )
+    optimizer = unwrap(optimizer)
     model = with_config(model)
     weights = _peft_weights(optimizer)
     adapter = _adapter_to_save(model, sorted({triple.adapter for triple in weights}), adapter)
