@@ -20,6 +20,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    present_names,
     repeats_of,
     restore_settings,
     split_ledgers,
@@ -63,6 +64,7 @@ from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
+from deltaopt.naming import under_present_names
 from deltaopt.plain import plain
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
@@ -672,6 +674,9 @@ class DeltaLoRAOptimizer(Optimizer):
             record, inner_state = split_record(state_dict)
             check_record(record, self._groups, weights, self.weight_update)
             ledgers, compensations, inner_state = split_ledgers(inner_state, record["schema"])
+            ledgers, compensations = (
+                under_present_names(entries, present_names(record, weights)) for entries in (ledgers, compensations)
+            )
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])

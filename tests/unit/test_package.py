@@ -32,7 +32,7 @@ ORDER = [
     *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
-    *("all_or_nothing", "plain", "pickled", "messages", "schedules"),
+    *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
 
 

@@ -20,6 +20,7 @@ from deltaopt.integrations.peft.alphas import Alphas
 from deltaopt.integrations.peft.save_guard import SaveGuard
 from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
+from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
@@ -36,11 +37,13 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     Raises:
         ValueError: for layers that Delta-LoRA cannot move, all in one message.
     """
-    holders = [
-        (name, module)
+    found = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and adapter in _adapters(module)
-    ]
+    }
+    names_of = names_without_wrappers(model, found)
+    holders = [(names_of[name], module) for name, module in found.items()]
     raise_problems(
         ValueError,
         "these PEFT layers cannot be used",
