@@ -8,6 +8,7 @@ from deltaopt.export import export_adapter, merged_weights
 from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.small_states import leave_out_compensation
 from deltaopt.triple import LoRATriple
 from deltaopt.wrappers import unwrap
 
@@ -20,6 +21,7 @@ __all__ = [
     "WeightMismatchError",
     "export_adapter",
     "find_triples",
+    "leave_out_compensation",
     "load",
     "merged_weights",
     "other_parameters",

@@ -23,6 +23,7 @@ ORDER = [
     "integrations",
     "sharers",
     "export",
+    "small_states",
     "wrappers",
     "optimizer",
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
