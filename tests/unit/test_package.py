@@ -27,7 +27,7 @@ ORDER = [
     "wrappers",
     "optimizer",
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
-    *("base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
+    *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
     *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
