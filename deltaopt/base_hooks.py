@@ -364,12 +364,27 @@ def hook_of(module: nn.Module, kind: type[Hook], branch: object) -> Hook | None:
 
 def subtract_always(owner: nn.Module, W: Tensor, view: MatrixView, terms: Sequence[Term]) -> RemovableHandle:
     """Let the module of a W give W x minus the product of the terms and x, until the handle is removed."""
+    return owner.register_forward_hook(_Subtraction(W, view, terms), with_kwargs=True)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+
+class _Subtraction:
+    """The hook of `subtract_always`. A deep copy of the model keeps it, and so computes with the base for good."""
+
+    def __init__(self, W: Tensor, view: MatrixView, terms: Sequence[Term]) -> None:
+        self._W, self._view, self._terms = W, view, terms
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return _sum(output, product_on(module, W, x, _minus(terms), view))
+        return _sum(output, product_on(module, self._W, x, _minus(self._terms), self._view))
 
-    return owner.register_forward_hook(hook, with_kwargs=True)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Subtraction:
+        return self  # as a function would be
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "a model cannot be pickled while base_weights() corrects the output of its layers by hooks, as W itself "
+            "has moved: leave it first, or use base_weights(method='copy') with keep_base or source"
+        )
 
 
 def _minus(terms: Sequence[Term]) -> Sequence[Term]:

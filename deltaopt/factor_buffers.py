@@ -103,6 +103,7 @@ class FactorBuffers:
         self._now: list[Tensor] = []
         self._coefs: list[float] = []
         self._written: list[list[Any]] = []
+        self._counts: list[int | None] = []
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +124,7 @@ class FactorBuffers:
         self._now = []
         self._coefs = [slot.weight.ratio * slot.weight.triple.scaling for slot in self.slots]
         self._written = [[] for _ in self.slots]
+        self._counts = [slot.weight.count_after_a_move() for slot in self.slots]
 
     def note_bases(self) -> None:
         """Note what every W is before its first move."""
@@ -252,6 +254,9 @@ class HostBuffers(FactorBuffers):
                 if not continues or coef != slot.ledger.coef
             ]
         extended = extend_ledgers(self._due, self._extended)
+        for slot, count, written in zip(self.slots, self._counts, self._written, strict=True):
+            if written:
+                slot.weight.moves = count
         torch.stack(self._now[: len(self.slots)], out=self._A_end)
         torch.stack(self._now[len(self.slots) :], out=self._B_end)
         return extended
@@ -369,7 +374,7 @@ class DeviceBuffers(FactorBuffers):
         torch._foreach_copy_(self._end, self._now)
         for end, before in zip((self._A_end, self._B_end), self._updates.before, strict=True):
             end.copy_(torch.where(applied, end, before))
-        self._updates.send(applied)
+        self._updates.send(applied, self.marks()[0].gt(0) & applied)
         return self._updates
 
     def release(self) -> None:
@@ -407,13 +412,19 @@ class LedgerUpdates:
         self._start = start
         self._continues = continues
         self._flags: Tensor | None = None
+        self._counts: list[tuple[WeightState, int | None]] = []
         self._due: list[Move] | None = None
         self._extended: list[Any] = []
         self.event: torch.cuda.Event | None = None
 
-    def send(self, applied: Tensor) -> None:
-        """Send what the device knows to the host, without waiting."""
-        flags = torch.cat([self._continues, applied.view(1)])
+    def send(self, applied: Tensor, moved: Tensor) -> None:
+        """Send what the device knows to the host, without waiting.
+
+        Args:
+            applied: 0-d bool: whether the step moved any W.
+            moved: one bool a move: whether it changed this W.
+        """
+        flags = torch.cat([self._continues, moved, applied.view(1)])
         if flags.device.type != "cuda":
             self._flags = flags
             return
@@ -427,13 +438,20 @@ class LedgerUpdates:
         assert self._flags is not None
         if self.event is not None:
             self.event.synchronize()
-        *continues, applied = self._flags.tolist()
+        *flags, applied = self._flags.tolist()
+        continues, moved = flags[: len(self._moves)], flags[len(self._moves) :]
         if self._due is None:
+            weights = [slot.weight for slot, _ in self._moves]
+            self._counts = [
+                (w, w.count_after_a_move()) for w, has_moved in zip(weights, moved, strict=True) if has_moved
+            ]
             moves = [
                 Move(slot, coef, self._at(slot, self._start), None if goes_on else self._at(slot, self.before))
                 for (slot, coef), goes_on in zip(self._moves, continues, strict=True)
             ]
             self._due = [move for move in moves if applied and not move.continues_the_last()]
+        for weight, count in self._counts:
+            weight.moves = count
         return extend_ledgers(self._due, self._extended)
 
     @staticmethod

@@ -20,6 +20,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    present_names,
     repeats_of,
     restore_settings,
     split_ledgers,
@@ -63,7 +64,9 @@ from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
+from deltaopt.naming import under_present_names
 from deltaopt.plain import plain
+from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
@@ -324,6 +327,23 @@ class DeltaLoRAOptimizer(Optimizer):
         wait. What compensated rounding keeps (2 c d bytes) and copies of the base (`keep_base`) are counted too.
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
+
+    def report(self) -> Report:
+        """Tell if W moved: for each layer how often, how far, what rounding kept of it, and what the next step does.
+
+        ``print(optimizer.report())`` shows a short table, ``optimizer.report().as_dict()`` is data. It reads every W
+        once and waits for the device. It may be called at any time, within `base_weights` too. With sharded factors
+        call it on all ranks.
+
+        Raises:
+            RuntimeError: if another optimizer has moved a W since.
+        """
+        check_claims(self._weights, "report()", "read")
+        with outside_inference_mode():
+            self._events.complete()
+            self._rule.flush()
+            at_base = self._claimant.at_base
+            return report_of(self._weights, self._step_count, self.weight_update, self.skipped_updates, at_base)
 
     def displacement(self, name: str) -> LowRank:
         """Return the movement that was asked of a W since its base, as low-rank factors.
@@ -673,6 +693,9 @@ class DeltaLoRAOptimizer(Optimizer):
             record, inner_state = split_record(state_dict)
             check_record(record, self._groups, weights, self.weight_update)
             ledgers, compensations, inner_state = split_ledgers(inner_state, record["schema"])
+            ledgers, compensations = (
+                under_present_names(entries, present_names(record, weights)) for entries in (ledgers, compensations)
+            )
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
@@ -740,7 +763,7 @@ class DeltaLoRAOptimizer(Optimizer):
             lines += [
                 f"Triples {i}: {len(group.triples)}, update_ratio={group.update_ratio}, start_step={group.start_step}"
             ]
-        return "\n".join([*lines, f"inner: {self._inner!r}", ")"])
+        return "\n".join([*lines, at_a_glance(self._weights, self._step_count), f"inner: {self._inner!r}", ")"])
 
     def _become(
         self,

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from deltaopt.checkpoint.records import ledger_record, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.naming import differ_by_wrappers, renamed
 from deltaopt.plain import plain
 from deltaopt.rounding.writer import checked_seed
 from deltaopt.scaling import checked_scaling
@@ -215,6 +216,12 @@ def split_ledgers(
     return found, compensations, {**state_dict, "state": state}
 
 
+def present_names(record: dict[str, Any], weights: Sequence[WeightState]) -> dict[str, str]:
+    """Return by the name under which each triple was saved its name now: a wrapper of the model may have changed it."""
+    saved = [triple["name"] for group in record["groups"] for triple in group["triples"]]
+    return renamed(saved, [weight.label for weight in weights])
+
+
 def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Copy a state of `DeltaLoRAOptimizer` that asks nothing of W, A and B when it is loaded.
 
@@ -333,7 +340,7 @@ def _are_same(saved: dict[str, Any], here: dict[str, Any]) -> bool:
 
     A folded branch may be registered with its present scaling, or with the first one, which stored factors are for.
     """
-    if any(saved[key] != here[key] for key in ("name", "A", "B")):
+    if not differ_by_wrappers(saved["name"], here["name"]) or any(saved[key] != here[key] for key in "AB"):
         return False
     if saved["scaling"] == here["scaling"]:
         return True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash
+from deltaopt.groups import checked_count
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
 from deltaopt.sharding import gathered
@@ -62,6 +63,8 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "origin": None if weight.origin is None else _term_record(weight.origin),
         "lost": ledger.lost,
         "rebased": weight.rebased,
+        "moves": weight.moves,
+        "folded_since": weight.folded_since,
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
         "whole": whole_hash(weight.part()) if hides else None,
@@ -91,6 +94,8 @@ class SavedLedger:
         base: the fingerprint of W before its first move; None if it had not moved.
         origin: what the start of A and B had taken out of the pristine weight; None if nothing.
         rebased: see `WeightState`.
+        moves: see there; also None if an earlier version has saved it.
+        folded_since: see there.
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
         now: by letter, the record of each factor's fingerprint when it was saved.
@@ -105,6 +110,7 @@ class SavedLedger:
         self.ledger.lost = None if record["lost"] is None else str(record["lost"])
         self.origin = None if record["origin"] is None else _term_of(record["origin"])
         self.rebased = bool(record["rebased"])
+        self.moves, self.folded_since = (_checked_count(record.get(key), key) for key in ("moves", "folded_since"))
         self.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
         self._end_is_live = record["end"] == "live"
         if record["end"] is not None and not self._end_is_live:
@@ -124,7 +130,14 @@ class SavedLedger:
             self.ledger.end = A.detach().clone(), B.detach().clone()
         weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
         weight.compensation = None
+        never_moved = self.base is None and not weight.triple.folded
+        weight.moves = 0 if self.moves is None and never_moved else self.moves
+        weight.folded_since = self.folded_since
         weight.placed_ledger()
+
+
+def _checked_count(count: Any, what: str) -> int | None:
+    return None if count is None else checked_count(count, what)
 
 
 def _end_record(weight: WeightState, ledger: Ledger) -> Any:
