@@ -115,6 +115,7 @@ class Resync:
     def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
         check_finite(weights)
         self._writer = writer
+        self._ledgers = [(weight.ledger, weight.ratio != 0) for weight in weights]
         self._moves = []
         for weight in weights:
             before, (_, A, B) = weight.placed_ledger().end, weight.branch().cloned()
@@ -135,6 +136,9 @@ class Resync:
                     note(put, partial(put_, weight, base))
                 terms = ledger.displacement()
             self._writer.add_terms_(weight, terms, written)
+        for ledger, follows in self._ledgers:
+            ledger.set_current(follows)
+            ledger.told = frozenset()
 
     def unfinished(self) -> list[str]:
         """Return the labels of the weights that were not moved yet."""
