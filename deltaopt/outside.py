@@ -33,6 +33,7 @@ IN_A_FORWARD_PASS = (
     "averaged): call optimizer.resync(), or load the optimizer's state of that checkpoint"
 )
 
+
 def changed(end: Factors, now: Factors) -> bool:
     """Tell if A and B are others than `end`, and not only rounded: a model may have been cast, and cast back.
 
