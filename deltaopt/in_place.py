@@ -114,6 +114,7 @@ class InPlaceUpdate(UpdateRule):
     def before_step(self, weights: Sequence[WeightState], writer: Writer, closure: Closure | None) -> None:
         """Keep A and B of every weight that moves in this step, in the dtype of the computation."""
         self._move = None
+        self.watch.rests = False
         self._complete_ledgers(wait=False)
         moving: dict[Kind, list[WeightState]] = {}
         for weight in weights:
@@ -133,6 +134,7 @@ class InPlaceUpdate(UpdateRule):
             buffers.changed_outside = []
         if self._buffers:
             self._move = _Move(list(self._buffers.values()))
+            self.watch.rests = True
 
     @torch.no_grad()
     def after_step(self, weights: Sequence[WeightState], writer: Writer, whole: bool = True) -> None:
@@ -150,6 +152,7 @@ class InPlaceUpdate(UpdateRule):
                 buffers.freeze()
             raise
         self._move = None
+        self.watch.rests = False
         for buffers in move.buffers:
             buffers.release()
         self._complete_ledgers(wait=False)
@@ -184,6 +187,7 @@ class InPlaceUpdate(UpdateRule):
     def forget(self) -> None:
         """Forget a move that could not be completed, and what the device has not reported of earlier ones."""
         self._move = None
+        self.watch.rests = False
         self._pending.clear()
 
     def flush(self) -> None:

@@ -519,6 +519,8 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _set_mode(self, mode: str) -> None:
         switch = getattr(self._inner, mode, None)
+        if mode == "eval" and self._rule.watch is not None:
+            self._rule.watch.look()
         if not callable(switch):
             return
         if not self._rule.moves_weights or is_in_mode(self._inner, mode):  # trainers call it before each batch
@@ -812,7 +814,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """Claim each W for this optimizer, whoever held it before, and let its layer leave out what it counts."""
         settle = _Settlement(self._events, self._rule.settler())
         for weight in weights:
-            weight.triple.count_movement(RunningMovement(weight, settle))
+            weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
             weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 

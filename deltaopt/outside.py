@@ -6,7 +6,7 @@ The factors tell, since the ledger keeps them as the last move left them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaopt.ledger import Factors
 from deltaopt.messages import layers, warn_user
+from deltaopt.tensors import is_plain
 
 if TYPE_CHECKING:
     from deltaopt.weight import WeightState
@@ -50,9 +51,14 @@ def _is_cast(kept: Tensor, now: Tensor) -> bool:
 
 
 class Watch:
-    """Watches the factors of all weights that one optimizer moves in place."""
+    """Watches the factors of all weights that one optimizer moves in place.
+
+    Attributes:
+        rests: True within a step, where A and B are on their way.
+    """
 
     def __init__(self) -> None:
+        self.rests = False
         self._weights: dict[WeightState, None] = {}
         self._found: list[WeightState] = []
 
@@ -71,18 +77,38 @@ class Watch:
         if labels:
             warn_user(IN_A_STEP.format(layers(labels)))
 
-    def look(self, weights: Sequence[WeightState], is_changed: Callable[[WeightState], bool]) -> None:
-        """Warn if the factors of one of these weights are others than the last move left; name all such layers.
+    def look(self, first: WeightState | None = None) -> None:
+        """Warn if W does not belong to A and B, once for each W until `resync` or a loaded state; name all layers.
 
         Args:
-            weights: to look at first.
-            is_changed: tells it of one weight.
+            first: looks at this weight, and at the others only if they are worth it. Default: looks at all.
         """
-        if not any(is_changed(weight) for weight in weights):
+        if self.rests or (first is not None and not _is_left_behind(first)):
             return
-        labels = [weight.label for weight in _not_told(filter(is_changed, self._weights), "forward")]
+        labels = [weight.label for weight in _not_told(filter(_is_left_behind, self._weights), "forward")]
         if labels:
             warn_user(IN_A_FORWARD_PASS.format(layers(labels)))
+
+
+@torch.no_grad()
+def _is_left_behind(weight: WeightState) -> bool:
+    """Tell if W belongs to other factors than those that are there, and nobody was told of it."""
+    ledger = weight.ledger
+    if "forward" in ledger.told or not ledger.is_current() or (weight.claim is not None and weight.claim.owner.at_base):
+        return False
+    W, A, B = weight.tensors
+    if not all(map(is_plain, (W, A, B))) or A.is_meta or _is_traced():
+        return False
+    end, now = ledger.end, weight.triple.view.factors(W, A, B)
+    assert end is not None
+    if end[0].shape != now[0].shape:
+        return end[0].shape[-1] != now[0].shape[-1] and weight.is_off_base()
+    return changed(end, now) and weight.is_off_base()
+
+
+def _is_traced() -> bool:
+    """Tell if tensors have no values to look at: in a transform of `torch.func`, or where a graph is made."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _not_told(weights: Iterable[WeightState], where: str) -> list[WeightState]:
