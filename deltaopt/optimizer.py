@@ -59,7 +59,7 @@ from deltaopt.groups import (
     parse_triples,
 )
 from deltaopt.in_place import InPlaceUpdate
-from deltaopt.inner import build_inner, forget_state, is_state_initialisation, step_inner
+from deltaopt.inner import build_inner, forget_state, is_in_mode, is_state_initialisation, step_inner
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
@@ -519,6 +519,44 @@ class DeltaLoRAOptimizer(Optimizer):
                 pass
             resync.warn()
 
+    def train(self) -> None:
+        """Put the inner optimizer into its training mode, if it has modes (schedule-free); every W follows A and B.
+
+        Such an optimizer keeps two points, and `eval` and `train` put one of them into A and B. In place, a W that has
+        moved with A and B is moved by coef * (A_now B_now - A_before B_before), as by a step; before `start_step` it
+        stays. With ``weight_update="folded"`` the branch does that by itself. Without modes nothing happens.
+
+        Raises:
+            RuntimeError: if a branch is merged, or in `base_weights`. Nothing is changed then.
+        """
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Put the inner optimizer into its evaluation mode, if it has modes; see `train`.
+
+        `step` then raises what the inner optimizer raises, and changes nothing.
+        """
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        switch = getattr(self._inner, mode, None)
+        if mode == "eval" and self._rule.watch is not None:
+            self._rule.watch.look()
+        if not callable(switch):
+            return
+        if not self._rule.moves_weights or is_in_mode(self._inner, mode):  # trainers call it before each batch
+            switch()
+            return
+        with self._resolved(f"{mode}()") as weights:
+            following, repeats = restarts.Following(weights, self._writer("resync")), self._repeats
+
+            def finish() -> None:
+                following.carry_out()
+                self._repeats = repeats + 1
+
+            with self._events.begin(f"{mode}()", finish, following.unfinished):
+                note_result([], switch)
+
     def accounts(self) -> list[Account]:
         """Return each triple with the ledger of its W, for analysis.
 
@@ -803,7 +841,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """Claim each W for this optimizer, whoever held it before, and let its layer leave out what it counts."""
         settle = _Settlement(self._events, self._rule.settler())
         for weight in weights:
-            weight.triple.count_movement(RunningMovement(weight, settle))
+            weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
             weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 

@@ -128,6 +128,7 @@ class SavedLedger:
         if self._end_is_live:
             A, B = weight.factors()
             self.ledger.end = A.detach().clone(), B.detach().clone()
+        self.ledger.set_current(self._end_is_live)
         weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
         weight.compensation = None
         never_moved = self.base is None and not weight.triple.folded

@@ -30,7 +30,7 @@ ORDER = [
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output", "stored_factors"),
-    *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
+    *("upkeep", "outside", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
     *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
