@@ -81,6 +81,18 @@ def movement_metrics(optimizer: DeltaLoRAOptimizer) -> dict[str, float]:
     return metrics
 
 
+@torch.no_grad()
+def has_moved(optimizer: DeltaLoRAOptimizer) -> bool:
+    """Tell if any weight was asked to move away from its base; looks at no W. Waits for the device.
+
+    Raises:
+        RuntimeError: as `movement_metrics`.
+    """
+    with outside_inference_mode():
+        products = (_product(weight.asked_terms()) for weight in optimizer.weights())
+        return any(bool(_singular_values(D).any()) for D in products if D is not None)
+
+
 def _movement(weight: WeightState) -> Movement:
     held, asked = weight.displacement(), weight.asked_terms()
     D = _product(asked)

@@ -55,7 +55,7 @@ class Recall(Resync):
             "was saved with it, and call resync(state) then. For a state of another run load the pristine weights, "
             "that adapter, and the state with load_state_dict()",
         )
-        self._moves = [self._move(weight, saved) for weight, saved in zip(weights, ledgers, strict=True)]  # type: ignore[assignment]
+        self._moves = [self._move(weight, saved) for weight, saved in zip(weights, ledgers, strict=True)]
 
     def _move(self, weight: WeightState, saved: SavedLedger) -> _Move:
         target = _placed(weight, saved)
@@ -67,7 +67,7 @@ class Recall(Resync):
     @torch.no_grad()
     def carry_out(self) -> None:
         """Write the weights; may be called again after an exception."""
-        for weight, saved, terms, base, put, written, before in self._moves:  # type: ignore[misc]
+        for weight, saved, terms, base, put, written, before in self._moves:
             if terms or base is not None:
                 weight.note_base()
                 if base is not None and not put:

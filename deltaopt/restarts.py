@@ -115,7 +115,7 @@ class Resync:
     def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
         check_finite(weights)
         self._writer = writer
-        self._moves = []
+        self._moves: list[Any] = []
         for weight in weights:
             before, (_, A, B) = weight.placed_ledger().end, weight.branch().cloned()
             if before is not None and weight.ratio != 0 and not all(map(torch.equal, before, (A, B))):

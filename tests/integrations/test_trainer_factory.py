@@ -1,6 +1,5 @@
 """DeltaLoRAFactory: Trainer's model whenever Trainer makes it, and what is refused by name."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,43 +9,11 @@ from torch import nn
 from deltaopt import DeltaLoRAOptimizer
 from deltaopt.integrations.trainer import DeltaLoRAFactory
 from tests.support.compare import assert_same_bits, bits, refused, relative, same
-from tests.support.models import RATIO, Rows, causal_lm, deltas, layers, transformers, weights
+from tests.support.models import RATIO, causal_lm, deltas, layers, transformers, weights
 from tests.support.peft_runs import peft_asks_by_an_old_name
+from tests.support.trainer_runs import OPTIONS, arguments, ours, trainer_of
 
 pytestmark = [pytest.mark.extra, peft_asks_by_an_old_name]
-
-OPTIONS = {"inner": torch.optim.AdamW, "lr": 1e-2, "update_ratio": RATIO}
-
-
-def arguments(folder: Path, **settings: Any) -> transformers.TrainingArguments:
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        **{
-            "max_steps": 3,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 3e-2,
-            "lr_scheduler_type": "constant",
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            **settings,
-        },
-    )
-
-
-def trainer_of(args: transformers.TrainingArguments, optimizer: Any, model: Any = None, **more: Any):
-    if model is None:
-        more["model_init"] = lambda: causal_lm(B_zero=True)
-    return transformers.Trainer(
-        model, args, train_dataset=Rows(9), eval_dataset=Rows(2), optimizer_cls_and_kwargs=optimizer, **more
-    )
-
-
-def ours(trainer: transformers.Trainer) -> DeltaLoRAOptimizer:
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
 def assert_moved_from(base: dict[str, torch.Tensor], model: nn.Module) -> None:
@@ -160,7 +127,7 @@ WRONG = {
     "no class": ({"inner": "adamw", "lr": 1e-2}, r"`inner` is 'adamw', expected the class"),
     "unknown": (
         {**OPTIONS, "updte_ratio": 1.0, "momentun": 0.9},
-        r"neither DeltaLoRAOptimizer nor AdamW takes updte_ratio, momentun \(did you mean update_ratio\?\)\. They take adapter, ",
+        r"neither DeltaLoRAOptimizer nor AdamW takes updte_ratio, momentun \(did you mean update_ratio\?\)\. They ",
     ),
     "triples": ({**OPTIONS, "triples": []}, "nor AdamW takes triples"),
     "no lr": ({"inner": torch.optim.SGD}, r"the learning rate of SGD is missing.* add \"lr\": 2e-4, or \"args\": args"),
