@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 import warnings
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from deltaopt.checkpoint.files import PathLike, load, save
 from deltaopt.integrations.peft import save_adapter
@@ -32,7 +32,7 @@ POINTER = "deltaopt"
 
 PREFIX = "deltaopt/"
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
