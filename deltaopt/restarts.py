@@ -116,7 +116,7 @@ class Resync:
         check_finite(weights)
         self._writer = writer
         self._ledgers = [(weight.ledger, weight.ratio != 0) for weight in weights]
-        self._moves = []
+        self._moves: list[Any] = []
         for weight in weights:
             before, (_, A, B) = weight.placed_ledger().end, weight.branch().cloned()
             if before is not None and weight.ratio != 0 and not all(map(torch.equal, before, (A, B))):

@@ -123,11 +123,16 @@ class SavedLedger:
         W = record["W"]
         self.W = None if W is None else Fingerprint.of_record(W).record()
 
-    def give_to(self, weight: WeightState) -> None:
-        """Copy this ledger into `weight`, whose A and B are those that were saved."""
+    def ledger_for(self, weight: WeightState) -> Ledger:
+        """Return the ledger with the factors of `weight`, which are those that were saved."""
         if self._end_is_live:
             A, B = weight.factors()
             self.ledger.end = A.detach().clone(), B.detach().clone()
+        return self.ledger
+
+    def give_to(self, weight: WeightState) -> None:
+        """Copy this ledger into `weight`, whose A and B are those that were saved."""
+        self.ledger_for(weight)
         self.ledger.set_current(self._end_is_live)
         weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
         weight.compensation = None

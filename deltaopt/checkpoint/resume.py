@@ -93,17 +93,10 @@ def plan(
         WeightMismatchError: if a W is neither what it was when the state was saved nor what it was before its
             first move, if a factor is not what was saved, or if W would have to be rebuilt and cannot be.
     """
-    missing = [weight.label for weight in weights if weight.label not in records]
-    if missing:
-        raise ValueError(
-            f"the state has no ledger for {layers(missing)}: whatever carried it has dropped or cut the optimizer's "
-            "`state`. Save optimizer.state_dict() as it is, or load without_ledger(state), which takes W as it is now "
-            "as the base"
-        )
+    ledgers = saved_ledgers(weights, records)
     decided: list[Resumption] = []
     problems: list[Problem] = []
-    for weight in weights:
-        saved = _parsed(weight, records[weight.label])
+    for weight, saved in zip(weights, ledgers, strict=True):
         compensation = _checked_compensation(weight, compensations.get(weight.label))
         resumption, found = _decide(weight, saved, compensation)
         decided.append(resumption)
@@ -118,6 +111,26 @@ def plan(
         "goes back to adapters of its own run without their base being loaded",
     )
     return decided
+
+
+def saved_ledgers(weights: Sequence[WeightState], records: Mapping[str, Any]) -> list[SavedLedger]:
+    """Return the saved ledger of each weight.
+
+    Args:
+        weights: as registered now, with their tensors resolved.
+        records: of the saved ledgers, by the triples' names.
+
+    Raises:
+        ValueError: if the ledger of a triple is missing or damaged.
+    """
+    missing = [weight.label for weight in weights if weight.label not in records]
+    if missing:
+        raise ValueError(
+            f"the state has no ledger for {layers(missing)}: whatever carried it has dropped or cut the optimizer's "
+            "`state`. Save optimizer.state_dict() as it is, or load without_ledger(state), which takes W as it is now "
+            "as the base"
+        )
+    return [_parsed(weight, records[weight.label]) for weight in weights]
 
 
 def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
@@ -255,14 +268,21 @@ def _checked_compensation(weight: WeightState, kept: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> tuple[Resumption, list[str]]:
-    """Return what to do, and why it cannot be done."""
+def factor_problems(weight: WeightState, saved: SavedLedger) -> list[str]:
+    """Say which of A and B are not those that were saved."""
     found = []
     for letter in "AB":
         factor = _as_saved(gathered(getattr(weight.tensors, letter)).detach(), saved.now[letter]["dtype"])
         here = factor_fingerprint(factor).record()
         if here != saved.now[letter] and not (letter == "A" and _is_stored_form(factor, weight, saved)):
             found.append(f"{letter} {_difference(here, saved.now[letter])}")
+    return found
+
+
+@torch.no_grad()
+def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> tuple[Resumption, list[str]]:
+    """Return what to do, and why it cannot be done."""
+    found = factor_problems(weight, saved)
     W, ledger = weight_record(weight), saved.ledger
     if W is None or saved.W is None:
         return _left_alone(weight, saved, None), found + _format_problems(W, saved)
