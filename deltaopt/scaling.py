@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy, deepcopy
+from functools import partial
 from operator import attrgetter
 from types import FunctionType
 from typing import Any, TypeAlias
@@ -100,6 +101,12 @@ class BranchScaling:
         """Return the module that the scaling was registered with, if one was."""
         return self._source[0] if isinstance(self._source, tuple) else None
 
+    def setter_in_copies(self) -> Callable[[nn.Module, float], object] | None:
+        """Return what sets the scaling in the module it was registered with, or in a copy; None if there is none."""
+        if self._setter is not None or not isinstance(self._source, tuple):
+            return None
+        return partial(_set_in, self._source[1])
+
     def is_stored(self) -> bool:
         """Tell if the scaling is a buffer that a state_dict of its module holds."""
         if not isinstance(self._source, tuple):
@@ -155,6 +162,10 @@ class BranchScaling:
                 f"{held.dtype} of shape {tuple(held.shape)}, requires_grad={held.requires_grad}"
             )
         return float(held)
+
+
+def _set_in(path: str, module: nn.Module, value: float) -> None:
+    BranchScaling((module, path), None, path).set(value)
 
 
 def checked_scaling(scaling: object, label: str) -> float:

@@ -261,8 +261,12 @@ class LoRATriple:
         hook = StoredFactor.on(*place)
         if hook is None:
             hook = StoredFactor(place[1], self.branch_scaling, self.label)
-            hook.put_on(place[0])
+            hook.put_on(place[0], *self._scaling_of_copies())
         hook.begin(self.branch_scaling)
+
+    def _scaling_of_copies(self) -> tuple[nn.Module | None, Callable[[nn.Module, float], object] | None]:
+        """Return the module that has the scaling, and what sets it in that module or in a copy of it."""
+        return self.branch.module(), self.branch.setter_in_copies()
 
     @property
     def stores_A(self) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -59,7 +62,7 @@ class PeftTriple(LoRATriple):
             name=name,
             layout=_layout(layer),
         )
-        self._first_scaling = self.scaling
+        self._set_scaling = partial(_set_scaling, adapter, self._alpha / self.scaling)
         self.layer_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
         self.output_hook = self.layer_hook
 
@@ -116,10 +119,10 @@ class PeftTriple(LoRATriple):
         ]
 
     def _set_branch(self, value: float) -> None:
-        """Set the layer's scaling, and its alpha, from which PEFT may compute the scaling again."""
-        alpha = float(f"{self._alpha * (value / self._first_scaling):.12g}")
-        self.layer.scaling[self.adapter] = value
-        self.layer.lora_alpha[self.adapter] = int(alpha) if alpha.is_integer() else alpha
+        self._set_scaling(self.layer, value)
+
+    def _scaling_of_copies(self) -> tuple[nn.Module, Callable[[nn.Module, float], object]]:
+        return self.layer, self._set_scaling
 
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
@@ -192,6 +195,20 @@ class PeftTriple(LoRATriple):
         cosines.diagonal(dim1=-2, dim2=-1).zero_()
         coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)  # PEFT computes the start in W's dtype
         return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
+
+
+def _set_scaling(adapter: str, alpha: float, layer: Any, value: float) -> None:
+    """Set a layer's scaling, and its alpha, from which PEFT may compute the scaling again.
+
+    Args:
+        adapter: the name of the adapter.
+        alpha: that belongs to a scaling of 1.
+        layer: PEFT's.
+        value: the scaling.
+    """
+    rounded = float(f"{alpha * value:.12g}")
+    layer.scaling[adapter] = value
+    layer.lora_alpha[adapter] = int(rounded) if rounded.is_integer() else rounded
 
 
 def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
