@@ -23,8 +23,8 @@ from deltaopt.sharding import local_part
 if TYPE_CHECKING:
     from deltaopt.stored_factors import StoredFactor
 
-SetScaling = Callable[[nn.Module, float], object]
-"""Sets the scaling of the branch in a module; holds no module itself."""
+Rescale = Callable[[nn.Module, float], object]
+"""Multiplies the scaling of the branch in a module by a number; holds no module itself."""
 
 
 class _Seen(NamedTuple):
@@ -46,7 +46,7 @@ class Follower:
         origin: the hook that it was copied from.
         holder: the copied module that has A.
         owner: the copied module that has the scaling.
-        set_scaling: sets it there.
+        rescale: multiplies it there.
         warned: what all branches of one copy share, to warn once.
     """
 
@@ -56,12 +56,12 @@ class Follower:
         origin: StoredFactor,
         holder: nn.Module,
         owner: nn.Module,
-        set_scaling: SetScaling,
+        rescale: Rescale,
         warned: list[str],
     ) -> None:
         self._hook, self._origin = weakref.ref(hook), weakref.ref(origin)
         self._holder, self._owner = weakref.ref(holder), weakref.ref(owner)
-        self._set_scaling = set_scaling
+        self._rescale = rescale
         self._warned = warned
         self._copied: _Seen | None = None  # at the copy, when it is known
         self._seen: _Seen | None = None
@@ -141,9 +141,9 @@ class Follower:
     def _take_over(self, hook: StoredFactor, factor: float) -> None:
         owner = self._owner()
         assert owner is not None
-        scaling = hook.scaling_at(factor)
-        self._set_scaling(owner, scaling)
-        hook.note(scaling, by_itself=False)
+        ratio = factor / hook.factor
+        self._rescale(owner, ratio)
+        hook.note(hook.scaling * ratio, by_itself=False)
 
     def _watch_gradient(self, A: Tensor) -> None:
         """Leave the copy alone once A gets a gradient: it trains by itself."""

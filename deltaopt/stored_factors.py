@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaopt.averaged import Follower, SetScaling
+from deltaopt.averaged import Follower, Rescale
 from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.messages import warn_user
 from deltaopt.pickled import IfInstalled
@@ -83,18 +83,23 @@ class StoredFactor:
                 return hook
         return None
 
-    def put_on(self, module: nn.Module, owner: nn.Module | None = None, set_scaling: SetScaling | None = None) -> None:
+    def put_on(self, module: nn.Module, owner: nn.Module | None = None, rescale: Rescale | None = None) -> None:
         """Register with the module of A.
 
         Args:
             module: that has A.
             owner: that has the scaling.
-            set_scaling: sets it there, in this module and in a copy; None if that is not possible.
+            rescale: multiplies it there, in this module and in a copy; None if that is not possible.
         """
-        if owner is not None and set_scaling is not None:
-            self._places = weakref.ref(module), weakref.ref(owner), set_scaling
+        if owner is not None and rescale is not None:
+            self._places = weakref.ref(module), weakref.ref(owner), rescale
         module.register_state_dict_post_hook(self)
         module.register_load_state_dict_pre_hook(self)
+
+    @property
+    def scaling(self) -> float:
+        """The scaling of the branch, as it was noted."""
+        return self._now
 
     @property
     def factor(self) -> float:
@@ -106,12 +111,16 @@ class StoredFactor:
         factor = scaling / self._first
         return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-9) else factor
 
-    def begin(self, scaling: float) -> None:
-        """Note the scaling that an optimizer finds; if somebody else has set it, what is stored stays as it is."""
+    def begin(self, scaling: float) -> float:
+        """Return what the scalings of a triple have to be multiplied by for `note`; `scaling` is its present one.
+
+        That is not 1 where a user has set another scaling since, which no state_dict says, and where branches of
+        different scalings share A.
+        """
         if self.follower is not None:
             self.follower.cut()
-        if not math.isclose(scaling, self._now, rel_tol=1e-9):
-            self._first, self._now = self._first * scaling / self._now, scaling
+        ratio = self._now / scaling
+        return 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio
 
     def note(self, scaling: float, by_itself: bool = True) -> None:
         """Note the scaling that the branch was given, by its own optimizer if not said otherwise."""
@@ -120,10 +129,6 @@ class StoredFactor:
         self._now = scaling
         for copied in list(self._copies):
             copied.watch()
-
-    def scaling_at(self, factor: float) -> float:
-        """Return the scaling of the branch with this factor."""
-        return self._first * factor
 
     def __call__(
         self,
@@ -202,18 +207,18 @@ class StoredFactor:
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredFactor:
         twin = memo[id(self)] = unpickled(None, self.name, self._first, self._now, self.label)
         if self._places:
-            holder, owner, set_scaling = self._places
+            holder, owner, rescale = self._places
             # Both are being copied with the hook, unless a part of the layer is copied by itself.
             its_holder, its_owner = memo.get(id(holder())), memo.get(id(owner()))
             if isinstance(its_holder, nn.Module) and isinstance(its_owner, nn.Module):
-                twin._follow(self, its_holder, its_owner, set_scaling, memo)
+                twin._follow(self, its_holder, its_owner, rescale, memo)
         return twin
 
     def _follow(
-        self, origin: StoredFactor, holder: nn.Module, owner: nn.Module, set_scaling: SetScaling, memo: dict[Any, Any]
+        self, origin: StoredFactor, holder: nn.Module, owner: nn.Module, rescale: Rescale, memo: dict[Any, Any]
     ) -> None:
-        self._places = weakref.ref(holder), weakref.ref(owner), set_scaling
-        self.follower = Follower(self, origin, holder, owner, set_scaling, memo.setdefault(_WARNED, []))
+        self._places = weakref.ref(holder), weakref.ref(owner), rescale
+        self.follower = Follower(self, origin, holder, owner, rescale, memo.setdefault(_WARNED, []))
         origin._copies.add(self.follower)
         A = origin._places[0]()._parameters.get(self.name)
         if A is not None and not A.is_meta:

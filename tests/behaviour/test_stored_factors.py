@@ -51,8 +51,8 @@ def optimizer_of(layer: Layer, inner: type = torch.optim.AdamW, **options) -> De
     )
 
 
-def train(layer: Layer, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    x = torch.linspace(-1, 1, 21, dtype=layer.W.dtype).view(3, 7)
+def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    x = torch.linspace(-1, 1, 21, dtype=next(layer.parameters()).dtype).view(3, 7)
     for _ in range(steps):
         optimizer.zero_grad()
         (layer(x) - 1).square().mean().backward()
@@ -319,3 +319,31 @@ def test_nothing_is_warned_of_in_a_whole_run():
         layer, optimizer = trained()
         layer.load_state_dict(layer.state_dict())
         train(layer, optimizer)
+
+
+class Sharing(nn.Module):
+    """Two layers with one A, of different scalings; a state_dict has it under both names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = Layer(), Layer()
+        self.other.A, self.other.scaling = self.one.A, 2 * S
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_branches_of_different_scalings_that_share_A(order):
+    model = Sharing()
+    W, A = (model.one, "W"), (model.one, "A")
+    places = [
+        LoRATriple(W, A, (model.one, "B"), scaling=(model.one, "scaling"), name="one"),
+        LoRATriple((model.other, "W"), A, (model.other, "B"), scaling=(model.other, "scaling"), name="other"),
+    ]
+    optimizer = DeltaLoRAOptimizer(
+        torch.optim.AdamW, places[::order], lr=0.1, update_ratio=RATIO, weight_update="folded"
+    )
+    train(model, optimizer, 2)
+    assert [t.stored_factor for t in places] == [3.0, 3.0]
+    torch.testing.assert_close(model.state_dict()["one.A"], 3 * model.one.A.detach())

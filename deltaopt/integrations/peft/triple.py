@@ -122,7 +122,7 @@ class PeftTriple(LoRATriple):
         self._set_scaling(self.layer, value)
 
     def _scaling_of_copies(self) -> tuple[nn.Module, Callable[[nn.Module, float], object]]:
-        return self.layer, self._set_scaling
+        return self.layer, partial(_rescale, self.adapter, self._set_scaling)
 
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
@@ -209,6 +209,10 @@ def _set_scaling(adapter: str, alpha: float, layer: Any, value: float) -> None:
     rounded = float(f"{alpha * value:.12g}")
     layer.scaling[adapter] = value
     layer.lora_alpha[adapter] = int(rounded) if rounded.is_integer() else rounded
+
+
+def _rescale(adapter: str, set_scaling: Callable[[Any, float], None], layer: Any, ratio: float) -> None:
+    set_scaling(layer, layer.scaling[adapter] * ratio)
 
 
 def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
