@@ -334,16 +334,29 @@ class Sharing(nn.Module):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_branches_of_different_scalings_that_share_A(order):
+@pytest.mark.parametrize("place", ["one", "each"])
+def test_branches_of_different_scalings_that_share_A(order, place):
     model = Sharing()
-    W, A = (model.one, "W"), (model.one, "A")
-    places = [
-        LoRATriple(W, A, (model.one, "B"), scaling=(model.one, "scaling"), name="one"),
-        LoRATriple((model.other, "W"), A, (model.other, "B"), scaling=(model.other, "scaling"), name="other"),
+    triples = [
+        LoRATriple(
+            (layer, "W"),
+            (layer if place == "each" else model.one, "A"),
+            (layer, "B"),
+            scaling=(layer, "scaling"),
+            name=name,
+        )
+        for name, layer in model.named_children()
     ]
-    optimizer = DeltaLoRAOptimizer(
-        torch.optim.AdamW, places[::order], lr=0.1, update_ratio=RATIO, weight_update="folded"
+    train(
+        model,
+        DeltaLoRAOptimizer(torch.optim.AdamW, triples[::order], lr=0.1, update_ratio=RATIO, weight_update="folded"),
+        2,
     )
-    train(model, optimizer, 2)
-    assert [t.stored_factor for t in places] == [3.0, 3.0]
-    torch.testing.assert_close(model.state_dict()["one.A"], 3 * model.one.A.detach())
+    assert [t.stored_factor for t in triples] == [3.0, 3.0]
+    given = model.state_dict()
+    torch.testing.assert_close(given["one.A"], 3 * model.one.A.detach())
+    if place == "each":
+        fresh = Sharing()
+        fresh.load_state_dict(given)
+        for name, layer in model.named_children():
+            torch.testing.assert_close(weight_of(getattr(fresh, name)), weight_of(layer), rtol=1e-12, atol=1e-12)
