@@ -328,3 +328,27 @@ def test_a_whole_model_is_loaded_where_this_package_is_missing(tmp_path):
     files = [str(tmp_path / name) for name in ("model.pt", "found.pt")]
     subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_THIS_PACKAGE, *files], check=True)
     assert_near(torch.load(tmp_path / "found.pt"), output(model, x), 1e-12)
+
+
+@pytest.mark.parametrize("rule", ["folded", "in_place"])
+def test_a_reference_that_was_copied_from_a_folded_adapter_computes_the_same(rule, tmp_path):
+    """As TRL's trainers make one for a second stage, with the config and the parameters of the first."""
+    plain, x = mlp(7, 5, 4).double(), image(7)
+    model = adapted(plain, "0", "1")
+    folded(model, x)
+    expected = output(model, x).detach()
+    model.add_adapter("ref", model.peft_config["default"])
+    model.double()
+    parameters = dict(model.named_parameters())
+    for name, p in parameters.items():
+        if ".default." in name:
+            parameters[name.replace(".default.", ".ref.")].data.copy_(p.data)
+    with pytest.warns(UserWarning, match="an earlier optimizer has folded"):
+        optimizer = optimizer_of(model, weight_update=rule)
+    train_model(model, optimizer, x)
+    model.set_adapter("ref")
+    assert_near(output(model, x), expected, 1e-12)
+    fresh = adapted(plain, "0", "1")
+    state = peft.get_peft_model_state_dict(model, adapter_name="ref")
+    peft.set_peft_model_state_dict(fresh, through_a_file(state))
+    assert_near(output(fresh, x), expected, 1e-12)
