@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy, deepcopy
+from functools import partial
 from operator import attrgetter
 from types import FunctionType
 from typing import Any, TypeAlias
@@ -31,6 +32,7 @@ class BranchScaling:
     Attributes:
         first: the number when this object was made.
         folded: the update_ratio that was folded into the branch since.
+        in_hook: what the number is multiplied by for the hook on the state_dict of A, see `StoredFactor.begin`.
 
     Raises:
         ValueError, TypeError: if it is no number, or one that is zero or not finite.
@@ -47,6 +49,7 @@ class BranchScaling:
         self._setter = setter
         self._label = label
         self.folded = 0.0
+        self.in_hook = 1.0
         try:
             self.first = checked_scaling(self._number(label), label)
         except AttributeError as error:
@@ -99,6 +102,12 @@ class BranchScaling:
     def module(self) -> nn.Module | None:
         """Return the module that the scaling was registered with, if one was."""
         return self._source[0] if isinstance(self._source, tuple) else None
+
+    def rescale_in_copies(self) -> Callable[[nn.Module, float], object] | None:
+        """Return what multiplies the scaling in its module, or in a copy of that; None if nothing does."""
+        if self._setter is not None or not isinstance(self._source, tuple):
+            return None
+        return partial(_rescale_in, self._source[1])
 
     def is_stored(self) -> bool:
         """Tell if the scaling is a buffer that a state_dict of its module holds."""
@@ -155,6 +164,11 @@ class BranchScaling:
                 f"{held.dtype} of shape {tuple(held.shape)}, requires_grad={held.requires_grad}"
             )
         return float(held)
+
+
+def _rescale_in(path: str, module: nn.Module, ratio: float) -> None:
+    branch = BranchScaling((module, path), None, path)
+    branch.set(branch.first * ratio)
 
 
 def checked_scaling(scaling: object, label: str) -> float:

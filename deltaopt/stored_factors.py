@@ -8,6 +8,7 @@ loaded into a scaled branch is divided by f. The parameters themselves stay as t
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaopt.averaged import Follower, Rescale
 from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.messages import warn_user
 from deltaopt.pickled import IfInstalled
@@ -42,6 +44,10 @@ def raw_form(stored: Tensor, factor: float) -> Tensor:
     return stored_form(stored, 1.0 / factor)
 
 
+_WARNED = "deltaopt: warned"
+"""In the memo of a deepcopy: what all hooks of the copy share."""
+
+
 class StoredFactor:
     """The hook of one module on what its state_dict says of one A.
 
@@ -55,15 +61,19 @@ class StoredFactor:
         label: names the layer in messages.
 
     Attributes:
-        name: as given.
+        name, label: as given.
+        follower: what lets a copy that averages parameters follow the original; None of a model in training.
     """
 
     _warned_in: Any = None  # an object of the last call of a whole model's (load_)state_dict in which one hook warned
 
     def __init__(self, name: str, scaling: float, label: str) -> None:
         self.name = name
-        self._label = label
+        self.label = label
         self._first = self._now = scaling
+        self.follower: Follower | None = None
+        self._copies: weakref.WeakSet[Follower] = weakref.WeakSet()
+        self._places: tuple[Any, ...] = ()
 
     @staticmethod
     def on(module: nn.Module, name: str) -> StoredFactor | None:
@@ -73,10 +83,23 @@ class StoredFactor:
                 return hook
         return None
 
-    def put_on(self, module: nn.Module) -> None:
-        """Register with the module of A."""
+    def put_on(self, module: nn.Module, owner: nn.Module | None = None, rescale: Rescale | None = None) -> None:
+        """Register with the module of A.
+
+        Args:
+            module: that has A.
+            owner: that has the scaling.
+            rescale: multiplies it there, in this module and in a copy; None if that is not possible.
+        """
+        if owner is not None and rescale is not None:
+            self._places = weakref.ref(module), weakref.ref(owner), rescale
         module.register_state_dict_post_hook(self)
         module.register_load_state_dict_pre_hook(self)
+
+    @property
+    def scaling(self) -> float:
+        """The scaling of the branch, as it was noted."""
+        return self._now
 
     @property
     def factor(self) -> float:
@@ -88,14 +111,24 @@ class StoredFactor:
         factor = scaling / self._first
         return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-9) else factor
 
-    def begin(self, scaling: float) -> None:
-        """Note the scaling that an optimizer finds; if somebody else has set it, what is stored stays as it is."""
-        if not math.isclose(scaling, self._now, rel_tol=1e-9):
-            self._first, self._now = self._first * scaling / self._now, scaling
+    def begin(self, scaling: float) -> float:
+        """Return what the scalings of a triple have to be multiplied by for `note`; `scaling` is its present one.
 
-    def note(self, scaling: float) -> None:
-        """Note the scaling that the branch was given."""
+        That is not 1 where a user has set another scaling since, which no state_dict says, and where branches of
+        different scalings share A.
+        """
+        if self.follower is not None:
+            self.follower.cut()
+        ratio = self._now / scaling
+        return 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio
+
+    def note(self, scaling: float, by_itself: bool = True) -> None:
+        """Note the scaling that the branch was given, by its own optimizer if not said otherwise."""
+        if by_itself and self.follower is not None:
+            self.follower.cut()
         self._now = scaling
+        for copied in list(self._copies):
+            copied.watch()
 
     def __call__(
         self,
@@ -109,6 +142,10 @@ class StoredFactor:
         A, key = module._parameters.get(self.name), prefix + self.name
         if A is None or not isinstance(state_dict.get(key), Tensor):
             return
+        if self.follower is not None and loading:
+            self.follower.note_load()
+        elif self.follower is not None and self.factor == 1.0:
+            self.follower.note_given()
         if loading:
             state_dict[key] = self._taken(A, state_dict[key], local_metadata.get(MARK), call=loading[-1])
         else:
@@ -125,7 +162,7 @@ class StoredFactor:
         if state_dict[key] is A:
             self._warn_once(
                 getattr(state_dict, "_metadata", None),
-                f"state_dict(keep_vars=True) gives the parameters themselves, and the branch of {self._label}, among "
+                f"state_dict(keep_vars=True) gives the parameters themselves, and the branch of {self.label}, among "
                 f"others, multiplies them by {factor:g} times its registered scaling: another model that loads them "
                 "is not this one. Take state_dict() for that",
             )
@@ -152,7 +189,7 @@ class StoredFactor:
         if not marked and not _is_known(value.to(A.dtype)):  # adapter files may be read in another dtype
             self._warn_once(
                 call,
-                f"load_state_dict() has divided what was loaded for A of {self._label}, and of every other scaled "
+                f"load_state_dict() has divided what was loaded for A of {self.label}, and of every other scaled "
                 f"branch, by its factor (here {factor:g}): it took the values for those of a state_dict() or of an "
                 "adapter file, which are for the registered scaling. If they were copies of the parameters "
                 "({name: p.clone()}), the model is now another one: put such copies back with p.copy_() under "
@@ -167,6 +204,26 @@ class StoredFactor:
             StoredFactor._warned_in = call
             warn_user(text)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredFactor:
+        twin = memo[id(self)] = unpickled(None, self.name, self._first, self._now, self.label)
+        if self._places:
+            holder, owner, rescale = self._places
+            # Both are being copied with the hook, unless a part of the layer is copied by itself.
+            its_holder, its_owner = memo.get(id(holder())), memo.get(id(owner()))
+            if isinstance(its_holder, nn.Module) and isinstance(its_owner, nn.Module):
+                twin._follow(self, its_holder, its_owner, rescale, memo)
+        return twin
+
+    def _follow(
+        self, origin: StoredFactor, holder: nn.Module, owner: nn.Module, rescale: Rescale, memo: dict[Any, Any]
+    ) -> None:
+        self._places = weakref.ref(holder), weakref.ref(owner), rescale
+        self.follower = Follower(self, origin, holder, owner, rescale, memo.setdefault(_WARNED, []))
+        origin._copies.add(self.follower)
+        A = origin._places[0]()._parameters.get(self.name)
+        if A is not None and not A.is_meta:
+            self.follower.note_copy(A)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
         return IfInstalled(__name__, "unpickled", partial), (
@@ -174,7 +231,7 @@ class StoredFactor:
             self.name,
             self._first,
             self._now,
-            self._label,
+            self.label,
         )
 
 

@@ -245,7 +245,7 @@ class LoRATriple:
         """Let the branch multiply A @ B by `value`, and a state_dict say of A what is right without that."""
         self._set_branch(value)
         if (hook := self._stored_hook()) is not None:
-            hook.note(value)
+            hook.note(value * self.branch.in_hook)
 
     def _set_branch(self, value: float) -> None:
         self.branch.set(value)
@@ -261,8 +261,12 @@ class LoRATriple:
         hook = StoredFactor.on(*place)
         if hook is None:
             hook = StoredFactor(place[1], self.branch_scaling, self.label)
-            hook.put_on(place[0])
-        hook.begin(self.branch_scaling)
+            hook.put_on(place[0], *self._scaling_of_copies())
+        self.branch.in_hook = hook.begin(self.branch_scaling)
+
+    def _scaling_of_copies(self) -> tuple[nn.Module | None, Callable[[nn.Module, float], object] | None]:
+        """Return the module that has the scaling, and what multiplies it in that module or in a copy."""
+        return self.branch.module(), self.branch.rescale_in_copies()
 
     @property
     def stores_A(self) -> bool:
@@ -277,7 +281,7 @@ class LoRATriple:
     def stored_factor_at(self, scaling: float) -> float:
         """Return what `stored_factor` would be if the branch had this scaling."""
         hook = self._stored_hook()
-        return 1.0 if hook is None else hook.factor_at(scaling)
+        return 1.0 if hook is None else hook.factor_at(scaling * self.branch.in_hook)
 
     def _stored_hook(self) -> StoredFactor | None:
         place = self._place_of_A()

@@ -51,8 +51,8 @@ def optimizer_of(layer: Layer, inner: type = torch.optim.AdamW, **options) -> De
     )
 
 
-def train(layer: Layer, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    x = torch.linspace(-1, 1, 21, dtype=layer.W.dtype).view(3, 7)
+def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    x = torch.linspace(-1, 1, 21, dtype=next(layer.parameters()).dtype).view(3, 7)
     for _ in range(steps):
         optimizer.zero_grad()
         (layer(x) - 1).square().mean().backward()
@@ -319,3 +319,44 @@ def test_nothing_is_warned_of_in_a_whole_run():
         layer, optimizer = trained()
         layer.load_state_dict(layer.state_dict())
         train(layer, optimizer)
+
+
+class Sharing(nn.Module):
+    """Two layers with one A, of different scalings; a state_dict has it under both names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = Layer(), Layer()
+        self.other.A, self.other.scaling = self.one.A, 2 * S
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("place", ["one", "each"])
+def test_branches_of_different_scalings_that_share_A(order, place):
+    model = Sharing()
+    triples = [
+        LoRATriple(
+            (layer, "W"),
+            (layer if place == "each" else model.one, "A"),
+            (layer, "B"),
+            scaling=(layer, "scaling"),
+            name=name,
+        )
+        for name, layer in model.named_children()
+    ]
+    train(
+        model,
+        DeltaLoRAOptimizer(torch.optim.AdamW, triples[::order], lr=0.1, update_ratio=RATIO, weight_update="folded"),
+        2,
+    )
+    assert [t.stored_factor for t in triples] == [3.0, 3.0]
+    given = model.state_dict()
+    torch.testing.assert_close(given["one.A"], 3 * model.one.A.detach())
+    if place == "each":
+        fresh = Sharing()
+        fresh.load_state_dict(given)
+        for name, layer in model.named_children():
+            torch.testing.assert_close(weight_of(getattr(fresh, name)), weight_of(layer), rtol=1e-12, atol=1e-12)

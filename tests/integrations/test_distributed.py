@@ -304,3 +304,30 @@ def whole_factors_on_rank(rank: int, start: str) -> None:
         assert relative(p, q) <= EXACT
     assert branch_scalings(run.model) == {FIRST_SCALING * (1 + RATIO)}
     assert run.optimizer.state_dict()["state"].keys() == alone.optimizer.state_dict()["state"].keys()
+
+
+def test_the_state_dict_of_a_sharded_model_is_for_the_registered_scaling(tmp_path):
+    on_all_ranks(sharded_state_dict_on_rank, tmp_path)
+
+
+def sharded_state_dict_on_rank(rank: int) -> None:
+    run = ModelRun("folded")
+    shard(run.model)
+    run.optimizer = optimizer_for(run.model, weight_update="folded")
+    ids = batches(1)[0].chunk(WORLD)[rank]
+    for _ in range(2):
+        run.backward(ids)
+        run.step()
+    expected = run.model(input_ids=ids).logits.detach()
+    run.model.reshard()
+    trained = whole(run.model)
+    stored = {name: tensor.full_tensor() for name, tensor in run.model.state_dict().items()}
+    fresh = ModelRun("folded").model
+    fresh.load_state_dict(stored)
+    assert relative(fresh(input_ids=ids).logits.detach(), expected) <= EXACT
+    run.model.load_state_dict(run.model.state_dict())
+    assert same(whole(run.model), trained)
+    shard(fresh)
+    resumed = optimizer_for(fresh, weight_update="folded")
+    resumed.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    assert same(whole(fresh), trained)

@@ -1,6 +1,8 @@
 """Routes by which a folded model leaves its process without the optimizer's state: what arrives computes the same."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -277,3 +279,76 @@ def test_a_unet_of_diffusers(tmp_path):
         Loader.load_lora_into_unet(state, network_alphas=network_alphas, unet=fresh, metadata=metadata)
         assert_near(fresh(*inputs).sample, expected, 1e-5)
     assert (before - expected).abs().max() > 1e-3
+
+
+def test_an_average_of_a_peft_model_that_was_made_before_training():
+    """W is not written, so the mean of the effective weights is that of A and B alone."""
+    plain, x = mlp(7, 5, 4), image(7)
+    model, reference, fresh = (adapted(plain, "0", "1") for _ in range(3))
+    optimizer = optimizer_of(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    snapshots = []
+    for _ in range(3):
+        train_model(model, optimizer, x, 1)
+        average.update_parameters(model)
+        snapshots.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            p.copy_(torch.stack([s[name] for s in snapshots]).mean(0))
+            if "lora_B" in name:
+                p.mul_(1 + 1.5)
+        assert_near(average(x), reference.base_model.model(x), 1e-12)
+    fresh.load_state_dict(average.module.state_dict())
+    assert_near(output(fresh, x), average(x), 1e-12)
+    assert alphas(average.module) == alphas(model)
+
+
+WITHOUT_THIS_PACKAGE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "deltaopt":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import torch
+model, x = torch.load(sys.argv[1], weights_only=False)
+state = model.state_dict()
+assert torch.equal(state["base_model.model.0.lora_B.default.weight"], dict(model.named_parameters())[
+    "base_model.model.0.lora_B.default.weight"])
+model.load_state_dict(state)
+torch.save(model(x).detach(), sys.argv[2])
+"""
+
+
+def test_a_whole_model_is_loaded_where_this_package_is_missing(tmp_path):
+    """Its state_dict gives the parameters there, and takes them."""
+    model, x = adapted(mlp(7, 5), "0"), image(7)
+    folded(model, x)
+    torch.save((model, x), tmp_path / "model.pt")
+    files = [str(tmp_path / name) for name in ("model.pt", "found.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_THIS_PACKAGE, *files], check=True)
+    assert_near(torch.load(tmp_path / "found.pt"), output(model, x), 1e-12)
+
+
+@pytest.mark.parametrize("rule", ["folded", "in_place"])
+def test_a_reference_that_was_copied_from_a_folded_adapter_computes_the_same(rule, tmp_path):
+    """As TRL's trainers make one for a second stage, with the config and the parameters of the first."""
+    plain, x = mlp(7, 5, 4).double(), image(7)
+    model = adapted(plain, "0", "1")
+    folded(model, x)
+    expected = output(model, x).detach()
+    model.add_adapter("ref", model.peft_config["default"])
+    model.double()
+    parameters = dict(model.named_parameters())
+    for name, p in parameters.items():
+        if ".default." in name:
+            parameters[name.replace(".default.", ".ref.")].data.copy_(p.data)
+    with pytest.warns(UserWarning, match="an earlier optimizer has folded"):
+        optimizer = optimizer_of(model, weight_update=rule)
+    train_model(model, optimizer, x)
+    model.set_adapter("ref")
+    assert_near(output(model, x), expected, 1e-12)
+    fresh = adapted(plain, "0", "1")
+    state = peft.get_peft_model_state_dict(model, adapter_name="ref")
+    peft.set_peft_model_state_dict(fresh, through_a_file(state))
+    assert_near(output(fresh, x), expected, 1e-12)
