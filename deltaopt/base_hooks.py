@@ -28,7 +28,7 @@ from deltaopt import compiled
 from deltaopt.layer_output import TIED, Further, forward_of, forward_with, output_problem, product_on, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import Term
-from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, copied, is_shared
+from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, RunningMovement, copied, is_shared
 from deltaopt.pickled import IfInstalled
 
 Absence: TypeAlias = "bool | list[int]"
@@ -124,6 +124,8 @@ class OutputHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Correct the output of a forward pass; torch calls this after it."""
         absence = self._shared or self.absence(module, kwargs)
+        if absence is not True:
+            self.look(module)
         if absence is False or (torch.compiler.is_exporting() and not self._moves_in_export()):
             return None
         x, further = self._split(args, kwargs)
@@ -133,6 +135,12 @@ class OutputHook:
         if any(further):  # the operation has no place for them
             return torch.compiler.disable(self._corrected)(module, output, x, rows, further)
         return compiled.corrected(output, x, self._key, rows)
+
+    def look(self, module: nn.Module) -> None:
+        """Warn in evaluation if W does not belong to A and B; in training the next step does. No graph does it."""
+        if torch.compiler.is_compiling() or module.training or not isinstance(self.movement, RunningMovement):
+            return
+        self.movement.look()
 
     def _moves_in_export(self) -> bool:
         """Refuse to leave out a movement in an exported program; return False if there is none."""

@@ -85,7 +85,9 @@ class FoldedUpdate(UpdateRule):
         ]
 
     def attach(self, weights: Sequence[WeightState]) -> None:
-        """Divide the gradients of these weights' factors, for this optimizer alone."""
+        """Divide the gradients of these weights' factors, for this optimizer alone; let state_dicts give A for s."""
+        for weight in weights:
+            weight.triple.store_for_first_scaling()
         self._hooks.claim([weight.triple for weight in weights])
 
     def follow(self, weights: Sequence[WeightState], replaced: bool) -> None:

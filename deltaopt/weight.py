@@ -164,11 +164,20 @@ class WeightState:
     def asked_movement(self) -> LowRank:
         """Return the displacement as one product; of a folded W, with what its branch holds instead of W."""
         _, A, B = self.branch()
-        terms = self.displacement()
-        if self.triple.folded:
-            terms = [*terms, Term(self.triple.folded * self.triple.scaling, A, B)]
-        movement = joined(terms or [Term(0.0, A[..., :0], B[..., :0, :])])
+        movement = joined(self.asked_terms() or [Term(0.0, A[..., :0], B[..., :0, :])])
         return movement.summed() if self.ledger.is_matrix else movement
+
+    def asked_terms(self) -> list[Term]:
+        """Return terms that add up to the displacement; of a folded W, with what its branch holds instead of W.
+
+        Raises:
+            RuntimeError: as `displacement`.
+        """
+        terms = self.displacement()
+        if not self.triple.folded:
+            return terms
+        _, A, B = self.branch()
+        return [*terms, Term(self.triple.folded * self.triple.scaling, A, B)]
 
     def change(self, from_pristine: bool = False) -> LowRank:
         """Return the displacement of W and the branch next to it as one product.

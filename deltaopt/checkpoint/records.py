@@ -39,8 +39,11 @@ def triple_record(triple: LoRATriple, A: Tensor, B: Tensor) -> dict[str, Any]:
 
 
 def branch_record(triple: LoRATriple) -> dict[str, Any]:
-    """Return what a triple's branch multiplies A @ B by: its scaling, and the update_ratio that is folded into it."""
-    return {"scaling": triple.scaling, "folded": triple.folded}
+    """Return what a triple's branch multiplies A @ B by: its scaling, and the update_ratio that is folded into it.
+
+    With them goes the factor of A in a state_dict of its module.
+    """
+    return {"scaling": triple.scaling, "folded": triple.folded, "stored": triple.stored_factor}
 
 
 def ledger_record(weight: WeightState) -> dict[str, Any]:
@@ -66,6 +69,9 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "W": now,
         "whole": whole_hash(weight.part()) if hides else None,
         "A": factor_fingerprint(weight.tensors.A).record(),
+        # A state_dict of the model gives A multiplied and rounded.
+        "bits": _tensor_record(gathered(weight.tensors.A)) if weight.triple.stores_A else None,
+        "stored": weight.triple.stored_factor,
         "B": factor_fingerprint(weight.tensors.B).record(),
     }
 
@@ -93,6 +99,8 @@ class SavedLedger:
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
         now: by letter, the record of each factor's fingerprint when it was saved.
+        bits: A as it was; None of a run whose state_dicts give it as it is.
+        stored: the factor of A in state_dicts of that moment.
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
@@ -110,14 +118,22 @@ class SavedLedger:
             self.ledger.end = _tensor_of(A), _tensor_of(B)
         self.whole = None if record["whole"] is None else int(record["whole"])
         self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "AB"}
+        self.bits = None if record.get("bits") is None else _tensor_of(record["bits"])
+        self.stored = float(record.get("stored", 1.0))
         W = record["W"]
         self.W = None if W is None else Fingerprint.of_record(W).record()
 
-    def give_to(self, weight: WeightState) -> None:
-        """Copy this ledger into `weight`, whose A and B are those that were saved."""
+    def ledger_for(self, weight: WeightState) -> Ledger:
+        """Return the ledger with the factors of `weight`, which are those that were saved."""
         if self._end_is_live:
             A, B = weight.factors()
             self.ledger.end = A.detach().clone(), B.detach().clone()
+        return self.ledger
+
+    def give_to(self, weight: WeightState) -> None:
+        """Copy this ledger into `weight`, whose A and B are those that were saved."""
+        self.ledger_for(weight)
+        self.ledger.set_current(self._end_is_live)
         weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
         weight.compensation = None
         never_moved = self.base is None and not weight.triple.folded

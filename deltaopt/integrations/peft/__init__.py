@@ -16,7 +16,6 @@ from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
-from deltaopt.integrations.peft.alphas import Alphas
 from deltaopt.integrations.peft.save_guard import SaveGuard
 from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
@@ -53,11 +52,8 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
             if (reason := _refusal(layer, adapter, allow_dropout)) is not None
         ],
     )
-    start, guard, alphas = _start(model, adapter), SaveGuard(), Alphas.within(model, adapter)
-    return [
-        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard, alphas.get(id(layer)))
-        for name, layer in holders
-    ]
+    start, guard = _start(model, adapter), SaveGuard()
+    return [PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard) for name, layer in holders]
 
 
 def save_adapter(
