@@ -66,8 +66,8 @@ from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
 from deltaopt.plain import plain
-from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.recall import Recall
+from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
