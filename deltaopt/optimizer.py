@@ -813,6 +813,15 @@ class DeltaLoRAOptimizer(Optimizer):
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Some wrappers (Lightning's, Fabric's) derive their class from ours, so that our methods run on the wrapper. It
+        # reads what is ours from the optimizer that it holds, and so has to write it there.
+        held = vars(self).get("_optimizer")
+        if isinstance(held, DeltaLoRAOptimizer) and name.startswith("_") and name in vars(held):
+            setattr(held, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         with self._between_steps("copying and pickling", "read"):
             return {
