@@ -14,6 +14,7 @@ from deltaopt.lowrank import LowRank, Term, joined
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.weight import WeightState
+from deltaopt.wrappers import unwrap
 
 ELEMENTS = 1 << 20
 """Elements of W that are looked at at a time."""
@@ -44,7 +45,7 @@ def movement_metrics(optimizer: DeltaLoRAOptimizer) -> dict[str, float]:
     about one reading of every W, two thin products and an SVD of a matrix of D's inner size; the dense D is not formed.
 
     Args:
-        optimizer: during or after training, between two steps.
+        optimizer: during or after training, between two steps; a wrapped one too, see `deltaopt.unwrap`.
 
     Returns:
         ``displacement_norm``: :math:`\sqrt{\sum \|D\|_F^2}`, of all weights together.
@@ -62,6 +63,7 @@ def movement_metrics(optimizer: DeltaLoRAOptimizer) -> dict[str, float]:
     Raises:
         RuntimeError: if a displacement is not known any more; or in `base_weights`.
     """
+    optimizer = unwrap(optimizer)
     with outside_inference_mode():
         moved = [_movement(weight) for weight in optimizer.weights()]
     displacement = math.fsum(each.displacement for each in moved)
@@ -89,7 +91,7 @@ def has_moved(optimizer: DeltaLoRAOptimizer) -> bool:
         RuntimeError: as `movement_metrics`.
     """
     with outside_inference_mode():
-        products = (_product(weight.asked_terms()) for weight in optimizer.weights())
+        products = (_product(weight.asked_terms()) for weight in unwrap(optimizer).weights())
         return any(bool(_singular_values(D).any()) for D in products if D is not None)
 
 

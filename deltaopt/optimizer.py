@@ -66,8 +66,8 @@ from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
 from deltaopt.plain import plain
-from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.recall import Recall
+from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
@@ -812,6 +812,15 @@ class DeltaLoRAOptimizer(Optimizer):
             resume.warn(decided, uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Some wrappers (Lightning's, Fabric's) derive their class from ours, so that our methods run on the wrapper. It
+        # reads what is ours from the optimizer that it holds, and so has to write it there.
+        held = vars(self).get("_optimizer")
+        if isinstance(held, DeltaLoRAOptimizer) and name.startswith("_") and name in vars(held):
+            setattr(held, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._between_steps("copying and pickling", "read"):

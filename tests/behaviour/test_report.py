@@ -66,6 +66,7 @@ def test_the_sizes_and_counts_are_those_of_the_dense_account(layout, seed, start
     assert json.loads(json.dumps(run.optimizer.report().as_dict()))["layers"][0]["moves"] == moves
 
 
+@pytest.mark.filterwarnings("ignore:.* changed between two steps:UserWarning")
 @given(seed=strategies.seeds, events=strategies.events("in_place", min_size=1))
 def test_the_path_of_a_gpu_counts_the_same(seed, events):
     """The host learns of each move later; print does not wait for it."""

@@ -318,3 +318,22 @@ def test_the_model_may_move_between_devices():
         before = model.weight.clone()
         optimizer.step()
         assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_report_is_that_of_the_cpu(dtype):
+    """The device tells the host later which steps moved a W: one is skipped, and one changes nothing."""
+    reports = []
+    for device in ("cpu", "cuda"):
+        options = {"dtype": dtype, "factor_dtype": torch.float32, "rounding": "nearest", "keep_base": "device"}
+        run = LayerRun(device=device, seed=3, zero=False, start_step=1, **options).train(3)
+        run.optimizer.param_groups[0]["lr"] = 0.0
+        run.train()
+        run.optimizer.param_groups[0]["lr"] = 0.02
+        run.happen("skipped")
+        reports.append(run.train().optimizer.report())
+    here, there = (report.layers[0] for report in reports)
+    assert here.moves == there.moves == 3
+    assert [report.skipped_updates for report in reports] == [1, 1]
+    for name in ("asked", "asked_relative", "kept"):
+        assert getattr(there, name) == pytest.approx(getattr(here, name), rel=1e-3)

@@ -1,17 +1,19 @@
 """Compensated rounding under Trainer: the checkpoint of an adapter does not hold what rounding cut off from W."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from deltaopt import leave_out_compensation, unwrap
-from tests.integrations.test_trainer import STEPS, trainer_for
+from deltaopt.integrations.trainer import DeltaLoRACallback, DeltaLoRAFactory
+from tests.integrations.test_trainer import ROUTES, STEPS, trainer_for
 from tests.support.compare import relative, same, through_a_file
 from tests.support.internals import full_weight
-from tests.support.models import causal_lm, optimizer_for, transformers, weights
-from tests.support.peft_runs import peft_asks_by_an_old_name
+from tests.support.models import causal_lm, optimizer_for, peft, transformers, weights
+from tests.support.peft_runs import RATIO, peft_asks_by_an_old_name
 from tests.support.small import random_steps
 
 pytestmark = [pytest.mark.extra, peft_asks_by_an_old_name]
@@ -44,15 +46,26 @@ class FullWeights(transformers.TrainerCallback):
         self.on_train_begin(args, state, control)
 
 
-def test_a_run_resumes_from_the_adapter_without_it(accelerator_of, tmp_path):
+@pytest.mark.parametrize("way", ["callback", "factory", "by hand"])
+def test_a_run_resumes_from_the_adapter_without_it(way, accelerator_of, tmp_path, monkeypatch):
     """As exactly as in float32: W is rebuilt from the base with all that was cut off from it.
 
     The steps after that differ where a bit of W does.
     """
 
+    def by_our_factory(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+        options = {"inner": torch.optim.AdamW, "lr": 1e-2, "update_ratio": RATIO, **options}
+        return {"optimizer_cls_and_kwargs": (DeltaLoRAFactory, options)}
+
+    monkeypatch.setitem(ROUTES, "factory", by_our_factory)
+
     def ran(name: str, resume_from: str | None = None) -> dict[int, list[Tensor]]:
-        trainer, _ = trainer_for(compensated(), tmp_path / name, start_step=1, rounding="compensated")
-        leave_out_compensation(trainer.optimizer)
+        route = "factory" if way == "factory" else "optimizers"
+        trainer, _ = trainer_for(compensated(), tmp_path / name, route, start_step=1, rounding="compensated")
+        if way == "callback":
+            trainer.add_callback(DeltaLoRACallback(trainer))
+        elif way == "by hand":
+            leave_out_compensation(trainer.optimizer)
         notes = FullWeights(trainer)
         trainer.train(resume_from_checkpoint=resume_from)
         return notes.at
@@ -96,3 +109,22 @@ def test_without_a_word_the_state_is_complete_next_to_the_whole_model():
 def test_another_optimizer_is_refused():
     with pytest.raises(TypeError, match="no DeltaLoRAOptimizer in this SGD"):
         leave_out_compensation(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+
+
+def test_trainer_saves_a_whole_model_with_it(accelerator_of, tmp_path):
+    """A model that is no PeftModel is saved with its W; after training all states are complete."""
+    whole = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=2, target_modules=["q_proj"]), causal_lm(torch.bfloat16).unload()
+    )
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    trainer, _ = trainer_for(whole, tmp_path / "whole", rounding="compensated")
+    trainer.add_callback(DeltaLoRACallback(trainer))
+    trainer.train()
+    assert has_compensation(torch.load(tmp_path / "whole" / "checkpoint-3" / "optimizer.pt", weights_only=True))
+
+    trainer, _ = trainer_for(compensated(), tmp_path / "adapter", rounding="compensated")
+    trainer.add_callback(DeltaLoRACallback(trainer))
+    trainer.train()
+    assert not has_compensation(torch.load(tmp_path / "adapter" / "checkpoint-3" / "optimizer.pt", weights_only=True))
+    assert has_compensation(unwrap(trainer.optimizer).state_dict())

@@ -141,3 +141,24 @@ def test_a_ring_of_wrappers_ends():
     refuses(ring, r"no DeltaLoRAOptimizer in this Ring \(looked at Ring\)")
     ring.base_optimizer, run.optimizer.engine = run.optimizer, ring
     assert deltaopt.unwrap(ring) is run.optimizer
+
+
+@pytest.mark.parametrize("wrapper", ["Lightning", "Fabric"])
+def test_methods_of_a_wrapper_that_takes_our_class_change_the_optimizer(wrapper, accelerator_of):
+    """Lightning and Fabric derive the class of the wrapper from ours, so that our methods run on the wrapper."""
+    run = ModelRun(dtype=torch.float32).train(batches(2))
+    state = copy.deepcopy(run.state())
+    run.train(batches(1))
+    wrapped = WRAPPERS[wrapper](run, accelerator_of)
+    run.model.load_state_dict(state["model"])
+    wrapped.load_state_dict(state["optimizer"])
+    assert run.optimizer.step_count == wrapped.step_count == 2
+    W, A, B = torch.zeros(4, 6), torch.ones(4, 2, requires_grad=True), torch.ones(2, 6, requires_grad=True)
+    wrapped.add_param_group({"triples": [(W, A, B)]})
+    assert len(run.optimizer.triples) == len(wrapped.triples) == 11
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    run.optimizer.step()
+    assert bool(W.any())
+    for count in (1, 2):
+        wrapped.restart()
+        assert run.optimizer.state_dict()["param_groups"][0]["deltaopt"]["repeats"] == count

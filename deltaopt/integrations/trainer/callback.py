@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from deltaopt.checkpoint.files import PathLike, load, save
 from deltaopt.integrations.peft import save_adapter
 from deltaopt.integrations.trainer.factory import DeltaLoRAFactory
 from deltaopt.integrations.trainer.reasons import Reasons
-from deltaopt.integrations.trainer.small_state import small_state, whole_state
+from deltaopt.integrations.trainer.small_state import saves_adapter_alone, small_state, whole_state
 from deltaopt.metrics import has_moved, movement_metrics
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.small_states import leave_out_compensation
+from deltaopt.wrappers import unwrap
 
 EXPORT = "export"
 """The folder next to a checkpoint's own adapter, with the adapter that gives the trained model on the base."""
@@ -45,6 +48,8 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
       movement of W, and a resumed run takes it from there. The inner optimizer and the schedule start afresh then.
     - After ``load_best_model_at_end`` W is that of the best step too.
     - Each training log gets the figures of `deltaopt.metrics.movement_metrics`, under "deltaopt/", for every reporter.
+    - Where Trainer saves the adapter alone, ``optimizer.pt`` leaves out what compensated rounding cut off from each W,
+      which is rebuilt from the base.
     - A run in which no W has moved says so at its end, with the reason.
 
     Args:
@@ -75,6 +80,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         self._run = uuid.uuid4().hex
         self._reasons = Reasons()
         self._exported: set[tuple[Path, int]] = set()
+        self._leaving_out: RemovableHandle | None = None
         self._has_said_rank = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -89,6 +95,9 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         callbacks.remove(self)
         callbacks.insert(0, self)
         self._reasons = Reasons()
+        self._save_whole_states()
+        if saves_adapter_alone(self._trainer.accelerator.unwrap_model(self._trainer.model)):
+            self._leaving_out = leave_out_compensation(optimizer)
         if state.global_step > 0:
             self._resume(args, state, optimizer)
         pointer = {"run": self._run, "folder": str(self._run_folder()), "small": bool(args.save_only_model)}
@@ -144,12 +153,18 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._follow_best(Path(state.best_model_checkpoint), optimizer)
         self._exported.clear()
+        self._save_whole_states()
         if nothing:
             warnings.warn(
                 f"Delta-LoRA has moved no weight in this run, which was plain LoRA: {self._reasons.of(optimizer)}",
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _save_whole_states(self) -> None:
+        if self._leaving_out is not None:
+            self._leaving_out.remove()
+            self._leaving_out = None
 
     def _resume(self, args: Any, state: Any, optimizer: DeltaLoRAOptimizer) -> None:
         """Check that W is that of the checkpoint, or move it there from the small state.
@@ -250,16 +265,17 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
 
 
 def unwrapped(optimizer: Any) -> DeltaLoRAOptimizer:
-    """Return the optimizer that accelerate has wrapped.
+    """Return the optimizer that accelerate, and maybe another optimizer, has wrapped.
 
     Raises:
-        TypeError: if it is no `DeltaLoRAOptimizer`.
+        TypeError: if there is no `DeltaLoRAOptimizer` in it.
     """
-    found = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(found, DeltaLoRAOptimizer):
+    try:
+        return unwrap(optimizer)
+    except TypeError:
+        found = getattr(optimizer, "optimizer", optimizer)
         raise TypeError(
             f"DeltaLoRACallback: Trainer's optimizer is of {type(found).__name__}, expected a DeltaLoRAOptimizer. Give "
             f"Trainer one: optimizer_cls_and_kwargs=({DeltaLoRAFactory.__name__}, "
             '{"inner": torch.optim.AdamW, "lr": 2e-4}), or optimizers=(optimizer, None); or leave the callback out'
-        )
-    return found
+        ) from None

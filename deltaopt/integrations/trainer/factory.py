@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from deltaopt.integrations.trainer.small_state import saves_adapter_alone
 from deltaopt.messages import names
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.small_states import leave_out_compensation
 
 ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 """Options of inner optimizers, and where `TrainingArguments` has them."""
@@ -44,6 +46,8 @@ class DeltaLoRAFactory:
         **options: Any,
     ) -> DeltaLoRAOptimizer:
         """Return the optimizer for everything in `model` that trains, as `DeltaLoRAOptimizer.for_model`.
+
+        Where Trainer saves the adapter alone, the optimizer's states leave out what compensated rounding cut off.
 
         Args:
             model: a model with LoRA layers; Trainer hands it over.
@@ -84,7 +88,10 @@ class DeltaLoRAFactory:
                 'not even args.learning_rate: add "lr": 2e-4, or "args": args for the learning_rate and weight_decay '
                 "of the TrainingArguments"
             )
-        return DeltaLoRAOptimizer.for_model(model, inner, **options)
+        optimizer = DeltaLoRAOptimizer.for_model(model, inner, **options)
+        if saves_adapter_alone(model):
+            leave_out_compensation(optimizer)
+        return optimizer
 
 
 def _ours() -> set[str]:

@@ -1,4 +1,4 @@
-"""What a checkpoint without ``optimizer.pt`` keeps of the optimizer: how far W was asked to move, and the settings."""
+"""What Trainer's checkpoints need of the optimizer, with ``optimizer.pt`` next to the adapter alone, and without."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import Any
 
 from deltaopt.checkpoint.format import KEY, split_ledgers, split_record, without_compensation
 from deltaopt.optimizer import DeltaLoRAOptimizer
+
+
+def saves_adapter_alone(model: Any) -> bool:
+    """Tell if Trainer's checkpoints of this model hold the adapter and not W, so that W is rebuilt from the base."""
+    from peft import PeftMixedModel, PeftModel
+
+    return isinstance(model, PeftModel | PeftMixedModel) or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def small_state(optimizer: DeltaLoRAOptimizer) -> dict[str, Any]:
