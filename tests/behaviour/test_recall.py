@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 
-from deltaopt import WeightMismatchError, without_ledger
+from deltaopt import DeltaLoRAOptimizer, WeightMismatchError, without_ledger
 from tests.support import strategies
 from tests.support.compare import close, refused, through_a_file
 from tests.support.histories import after, histories, random_run
+from tests.support.interruption import interrupt
 from tests.support.runs import LayerRun, noisy_run
 
 
@@ -119,3 +120,26 @@ def test_states_that_do_not_belong_here_are_refused_with_nothing_changed():
     )
     put_back(run, factors)
     run.optimizer.resync(state)
+
+
+def test_interrupted_at_any_line_it_is_done_or_not():
+    """W and what is known of it agree, and a second call leads to the same place. A sample of the lines."""
+
+    def moved_on() -> tuple[LayerRun, dict, torch.Tensor]:
+        run = noisy_run().train(1)
+        state, factors, effective, _ = kept(run)
+        run.happen("ratio")
+        run.train(2)
+        put_back(run, factors)
+        return run, state, effective
+
+    line = 3
+    while True:
+        run, state, effective = moved_on()
+        if not interrupt(lambda r=run, s=state: r.optimizer.resync(s), DeltaLoRAOptimizer.resync, line):
+            break
+        assert close(run.displacement(), run.moved(), 1e-11), f"line {line}"
+        run.optimizer.resync(state)
+        assert close(run.effective_exactly(), effective, 1e-11), f"line {line}"
+        line += 17
+    assert line > 200
