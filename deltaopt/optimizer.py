@@ -20,6 +20,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    present_names,
     repeats_of,
     restore_settings,
     split_ledgers,
@@ -58,16 +59,19 @@ from deltaopt.groups import (
     parse_triples,
 )
 from deltaopt.in_place import InPlaceUpdate
-from deltaopt.inner import build_inner, forget_state, is_state_initialisation, step_inner
+from deltaopt.inner import build_inner, forget_state, is_in_mode, is_state_initialisation, step_inner
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
+from deltaopt.naming import under_present_names
 from deltaopt.plain import plain
+from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.recall import Recall
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
+from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
 from deltaopt.weight import WeightState
@@ -349,6 +353,23 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
 
+    def report(self) -> Report:
+        """Tell if W moved: for each layer how often, how far, what rounding kept of it, and what the next step does.
+
+        ``print(optimizer.report())`` shows a short table, ``optimizer.report().as_dict()`` is data. It reads every W
+        once and waits for the device. It may be called at any time, within `base_weights` too. With sharded factors
+        call it on all ranks.
+
+        Raises:
+            RuntimeError: if another optimizer has moved a W since.
+        """
+        check_claims(self._weights, "report()", "read")
+        with outside_inference_mode():
+            self._events.complete()
+            self._rule.flush()
+            at_base = self._claimant.at_base
+            return report_of(self._weights, self._step_count, self.weight_update, self.skipped_updates, at_base)
+
     def displacement(self, name: str) -> LowRank:
         """Return the movement that was asked of a W since its base, as low-rank factors.
 
@@ -528,6 +549,44 @@ class DeltaLoRAOptimizer(Optimizer):
             with self._events.begin("resync()", finish, resync.unfinished):
                 pass
             resync.warn()
+
+    def train(self) -> None:
+        """Put the inner optimizer into its training mode, if it has modes (schedule-free); every W follows A and B.
+
+        Such an optimizer keeps two points, and `eval` and `train` put one of them into A and B. In place, a W that has
+        moved with A and B is moved by coef * (A_now B_now - A_before B_before), as by a step; before `start_step` it
+        stays. With ``weight_update="folded"`` the branch does that by itself. Without modes nothing happens.
+
+        Raises:
+            RuntimeError: if a branch is merged, or in `base_weights`. Nothing is changed then.
+        """
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Put the inner optimizer into its evaluation mode, if it has modes; see `train`.
+
+        `step` then raises what the inner optimizer raises, and changes nothing.
+        """
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        switch = getattr(self._inner, mode, None)
+        if mode == "eval" and self._rule.watch is not None:
+            self._rule.watch.look()
+        if not callable(switch):
+            return
+        if not self._rule.moves_weights or is_in_mode(self._inner, mode):  # trainers call it before each batch
+            switch()
+            return
+        with self._resolved(f"{mode}()") as weights:
+            following, repeats = restarts.Following(weights, self._writer("resync")), self._repeats
+
+            def finish() -> None:
+                following.carry_out()
+                self._repeats = repeats + 1
+
+            with self._events.begin(f"{mode}()", finish, following.unfinished):
+                note_result([], switch)
 
     def _resync(self, weights: Sequence[WeightState], state_dict: dict[str, Any] | None) -> restarts.Resync:
         if state_dict is None:
@@ -713,11 +772,15 @@ class DeltaLoRAOptimizer(Optimizer):
             record, inner_state = split_record(state_dict)
             check_record(record, self._groups, weights, self.weight_update)
             ledgers, compensations, inner_state = split_ledgers(inner_state, record["schema"])
+            ledgers, compensations = (
+                under_present_names(entries, present_names(record, weights)) for entries in (ledgers, compensations)
+            )
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
             before = [branch_record(weight.triple) for weight in weights]
             saved = [triple for group in record["groups"] for triple in group["triples"]]
+            anew = [] if record["ledgers"] else resume.stored_anew(weights, saved)
             groups, loaded = self._inner.param_groups, list[Any]()
             uncompensated: list[str] = []
 
@@ -731,6 +794,8 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._rule.forget()
                 self._hold(weights)
                 if not record["ledgers"]:
+                    for weight, A in anew:
+                        put_whole_(weight.tensors.A, A)
                     for weight in weights:
                         weight.rebase()
                 uncompensated[:] = resume.carry_out(decided, writer)
@@ -777,7 +842,7 @@ class DeltaLoRAOptimizer(Optimizer):
             lines += [
                 f"Triples {i}: {len(group.triples)}, update_ratio={group.update_ratio}, start_step={group.start_step}"
             ]
-        return "\n".join([*lines, f"inner: {self._inner!r}", ")"])
+        return "\n".join([*lines, at_a_glance(self._weights, self._step_count), f"inner: {self._inner!r}", ")"])
 
     def _become(
         self,
@@ -817,7 +882,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """Claim each W for this optimizer, whoever held it before, and let its layer leave out what it counts."""
         settle = _Settlement(self._events, self._rule.settler())
         for weight in weights:
-            weight.triple.count_movement(RunningMovement(weight, settle))
+            weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
             weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 

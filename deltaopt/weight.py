@@ -42,6 +42,11 @@ class WeightState:
             moved when it was registered.
         compensation: with compensated rounding, what was cut off from W so far; it is added the next time.
         claim: of the optimizer on W; None until it has taken this weight.
+        moves: the number of steps that moved W since its base, as far as the device has reported; None if a state of
+            an earlier version does not say. With a folded ratio: of steps with gradients, in which the branch moved for
+            W.
+        folded_since: the number of the step, from 0, that folded the present ratio into the branch; None if none is, or
+            that is not known.
     """
 
     def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
@@ -54,6 +59,8 @@ class WeightState:
         self.rebased = False
         self.compensation: Compensation | None = None
         self.claim: Claim | None = None
+        self.moves: int | None = 0
+        self.folded_since: int | None = None
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -222,6 +229,10 @@ class WeightState:
             self.triple.weight_moves()
             self.base = base  # last: after an exception all of it is done again
 
+    def count_after_a_move(self) -> int | None:
+        """Return what `moves` is after one more move; the caller sets it, which may be done twice."""
+        return None if self.moves is None else self.moves + 1
+
     def note_write(self) -> None:
         """Let other optimizers on this W know that it is about to be written."""
         if self.claim is not None:
@@ -230,7 +241,7 @@ class WeightState:
     def rebase(self) -> None:
         """Take W as it is now as its base, and forget how it came there."""
         self.ledger, self.base, self.origin, self.compensation = Ledger(), None, None, None
-        self.rebased = True
+        self.rebased, self.moves = True, 0
         self.triple.weight_rests()
 
     def copy_base(self, bits: Tensor | None = None) -> None:
