@@ -66,8 +66,8 @@ from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
 from deltaopt.plain import plain
-from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.recall import Recall
+from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
@@ -595,8 +595,9 @@ class DeltaLoRAOptimizer(Optimizer):
         record, inner_state = split_record(state_dict)
         check_record(record, self._groups, weights, self.weight_update)
         ledgers, *_ = split_ledgers(inner_state, record["schema"])
-        folded = [triple["folded"] for group in record["groups"] for triple in group["triples"]]
-        return Recall(weights, folded, ledgers, self._writer("resync"))
+        ledgers = under_present_names(ledgers, present_names(record, weights))
+        branches = [triple for group in record["groups"] for triple in group["triples"]]
+        return Recall(weights, ledgers, self._writer("resync"), partial(self._rule.restore, weights, branches))
 
     def accounts(self) -> list[Account]:
         """Return each triple with the ledger of its W, for analysis.
