@@ -595,8 +595,9 @@ class DeltaLoRAOptimizer(Optimizer):
         record, inner_state = split_record(state_dict)
         check_record(record, self._groups, weights, self.weight_update)
         ledgers, *_ = split_ledgers(inner_state, record["schema"])
-        folded = [triple["folded"] for group in record["groups"] for triple in group["triples"]]
-        return Recall(weights, folded, ledgers, self._writer("resync"))
+        ledgers = under_present_names(ledgers, present_names(record, weights))
+        branches = [triple for group in record["groups"] for triple in group["triples"]]
+        return Recall(weights, ledgers, self._writer("resync"), partial(self._rule.restore, weights, branches))
 
     def accounts(self) -> list[Account]:
         """Return each triple with the ledger of its W, for analysis.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from deltaopt.lowrank import Term
 from deltaopt.messages import problems_of, raise_problems
 from deltaopt.restarts import Resync
 from deltaopt.rounding.writer import Writer, put_
+from deltaopt.sharding import put_whole_
 from deltaopt.weight import Compensation, WeightState
 
 
@@ -26,9 +27,9 @@ class Recall(Resync):
 
     Args:
         weights: with their tensors resolved.
-        folded: the ratio that was folded into each branch when the state was saved.
         records: of the saved ledgers, by the triples' names.
         writer: of the event.
+        restore: scales the branches as they were scaled when the state was saved.
 
     Raises:
         ValueError: if a factor is NaN or infinite, or a ledger is missing or damaged.
@@ -38,18 +39,23 @@ class Recall(Resync):
 
     @torch.no_grad()
     def __init__(
-        self, weights: Sequence[WeightState], folded: Sequence[float], records: Mapping[str, Any], writer: Writer
+        self,
+        weights: Sequence[WeightState],
+        records: Mapping[str, Any],
+        writer: Writer,
+        restore: Callable[[], None],
     ) -> None:
         check_finite(weights)
         self._writer = writer
+        self._restore = restore
         ledgers = saved_ledgers(weights, records)
         raise_problems(
             WeightMismatchError,
             "resync(): the weights cannot follow this state (nothing was changed)",
             [
                 problem
-                for weight, saved, ratio in zip(weights, ledgers, folded, strict=True)
-                for problem in problems_of(weight.label, _problems(weight, saved, ratio))
+                for weight, saved in zip(weights, ledgers, strict=True)
+                for problem in problems_of(weight.label, _problems(weight, saved))
             ],
             "Take a state that this very optimizer has saved since its weights were registered, load the adapter that "
             "was saved with it, and call resync(state) then. For a state of another run load the pristine weights, "
@@ -67,7 +73,10 @@ class Recall(Resync):
     @torch.no_grad()
     def carry_out(self) -> None:
         """Write the weights; may be called again after an exception."""
+        self._restore()
         for weight, saved, terms, base, put, written, before in self._moves:
+            if saved.bits is not None:
+                put_whole_(weight.tensors.A, saved.bits)
             if terms or base is not None:
                 weight.note_base()
                 if base is not None and not put:
@@ -98,13 +107,9 @@ def _placed(weight: WeightState, saved: SavedLedger) -> list[Term]:
     return saved.ledger_for(weight).to(tensors.W.device, tensors.compute_dtype()).displacement()
 
 
-def _problems(weight: WeightState, saved: SavedLedger, folded: float) -> list[str]:
+def _problems(weight: WeightState, saved: SavedLedger) -> list[str]:
     found = [reason for ledger in (saved.ledger, weight.ledger) if (reason := ledger.lost) is not None]
     here = None if weight.base is None else weight.base.record()
     if saved.base is not None and saved.base.record() != here:
         found.append("the state counts from another base than this optimizer has moved W from")
-    if folded != weight.triple.folded:
-        found.append(
-            f"its branch holds an update_ratio of {weight.triple.folded}, and held {folded} when the state was saved"
-        )
-    return found if weight.triple.folded else found + factor_problems(weight, saved)
+    return found + factor_problems(weight, saved)

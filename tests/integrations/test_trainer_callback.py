@@ -140,6 +140,7 @@ BEST = {
     "in place, another ratio": ("in_place", "zero", {"update_ratio": lambda step: 1.0 + step % 3}, False),
     "folded": ("folded", "zero", {}, False),
     "folded, after K": ("folded", "later", {"start_step": 1}, False),
+    "folded, before K": ("folded", "later", {"start_step": 3}, False),
 }
 
 
@@ -169,13 +170,20 @@ def test_training_goes_on_from_the_best_model(accelerator_of, tmp_path):
         assert relative(W - base[name], RATIO * change[name]) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:the base of .* is what their weights were at rebase:UserWarning")
 def test_a_w_that_cannot_follow_the_best_model_is_named(accelerator_of, tmp_path):
-    """The folded ratio was another one then."""
-    run = Run(tmp_path, "folded", "later", **{**best_at(2), "max_steps": 4})
+    """Somebody has taken W as another base meanwhile."""
+    run = Run(tmp_path, **{**best_at(2), "max_steps": 4})
     score_by_step(run, 2)
-    with pytest.warns(
-        UserWarning, match=r"(?s)has loaded A and B of .*checkpoint-2, and W could not follow.*0\.0 when"
-    ):
+
+    class Rebases(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                run.optimizer.rebase()
+
+    run.trainer.add_callback(Rebases())
+    match = r"(?s)has loaded A and B of .*checkpoint-2, and W could not follow.*counts from another base"
+    with pytest.warns(UserWarning, match=match):
         run.train()
 
 

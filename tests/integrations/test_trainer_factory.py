@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deltaopt import DeltaLoRAOptimizer
-from deltaopt.integrations.trainer import DeltaLoRAFactory
+from deltaopt.integrations.trainer import DeltaLoRACallback, DeltaLoRAFactory
 from tests.support.compare import assert_same_bits, bits, refused, relative, same
 from tests.support.models import RATIO, causal_lm, deltas, layers, transformers, weights
 from tests.support.peft_runs import peft_asks_by_an_old_name
@@ -77,7 +77,7 @@ def test_each_trial_of_a_search_begins_with_a_pristine_w(accelerator_of, tmp_pat
     optuna = pytest.importorskip("optuna", reason="runs where optuna is installed")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     base, seen = weights(causal_lm(B_zero=True)), []
-    args = arguments(tmp_path, eval_strategy="no")
+    args = arguments(tmp_path, save_strategy="steps", save_steps=3)
     options = {"inner": torch.optim.AdamW, "args": args, "update_ratio": RATIO}
 
     class Look(transformers.TrainerCallback):
@@ -93,6 +93,7 @@ def test_each_trial_of_a_search_begins_with_a_pristine_w(accelerator_of, tmp_pat
         return {"learning_rate": learning_rate}
 
     trainer = trainer_of(args, (DeltaLoRAFactory, options), callbacks=[Look()])
+    trainer.add_callback(DeltaLoRACallback(trainer))
     trainer.hyperparameter_search(
         hp_space=space,
         n_trials=2,
@@ -102,6 +103,8 @@ def test_each_trial_of_a_search_begins_with_a_pristine_w(accelerator_of, tmp_pat
         sampler=optuna.samplers.GridSampler({"number": [0, 1]}, seed=0),
     )
     assert sorted(seen) == [(True, *each) for each in settings]
+    exports = [tmp_path / f"run-{trial}" / "checkpoint-3" / "export" / "adapter_model.safetensors" for trial in (0, 1)]
+    assert all(file.is_file() for file in exports)
 
 
 def test_the_arguments_give_what_the_options_do_not(tmp_path):
