@@ -152,7 +152,7 @@ class Run:
 class UNetRun(Run):
     """A tiny UNet of diffusers."""
 
-    scaling = 1.5
+    scaling = 1.0
 
     def base(self) -> nn.Module:
         from diffusers import UNet2DConditionModel
@@ -176,7 +176,7 @@ class UNetRun(Run):
 
         unet = self.base().requires_grad_(False)
         torch.manual_seed(1)
-        unet.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
         return unet
 
     @functools.cached_property
