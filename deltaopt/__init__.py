@@ -8,7 +8,9 @@ from deltaopt.export import export_adapter, merged_weights
 from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.small_states import leave_out_compensation
 from deltaopt.triple import LoRATriple
+from deltaopt.wrappers import unwrap
 
 __version__ = "0.1.0"
 
@@ -19,11 +21,13 @@ __all__ = [
     "WeightMismatchError",
     "export_adapter",
     "find_triples",
+    "leave_out_compensation",
     "load",
     "merged_weights",
     "other_parameters",
     "save",
     "schedules",
+    "unwrap",
     "without_compensation",
     "without_ledger",
 ]

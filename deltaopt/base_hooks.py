@@ -28,7 +28,7 @@ from deltaopt import compiled
 from deltaopt.layer_output import TIED, Further, forward_of, forward_with, output_problem, product_on, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import Term
-from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, copied, is_shared
+from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, RunningMovement, copied, is_shared
 from deltaopt.pickled import IfInstalled
 
 Absence: TypeAlias = "bool | list[int]"
@@ -124,6 +124,8 @@ class OutputHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Correct the output of a forward pass; torch calls this after it."""
         absence = self._shared or self.absence(module, kwargs)
+        if absence is not True:
+            self.look(module)
         if absence is False or (torch.compiler.is_exporting() and not self._moves_in_export()):
             return None
         x, further = self._split(args, kwargs)
@@ -133,6 +135,12 @@ class OutputHook:
         if any(further):  # the operation has no place for them
             return torch.compiler.disable(self._corrected)(module, output, x, rows, further)
         return compiled.corrected(output, x, self._key, rows)
+
+    def look(self, module: nn.Module) -> None:
+        """Warn in evaluation if W does not belong to A and B; in training the next step does. No graph does it."""
+        if torch.compiler.is_compiling() or module.training or not isinstance(self.movement, RunningMovement):
+            return
+        self.movement.look()
 
     def _moves_in_export(self) -> bool:
         """Refuse to leave out a movement in an exported program; return False if there is none."""
@@ -364,12 +372,27 @@ def hook_of(module: nn.Module, kind: type[Hook], branch: object) -> Hook | None:
 
 def subtract_always(owner: nn.Module, W: Tensor, view: MatrixView, terms: Sequence[Term]) -> RemovableHandle:
     """Let the module of a W give W x minus the product of the terms and x, until the handle is removed."""
+    return owner.register_forward_hook(_Subtraction(W, view, terms), with_kwargs=True)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+
+class _Subtraction:
+    """The hook of `subtract_always`. A deep copy of the model keeps it, and so computes with the base for good."""
+
+    def __init__(self, W: Tensor, view: MatrixView, terms: Sequence[Term]) -> None:
+        self._W, self._view, self._terms = W, view, terms
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return _sum(output, product_on(module, W, x, _minus(terms), view))
+        return _sum(output, product_on(module, self._W, x, _minus(self._terms), self._view))
 
-    return owner.register_forward_hook(hook, with_kwargs=True)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Subtraction:
+        return self  # as a function would be
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "a model cannot be pickled while base_weights() corrects the output of its layers by hooks, as W itself "
+            "has moved: leave it first, or use base_weights(method='copy') with keep_base or source"
+        )
 
 
 def _minus(terms: Sequence[Term]) -> Sequence[Term]:

@@ -11,6 +11,7 @@ from deltaopt.messages import raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.rounding.writer import add_terms_
 from deltaopt.tensors import outside_inference_mode, same_view
+from deltaopt.wrappers import unwrap
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def export_adapter(
     noise is left out, and hardly with rounding to nearest.
 
     Args:
-        optimizer: after training.
+        optimizer: after training; a wrapped one too, see `deltaopt.unwrap`.
         rank: compress each layer to this inner size, by QR and SVD of the factors: the best approximation in the
             Frobenius norm. Default: exact; where `update_ratio` changed often, so that the displacement is kept as a
             matrix, of the smallest rank that is exact to rounding, which takes an SVD of that matrix.
@@ -40,12 +41,13 @@ def export_adapter(
 
     Raises:
         ValueError: if `rank` is not positive.
+        TypeError: for another optimizer.
         RuntimeError: if the displacement of a layer is not known any more, with the reason; or in `base_weights`.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is a positive int or None, got {rank!r}")
     exported = {}
-    for weight in optimizer.weights():
+    for weight in unwrap(optimizer).weights():
         with outside_inference_mode():
             whole = weight.change(from_pristine)
         fits = not weight.ledger.is_matrix if rank is None else whole.rank <= rank
@@ -60,14 +62,18 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     The model is not changed. With PEFT, `model.merge_and_unload()` in the training process gives these weights too, but
     for rounding in 16 bits: what compensated rounding has cut off from W is added here, and PEFT does not know of it.
 
+    Args:
+        optimizer: after training; a wrapped one too, see `deltaopt.unwrap`.
+
     Returns:
         By name of the triple: a tensor of W's shape and dtype, computed in float64 and rounded once. Triples of rows or
         columns of one weight get all of it, with all of their branches; so do those of several adapters.
 
     Raises:
+        TypeError: for another optimizer.
         RuntimeError: if a W cannot be read (quantized, offloaded), or in `base_weights`.
     """
-    weights = optimizer.weights()
+    weights = unwrap(optimizer).weights()
     raise_problems(
         RuntimeError,
         "these W cannot be merged with their branch",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deltaopt.all_or_nothing import call_the_rest, note
 from deltaopt.ledger import Factors, Ledger
+from deltaopt.outside import changed
 from deltaopt.rounding.batch import Addition, KernelBatch
 from deltaopt.rounding.blocks import NoiseFactors
 from deltaopt.rounding.noise import label_hashes
@@ -92,9 +93,13 @@ class FactorBuffers:
         self.slots = [
             Slot(weight, weight.ledger, (self._end[i], self._end[n + i]), i) for i, weight in enumerate(members)
         ]
+        # Weights whose factors somebody else has changed since their last move, as far as the host knows.
+        self.changed_outside: list[WeightState] = []
         for slot in self.slots:
             ledger = slot.ledger.to(self.device, self.dtype)
             if ledger.end is not None and ledger.end[0].shape != slot.end[0].shape:
+                if ledger.is_current() and ledger.end[0].shape[-1] != self._r:  # not only sharded in another way
+                    self.changed_outside.append(slot.weight)
                 ledger.close()
             if ledger.end is not None:
                 torch._foreach_copy_(slot.end, ledger.end)
@@ -103,6 +108,7 @@ class FactorBuffers:
         self._now: list[Tensor] = []
         self._coefs: list[float] = []
         self._written: list[list[Any]] = []
+        self._counts: list[int | None] = []
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +129,7 @@ class FactorBuffers:
         self._now = []
         self._coefs = [slot.weight.ratio * slot.weight.triple.scaling for slot in self.slots]
         self._written = [[] for _ in self.slots]
+        self._counts = [slot.weight.count_after_a_move() for slot in self.slots]
 
     def note_bases(self) -> None:
         """Note what every W is before its first move."""
@@ -207,6 +214,11 @@ class HostBuffers(FactorBuffers):
                 _same_bits(A_i, slot.end[0]) and _same_bits(B_i, slot.end[1])
                 for slot, A_i, B_i in zip(self.slots, A, B, strict=True)
             ]
+            self.changed_outside += [
+                slot.weight
+                for slot, A_i, B_i, continues in zip(self.slots, A, B, self._continues, strict=True)
+                if not continues and slot.ledger.is_current() and changed(slot.end, (A_i, B_i))
+            ]
         self._delta, self._chunks_written, self._due, self._extended = None, 0, None, []
 
     def marks(self) -> list[Tensor]:
@@ -243,6 +255,8 @@ class HostBuffers(FactorBuffers):
     def record(self, finite: Tensor) -> list[Ledger]:
         """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""
         if not finite:
+            for slot in self.slots:
+                slot.ledger.set_current(False)
             return []
         assert self._start is not None
         if self._due is None:
@@ -252,8 +266,13 @@ class HostBuffers(FactorBuffers):
                 if not continues or coef != slot.ledger.coef
             ]
         extended = extend_ledgers(self._due, self._extended)
+        for slot, count, written in zip(self.slots, self._counts, self._written, strict=True):
+            if written:
+                slot.weight.moves = count
         torch.stack(self._now[: len(self.slots)], out=self._A_end)
         torch.stack(self._now[len(self.slots) :], out=self._B_end)
+        for slot in self.slots:
+            slot.ledger.set_current()
         return extended
 
     def release(self) -> None:
@@ -348,8 +367,8 @@ class DeviceBuffers(FactorBuffers):
             self._write_by_kernel(self._by_kernel, narrow, keep, writer)
         if not others:
             return
-        # The host does not know which ones to leave out. Their factors become +0 and all coefficients negative, as
-        # adding -0 leaves every bit.
+        # The host does not know which ones to leave out. Their factors become +0 and all coefficients negative: adding
+        # -0 leaves every bit. (cuBLAS adds +0 to a float32 W all the same, so that a -0.0 there becomes 0.0.)
         turned = [self.U[slot.place] for slot in self.slots if self._coefs[slot.place] > 0]
         drop = ~keep.view(-1, *[1] * (self.U.dim() - 1))
         masking: list[Callable[[], object]] = [partial(torch._foreach_neg_, turned)] if turned else []
@@ -369,7 +388,7 @@ class DeviceBuffers(FactorBuffers):
         torch._foreach_copy_(self._end, self._now)
         for end, before in zip((self._A_end, self._B_end), self._updates.before, strict=True):
             end.copy_(torch.where(applied, end, before))
-        self._updates.send(applied)
+        self._updates.send(applied, self.marks()[0].gt(0) & applied)
         return self._updates
 
     def release(self) -> None:
@@ -406,14 +425,22 @@ class LedgerUpdates:
         self._moves = moves
         self._start = start
         self._continues = continues
+        self._rests = [slot.ledger.rests for slot, _ in moves]
+        self.changed_outside: list[WeightState] | None = None
         self._flags: Tensor | None = None
+        self._counts: list[tuple[WeightState, int | None]] = []
         self._due: list[Move] | None = None
         self._extended: list[Any] = []
         self.event: torch.cuda.Event | None = None
 
-    def send(self, applied: Tensor) -> None:
-        """Send what the device knows to the host, without waiting."""
-        flags = torch.cat([self._continues, applied.view(1)])
+    def send(self, applied: Tensor, moved: Tensor) -> None:
+        """Send what the device knows to the host, without waiting.
+
+        Args:
+            applied: 0-d bool: whether the step moved any W.
+            moved: one bool a move: whether it changed this W.
+        """
+        flags = torch.cat([self._continues, moved, applied.view(1)])
         if flags.device.type != "cuda":
             self._flags = flags
             return
@@ -427,14 +454,31 @@ class LedgerUpdates:
         assert self._flags is not None
         if self.event is not None:
             self.event.synchronize()
-        *continues, applied = self._flags.tolist()
+        *flags, applied = self._flags.tolist()
+        continues, moved = flags[: len(self._moves)], flags[len(self._moves) :]
+        if self.changed_outside is None:
+            self.changed_outside = [
+                slot.weight
+                for (slot, _), rests, goes_on in zip(self._moves, self._rests, continues, strict=True)
+                if not goes_on and slot.ledger.end is not None and slot.ledger.rests_at_end == rests
+                if applied and changed(self._at(slot, self.before), self._at(slot, self._start))
+            ]
         if self._due is None:
+            weights = [slot.weight for slot, _ in self._moves]
+            self._counts = [
+                (w, w.count_after_a_move()) for w, has_moved in zip(weights, moved, strict=True) if has_moved
+            ]
             moves = [
                 Move(slot, coef, self._at(slot, self._start), None if goes_on else self._at(slot, self.before))
                 for (slot, coef), goes_on in zip(self._moves, continues, strict=True)
             ]
             self._due = [move for move in moves if applied and not move.continues_the_last()]
-        return extend_ledgers(self._due, self._extended)
+        for weight, count in self._counts:
+            weight.moves = count
+        extended = extend_ledgers(self._due, self._extended)
+        for (slot, _), rests in zip(self._moves, self._rests, strict=True):
+            slot.ledger.rests_at_end = rests if applied else -1
+        return extended
 
     @staticmethod
     def _at(slot: Slot, stacks: Factors) -> Factors:

@@ -55,6 +55,7 @@ class FoldedUpdate(UpdateRule):
         self._change: _Change | None = None
         self._checked_ratios: dict[DeltaGroup, UpdateRatio] = {}
         self._changed: list[Ledger] = []
+        self._counts: dict[WeightState, int | None] = {}
 
     def check_inner(self, inner: Optimizer) -> None:
         """Raise ValueError for an optimizer that evaluates the loss at several places within a step."""
@@ -84,7 +85,9 @@ class FoldedUpdate(UpdateRule):
         ]
 
     def attach(self, weights: Sequence[WeightState]) -> None:
-        """Divide the gradients of these weights' factors, for this optimizer alone."""
+        """Divide the gradients of these weights' factors, for this optimizer alone; let state_dicts give A for s."""
+        for weight in weights:
+            weight.triple.store_for_first_scaling()
         self._hooks.claim([weight.triple for weight in weights])
 
     def follow(self, weights: Sequence[WeightState], replaced: bool) -> None:
@@ -121,7 +124,7 @@ class FoldedUpdate(UpdateRule):
         terms = {weight: _taken(weight) for weight in due}
         finite = self._guard.verdict([factor for term in terms.values() for factor in (term.A, term.B)])
         parts = [_Part.of(weight, term) for weight, term in self._moving(terms, finite)]
-        change = _Change(parts, writer, self._guard, finite)
+        change = _Change(due, parts, writer, self._guard, finite)
         before = [(weight.triple, weight.triple.folded) for weight in due]
         try:
             self._scale([(weight.triple, weight.ratio) for weight in due])
@@ -139,13 +142,18 @@ class FoldedUpdate(UpdateRule):
         self._changed = [part.ledger for part in parts]
 
     def after_step(self, weights: Sequence[WeightState], writer: Writer, whole: bool = True) -> None:
-        """Sum up terms of the ledgers that this step has extended, if they have become many."""
+        """Count the step; sum up terms of the ledgers that it has extended, if they have become many."""
+        if whole:
+            for weight, count in self._counts.items():
+                if any(factor.grad is not None for factor in weight.tensors[1:]):
+                    weight.moves = count
         self._upkeep.after_step(self._changed)
         self._changed = []
 
     @contextmanager
     def inner_step(self, weights: Sequence[WeightState], closure: Closure | None) -> Iterator[Closure | None]:
         """Watch the inner optimizer: it may evaluate the loss once, with A and B as they are, and needs gradients."""
+        self._counts = {weight: weight.count_after_a_move() for weight in weights if weight.triple.folded}
         if closure is not None and any(weight.triple.folded for weight in weights):
             closure = evaluated_once(closure, [weight.triple for weight in weights])
         with self._hooks.watching(weights):
@@ -269,7 +277,10 @@ class _Part(NamedTuple):
 class _Change:
     """Writes of weights whose branches have their new scaling, until all of them are done."""
 
-    def __init__(self, parts: list[_Part], writer: Writer, guard: FiniteGuard, finite: Tensor) -> None:
+    def __init__(
+        self, due: Sequence[WeightState], parts: list[_Part], writer: Writer, guard: FiniteGuard, finite: Tensor
+    ) -> None:
+        self._due = due
         self.parts = parts
         self._writer = writer
         self._guard = guard
@@ -279,6 +290,8 @@ class _Change:
     @torch.no_grad()
     def complete(self) -> None:
         """Write what is not written yet."""
+        for weight in self._due:
+            weight.folded_since = self._writer.step if weight.triple.folded else None
         for weight, term, ledger, done in self.parts:
             weight.note_base()
             self._writer.add_term_(weight, term, done)

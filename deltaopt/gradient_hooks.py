@@ -68,7 +68,6 @@ class GradientHooks:
     def divide(self, triples: Iterable[LoRATriple]) -> None:
         """Divide by 1 + what is folded into each branch now, whose scaling was set for good."""
         for triple in triples:
-            triple.keep_branch_scaling()
             for divisor in map(_divisor_of, (triple.A, triple.B)):
                 if divisor is not None:  # else it is frozen, and gets its hook with this value later
                     divisor.value, divisor.scaling = 1.0 + triple.folded, triple.branch_scaling

@@ -19,6 +19,7 @@ from torch import Tensor
 from deltaopt.factor_buffers import DeviceBuffers, FactorBuffers, HostBuffers, Kind, LedgerUpdates
 from deltaopt.gradient_hooks import leave_whole
 from deltaopt.ledger import Ledger
+from deltaopt.outside import Watch
 from deltaopt.rounding.batch import fused_kernel
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.writer import Writer
@@ -90,6 +91,7 @@ class InPlaceUpdate(UpdateRule):
         self._move: _Move | None = None
         self._pending: deque[LedgerUpdates] = deque()
         self._extended: list[Ledger] = []
+        self.watch = Watch()
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
         """Say why W cannot be written, with the way out for packed and quantized ones."""
@@ -100,6 +102,7 @@ class InPlaceUpdate(UpdateRule):
 
     def attach(self, weights: Sequence[WeightState]) -> None:
         """Leave the gradients of these weights' factors whole, though an earlier folded run divided them."""
+        self.watch.add(weights)
         leave_whole([weight.triple for weight in weights], self)
 
     def follow(self, weights: Sequence[WeightState], replaced: bool) -> None:
@@ -111,11 +114,14 @@ class InPlaceUpdate(UpdateRule):
     def before_step(self, weights: Sequence[WeightState], writer: Writer, closure: Closure | None) -> None:
         """Keep A and B of every weight that moves in this step, in the dtype of the computation."""
         self._move = None
+        self.watch.rests = False
         self._complete_ledgers(wait=False)
         moving: dict[Kind, list[WeightState]] = {}
         for weight in weights:
             if weight.ratio > 0:
                 moving.setdefault(self._kind(weight), []).append(weight)
+            else:
+                weight.ledger.rests += 1
         kept, self._buffers = self._buffers, {}
         for kind, members in moving.items():
             buffers = kept.get(kind)
@@ -124,8 +130,11 @@ class InPlaceUpdate(UpdateRule):
                 buffers = self._buffers_for(kind, members)
             self._buffers[kind] = buffers
             buffers.snapshot()
+            self.watch.note(buffers.changed_outside)
+            buffers.changed_outside = []
         if self._buffers:
             self._move = _Move(list(self._buffers.values()))
+            self.watch.rests = True
 
     @torch.no_grad()
     def after_step(self, weights: Sequence[WeightState], writer: Writer, whole: bool = True) -> None:
@@ -143,6 +152,7 @@ class InPlaceUpdate(UpdateRule):
                 buffers.freeze()
             raise
         self._move = None
+        self.watch.rests = False
         for buffers in move.buffers:
             buffers.release()
         self._complete_ledgers(wait=False)
@@ -165,6 +175,11 @@ class InPlaceUpdate(UpdateRule):
             self._note_ledgers(buffers.record(move.finite))
         self._guard.count(move.finite, move.counted)
 
+    def warn(self, stacklevel: int) -> None:
+        """Warn of factors that were changed between steps, too."""
+        super().warn(stacklevel + 1)
+        self.watch.warn()
+
     def unwritten(self) -> list[str]:
         """Return the labels of the weights that an interrupted step has not moved yet."""
         return [] if self._move is None else [label for buffers in self._move.buffers for label in buffers.unwritten()]
@@ -172,11 +187,13 @@ class InPlaceUpdate(UpdateRule):
     def forget(self) -> None:
         """Forget a move that could not be completed, and what the device has not reported of earlier ones."""
         self._move = None
+        self.watch.rests = False
         self._pending.clear()
 
     def flush(self) -> None:
         """Record the moves of all past steps in the ledgers. Waits for the device."""
         self._complete_ledgers(wait=True)
+        self.watch.warn()
 
     @property
     def nbytes(self) -> int:
@@ -202,7 +219,7 @@ class InPlaceUpdate(UpdateRule):
         """Record the moves of past steps that the host knows of; with `wait`, of all past steps."""
         while self._pending and (wait or self._host.arrived(self._pending[0].event)):
             self._note_ledgers(self._pending[0].record())
-            self._pending.popleft()
+            self.watch.note(self._pending.popleft().changed_outside or ())
 
     def _kind(self, weight: WeightState) -> Kind:
         kind = self._kinds.get(weight)

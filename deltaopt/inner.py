@@ -73,6 +73,12 @@ def _quiet(code: CodeType) -> tuple[CodeType, dict[str, Any]]:
     return code.replace(), {**vars(torch_optimizer), **names}
 
 
+def is_in_mode(inner: Optimizer, mode: str) -> bool:
+    """Tell if an optimizer that has modes says that it is in this one, "train" or "eval"; False if it does not say."""
+    says = [group.get("train_mode") for group in inner.param_groups]
+    return all(isinstance(trains, bool) and trains is (mode == "train") for trains in says)
+
+
 def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
     """Drop what an optimizer, and each optimizer that it holds, keeps for these factors.
 

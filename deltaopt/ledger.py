@@ -72,10 +72,18 @@ class _State(NamedTuple):
 
 
 class Ledger:
-    """The movement of one W: the sum of `terms`, plus `coef` times the product of the factors in `end`."""
+    """The movement of one W: the sum of `terms`, plus `coef` times the product of the factors in `end`.
+
+    Attributes:
+        rests: number of steps that have trained A and B and left W where it was.
+        rests_at_end: that number at the last move; another one where `end` is not what a step has left.
+        told: where the user was told that A and B are others than those in `end`.
+    """
 
     def __init__(self) -> None:
         self._state = _State()
+        self.rests = self.rests_at_end = 0
+        self.told: frozenset[str] = frozenset()
 
     @property
     def terms(self) -> list[Term]:
@@ -114,6 +122,14 @@ class Ledger:
     @end.setter
     def end(self, end: Factors | None) -> None:
         self._state = self._state._replace(end=end)
+
+    def is_current(self) -> bool:
+        """Tell if A and B are those in `end`, unless somebody else than the optimizer has changed them since."""
+        return self._state.end is not None and self.rests_at_end == self.rests
+
+    def set_current(self, current: bool = True) -> None:
+        """Note that A and B are those in `end`; or that it is not known how they came to be others."""
+        self.rests_at_end = self.rests if current else -1
 
     @property
     def lost(self) -> str | None:

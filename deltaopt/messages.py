@@ -8,7 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 PACKAGE = str(Path(__file__).parent)
+
+AROUND = (PACKAGE, str(Path(torch.optim.__file__).parent), str(Path(torch.__file__).parent / "utils"))
+"""The files between a user's line and this package: torch wraps `step`, and its schedulers do so again."""
 
 NAMED = 8
 """Layers that one sentence names; it counts the others."""
@@ -65,6 +70,6 @@ def names(labels: Sequence[str]) -> str:
 def warn_user(text: str) -> None:
     """Warn at the line of the user's program that called this package."""
     frame, stacklevel = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(AROUND):
         frame, stacklevel = frame.f_back, stacklevel + 1
     warnings.warn(text, UserWarning, stacklevel=stacklevel)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.lowrank import Term
+from deltaopt.outside import Watch
 from deltaopt.tensors import outside_inference_mode
 
 if TYPE_CHECKING:
@@ -46,11 +47,14 @@ class RunningMovement:
     Args:
         state: of the W.
         settle: completes what the optimizer has left open: an interrupted step, reports that a GPU has not sent.
+        watch: of the optimizer, for changes of A and B from outside; None if W need not follow them.
     """
 
-    def __init__(self, state: WeightState, settle: Callable[[], None]) -> None:
+    def __init__(self, state: WeightState, settle: Callable[[], None], watch: Watch | None = None) -> None:
         self.state = state
         self._settle = settle
+        self._watch = watch
+        self._looked: tuple[object, ...] = ()
         self._mark: tuple[object, ...] = ()  # of the ledger, when the terms were looked up
         self._terms: Sequence[Term] = ()
 
@@ -58,6 +62,30 @@ class RunningMovement:
         """Tell if W was written since its base, and no `base_weights` has brought that back for a while."""
         claim = self.state.claim
         return self.state.is_off_base() and (claim is None or not claim.owner.at_base)
+
+    def look(self) -> None:
+        """Warn if A and B are others than the last move left, so that W does not belong to them.
+
+        On a GPU, where that waits for the device, it looks only in evaluation without gradients, and again only once
+        A and B were written in a way that torch counts, or another step was made.
+        """
+        on_host = self.state.triple.W.device.type == "cpu"
+        if self._watch is None or self._watch.rests or not (on_host or not torch.is_grad_enabled()):
+            return
+        with outside_inference_mode():
+            if self.state.ledger.end is None:
+                self._settle()
+            end = self.state.ledger.end
+            if end is None or not (on_host or self._is_new(self.state.triple.A, self.state.triple.B, end[0])):
+                return
+            self._settle()
+            self._watch.look(self.state)
+
+    def _is_new(self, *factors: Tensor) -> bool:
+        """Tell if one of these tensors was replaced or written since the last call, as far as torch counts."""
+        counts = [None if factor.is_inference() else factor._version for factor in factors]
+        before, self._looked = self._looked, (*counts, *(factor.data_ptr() for factor in factors))
+        return before != self._looked
 
     @torch.no_grad()
     def terms(self) -> Sequence[Term]:

@@ -20,6 +20,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    present_names,
     repeats_of,
     restore_settings,
     split_ledgers,
@@ -58,20 +59,30 @@ from deltaopt.groups import (
     parse_triples,
 )
 from deltaopt.in_place import InPlaceUpdate
-from deltaopt.inner import build_inner, forget_state, is_state_initialisation, step_inner
+from deltaopt.inner import build_inner, forget_state, is_in_mode, is_state_initialisation, step_inner
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
+from deltaopt.naming import under_present_names
 from deltaopt.plain import plain
+from deltaopt.report import Report, at_a_glance, report_of
+from deltaopt.recall import Recall
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
+from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
 from deltaopt.weight import WeightState
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (InPlaceUpdate, FoldedUpdate)}
+
+
+FOR_TRAINER = (
+    "For Trainer's optimizer_cls_and_kwargs take (deltaopt.integrations.trainer.DeltaLoRAFactory, "
+    '{"inner": torch.optim.AdamW, "lr": 2e-4, ...}), which builds the optimizer for its model'
+)
 
 
 class Account(NamedTuple):
@@ -154,6 +165,17 @@ class DeltaLoRAOptimizer(Optimizer):
     _rule: UpdateRule
     _weights: list[WeightState]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> DeltaLoRAOptimizer:  # noqa: D102
+        # Before Python complains about the arguments of `__init__`, with a message that leads nowhere.
+        if args and isinstance(args[0], (list, tuple, dict, Iterator)):
+            raise TypeError(
+                f"DeltaLoRAOptimizer: the first argument is an optimizer class or a built optimizer, got a "
+                f"{type(args[0]).__name__} (parameters, as for another optimizer). Write "
+                "DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=...), or "
+                f"DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=...). {FOR_TRAINER}"
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
         inner: type[Optimizer] | Callable[..., Optimizer] | Optimizer,
@@ -208,8 +230,8 @@ class DeltaLoRAOptimizer(Optimizer):
     @classmethod
     def for_model(
         cls,
-        model: nn.Module,
-        inner: type[Optimizer] | Callable[..., Optimizer],
+        model: nn.Module | None = None,
+        inner: type[Optimizer] | Callable[..., Optimizer] | None = None,
         *,
         adapter: str = "default",
         allow_dropout: bool = False,
@@ -228,7 +250,14 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Raises:
             ValueError: as `find_triples` and `DeltaLoRAOptimizer` do.
+            TypeError: without a model or an inner optimizer.
         """
+        if model is None or inner is None:
+            missing = [name for name, given in (("model", model), ("inner", inner)) if given is None]
+            raise TypeError(
+                f"for_model(model, inner, ...): {' and '.join(missing)} missing. The model is one with LoRA layers, "
+                f"`inner` an optimizer class such as torch.optim.AdamW. {FOR_TRAINER}"
+            )
         from deltaopt.integrations import find_triples, other_parameters
 
         triples = find_triples(model, adapter, allow_dropout=allow_dropout, allow_tied=allow_tied)
@@ -323,6 +352,23 @@ class DeltaLoRAOptimizer(Optimizer):
         wait. What compensated rounding keeps (2 c d bytes) and copies of the base (`keep_base`) are counted too.
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
+
+    def report(self) -> Report:
+        """Tell if W moved: for each layer how often, how far, what rounding kept of it, and what the next step does.
+
+        ``print(optimizer.report())`` shows a short table, ``optimizer.report().as_dict()`` is data. It reads every W
+        once and waits for the device. It may be called at any time, within `base_weights` too. With sharded factors
+        call it on all ranks.
+
+        Raises:
+            RuntimeError: if another optimizer has moved a W since.
+        """
+        check_claims(self._weights, "report()", "read")
+        with outside_inference_mode():
+            self._events.complete()
+            self._rule.flush()
+            at_base = self._claimant.at_base
+            return report_of(self._weights, self._step_count, self.weight_update, self.skipped_updates, at_base)
 
     def displacement(self, name: str) -> LowRank:
         """Return the movement that was asked of a W since its base, as low-rank factors.
@@ -469,26 +515,32 @@ class DeltaLoRAOptimizer(Optimizer):
             with self._events.begin("restart()", finish, restart.unfinished):
                 restart.make_start(start)
 
-    def resync(self) -> None:
+    def resync(self, state_dict: dict[str, Any] | None = None) -> None:
         """Move every W to where it belongs for the present A and B, after these were changed from outside.
 
         Call it after `load_best_model_at_end`, an averaged adapter, or a step of an engine that this optimizer did not
         see. It computes W += coef * (A_now B_now - A B), with A and B as the last move left them. That is right for
-        factors that are not older than the last change of `update_ratio`, the last `restart` and `start_step`; for
-        older ones load that checkpoint with its optimizer state. Where `update_ratio` is 0 now, W stays. A 16-bit W
-        becomes base + displacement, rounded once, if `keep_base` has kept its base; otherwise it keeps the roundings of
-        all steps, and a warning says so. With compensated rounding it is as good as float32.
+        factors that are not older than the last change of `update_ratio`, the last `restart` and `start_step`. For
+        older ones, and for any that were saved, hand in the `state_dict` of that moment: W then gets the displacement
+        that it had, whatever has happened since. The inner optimizer's state and the step count stay.
+
+        Where `update_ratio` is 0 now, W stays. A 16-bit W becomes base + displacement, rounded once, if `keep_base` has
+        kept its base; otherwise it keeps the roundings of all steps, and a warning says so. With compensated rounding
+        it is as good as float32.
 
         Without this call a change of A and B from outside is no step: W stays, and the next delta counts from there.
         With ``weight_update="folded"`` nothing needs to be done: the branch holds what W would move by, and follows.
 
+        Args:
+            state_dict: of this very optimizer, saved when A and B were what they are now. Default: see above.
+
         Raises:
-            ValueError: if a factor is NaN or infinite. Nothing is changed then.
-            RuntimeError: if a branch is merged, or in `base_weights`.
+            ValueError: if a factor is NaN or infinite, or for a state that `load_state_dict` would not take.
+            WeightMismatchError: if the state is not one of this run, or A and B are not those of the state.
+            RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
         with self._resolved("resync()") as weights:
-            self._set_ratios()
-            resync, repeats = restarts.Resync(weights, self._writer("resync")), self._repeats
+            resync, repeats = self._resync(weights, state_dict), self._repeats
 
             def finish() -> None:
                 resync.carry_out()
@@ -497,6 +549,54 @@ class DeltaLoRAOptimizer(Optimizer):
             with self._events.begin("resync()", finish, resync.unfinished):
                 pass
             resync.warn()
+
+    def train(self) -> None:
+        """Put the inner optimizer into its training mode, if it has modes (schedule-free); every W follows A and B.
+
+        Such an optimizer keeps two points, and `eval` and `train` put one of them into A and B. In place, a W that has
+        moved with A and B is moved by coef * (A_now B_now - A_before B_before), as by a step; before `start_step` it
+        stays. With ``weight_update="folded"`` the branch does that by itself. Without modes nothing happens.
+
+        Raises:
+            RuntimeError: if a branch is merged, or in `base_weights`. Nothing is changed then.
+        """
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Put the inner optimizer into its evaluation mode, if it has modes; see `train`.
+
+        `step` then raises what the inner optimizer raises, and changes nothing.
+        """
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        switch = getattr(self._inner, mode, None)
+        if mode == "eval" and self._rule.watch is not None:
+            self._rule.watch.look()
+        if not callable(switch):
+            return
+        if not self._rule.moves_weights or is_in_mode(self._inner, mode):  # trainers call it before each batch
+            switch()
+            return
+        with self._resolved(f"{mode}()") as weights:
+            following, repeats = restarts.Following(weights, self._writer("resync")), self._repeats
+
+            def finish() -> None:
+                following.carry_out()
+                self._repeats = repeats + 1
+
+            with self._events.begin(f"{mode}()", finish, following.unfinished):
+                note_result([], switch)
+
+    def _resync(self, weights: Sequence[WeightState], state_dict: dict[str, Any] | None) -> restarts.Resync:
+        if state_dict is None:
+            self._set_ratios()
+            return restarts.Resync(weights, self._writer("resync"))
+        record, inner_state = split_record(state_dict)
+        check_record(record, self._groups, weights, self.weight_update)
+        ledgers, *_ = split_ledgers(inner_state, record["schema"])
+        folded = [triple["folded"] for group in record["groups"] for triple in group["triples"]]
+        return Recall(weights, folded, ledgers, self._writer("resync"))
 
     def accounts(self) -> list[Account]:
         """Return each triple with the ledger of its W, for analysis.
@@ -672,11 +772,15 @@ class DeltaLoRAOptimizer(Optimizer):
             record, inner_state = split_record(state_dict)
             check_record(record, self._groups, weights, self.weight_update)
             ledgers, compensations, inner_state = split_ledgers(inner_state, record["schema"])
+            ledgers, compensations = (
+                under_present_names(entries, present_names(record, weights)) for entries in (ledgers, compensations)
+            )
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
             before = [branch_record(weight.triple) for weight in weights]
             saved = [triple for group in record["groups"] for triple in group["triples"]]
+            anew = [] if record["ledgers"] else resume.stored_anew(weights, saved)
             groups, loaded = self._inner.param_groups, list[Any]()
             uncompensated: list[str] = []
 
@@ -690,6 +794,8 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._rule.forget()
                 self._hold(weights)
                 if not record["ledgers"]:
+                    for weight, A in anew:
+                        put_whole_(weight.tensors.A, A)
                     for weight in weights:
                         weight.rebase()
                 uncompensated[:] = resume.carry_out(decided, writer)
@@ -736,7 +842,7 @@ class DeltaLoRAOptimizer(Optimizer):
             lines += [
                 f"Triples {i}: {len(group.triples)}, update_ratio={group.update_ratio}, start_step={group.start_step}"
             ]
-        return "\n".join([*lines, f"inner: {self._inner!r}", ")"])
+        return "\n".join([*lines, at_a_glance(self._weights, self._step_count), f"inner: {self._inner!r}", ")"])
 
     def _become(
         self,
@@ -776,7 +882,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """Claim each W for this optimizer, whoever held it before, and let its layer leave out what it counts."""
         settle = _Settlement(self._events, self._rule.settler())
         for weight in weights:
-            weight.triple.count_movement(RunningMovement(weight, settle))
+            weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
             weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 

@@ -1,4 +1,4 @@
-"""Changes of A, B and W between steps: restart, resync, and LoRA's start."""
+"""Changes of A, B and W between steps: restart, resync, the modes of an inner optimizer, and LoRA's start."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ class Resync:
     def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
         check_finite(weights)
         self._writer = writer
-        self._moves = []
+        self._ledgers = [(weight.ledger, weight.ratio != 0) for weight in weights]
+        self._moves: list[Any] = []
         for weight in weights:
             before, (_, A, B) = weight.placed_ledger().end, weight.branch().cloned()
             if before is not None and weight.ratio != 0 and not all(map(torch.equal, before, (A, B))):
@@ -135,6 +136,9 @@ class Resync:
                     note(put, partial(put_, weight, base))
                 terms = ledger.displacement()
             self._writer.add_terms_(weight, terms, written)
+        for ledger, follows in self._ledgers:
+            ledger.set_current(follows)
+            ledger.told = frozenset()
 
     def unfinished(self) -> list[str]:
         """Return the labels of the weights that were not moved yet."""
@@ -162,6 +166,65 @@ class Resync:
         """Tell if W was rounded after each step, and what was cut off is not known."""
         dtype = weight.tensors.W.dtype
         return dtype.itemsize == 2 and self._writer.rounding.of(dtype) != "compensated"
+
+
+class Following:
+    """Every W is moved by coef times what another event than a step changes the product by, where W follows A and B.
+
+    The inner optimizer exchanges A and B for others that belong to the same step: schedule-free has one point at which
+    it takes gradients, and another one to evaluate.
+
+    Args:
+        weights: with their tensors resolved, before the event.
+        writer: of the event.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
+        self._writer = writer
+        self._weights = [weight for weight in weights if weight.placed_ledger().is_current()]
+        self._starts = [_factors_of(weight) for weight in self._weights]
+        self._moves: list[_FollowingMove] | None = None
+
+    @torch.no_grad()
+    def carry_out(self) -> None:
+        """Write the weights; may be called again after an exception."""
+        if self._moves is None:
+            ends = [_factors_of(weight) for weight in self._weights]
+            finite = all(bool(factor.isfinite().all()) for pair in ends for factor in pair)
+            self._moves = [
+                _FollowingMove(weight, start, end, [], [])
+                for weight, start, end in zip(self._weights, self._starts, ends, strict=True)
+                if finite and not all(map(torch.equal, start, end))
+            ]
+        for weight, start, end, written, recorded in self._moves:
+            ledger = weight.ledger
+            weight.note_base()
+            self._writer.add_terms_(weight, [Term(ledger.coef, *end), Term(-ledger.coef, *start)], written)
+            assert ledger.end is not None
+            if not recorded and not all(map(torch.equal, ledger.end, start)):  # somebody else had changed A and B
+                note(recorded, partial(ledger.extend, ledger.coef, start, ledger.end))
+            ledger.end = end
+
+    def unfinished(self) -> list[str]:
+        """Return the labels of the weights that were not moved yet."""
+        return [move.weight.label for move in self._moves or () if not move.written]
+
+
+class _FollowingMove(NamedTuple):
+    """The move of one W, by the change of A and B from `start` to `end`."""
+
+    weight: WeightState
+    start: Factors
+    end: Factors
+    written: list[Any]
+    recorded: list[Any]
+
+
+def _factors_of(weight: WeightState) -> Factors:
+    """Copy A and B of one weight, in the dtype of the computation."""
+    _, A, B = weight.branch().cloned()
+    return A, B
 
 
 class _ResyncMove(NamedTuple):

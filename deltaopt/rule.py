@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from deltaopt.groups import DeltaGroup
 from deltaopt.guard import FiniteGuard
+from deltaopt.outside import Watch
 from deltaopt.rounding.writer import Writer
 from deltaopt.tensors import tensor_problems
 from deltaopt.upkeep import Upkeep
@@ -29,11 +30,13 @@ class UpdateRule:
         name: the value of the argument ``weight_update``.
         moves_weights: True if every W moves, so that checkpoints hold a place for the compensation of each.
         scales_branches: True if branches get another scaling, which export and loading have to look at.
+        watch: for changes of A and B from outside; None if W need not follow them.
     """
 
     name: str
     moves_weights: bool
     scales_branches: bool
+    watch: Watch | None = None
 
     def __init__(self) -> None:
         self._guard = FiniteGuard()
@@ -129,7 +132,15 @@ class UpdateRule:
         """Undo `unfold`, also half of it; may be called again after an exception."""
 
     def restore(self, weights: Sequence[WeightState], records: Sequence[Mapping[str, Any]]) -> None:
-        """Put the branches into the state of a saved run; may be called again after an exception."""
+        """Put the branches into the state of a saved run; may be called again after an exception.
+
+        A rule that scales none meets another scaling where a folded run came before the saved one.
+        """
+        for weight, record in zip(weights, records, strict=True):
+            if record["scaling"] != weight.triple.scaling:
+                weight.triple.store_for_first_scaling()
+                weight.triple.scaling = record["scaling"]
+                weight.triple.set_branch_scaling(record["scaling"])
 
     def forget(self) -> None:
         """Forget what an interrupted step has left open: a state was loaded, which says where every W is."""

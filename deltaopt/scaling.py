@@ -96,6 +96,19 @@ class BranchScaling:
         """Return the tensor itself, where it was registered so."""
         return self._source if isinstance(self._source, Tensor) else None
 
+    def module(self) -> nn.Module | None:
+        """Return the module that the scaling was registered with, if one was."""
+        return self._source[0] if isinstance(self._source, tuple) else None
+
+    def is_stored(self) -> bool:
+        """Tell if the scaling is a buffer that a state_dict of its module holds."""
+        if not isinstance(self._source, tuple):
+            return False
+        holder, name = holder_of(*self._source)
+        if not isinstance(holder, nn.Module):
+            return False
+        return name in holder._buffers and name not in holder._non_persistent_buffers_set
+
     def differs_from(self, expected: float) -> float | None:
         """Return what the branch multiplies by now, if that is another number than `expected`; else None.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from copy import copy
 from functools import reduce
@@ -17,6 +17,7 @@ from deltaopt.layer_output import TIED
 from deltaopt.layouts import MatrixView, shape
 from deltaopt.movement import Movement
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
+from deltaopt.stored_factors import StoredFactor
 from deltaopt.tensors import FLOATS, is_plain
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -241,11 +242,66 @@ class LoRATriple:
         return self.scaling * (1.0 + self.folded)
 
     def set_branch_scaling(self, value: float) -> None:
-        """Let the branch multiply A @ B by `value`."""
+        """Let the branch multiply A @ B by `value`, and a state_dict say of A what is right without that."""
+        self._set_branch(value)
+        if (hook := self._stored_hook()) is not None:
+            hook.note(value)
+
+    def _set_branch(self, value: float) -> None:
         self.branch.set(value)
 
-    def keep_branch_scaling(self) -> None:
-        """Note that the scaling that was set is meant to last."""
+    def store_for_first_scaling(self) -> None:
+        """Let a state_dict give A for the scaling that the branch has had before any optimizer scaled it.
+
+        Nothing is done where the scaling is in the state_dict too, or A is no parameter of a known module.
+        """
+        place = self._place_of_A()
+        if place is None or self.branch.is_stored():
+            return
+        hook = StoredFactor.on(*place)
+        if hook is None:
+            hook = StoredFactor(place[1], self.branch_scaling, self.label)
+            hook.put_on(place[0])
+        hook.begin(self.branch_scaling)
+
+    @property
+    def stores_A(self) -> bool:
+        """True if a state_dict gives A for the first scaling, see `store_for_first_scaling`."""
+        return self._stored_hook() is not None
+
+    @property
+    def stored_factor(self) -> float:
+        """The factor of A in a state_dict: the present scaling by the first one."""
+        return self.stored_factor_at(self.branch_scaling)
+
+    def stored_factor_at(self, scaling: float) -> float:
+        """Return what `stored_factor` would be if the branch had this scaling."""
+        hook = self._stored_hook()
+        return 1.0 if hook is None else hook.factor_at(scaling)
+
+    def _stored_hook(self) -> StoredFactor | None:
+        place = self._place_of_A()
+        return None if place is None else StoredFactor.on(*place)
+
+    def _place_of_A(self) -> tuple[nn.Module, str] | None:
+        """Return the module that has A as a parameter, and its name there; None if it is not known."""
+        source = self.sources["A"]
+        if isinstance(source, tuple):
+            with suppress(AttributeError):  # the adapter was deleted
+                module, name = holder_of(*source)
+                return (module, name) if isinstance(module, nn.Module) and name in module._parameters else None
+            return None
+        for module in (inner for owner in self._known_modules() for inner in owner.modules()):
+            for name, parameter in module._parameters.items():
+                if parameter is source:
+                    return module, name
+        return None
+
+    def _known_modules(self) -> Iterator[nn.Module]:
+        """Yield the modules that tensors or the scaling were registered with."""
+        yield from self._owners
+        if (owner := self.branch.module()) is not None:
+            yield owner
 
     def branch_problems(self) -> list[str]:
         """Say what is wrong now with the layer that holds the branch; asked at every step."""

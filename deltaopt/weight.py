@@ -42,6 +42,11 @@ class WeightState:
             moved when it was registered.
         compensation: with compensated rounding, what was cut off from W so far; it is added the next time.
         claim: of the optimizer on W; None until it has taken this weight.
+        moves: the number of steps that moved W since its base, as far as the device has reported; None if a state of
+            an earlier version does not say. With a folded ratio: of steps with gradients, in which the branch moved for
+            W.
+        folded_since: the number of the step, from 0, that folded the present ratio into the branch; None if none is, or
+            that is not known.
     """
 
     def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
@@ -54,6 +59,8 @@ class WeightState:
         self.rebased = False
         self.compensation: Compensation | None = None
         self.claim: Claim | None = None
+        self.moves: int | None = 0
+        self.folded_since: int | None = None
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -157,11 +164,20 @@ class WeightState:
     def asked_movement(self) -> LowRank:
         """Return the displacement as one product; of a folded W, with what its branch holds instead of W."""
         _, A, B = self.branch()
-        terms = self.displacement()
-        if self.triple.folded:
-            terms = [*terms, Term(self.triple.folded * self.triple.scaling, A, B)]
-        movement = joined(terms or [Term(0.0, A[..., :0], B[..., :0, :])])
+        movement = joined(self.asked_terms() or [Term(0.0, A[..., :0], B[..., :0, :])])
         return movement.summed() if self.ledger.is_matrix else movement
+
+    def asked_terms(self) -> list[Term]:
+        """Return terms that add up to the displacement; of a folded W, with what its branch holds instead of W.
+
+        Raises:
+            RuntimeError: as `displacement`.
+        """
+        terms = self.displacement()
+        if not self.triple.folded:
+            return terms
+        _, A, B = self.branch()
+        return [*terms, Term(self.triple.folded * self.triple.scaling, A, B)]
 
     def change(self, from_pristine: bool = False) -> LowRank:
         """Return the displacement of W and the branch next to it as one product.
@@ -213,6 +229,10 @@ class WeightState:
             self.triple.weight_moves()
             self.base = base  # last: after an exception all of it is done again
 
+    def count_after_a_move(self) -> int | None:
+        """Return what `moves` is after one more move; the caller sets it, which may be done twice."""
+        return None if self.moves is None else self.moves + 1
+
     def note_write(self) -> None:
         """Let other optimizers on this W know that it is about to be written."""
         if self.claim is not None:
@@ -221,7 +241,7 @@ class WeightState:
     def rebase(self) -> None:
         """Take W as it is now as its base, and forget how it came there."""
         self.ledger, self.base, self.origin, self.compensation = Ledger(), None, None, None
-        self.rebased = True
+        self.rebased, self.moves = True, 0
         self.triple.weight_rests()
 
     def copy_base(self, bits: Tensor | None = None) -> None:

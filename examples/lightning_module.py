@@ -93,8 +93,8 @@ def main(folder: Path) -> None:
     ids = torch.arange(12).view(1, 12)
     with torch.no_grad():
         expected = trained.eval().model(input_ids=ids).logits
-        torch.testing.assert_close(loaded.model(input_ids=ids).logits, expected)
-    print("load_from_checkpoint gives the trained model")
+        error = (loaded.model(input_ids=ids).logits - expected).abs().max()
+    print(f"load_from_checkpoint gives logits within {error:.0e} of the trained model's")
 
     # For other tools: one plain LoRA adapter for the pretrained model (examples/serve.py loads one).
     save_adapter(trained.model, optimizer, folder / "adapter")

@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 from deltaopt.checkpoint.records import ledger_record, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.naming import differ_by_wrappers, renamed
 from deltaopt.plain import plain
 from deltaopt.rounding.writer import checked_seed
+from deltaopt.scaling import checked_scaling
 from deltaopt.weight import WeightState
 
 SCHEMA = 5
@@ -214,6 +216,12 @@ def split_ledgers(
     return found, compensations, {**state_dict, "state": state}
 
 
+def present_names(record: dict[str, Any], weights: Sequence[WeightState]) -> dict[str, str]:
+    """Return by the name under which each triple was saved its name now: a wrapper of the model may have changed it."""
+    saved = [triple["name"] for group in record["groups"] for triple in group["triples"]]
+    return renamed(saved, [weight.label for weight in weights])
+
+
 def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Copy a state of `DeltaLoRAOptimizer` that asks nothing of W, A and B when it is loaded.
 
@@ -290,6 +298,7 @@ def check_record(
                 checked_ratio(saved["update_ratio"], "update_ratio")
             for triple in saved["triples"]:
                 checked_ratio(triple["folded"], "folded")
+                checked_scaling(_stored(triple), "stored")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the saved record of triples is damaged or incomplete: {error!r}") from error
     if saved_mode != weight_update:
@@ -327,10 +336,22 @@ def _differences(
 
 
 def _are_same(saved: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Tell if two records are of one triple. A folded branch may be registered with its present scaling."""
-    same = all(saved[key] == here[key] for key in ("name", "A", "B"))
-    as_now = math.isclose(saved["scaling"] * (1.0 + saved["folded"]), here["scaling"], rel_tol=1e-6)
-    return same and (saved["scaling"] == here["scaling"] or (saved["folded"] > 0 and as_now))
+    """Tell if two records are of one triple.
+
+    A folded branch may be registered with its present scaling, or with the first one, which stored factors are for.
+    """
+    if not differ_by_wrappers(saved["name"], here["name"]) or any(saved[key] != here[key] for key in "AB"):
+        return False
+    if saved["scaling"] == here["scaling"]:
+        return True
+    now, stored = saved["scaling"] * (1.0 + saved["folded"]), _stored(saved)
+    possible = [now] * (saved["folded"] > 0) + [now / stored] * (stored != 1.0)
+    return any(math.isclose(scaling, here["scaling"], rel_tol=1e-6) for scaling in possible)
+
+
+def _stored(triple: dict[str, Any]) -> float:
+    """Return the factor of A in state_dicts; a state that does not hold it says 1."""
+    return float(triple.get("stored", 1.0))
 
 
 def restore_settings(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> None:
@@ -342,5 +363,5 @@ def restore_settings(record: dict[str, Any], groups: Sequence[DeltaGroup]) -> No
 
 
 def _described(record: dict[str, Any]) -> str:
-    shown = {key: value for key, value in record.items() if key != "folded"}
+    shown = {key: value for key, value in record.items() if key not in ("folded", "stored")}
     return ", ".join(f"{key} {tuple(v) if isinstance(v, list) else v}" for key, v in shown.items())

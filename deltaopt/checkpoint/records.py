@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash
+from deltaopt.groups import checked_count
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
 from deltaopt.sharding import gathered
@@ -38,8 +39,11 @@ def triple_record(triple: LoRATriple, A: Tensor, B: Tensor) -> dict[str, Any]:
 
 
 def branch_record(triple: LoRATriple) -> dict[str, Any]:
-    """Return what a triple's branch multiplies A @ B by: its scaling, and the update_ratio that is folded into it."""
-    return {"scaling": triple.scaling, "folded": triple.folded}
+    """Return what a triple's branch multiplies A @ B by: its scaling, and the update_ratio that is folded into it.
+
+    With them goes the factor of A in a state_dict of its module.
+    """
+    return {"scaling": triple.scaling, "folded": triple.folded, "stored": triple.stored_factor}
 
 
 def ledger_record(weight: WeightState) -> dict[str, Any]:
@@ -59,10 +63,15 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "origin": None if weight.origin is None else _term_record(weight.origin),
         "lost": ledger.lost,
         "rebased": weight.rebased,
+        "moves": weight.moves,
+        "folded_since": weight.folded_since,
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
         "whole": whole_hash(weight.part()) if hides else None,
         "A": factor_fingerprint(weight.tensors.A).record(),
+        # A state_dict of the model gives A multiplied and rounded.
+        "bits": _tensor_record(gathered(weight.tensors.A)) if weight.triple.stores_A else None,
+        "stored": weight.triple.stored_factor,
         "B": factor_fingerprint(weight.tensors.B).record(),
     }
 
@@ -85,9 +94,13 @@ class SavedLedger:
         base: the fingerprint of W before its first move; None if it had not moved.
         origin: what the start of A and B had taken out of the pristine weight; None if nothing.
         rebased: see `WeightState`.
+        moves: see there; also None if an earlier version has saved it.
+        folded_since: see there.
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
         now: by letter, the record of each factor's fingerprint when it was saved.
+        bits: A as it was; None of a run whose state_dicts give it as it is.
+        stored: the factor of A in state_dicts of that moment.
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
@@ -97,6 +110,7 @@ class SavedLedger:
         self.ledger.lost = None if record["lost"] is None else str(record["lost"])
         self.origin = None if record["origin"] is None else _term_of(record["origin"])
         self.rebased = bool(record["rebased"])
+        self.moves, self.folded_since = (_checked_count(record.get(key), key) for key in ("moves", "folded_since"))
         self.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
         self._end_is_live = record["end"] == "live"
         if record["end"] is not None and not self._end_is_live:
@@ -104,17 +118,32 @@ class SavedLedger:
             self.ledger.end = _tensor_of(A), _tensor_of(B)
         self.whole = None if record["whole"] is None else int(record["whole"])
         self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "AB"}
+        self.bits = None if record.get("bits") is None else _tensor_of(record["bits"])
+        self.stored = float(record.get("stored", 1.0))
         W = record["W"]
         self.W = None if W is None else Fingerprint.of_record(W).record()
 
-    def give_to(self, weight: WeightState) -> None:
-        """Copy this ledger into `weight`, whose A and B are those that were saved."""
+    def ledger_for(self, weight: WeightState) -> Ledger:
+        """Return the ledger with the factors of `weight`, which are those that were saved."""
         if self._end_is_live:
             A, B = weight.factors()
             self.ledger.end = A.detach().clone(), B.detach().clone()
+        return self.ledger
+
+    def give_to(self, weight: WeightState) -> None:
+        """Copy this ledger into `weight`, whose A and B are those that were saved."""
+        self.ledger_for(weight)
+        self.ledger.set_current(self._end_is_live)
         weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
         weight.compensation = None
+        never_moved = self.base is None and not weight.triple.folded
+        weight.moves = 0 if self.moves is None and never_moved else self.moves
+        weight.folded_since = self.folded_since
         weight.placed_ledger()
+
+
+def _checked_count(count: Any, what: str) -> int | None:
+    return None if count is None else checked_count(count, what)
 
 
 def _end_record(weight: WeightState, ledger: Ledger) -> Any:

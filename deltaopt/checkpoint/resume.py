@@ -19,7 +19,8 @@ from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_
 from deltaopt.messages import Problem, layers, problems_of, raise_problems
 from deltaopt.rounding.blocks import cut_off
 from deltaopt.rounding.writer import Writer, add_terms_, put_
-from deltaopt.sharding import gathered
+from deltaopt.sharding import gathered, put_whole_
+from deltaopt.stored_factors import raw_form, stored_form
 from deltaopt.weight import Compensation, WeightState
 
 _rebuilt_for: dict[int, int] = {}
@@ -38,7 +39,8 @@ class Resumption(NamedTuple):
     """The effect of loading a state on one W: it is rebuilt from its ledger, on a base, or left alone.
 
     A W that is left alone gets the compensation of its rounding that was saved, if one was. `done` and `written` have
-    an entry for each part of it that was carried out.
+    an entry for each part of it that was carried out. An A that is there as a state_dict of the model has it gets the
+    bits of the saved run.
     """
 
     weight: WeightState
@@ -56,6 +58,8 @@ class Resumption(NamedTuple):
         May be called again after an exception.
         """
         weight = self.weight
+        if self.saved.bits is not None:
+            put_whole_(weight.tensors.A, self.saved.bits)
         calls: list[Callable[[], Any]] = [partial(self.saved.give_to, weight)]
         if self.rebuild and self.base is None:
             calls.insert(0, weight.copy_base)  # W is the base
@@ -89,17 +93,10 @@ def plan(
         WeightMismatchError: if a W is neither what it was when the state was saved nor what it was before its
             first move, if a factor is not what was saved, or if W would have to be rebuilt and cannot be.
     """
-    missing = [weight.label for weight in weights if weight.label not in records]
-    if missing:
-        raise ValueError(
-            f"the state has no ledger for {layers(missing)}: whatever carried it has dropped or cut the optimizer's "
-            "`state`. Save optimizer.state_dict() as it is, or load without_ledger(state), which takes W as it is now "
-            "as the base"
-        )
+    ledgers = saved_ledgers(weights, records)
     decided: list[Resumption] = []
     problems: list[Problem] = []
-    for weight in weights:
-        saved = _parsed(weight, records[weight.label])
+    for weight, saved in zip(weights, ledgers, strict=True):
         compensation = _checked_compensation(weight, compensations.get(weight.label))
         resumption, found = _decide(weight, saved, compensation)
         decided.append(resumption)
@@ -116,6 +113,26 @@ def plan(
     return decided
 
 
+def saved_ledgers(weights: Sequence[WeightState], records: Mapping[str, Any]) -> list[SavedLedger]:
+    """Return the saved ledger of each weight.
+
+    Args:
+        weights: as registered now, with their tensors resolved.
+        records: of the saved ledgers, by the triples' names.
+
+    Raises:
+        ValueError: if the ledger of a triple is missing or damaged.
+    """
+    missing = [weight.label for weight in weights if weight.label not in records]
+    if missing:
+        raise ValueError(
+            f"the state has no ledger for {layers(missing)}: whatever carried it has dropped or cut the optimizer's "
+            "`state`. Save optimizer.state_dict() as it is, or load without_ledger(state), which takes W as it is now "
+            "as the base"
+        )
+    return [_parsed(weight, records[weight.label]) for weight in weights]
+
+
 def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
     """Do what was decided; return the labels of the weights whose compensation is not known.
 
@@ -124,6 +141,25 @@ def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
     for resumption in decided:
         resumption.carry_out(writer)
     return _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
+
+
+@torch.no_grad()
+def stored_anew(
+    weights: Sequence[WeightState], branches: Sequence[Mapping[str, Any]]
+) -> list[tuple[WeightState, Tensor]]:
+    """Return what A becomes where its branch is to be scaled and A is taken as the model has it, for its scaling now.
+
+    Args:
+        weights: as registered now, with their tensors resolved.
+        branches: for each, the saved scaling and what is folded.
+    """
+    found = []
+    for weight, branch in zip(weights, branches, strict=True):
+        triple = weight.triple
+        factor = triple.stored_factor / triple.stored_factor_at(branch["scaling"] * (1.0 + branch["folded"]))
+        if factor != 1.0:
+            found.append((weight, stored_form(gathered(weight.tensors.A).detach(), factor)))
+    return found
 
 
 def unfinished(decided: Sequence[Resumption]) -> list[str]:
@@ -232,14 +268,21 @@ def _checked_compensation(weight: WeightState, kept: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> tuple[Resumption, list[str]]:
-    """Return what to do, and why it cannot be done."""
+def factor_problems(weight: WeightState, saved: SavedLedger) -> list[str]:
+    """Say which of A and B are not those that were saved."""
     found = []
     for letter in "AB":
         factor = _as_saved(gathered(getattr(weight.tensors, letter)).detach(), saved.now[letter]["dtype"])
         here = factor_fingerprint(factor).record()
-        if here != saved.now[letter]:
+        if here != saved.now[letter] and not (letter == "A" and _is_stored_form(factor, weight, saved)):
             found.append(f"{letter} {_difference(here, saved.now[letter])}")
+    return found
+
+
+@torch.no_grad()
+def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> tuple[Resumption, list[str]]:
+    """Return what to do, and why it cannot be done."""
+    found = factor_problems(weight, saved)
     W, ledger = weight_record(weight), saved.ledger
     if W is None or saved.W is None:
         return _left_alone(weight, saved, None), found + _format_problems(W, saved)
@@ -267,6 +310,15 @@ def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None
     if ledger.lost is not None:
         found.append(f"W cannot be moved from its base to where it was: {ledger.lost}")
     return Resumption(weight, saved, True, base, None, [], []), found
+
+
+def _is_stored_form(A: Tensor, weight: WeightState, saved: SavedLedger) -> bool:
+    """Tell if this is the saved A as a state_dict has it, or as a branch that is scaled now has taken it from one."""
+    if saved.bits is None or saved.bits.shape != A.shape or saved.bits.dtype != A.dtype:
+        return False
+    factor = weight.triple.stored_factor
+    stored = stored_form(saved.bits.to(A.device), saved.stored)
+    return torch.equal(stored_form(A, factor), stored) or torch.equal(raw_form(stored, factor), A)
 
 
 def _left_alone(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> Resumption:

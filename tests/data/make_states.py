@@ -161,7 +161,9 @@ class Peft:
         self.optimizer = DeltaLoRAOptimizer.for_model(self.model, torch.optim.AdamW, **group, **_options(config))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        """As they train: the state_dict of a model whose branch is scaled has other values of A."""
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: tensor.detach().clone() for name, tensor in tensors}
 
     def adapter(self) -> dict[str, Tensor]:
         import peft

@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from deltaopt import DeltaLoRAOptimizer
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart"]
-SCRIPTS = {"reference-models": ["dpo.py"]}
+PAGES = ["folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart", "did-w-move"]
+SCRIPTS = {"reference-models": ["dpo.py"], "trainer": ["train.py"]}
 """Blocks that have a title are files, which run by themselves."""
 
 
@@ -86,6 +86,6 @@ def test_every_page_is_named_and_linked():
     """Every page and every script is run here, and the README links to the pages."""
     pages = {path.stem for path in DOCS.glob("*.md")}
     assert {page: [*scripts_of(page)] for page in pages if scripts_of(page)} == SCRIPTS
-    assert pages == {*PAGES, "method", "architecture", "routes"}
+    assert pages == {*PAGES, *SCRIPTS, "method", "architecture", "routes"}
     readme = (DOCS.parent / "README.md").read_text("utf8")
     assert all(f"docs/{page}.md" in readme for page in pages)

@@ -187,7 +187,7 @@ def test_an_adapter_of_a_quantized_base_is_saved_and_loaded(kind, tmp_path):
     optimizer = folded(model, x)
     model.save_pretrained(tmp_path / "peft")
     save_adapter(model, optimizer, tmp_path / "ours")
-    assert config_in(tmp_path / "peft")["lora_alpha"] == LARGER
+    assert config_in(tmp_path / "peft")["lora_alpha"] == ALPHA
     with torch.no_grad():
         expected = output(model.eval(), x)
         with model.disable_adapter():

@@ -5,12 +5,9 @@ import torch
 
 from tests.routes.route import route
 from tests.routes.runs import LoralibRun, Model, Run
-from tests.routes.through_torch import ADAPTER_ALONE
 
 
-@route(
-    "loralib", "`lora_state_dict(model)`, `load_state_dict(..., strict=False)` on the base", LoralibRun, ADAPTER_ALONE
-)
+@route("loralib", "`lora_state_dict(model)`, `load_state_dict(..., strict=False)` on the base", LoralibRun)
 def lora_state_dict(run: Run) -> Model:
     run.train()
     torch.save(loralib.lora_state_dict(run.model), run.folder / "lora.pt")

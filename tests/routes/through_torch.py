@@ -14,6 +14,20 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tests.routes.route import NotSeen, route
 from tests.routes.runs import Model, Run
 
+FOLDED = ("folded, zero product", "folded, product not zero")
+STATE_INTO_PARAMETERS = NotSeen(
+    FOLDED,
+    "`state_dict()` gives A for the registered scaling, and this branch has a larger one. Writing to a parameter calls "
+    "nothing.",
+    "Put a state back with `model.load_state_dict(state)`, or keep copies of `named_parameters()` instead.",
+)
+STATE_AS_PARAMETERS = NotSeen(
+    FOLDED,
+    "`state_dict()` gives A for the registered scaling, and this branch has a larger one. `functional_call` calls "
+    "nothing that would know.",
+    "Give it `dict(model.named_parameters())`.",
+)
+
 
 @route("torch", "`other.load_state_dict(model.state_dict())`")
 def state_dict(run: Run) -> Model:
@@ -59,7 +73,7 @@ def state_dict_of_before(run: Run) -> Model:
     return run.model
 
 
-@route("torch", "the same, put back with `parameter.copy_(state[name])`")
+@route("torch", "the same, put back with `parameter.copy_(state[name])`", not_seen=STATE_INTO_PARAMETERS)
 def state_dict_of_before_copied_in(run: Run) -> Model:
     run.train()
     best = copy.deepcopy(run.model.state_dict())
@@ -101,7 +115,6 @@ def state_dict_of_the_adapter(run: Run) -> Model:
     return other
 
 
-FOLDED = ("folded, zero product", "folded, product not zero")
 PARAMETERS_ALONE = NotSeen(
     FOLDED,
     "The scaling of the branch is no parameter, and reading parameters calls nothing.",
@@ -135,7 +148,7 @@ def functional_call_of_another(run: Run) -> Model:
         return torch.func.functional_call(other, state, (), {"input_ids": run.inputs}).logits
 
 
-@route("torch", "`functional_call(model, model.state_dict(), inputs)`")
+@route("torch", "`functional_call(model, model.state_dict(), inputs)`", not_seen=STATE_AS_PARAMETERS)
 def functional_call(run: Run) -> Model:
     run.train()
     with torch.no_grad():

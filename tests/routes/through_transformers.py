@@ -1,11 +1,13 @@
 """Routes of transformers: its own adapters, and Trainer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from peft import LoraConfig, PeftModel
 
+from deltaopt.integrations.trainer import DeltaLoRACallback
 from tests.routes.route import route
 from tests.routes.runs import Model, Run
 from tests.support.models import TARGETS, Rows
@@ -107,12 +109,26 @@ def trainer_push(run: Run) -> Model:
     return PeftModel.from_pretrained(run.base(), uploaded[0])
 
 
-def _resumed(run: Run, **arguments: Any) -> Model:
+def with_callback(trainer: transformers.Trainer) -> transformers.Trainer:
+    trainer.add_callback(DeltaLoRACallback(trainer))
+    return trainer
+
+
+@route("transformers", "the folder `export` of `checkpoint-N` with `DeltaLoRACallback`, where W has moved")
+def trainer_export(run: Run) -> Model:
+    with_callback(trainer_of(run, Truths(run))).train()
+    checkpoint = run.folder / "checkpoint-6"
+    export = checkpoint / "export"
+    return PeftModel.from_pretrained(run.base(), export if export.exists() else checkpoint)
+
+
+def _resumed(run: Run, add: Callable[..., transformers.Trainer] = lambda trainer: trainer, **arguments: Any) -> Model:
     """Stop after 3 of 6 steps; look at the model that a new process resumes with."""
-    trainer_of(run, Truths(run), max_steps=3, **arguments).train()
+    add(trainer_of(run, Truths(run), max_steps=3, **arguments)).train()
     resumed = type(run)(run.column, run.folder)
     loaded = AfterLoading(resumed)
-    trainer = trainer_of(resumed, loaded, **arguments)
+    trainer = add(trainer_of(resumed, **arguments))
+    trainer.add_callback(loaded)
     trainer.train(resume_from_checkpoint=str(run.folder / "checkpoint-3"))
     return loaded.output
 
@@ -127,11 +143,16 @@ def trainer_resume_of_the_model_only(run: Run) -> Model:
     return _resumed(run, save_only_model=True)
 
 
-def _best(run: Run) -> transformers.Trainer:
+@route("transformers", "the same, with `save_only_model=True` and `DeltaLoRACallback`")
+def trainer_resume_of_the_model_with_callback(run: Run) -> Model:
+    return _resumed(run, with_callback, save_only_model=True)
+
+
+def _best(run: Run, add: Callable[..., transformers.Trainer] = lambda trainer: trainer) -> transformers.Trainer:
     truths = Truths(run)
     # The best step is an earlier one, as the loss of this metric falls.
     options = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = trainer_of(run, truths, load_best_model_at_end=True, **options)
+    trainer = add(trainer_of(run, truths, load_best_model_at_end=True, **options))
     trainer.train()
     assert trainer.state.best_global_step == 3
     run.truth = truths.outputs[3]
@@ -141,6 +162,12 @@ def _best(run: Run) -> transformers.Trainer:
 @route("transformers", "`load_best_model_at_end=True`, then evaluate")
 def trainer_best_model(run: Run) -> Model:
     _best(run)
+    return run.model
+
+
+@route("transformers", "the same, with `DeltaLoRACallback`")
+def trainer_best_model_with_callback(run: Run) -> Model:
+    _best(run, with_callback)
     return run.model
 
 

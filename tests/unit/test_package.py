@@ -23,15 +23,18 @@ ORDER = [
     "integrations",
     "sharers",
     "export",
+    "small_states",
+    "metrics",
+    "wrappers",
     "optimizer",
-    *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
-    *("base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
+    *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks"),
+    *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
-    *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
+    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output", "stored_factors"),
+    *("upkeep", "outside", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
-    *("all_or_nothing", "plain", "pickled", "messages", "schedules"),
+    *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
 
 

@@ -16,13 +16,14 @@ from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
-from deltaopt.integrations.peft.alphas import Alphas
 from deltaopt.integrations.peft.save_guard import SaveGuard
 from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
+from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
+from deltaopt.wrappers import unwrap
 
 SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
 QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "awq", "eetq", "hqq", "aqlm", "inc")]
@@ -35,11 +36,13 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     Raises:
         ValueError: for layers that Delta-LoRA cannot move, all in one message.
     """
-    holders = [
-        (name, module)
+    found = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and adapter in _adapters(module)
-    ]
+    }
+    names_of = names_without_wrappers(model, found)
+    holders = [(names_of[name], module) for name, module in found.items()]
     raise_problems(
         ValueError,
         "these PEFT layers cannot be used",
@@ -49,11 +52,8 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
             if (reason := _refusal(layer, adapter, allow_dropout)) is not None
         ],
     )
-    start, guard, alphas = _start(model, adapter), SaveGuard(), Alphas.within(model, adapter)
-    return [
-        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard, alphas.get(id(layer)))
-        for name, layer in holders
-    ]
+    start, guard = _start(model, adapter), SaveGuard()
+    return [PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard) for name, layer in holders]
 
 
 def save_adapter(
@@ -82,7 +82,8 @@ def save_adapter(
 
     Args:
         model: a PeftModel, or a model with transformers' ``add_adapter``; it is not changed.
-        optimizer: whose triples are all layers of `model` that hold the adapter.
+        optimizer: whose triples are all layers of `model` that hold the adapter; a wrapped one too, see
+            `deltaopt.unwrap`.
         directory: the folder for ``adapter_config.json`` and ``adapter_model.safetensors`` (float32 factors, or
             float64 for a float64 model).
         rank: compress each layer to this rank; see `deltaopt.export_adapter`. Default: exact.
@@ -99,11 +100,7 @@ def save_adapter(
         RuntimeError: in `base_weights`. In each case nothing is written.
         NotADirectoryError: if `directory` is a file.
     """
-    if not isinstance(optimizer, DeltaLoRAOptimizer):
-        raise TypeError(
-            f"optimizer is a DeltaLoRAOptimizer, got a {type(optimizer).__name__}: hand in the one that trains the "
-            "model (accelerate wraps it: optimizer.optimizer)"
-        )
+    optimizer = unwrap(optimizer)
     model = with_config(model)
     weights = _peft_weights(optimizer)
     adapter = _adapter_to_save(model, sorted({triple.adapter for triple in weights}), adapter)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from deltaopt.checkpoint.files import PathLike, replacing_together
 from deltaopt.lowrank import LowRank
+from deltaopt.naming import name_without_wrappers, names_without_wrappers
 
 PREFIX = "base_model.model."
 """The prefix of the names of the base model's modules in a PeftModel, and in every adapter file."""
@@ -61,12 +62,15 @@ def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> 
     """Return the factors, and whatever else PEFT saves: biases, modules_to_save, trainable tokens."""
     # PEFT itself picks from the state_dict and names what it picks, so the factors are exchanged before.
     state = model.state_dict()
-    names = _names(model)
+    names, keys = _names(model), {name_without_wrappers(model, key): key for key in state}
+    factors: dict[str, Tensor] = {}
     for layer, change, scaling in changes:
         prefix = f"{names[id(layer)]}."
-        state |= {prefix + key: factor for key, factor in _stored(layer, adapter, change).items()}
-        bias = f"{prefix}lora_B.{adapter}.bias"
-        if bias in state:  # lora_bias=True
+        stored = {prefix + key: factor for key, factor in _stored(layer, adapter, change).items()}
+        state |= {keys[key]: factor for key, factor in stored.items()}
+        factors |= {_without_adapter(key, adapter): factor for key, factor in stored.items()}
+        bias = keys.get(f"{prefix}lora_B.{adapter}.bias")
+        if bias is not None:  # lora_bias=True
             state[bias] = state[bias] * scaling
     # "auto" would write the moved W of an embedding that is a target.
     embeddings = any(_is_embedding(model, names[id(layer)], layer) for layer, _, _ in changes)
@@ -74,6 +78,8 @@ def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> 
         model, state_dict=state, adapter_name=adapter, save_embedding_layers=False if embeddings else "auto"
     )
     prefix = "" if isinstance(model, PeftModel) else PREFIX
+    # PEFT misses layers within modules that leave a wrapper out of their state_dict, as checkpoint wrappers do.
+    picked = {name_without_wrappers(model, key): tensor for key, tensor in picked.items()} | factors
     return _separate({prefix + key: tensor.detach().contiguous() for key, tensor in picked.items()})
 
 
@@ -88,6 +94,11 @@ def _stored(layer: lora.LoraLayer, adapter: str, change: LowRank) -> dict[str, T
     A = A.view(*A.shape, *[1] * len(kernel)) if kernel else A
     B = B.unflatten(1, (-1, *kernel)) if kernel else B
     return {f"lora_B.{adapter}.weight": A, f"lora_A.{adapter}.weight": B}
+
+
+def _without_adapter(key: str, adapter: str) -> str:
+    """Return the key in a file of a factor that a model holds under `key`: without the adapter's name."""
+    return f"{key.removesuffix('.weight').removesuffix(f'.{adapter}')}{'.weight' * key.endswith('.weight')}"
 
 
 def _parameters_padded(changes: Sequence[LayerChange]) -> list[LayerChange]:
@@ -172,7 +183,10 @@ def name_in_base(model: nn.Module, name: str) -> str:
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    return {id(module): name for name, module in model.named_modules()}
+    """Return by id the name of each module, as an unwrapped model has it."""
+    modules = dict(model.named_modules())
+    names = names_without_wrappers(model, modules)
+    return {id(module): names[name] for name, module in modules.items()}
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -211,7 +211,10 @@ class ParameterHook(LayerHook):
             return
         if self._standing and self._comes_first(module):
             self._undo()
-        if self._shared or self.absence(module, kwargs):
+        absence = self._shared or self.absence(module, kwargs)
+        if absence is not True:
+            self.look(module)
+        if absence:
             self._begin(module)
             for hook in self._adopted(module):  # torch does not call them in this pass yet
                 hook(module, args, kwargs)

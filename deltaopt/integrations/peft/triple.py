@@ -8,7 +8,6 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from deltaopt.integrations.peft.alphas import Alphas
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.save_guard import SaveGuard
 from deltaopt.movement import Movement
@@ -32,7 +31,6 @@ class PeftTriple(LoRATriple):
         allow_dropout: see `find_triples`.
         start: ``init_lora_weights`` of the adapter's config.
         guard: of the model, for ``save_pretrained``.
-        alphas: of the adapter, if it has a config.
     """
 
     def __init__(
@@ -43,14 +41,12 @@ class PeftTriple(LoRATriple):
         allow_dropout: bool = False,
         start: bool | str = True,
         guard: SaveGuard | None = None,
-        alphas: Alphas | None = None,
     ) -> None:
         self.layer = layer
         self.adapter = adapter
         self._allow_dropout = allow_dropout
         self._start = start
         self._guard = guard if guard is not None else SaveGuard()
-        self._alphas = alphas
         self._alpha = layer.lora_alpha[adapter]
         embedding = isinstance(layer, lora.Embedding)
         A = f"lora_embedding_B.{adapter}" if embedding else f"lora_B.{adapter}.weight"
@@ -119,18 +115,11 @@ class PeftTriple(LoRATriple):
             "build the optimizer again, or put the scaling back"
         ]
 
-    def set_branch_scaling(self, value: float) -> None:
-        """Set the layer's scaling, and the alpha that it comes from."""
+    def _set_branch(self, value: float) -> None:
+        """Set the layer's scaling, and its alpha, from which PEFT may compute the scaling again."""
         alpha = float(f"{self._alpha * (value / self._first_scaling):.12g}")
         self.layer.scaling[self.adapter] = value
         self.layer.lora_alpha[self.adapter] = int(alpha) if alpha.is_integer() else alpha
-        if self._alphas is not None:
-            self._alphas.changed = True
-
-    def keep_branch_scaling(self) -> None:
-        """Give the adapter's config this alpha, so that ``save_pretrained`` writes what the layer computes."""
-        if self._alphas is not None:
-            self._alphas.follow()
 
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""

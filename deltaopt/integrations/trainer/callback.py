@@ -1,0 +1,265 @@
+"""DeltaLoRACallback: the movement of W in Trainer's checkpoints, its best model and its logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from deltaopt.checkpoint.files import PathLike, load, save
+from deltaopt.integrations.peft import save_adapter
+from deltaopt.integrations.trainer.factory import DeltaLoRAFactory
+from deltaopt.integrations.trainer.reasons import Reasons
+from deltaopt.integrations.trainer.small_state import small_state, whole_state
+from deltaopt.metrics import has_moved, movement_metrics
+from deltaopt.optimizer import DeltaLoRAOptimizer
+
+EXPORT = "export"
+"""The folder next to a checkpoint's own adapter, with the adapter that gives the trained model on the base."""
+
+STATE = "deltaopt_state.pt"
+"""The file of a checkpoint that has no ``optimizer.pt``."""
+
+POINTER = "deltaopt"
+"""Of this callback's entry in the ``stateful_callbacks`` of ``trainer_state.json``."""
+
+PREFIX = "deltaopt/"
+
+logger = logging.getLogger(__name__)
+
+
+class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
+    """Lets what Trainer writes, loads and logs be right although W moves.
+
+    - Once a W has moved, each checkpoint gets a folder ``export`` with an adapter that gives the trained model on the
+      pristine base, for `PeftModel.from_pretrained` and for servers. A push to the Hub holds it too. The checkpoint's
+      own adapter is what Trainer resumes from; without the moved W it is another model.
+    - With ``save_only_model=True``, where Trainer writes no ``optimizer.pt``, the checkpoint gets a small file with the
+      movement of W, and a resumed run takes it from there. The inner optimizer and the schedule start afresh then.
+    - After ``load_best_model_at_end`` W is that of the best step too.
+    - Each training log gets the figures of `deltaopt.metrics.movement_metrics`, under "deltaopt/", for every reporter.
+    - A run in which no W has moved says so at its end, with the reason.
+
+    Args:
+        trainer: whose callback it is. When training begins it takes the first place among the callbacks, so that the
+            others see what it has added to the logs.
+        resume_from: the folder of the checkpoint that is resumed, if it was written with ``save_only_model=True`` and
+            has been moved since.
+
+    Raises:
+        TypeError: when training begins, if Trainer's optimizer is no `DeltaLoRAOptimizer`.
+        ValueError: when training begins, if the run is resumed without the movement of W, or with that of another run.
+            `WeightMismatchError` is one: A and B are not those of the checkpoint. W is left alone then.
+
+    Example:
+        >>> def trainer_with_figures(trainer):
+        ...     trainer.add_callback(DeltaLoRACallback(trainer))
+        ...     return trainer
+    """
+
+    def __init__(self, trainer: Any, resume_from: PathLike | None = None) -> None:
+        if not hasattr(trainer, "callback_handler"):
+            raise TypeError(
+                f"DeltaLoRACallback: expected the Trainer, got a {type(trainer).__name__}: "
+                "trainer.add_callback(DeltaLoRACallback(trainer))"
+            )
+        self._trainer = trainer
+        self._resume_from = resume_from
+        self._run = uuid.uuid4().hex
+        self._reasons = Reasons()
+        self._exported: set[tuple[Path, int]] = set()
+        self._has_said_rank = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Find the optimizer, take up the movement of W from a checkpoint without ``optimizer.pt``, and go first."""
+        optimizer = unwrapped(optimizer)
+        callbacks = self._trainer.callback_handler.callbacks
+        if self not in callbacks:
+            raise ValueError(
+                "DeltaLoRACallback: it was made for another Trainer. Make one for each: "
+                "trainer.add_callback(DeltaLoRACallback(trainer))"
+            )
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._reasons = Reasons()
+        if state.global_step > 0:
+            self._resume(args, state, optimizer)
+        pointer = {"run": self._run, "folder": str(self._run_folder()), "small": bool(args.save_only_model)}
+        state.stateful_callbacks[POINTER] = pointer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Note what a run without any movement has to say at its end."""
+        self._reasons.note(unwrapped(optimizer))
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        optimizer: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures of the movement to a training log."""
+        if logs is None or "loss" not in logs:
+            return
+        figures = {PREFIX + name: value for name, value in movement_metrics(unwrapped(optimizer)).items()}
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
+
+    def on_save(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the adapter for the pristine base into the checkpoint, and the small state if it has no other."""
+        optimizer, folder = unwrapped(optimizer), self._checkpoint(state)
+        self._export(args, state, model, optimizer, folder)
+        if args.save_only_model:
+            content = {"run": self._run, "step": state.global_step, "optimizer": small_state(optimizer)}
+            if args.should_save:
+                save(content, folder / STATE)
+
+    def on_push_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Write that adapter before files are sent to the Hub: into the checkpoint, and into what is sent."""
+        optimizer = unwrapped(optimizer)
+        if self._trainer.is_in_train and self._checkpoint(state).is_dir():
+            self._export(args, state, model, optimizer, self._checkpoint(state))
+        self._export(args, state, model, optimizer, Path(args.output_dir))
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Let W follow the best step's A and B; say if no W has moved in this run."""
+        optimizer = unwrapped(optimizer)
+        nothing = not has_moved(optimizer)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._follow_best(Path(state.best_model_checkpoint), optimizer)
+        self._exported.clear()
+        if nothing:
+            warnings.warn(
+                f"Delta-LoRA has moved no weight in this run, which was plain LoRA: {self._reasons.of(optimizer)}",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _resume(self, args: Any, state: Any, optimizer: DeltaLoRAOptimizer) -> None:
+        """Check that W is that of the checkpoint, or move it there from the small state.
+
+        Raises:
+            ValueError: if the movement of W is nowhere.
+        """
+        pointer = (state.stateful_callbacks or {}).get(POINTER)
+        step = state.global_step
+        if pointer is None or not pointer["small"]:
+            if optimizer.step_count == 0:
+                raise ValueError(
+                    f"DeltaLoRACallback: the run is resumed at step {step} without the optimizer's state: Trainer has "
+                    "loaded no optimizer.pt and scheduler.pt, and the checkpoint was not written with this callback "
+                    "and save_only_model=True. How far W had moved is not known. Resume from a checkpoint that holds "
+                    "it; or, for a plain LoRA checkpoint, load its adapter into the model and begin a new run"
+                )
+            return
+        name = f"checkpoint-{step}"
+        places = [
+            *(Path(folder) for folder in (self._resume_from, args.resume_from_checkpoint) if folder is not None),
+            Path(pointer["folder"]) / name,
+            self._run_folder() / name,
+        ]
+        seen = []
+        for place in dict.fromkeys(places):
+            if not (place / STATE).is_file():
+                continue
+            content = load(place / STATE)
+            if content.get("run") == pointer["run"] and content.get("step") == step:
+                optimizer.load_state_dict(whole_state(content["optimizer"], optimizer))
+                logger.warning(
+                    f"DeltaLoRACallback: W is that of step {step}, from {place / STATE}. The checkpoint has no "
+                    "optimizer.pt (save_only_model=True): the inner optimizer starts without moments, and the schedule "
+                    "at its beginning."
+                )
+                return
+            seen.append(str(place / STATE))
+        found = f"; {', '.join(seen)} is of another run or step" if seen else ""
+        raise ValueError(
+            f"DeltaLoRACallback: the run is resumed at step {step} from a checkpoint without optimizer.pt "
+            f"(save_only_model=True), and its {STATE} is not in {', '.join(map(str, dict.fromkeys(places)))}{found}. "
+            "Without it how far W had moved is not known. Give the folder that is resumed: "
+            "DeltaLoRACallback(trainer, resume_from=folder)"
+        )
+
+    def _follow_best(self, folder: Path, optimizer: DeltaLoRAOptimizer) -> None:
+        """Move W to where it was at the best step, whose A and B Trainer has loaded."""
+        if not any(weight.moved for weight in optimizer.weights()):
+            return  # a folded branch follows A and B
+        try:
+            if (folder / "optimizer.pt").is_file():
+                state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            else:
+                state = whole_state(load(folder / STATE)["optimizer"], optimizer)
+            optimizer.resync(state)
+        except (ValueError, RuntimeError, OSError) as error:
+            warnings.warn(
+                f"load_best_model_at_end has loaded A and B of {folder}, and W could not follow, so that the model is "
+                f"not the best one: {error}. Begin a new process and resume from that checkpoint to have it",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _export(self, args: Any, state: Any, model: nn.Module, optimizer: DeltaLoRAOptimizer, folder: Path) -> None:
+        """Write the adapter for the pristine base, if the adapter of `folder` itself is not that."""
+        mark, target = (folder, state.global_step), folder / EXPORT
+        if not args.should_save or (mark in self._exported and self._trainer.is_in_train):
+            return
+        # An earlier run may have left an adapter there, which must not stay next to the new one.
+        if not any(weight.moved for weight in optimizer.weights()) and not target.exists():
+            return
+        try:
+            save_adapter(self._trainer.accelerator.unwrap_model(model), optimizer, target)
+        except (ValueError, TypeError, RuntimeError) as error:
+            warnings.warn(
+                f"{target} was not written, and the adapter in {folder} alone is not the trained model: {error}",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+        self._exported = {each for each in self._exported if each[1] == state.global_step} | {mark}
+        if not self._has_said_rank:
+            self._has_said_rank = True
+            config = json.loads((target / "adapter_config.json").read_text("utf8"))
+            rank = max([config["r"], *config["rank_pattern"].values()])
+            logger.warning(
+                f"DeltaLoRACallback: {target} is the adapter to use and to serve (rank {rank}: give a server "
+                f"max_lora_rank={rank} or more). The adapter in {folder} itself is for resuming: W has moved with it."
+            )
+
+    def _run_folder(self) -> Path:
+        """Return the folder of the checkpoints, which is one for each trial in a hyperparameter search."""
+        return Path(self._trainer._get_output_dir(getattr(self._trainer, "_trial", None)))
+
+    def _checkpoint(self, state: Any) -> Path:
+        return self._run_folder() / f"checkpoint-{state.global_step}"
+
+
+def unwrapped(optimizer: Any) -> DeltaLoRAOptimizer:
+    """Return the optimizer that accelerate has wrapped.
+
+    Raises:
+        TypeError: if it is no `DeltaLoRAOptimizer`.
+    """
+    found = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(found, DeltaLoRAOptimizer):
+        raise TypeError(
+            f"DeltaLoRACallback: Trainer's optimizer is of {type(found).__name__}, expected a DeltaLoRAOptimizer. Give "
+            f"Trainer one: optimizer_cls_and_kwargs=({DeltaLoRAFactory.__name__}, "
+            '{"inner": torch.optim.AdamW, "lr": 2e-4}), or optimizers=(optimizer, None); or leave the callback out'
+        )
+    return found

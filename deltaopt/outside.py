@@ -1,0 +1,119 @@
+"""Changes of A and B from outside: between steps, by somebody else than the optimizer. A W in place does not follow.
+
+A loaded adapter, an averaged one, Lookahead: A and B are then others than the last move left, and W belongs to those.
+The factors tell, since the ledger keeps them as the last move left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deltaopt.ledger import Factors
+from deltaopt.messages import layers, warn_user
+from deltaopt.tensors import is_plain
+
+if TYPE_CHECKING:
+    from deltaopt.weight import WeightState
+
+CASTS = (torch.float16, torch.bfloat16, torch.float32)
+"""The dtypes that a model may have been in for a while."""
+
+IN_A_STEP = (
+    "A and B of {} were changed between two steps, by something else than this optimizer (an adapter was loaded or "
+    "averaged, or another optimizer such as Lookahead wrote it). Each W stays where the last move left it, as this "
+    "change is no step: call optimizer.resync() after changing A and B, if W is to follow. Later changes are not told "
+    "until then"
+)
+
+IN_A_FORWARD_PASS = (
+    "A and B of {} are not those that the last move of W left, so W does not belong to them (an adapter was loaded or "
+    "averaged): call optimizer.resync(), or load the optimizer's state of that checkpoint"
+)
+
+
+def changed(end: Factors, now: Factors) -> bool:
+    """Tell if A and B are others than `end`, and not only rounded: a model may have been cast, and cast back.
+
+    Args:
+        end: A and B as the last move left them.
+        now: A and B now, in any dtype. The shapes are the same.
+    """
+    return not all(_is_cast(kept, factor) for kept, factor in zip(end, now, strict=True))
+
+
+def _is_cast(kept: Tensor, now: Tensor) -> bool:
+    now = now.detach().to(kept.device, kept.dtype)
+    return torch.equal(kept, now) or any(torch.equal(kept.to(dtype).to(kept.dtype), now) for dtype in CASTS)
+
+
+class Watch:
+    """Watches the factors of all weights that one optimizer moves in place.
+
+    Attributes:
+        rests: True within a step, where A and B are on their way.
+    """
+
+    def __init__(self) -> None:
+        self.rests = False
+        self._weights: dict[WeightState, None] = {}
+        self._found: list[WeightState] = []
+
+    def add(self, weights: Iterable[WeightState]) -> None:
+        """Watch these weights too."""
+        self._weights.update(dict.fromkeys(weights))
+
+    def note(self, weights: Iterable[WeightState]) -> None:
+        """Note weights whose factors a step has found elsewhere, until `warn`."""
+        self._found += weights
+
+    def warn(self) -> None:
+        """Warn of what steps have found, once for each W until `resync` or a loaded state."""
+        found, self._found = self._found, []
+        labels = [weight.label for weight in _not_told(found, "step")]
+        if labels:
+            warn_user(IN_A_STEP.format(layers(labels)))
+
+    def look(self, first: WeightState | None = None) -> None:
+        """Warn if W does not belong to A and B, once for each W until `resync` or a loaded state; name all layers.
+
+        Args:
+            first: looks at this weight, and at the others only if they are worth it. Default: looks at all.
+        """
+        if self.rests or (first is not None and not _is_left_behind(first)):
+            return
+        labels = [weight.label for weight in _not_told(filter(_is_left_behind, self._weights), "forward")]
+        if labels:
+            warn_user(IN_A_FORWARD_PASS.format(layers(labels)))
+
+
+@torch.no_grad()
+def _is_left_behind(weight: WeightState) -> bool:
+    """Tell if W belongs to other factors than those that are there, and nobody was told of it."""
+    ledger = weight.ledger
+    if "forward" in ledger.told or not ledger.is_current() or (weight.claim is not None and weight.claim.owner.at_base):
+        return False
+    W, A, B = weight.tensors
+    if not all(map(is_plain, (W, A, B))) or A.is_meta or _is_traced():
+        return False
+    end, now = ledger.end, weight.triple.view.factors(W, A, B)
+    assert end is not None
+    if end[0].shape != now[0].shape:
+        return end[0].shape[-1] != now[0].shape[-1] and weight.is_off_base()
+    return changed(end, now) and weight.is_off_base()
+
+
+def _is_traced() -> bool:
+    """Tell if tensors have no values to look at: in a transform of `torch.func`, or where a graph is made."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _not_told(weights: Iterable[WeightState], where: str) -> list[WeightState]:
+    """Return those whose change was not told yet, and note that it is."""
+    found = [weight for weight in weights if where not in weight.ledger.told]
+    for weight in found:
+        weight.ledger.told |= {where}
+    return found

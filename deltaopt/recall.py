@@ -1,0 +1,110 @@
+"""Moving every W back to where an earlier state of this run had it, for the A and B of that time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaopt.all_or_nothing import note
+from deltaopt.checkpoint.records import SavedLedger
+from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, saved_ledgers
+from deltaopt.checks import check_finite
+from deltaopt.ledger import combined
+from deltaopt.lowrank import Term
+from deltaopt.messages import problems_of, raise_problems
+from deltaopt.restarts import Resync
+from deltaopt.rounding.writer import Writer, put_
+from deltaopt.weight import Compensation, WeightState
+
+
+class Recall(Resync):
+    """Every W is moved by its saved displacement minus its present one, and gets the saved ledger.
+
+    Args:
+        weights: with their tensors resolved.
+        folded: the ratio that was folded into each branch when the state was saved.
+        records: of the saved ledgers, by the triples' names.
+        writer: of the event.
+
+    Raises:
+        ValueError: if a factor is NaN or infinite, or a ledger is missing or damaged.
+        WeightMismatchError: if the state is not one of this run, or A and B are not those of the state. Nothing is
+            changed then.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, weights: Sequence[WeightState], folded: Sequence[float], records: Mapping[str, Any], writer: Writer
+    ) -> None:
+        check_finite(weights)
+        self._writer = writer
+        ledgers = saved_ledgers(weights, records)
+        raise_problems(
+            WeightMismatchError,
+            "resync(): the weights cannot follow this state (nothing was changed)",
+            [
+                problem
+                for weight, saved, ratio in zip(weights, ledgers, folded, strict=True)
+                for problem in problems_of(weight.label, _problems(weight, saved, ratio))
+            ],
+            "Take a state that this very optimizer has saved since its weights were registered, load the adapter that "
+            "was saved with it, and call resync(state) then. For a state of another run load the pristine weights, "
+            "that adapter, and the state with load_state_dict()",
+        )
+        self._moves = [self._move(weight, saved) for weight, saved in zip(weights, ledgers, strict=True)]
+
+    def _move(self, weight: WeightState, saved: SavedLedger) -> _Move:
+        target = _placed(weight, saved)
+        away = [term._replace(coef=-term.coef) for term in weight.displacement()]
+        terms = [term for term in combined([*target, *away]) if not term.is_zero()]
+        base = self._known_base(weight) if terms else None
+        return _Move(weight, saved, terms if base is None else target, base if terms else None, [], [], [])
+
+    @torch.no_grad()
+    def carry_out(self) -> None:
+        """Write the weights; may be called again after an exception."""
+        for weight, saved, terms, base, put, written, before in self._moves:
+            if terms or base is not None:
+                weight.note_base()
+                if base is not None and not put:
+                    note(put, partial(put_, weight, base))
+                self._writer.add_terms_(weight, terms, written)
+            if not before:
+                before.append((weight.base, weight.compensation))
+            saved.give_to(weight)
+            # A W that has moved to its base again is there up to rounding only, and what was cut off is as it was left.
+            weight.base, weight.compensation = before[0]
+
+
+class _Move(NamedTuple):
+    """The move of one W by `terms`; from its base, which is put back first, where that is known."""
+
+    weight: WeightState
+    saved: SavedLedger
+    terms: list[Term]
+    base: Tensor | None
+    put: list[Any]
+    written: list[Any]
+    before: list[tuple[Any, Compensation | None]]
+
+
+def _placed(weight: WeightState, saved: SavedLedger) -> list[Term]:
+    """Return the saved displacement, where W is and in the dtype of the computation."""
+    tensors = weight.tensors
+    return saved.ledger_for(weight).to(tensors.W.device, tensors.compute_dtype()).displacement()
+
+
+def _problems(weight: WeightState, saved: SavedLedger, folded: float) -> list[str]:
+    found = [reason for ledger in (saved.ledger, weight.ledger) if (reason := ledger.lost) is not None]
+    here = None if weight.base is None else weight.base.record()
+    if saved.base is not None and saved.base.record() != here:
+        found.append("the state counts from another base than this optimizer has moved W from")
+    if folded != weight.triple.folded:
+        found.append(
+            f"its branch holds an update_ratio of {weight.triple.folded}, and held {folded} when the state was saved"
+        )
+    return found if weight.triple.folded else found + factor_problems(weight, saved)

@@ -1,0 +1,217 @@
+"""What a state_dict says of the factors of a scaled branch: values that are right for the registered scaling.
+
+The folded rule lets a branch multiply A @ B by f s where s was registered, and no tensor holds f. So `state_dict()` of
+the module gives f A in place of A, which any fresh model multiplies by s, whatever tool has carried it; and what is
+loaded into a scaled branch is divided by f. The parameters themselves stay as they train.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaopt.checkpoint.fingerprint import content_hash
+from deltaopt.messages import warn_user
+from deltaopt.pickled import IfInstalled
+from deltaopt.sharding import local_part
+
+MARK = "deltaopt"
+"""In a module's metadata of a state_dict: by name, the factors that its values were multiplied by."""
+
+_for_first_scaling: deque[Tensor] = deque(maxlen=4096)
+"""Hashes of values for a first scaling: handed out, or loaded. Facts about contents, hence for the process."""
+
+
+def stored_form(A: Tensor, factor: float) -> Tensor:
+    """Return factor * A in the dtype of A, computed in float32 at least and rounded once more for a 16-bit A.
+
+    It only multiplies, so that every device gives the same bits.
+    """
+    return (A.to(torch.promote_types(A.dtype, torch.float32)) * factor).to(A.dtype)
+
+
+def raw_form(stored: Tensor, factor: float) -> Tensor:
+    """Return the A of which `stored` is the stored form, up to rounding."""
+    return stored_form(stored, 1.0 / factor)
+
+
+class StoredFactor:
+    """The hook of one module on what its state_dict says of one A.
+
+    It is registered with the module that has A as a parameter, for `state_dict()` and for `load_state_dict()`, and is
+    copied and pickled with it. A model that was saved whole can be loaded where this package is missing; there its
+    state_dict gives the parameters as they are.
+
+    Args:
+        name: of the parameter in the module.
+        scaling: that the branch has now. What is stored is right for this one.
+        label: names the layer in messages.
+
+    Attributes:
+        name: as given.
+    """
+
+    _warned_in: Any = None  # an object of the last call of a whole model's (load_)state_dict in which one hook warned
+
+    def __init__(self, name: str, scaling: float, label: str) -> None:
+        self.name = name
+        self._label = label
+        self._first = self._now = scaling
+
+    @staticmethod
+    def on(module: nn.Module, name: str) -> StoredFactor | None:
+        """Return the hook that a module has for this parameter; None if it has none."""
+        for hook in module._state_dict_hooks.values():
+            if isinstance(hook, StoredFactor) and hook.name == name:
+                return hook
+        return None
+
+    def put_on(self, module: nn.Module) -> None:
+        """Register with the module of A."""
+        module.register_state_dict_post_hook(self)
+        module.register_load_state_dict_pre_hook(self)
+
+    @property
+    def factor(self) -> float:
+        """What a state_dict multiplies A by; exactly 1.0 while the branch has its first scaling."""
+        return self.factor_at(self._now)
+
+    def factor_at(self, scaling: float) -> float:
+        """Return what it would be with this scaling."""
+        factor = scaling / self._first
+        return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-9) else factor
+
+    def begin(self, scaling: float) -> None:
+        """Note the scaling that an optimizer finds; if somebody else has set it, what is stored stays as it is."""
+        if not math.isclose(scaling, self._now, rel_tol=1e-9):
+            self._first, self._now = self._first * scaling / self._now, scaling
+
+    def note(self, scaling: float) -> None:
+        """Note the scaling that the branch was given."""
+        self._now = scaling
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *loading: Any,
+    ) -> None:
+        """Do what torch asks of a hook: after a state_dict was made, or, with more arguments, before one is loaded."""
+        A, key = module._parameters.get(self.name), prefix + self.name
+        if A is None or not isinstance(state_dict.get(key), Tensor):
+            return
+        if loading:
+            state_dict[key] = self._taken(A, state_dict[key], local_metadata.get(MARK), call=loading[-1])
+        else:
+            self._give(A, state_dict, key, local_metadata)
+
+    def _give(self, A: Tensor, state_dict: dict[str, Any], key: str, metadata: dict[str, Any]) -> None:
+        """Put into a state_dict what it says of A, in place of A itself, and mark it."""
+        factor = self.factor
+        if state_dict[key] is not A:
+            metadata.setdefault(MARK, {})[self.name] = factor
+        if factor == 1.0:
+            _remember(A)
+            return
+        if state_dict[key] is A:
+            self._warn_once(
+                getattr(state_dict, "_metadata", None),
+                f"state_dict(keep_vars=True) gives the parameters themselves, and the branch of {self._label}, among "
+                f"others, multiplies them by {factor:g} times its registered scaling: another model that loads them "
+                "is not this one. Take state_dict() for that",
+            )
+            return
+        # A write into a tensor that is not A would be lost; torch refuses to write one that was made like this.
+        with torch.inference_mode():
+            state_dict[key] = stored_form(state_dict[key], factor)
+        _remember(state_dict[key])
+
+    @torch.no_grad()
+    def _taken(self, A: Tensor, value: Tensor, mark: Mapping[str, float] | None, call: object) -> Tensor:
+        """Return what A becomes by loading this value, which is for the first scaling."""
+        factor = self.factor
+        if value.shape != A.shape:  # torch refuses it
+            return value
+        if factor == 1.0:
+            _remember(value.to(A.dtype))
+            return value
+        marked = mark is not None and self.name in mark
+        if not marked and _is_same(value, A):
+            return value
+        if _is_same(value, stored_form(A, factor)):
+            return A.detach().clone()
+        if not marked and not _is_known(value.to(A.dtype)):  # adapter files may be read in another dtype
+            self._warn_once(
+                call,
+                f"load_state_dict() has divided what was loaded for A of {self._label}, and of every other scaled "
+                f"branch, by its factor (here {factor:g}): it took the values for those of a state_dict() or of an "
+                "adapter file, which are for the registered scaling. If they were copies of the parameters "
+                "({name: p.clone()}), the model is now another one: put such copies back with p.copy_() under "
+                "torch.no_grad(), or keep copies of model.state_dict() as it is",
+            )
+        return raw_form(value, factor)
+
+    @classmethod
+    def _warn_once(cls, call: object, text: str) -> None:
+        """Warn, once for all layers of a model: `call` is an object of the call that they have in common."""
+        if call is None or StoredFactor._warned_in is not call:
+            StoredFactor._warned_in = call
+            warn_user(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Where this package is missing, `partial` makes a hook of the first argument, which does nothing.
+        return IfInstalled(__name__, "unpickled", partial), (
+            nullcontext().__exit__,
+            self.name,
+            self._first,
+            self._now,
+            self._label,
+        )
+
+
+def unpickled(instead: object, name: str, first: float, now: float, label: str) -> StoredFactor:
+    """Return the hook of a module that is copied or unpickled.
+
+    Args:
+        instead: what takes its place where this package is not installed.
+        name: of the parameter.
+        first: the scaling that stored values are for.
+        now: that of the branch.
+        label: names the layer.
+    """
+    hook = StoredFactor(name, first, label)
+    hook.note(now)
+    return hook
+
+
+def _is_same(value: Tensor, other: Tensor) -> bool:
+    """Compare, bit for bit, what may be on another device or in a wider dtype."""
+    value, other = local_part(value.detach()), local_part(other.detach())
+    if value.shape != other.shape:
+        return False
+    dtype = torch.promote_types(value.dtype, other.dtype)
+    return torch.equal(value.to(other.device, dtype), other.to(dtype))
+
+
+def _remember(value: Tensor) -> None:
+    _for_first_scaling.append(_hash(value))
+
+
+def _is_known(value: Tensor) -> bool:
+    """Tell if this value is known to be for a first scaling; zero is for every one."""
+    sought = int(_hash(value))
+    return any(int(known) == sought for known in _for_first_scaling) or not value.any()
+
+
+def _hash(tensor: Tensor) -> Tensor:
+    """Return a hash, on the tensor's device: nothing waits for it until something is loaded."""
+    return content_hash(local_part(tensor.detach()))
