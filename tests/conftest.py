@@ -43,8 +43,7 @@ def _one_thread_and_seed():
 def accelerator_of():
     """Makes Accelerators on the CPU; their global state is forgotten before and after."""
     accelerate = pytest.importorskip("accelerate", reason="runs where accelerate is installed")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
-    yield lambda **options: accelerate.Accelerator(cpu=True, **options)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    from tests.support.accelerate_state import forgotten  # after register_assert_rewrite
+
+    with forgotten():
+        yield lambda **options: accelerate.Accelerator(cpu=True, **options)
