@@ -12,6 +12,7 @@ from deltaopt.claims import Claim
 from deltaopt.groups import DeltaGroup
 from deltaopt.ledger import Ledger, combined
 from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.overwritten import base_sample
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import gathered
 from deltaopt.tensors import is_plain, offload_problems, tensor_problems
@@ -42,6 +43,7 @@ class WeightState:
             moved when it was registered.
         compensation: with compensated rounding, what was cut off from W so far; it is added the next time.
         claim: of the optimizer on W; None until it has taken this weight.
+        base_sample: some elements of the base, which tell if somebody else writes W; None if not known.
     """
 
     def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
@@ -54,6 +56,7 @@ class WeightState:
         self.rebased = False
         self.compensation: Compensation | None = None
         self.claim: Claim | None = None
+        self.base_sample: Tensor | None = None
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -210,6 +213,7 @@ class WeightState:
         if self.base is None:
             base = self.fingerprint()
             self.copy_base()
+            self.base_sample = base_sample(self)
             self.triple.weight_moves()
             self.base = base  # last: after an exception all of it is done again
 
@@ -221,6 +225,7 @@ class WeightState:
     def rebase(self) -> None:
         """Take W as it is now as its base, and forget how it came there."""
         self.ledger, self.base, self.origin, self.compensation = Ledger(), None, None, None
+        self.base_sample = None
         self.rebased = True
         self.triple.weight_rests()
 

@@ -29,7 +29,7 @@ ORDER = [
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
     *("upkeep", "outside", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
-    *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
+    *("overwritten", "checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
     *("all_or_nothing", "plain", "pickled", "messages", "schedules"),
 ]
