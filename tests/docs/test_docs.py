@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from deltaopt import DeltaLoRAOptimizer
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart"]
+PAGES = ["folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart", "averages"]
 SCRIPTS = {"reference-models": ["dpo.py"]}
 """Blocks that have a title are files, which run by themselves."""
 

@@ -1,7 +1,6 @@
 """Adapters that are loaded or averaged into a model whose W has moved in place: the first evaluation says so, once."""
 
 import copy
-import re
 import warnings
 
 import pytest
