@@ -55,11 +55,11 @@ def main() -> None:
         for p, mean in zip(factors, average, strict=True):
             mean.lerp_(p.detach(), 0.1)
         if step % 25 == 0:
-            trained = float(loss())
+            trained = loss().item()
             exchange()
-            averaged = float(loss())
+            averaged = loss().item()
             exchange()
-            assert abs(float(loss()) - trained) < 1e-4  # W is where it was
+            assert abs(loss().item() - trained) < 1e-4  # W is where it was
             print(f"step {step}: loss {trained:.4f}, of the average {averaged:.4f}")
 
 
