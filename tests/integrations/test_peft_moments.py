@@ -28,7 +28,11 @@ from tests.support.peft_runs import adapter_of, peft_asks_by_an_old_name
 from tests.support.peft_starts import LEAVING, STARTS, TAKEN_OUT, from_a_start, three_layers
 from tests.support.strategies import RULES
 
-pytestmark = [pytest.mark.extra, peft_asks_by_an_old_name]
+pytestmark = [
+    pytest.mark.extra,
+    peft_asks_by_an_old_name,
+    pytest.mark.filterwarnings("ignore:A and B of .* are not those that the last move:UserWarning"),  # some moments are
+]
 
 MOMENTS = {
     "before the first step": ("", 0),
