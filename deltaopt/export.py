@@ -9,6 +9,7 @@ from deltaopt.checks import weight_problems
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.overwritten import warn_of_overwritten
 from deltaopt.rounding.writer import add_terms_
 from deltaopt.tensors import outside_inference_mode, same_view
 from deltaopt.wrappers import unwrap
@@ -46,8 +47,10 @@ def export_adapter(
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is a positive int or None, got {rank!r}")
-    exported = {}
-    for weight in unwrap(optimizer).weights():
+    exported, weights = {}, unwrap(optimizer).weights()
+    with outside_inference_mode():
+        warn_of_overwritten(weights, "an exported adapter")
+    for weight in weights:
         with outside_inference_mode():
             whole = weight.change(from_pristine)
         fits = not weight.ledger.is_matrix if rank is None else whole.rank <= rank

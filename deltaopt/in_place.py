@@ -82,6 +82,7 @@ class InPlaceUpdate(UpdateRule):
     name = "in_place"
     moves_weights = True
     scales_branches = False
+    watch: Watch
 
     def __init__(self, host: Host | None = None) -> None:
         super().__init__()

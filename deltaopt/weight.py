@@ -12,6 +12,7 @@ from deltaopt.claims import Claim
 from deltaopt.groups import DeltaGroup
 from deltaopt.ledger import Ledger, combined
 from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.overwritten import base_sample
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import gathered
 from deltaopt.tensors import is_plain, offload_problems, tensor_problems
@@ -47,6 +48,7 @@ class WeightState:
             W.
         folded_since: the number of the step, from 0, that folded the present ratio into the branch; None if none is, or
             that is not known.
+        base_sample: some elements of the base, which tell if somebody else writes W; None if not known.
     """
 
     def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
@@ -61,6 +63,7 @@ class WeightState:
         self.claim: Claim | None = None
         self.moves: int | None = 0
         self.folded_since: int | None = None
+        self.base_sample: Tensor | None = None
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -226,6 +229,7 @@ class WeightState:
         if self.base is None:
             base = self.fingerprint()
             self.copy_base()
+            self.base_sample = base_sample(self)
             self.triple.weight_moves()
             self.base = base  # last: after an exception all of it is done again
 
@@ -241,6 +245,7 @@ class WeightState:
     def rebase(self) -> None:
         """Take W as it is now as its base, and forget how it came there."""
         self.ledger, self.base, self.origin, self.compensation = Ledger(), None, None, None
+        self.base_sample = None
         self.rebased, self.moves = True, 0
         self.triple.weight_rests()
 

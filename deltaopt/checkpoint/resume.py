@@ -17,6 +17,7 @@ from deltaopt.all_or_nothing import call_the_rest
 from deltaopt.checkpoint.fingerprint import whole_hash
 from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_record
 from deltaopt.messages import Problem, layers, problems_of, raise_problems
+from deltaopt.overwritten import base_sample
 from deltaopt.rounding.blocks import cut_off
 from deltaopt.rounding.writer import Writer, add_terms_, put_
 from deltaopt.sharding import gathered, put_whole_
@@ -72,6 +73,7 @@ class Resumption(NamedTuple):
             _rebuilt_for[whole_hash(weight.part())] = _saved_hash(self.saved)
         elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
             weight.writable_compensation(weight.part()).copy_(self.compensation)
+        weight.base_sample = base_sample(weight) if weight.moved else None
         if weight.moved:
             weight.triple.weight_moves()
         else:

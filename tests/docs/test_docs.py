@@ -15,7 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from deltaopt import DeltaLoRAOptimizer
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart", "did-w-move"]
+PAGES = [
+    *("folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart", "did-w-move"),
+    "averages",
+]
 SCRIPTS = {"reference-models": ["dpo.py"], "trainer": ["train.py"]}
 """Blocks that have a title are files, which run by themselves."""
 

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NEEDS = {
+    "ema": "peft",
     "lightning_module": "lightning",
     "serve": "peft",
     "sft_then_dpo": "trl",

@@ -33,7 +33,7 @@ ORDER = [
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
     *("stored_factors", "averaged"),
     *("upkeep", "outside", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
-    *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
+    *("overwritten", "checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
     *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
