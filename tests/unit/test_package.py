@@ -27,7 +27,7 @@ ORDER = [
     *("folded", "in_place", "factor_buffers", "restarts", "checks", "rule", "gradient_hooks"),
     *("base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
+    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output", "save_watch"),
     *("upkeep", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
