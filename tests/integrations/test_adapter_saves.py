@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -258,28 +256,22 @@ def test_loralibs_state_is_loud_for_triples_of_modules(registered):
 # where it is read
 
 
-def test_plain_peft_warns_of_the_folder_in_a_process_without_this_package(tmp_path):
-    model = tiny_llama()
-    model.save_pretrained(tmp_path / "base")
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("library", ["peft", "transformers"])
+def test_plain_peft_warns_of_the_folder_and_has_a_plain_config(library, tmp_path):
+    plain, config = tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = copy.deepcopy(plain)
+    if library == "peft":
+        model = get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
     train_model(model, DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2), tokens())
-    loud(lambda: model.save_pretrained(tmp_path / "adapter"), "save_pretrained")
-    code = """
-import sys, warnings
-sys.modules["deltaopt"] = None
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
-assert type(model.peft_config["default"]) is LoraConfig
-print([str(w.message) for w in caught if "Unexpected keyword" in str(w.message)])
-"""
-    folders = [str(tmp_path / name) for name in ("base", "adapter")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *folders], check=True, capture_output=True, text=True
-    )
-    assert f"Unexpected keyword arguments ['{KEY}'] for class LoraConfig" in done.stdout
+    loud(lambda: model.save_pretrained(tmp_path), "save_pretrained")
+    with pytest.warns(UserWarning, match=READ):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    with pytest.warns(UserWarning, match=READ):
+        plain.load_adapter(tmp_path)
+    for served in (loaded, plain):
+        assert type(served.peft_config["default"]) is LoraConfig
 
 
 def test_the_value_of_the_key_says_what_to_do(moved, tmp_path):
@@ -365,24 +357,6 @@ def test_a_copy_of_a_model_that_has_moved_is_loud_by_itself(moved, kind, tmp_pat
     assert KEY not in config_in(tmp_path)
 
 
-def test_a_pickled_config_loads_without_this_package(moved, tmp_path):
-    (tmp_path / "config").write_bytes(pickle.dumps(moved[0].peft_config["default"]))
-    code = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "deltaopt":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Missing())
-import pickle
-from peft import LoraConfig
-config = pickle.loads(open(sys.argv[1], "rb").read())
-assert type(config) is LoraConfig and config.r == 2, config
-"""
-    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "config")]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-
-
 def test_the_folder_of_an_adapter_that_did_not_move_has_no_key(tmp_path):
     """Two adapters in one model: each has a config of its own."""
     model = get_peft_model(mlp(7, 5, 4), LoraConfig(r=2, target_modules=["0"]))
@@ -448,7 +422,8 @@ def test_a_checkpoint_without_its_optimizer_is_loud(accelerator_of, tmp_path):
     trainer, _ = trainer_for(model, tmp_path, "optimizers", arguments)
     with pytest.warns(UserWarning, match=ALONE) as caught:
         trainer.train()
-    assert len([warning for warning in caught if "Delta-LoRA" in str(warning.message)]) == 1
+    said = [warning for warning in caught if "Delta-LoRA" in str(warning.message)]
+    assert [warning.filename for warning in said] == [__file__]  # the line that called train()
     assert all(KEY in config_in(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3))
 
 

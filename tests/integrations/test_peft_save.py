@@ -860,6 +860,8 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import torch
 model, x = torch.load(sys.argv[1], weights_only=False)
+import peft
+assert type(model.peft_config["default"]) is peft.LoraConfig
 with model.disable_adapter():
     model(x)  # the hook for the base's output does nothing
 found = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
