@@ -71,6 +71,7 @@ from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
+from deltaopt.save_watch import SaveWatch
 from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
@@ -891,7 +892,9 @@ class DeltaLoRAOptimizer(Optimizer):
     def _hold(self, weights: Sequence[WeightState]) -> None:
         """Claim each W for this optimizer, whoever held it before, and let its layer leave out what it counts."""
         settle = _Settlement(self._events, self._rule.settler())
+        saves = next((weight.triple.saves for weight in weights if weight.triple.saves is not None), SaveWatch())
         for weight in weights:
+            weight.triple.saves = weight.triple.saves or saves
             weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
             weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
         claims.take([weight.claim for weight in weights if weight.claim is not None])

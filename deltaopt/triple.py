@@ -16,6 +16,7 @@ from deltaopt.base_hooks import TIED_WAY_OUT, WAYS_OUT, ModuleHook, OutputHook, 
 from deltaopt.layer_output import TIED
 from deltaopt.layouts import MatrixView, shape
 from deltaopt.movement import Movement
+from deltaopt.save_watch import SaveWatch, leave
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
 from deltaopt.stored_factors import StoredFactor
 from deltaopt.tensors import FLOATS, is_plain
@@ -139,6 +140,7 @@ class LoRATriple:
         self.layout, self.rows, self.columns = self.view
         self._registered_kinds = self._kinds()
         self.tied = False  # True where `find_triples` found other users of W, see `tie`
+        self.saves: SaveWatch | None = None  # of the model, or of the optimizer
         self.output_hook: OutputHook | None = None
         if is_active is not None:
             self.output_hook = self._module_hook(is_active)
@@ -196,10 +198,23 @@ class LoRATriple:
         return hook is not None and hook.movement is not None and hook.movement.moved()
 
     def weight_moves(self) -> None:
-        """Note that W is about to move for the first time, or that a state was loaded in which it has moved."""
+        """Note that W is about to move for the first time, or that a state was loaded in which it has moved.
+
+        A library's save of the factors alone warns from now on, where A is registered as an attribute of a module.
+        """
+        place = self._place_of_A()
+        if place is not None:
+            self._watch_saves(*place)
 
     def weight_rests(self) -> None:
         """Note that W as it is now is the base."""
+        place = self._place_of_A()
+        if place is not None:
+            leave(*place)
+
+    def _watch_saves(self, module: nn.Module, branch: str) -> SaveWatch:
+        self.saves = (self.saves or SaveWatch()).watch(module, branch)
+        return self.saves
 
     def count_movement(self, movement: Movement) -> None:
         """Leave this movement of W out of the layer's output from now on, where the branch takes no part in it."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from deltaopt.integrations import adapter_saves as adapter_saves
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.sharers import keep_base_of_sharers
 from deltaopt.tensors import is_plain, overlapping_pairs

@@ -37,6 +37,7 @@ from tests.support.peft_folded import (
 from tests.support.peft_layers import (
     CASES,
     GUARD,
+    READ,
     Classifier,
     Experts,
     assert_loads,
@@ -346,7 +347,7 @@ def test_what_peft_leaves_out_is_warned_of_and_written_by_save_adapter(tmp_path,
     train_model(model, optimizer, x, 3)
     with pytest.warns(UserWarning, match=GUARD):
         model.save_pretrained(tmp_path / "peft")
-    with pytest.raises(AssertionError, match="not close"):
+    with pytest.raises(AssertionError, match="not close"), pytest.warns(UserWarning, match=READ):
         assert_loads(plain, tmp_path / "peft", model, x, tolerance=1e-3)
     assert save_adapter(model, optimizer, tmp_path / "ours") == dict.fromkeys([t.name for t in optimizer.triples], 0.0)
     assert config_in(tmp_path / "ours")["r"] == 4

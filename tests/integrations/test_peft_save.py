@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
-from deltaopt.integrations.peft import save_adapter, save_guard
+from deltaopt.integrations.peft import save_adapter
 from tests.support.compare import naming, same
 from tests.support.internals import ledger_of
 from tests.support.peft_layers import (
@@ -33,6 +33,7 @@ from tests.support.peft_layers import (
     CONFIG,
     GUARD,
     PEFT_CAN_NOT,
+    READ,
     TENSORS,
     Bare,
     Classifier,
@@ -127,7 +128,7 @@ def test_the_factors_of_peft_alone_are_not_the_trained_model(tmp_path):
     trained_optimizer(model, x)
     with pytest.warns(UserWarning, match=GUARD):
         model.save_pretrained(tmp_path)
-    with pytest.raises(AssertionError, match="not close"):
+    with pytest.raises(AssertionError, match="not close"), pytest.warns(UserWarning, match=READ):
         assert_loads(plain, tmp_path, model, x, tolerance=1e-3)
 
 
@@ -810,7 +811,6 @@ def test_before_the_first_move_nothing_warns(tmp_path):
 def test_saving_everything_or_nothing_does_not_warn(tmp_path, trained_pair):
     model, optimizer = trained_pair
     quiet(lambda: torch.save(model.state_dict(), tmp_path / "model.pt"))
-    quiet(lambda: peft.get_peft_model_state_dict(model))
     quiet(lambda: save_adapter(model, optimizer, tmp_path / "adapter"))
     quiet(lambda: pickle.loads(pickle.dumps(model)))
     quiet(lambda: copy.deepcopy((model, optimizer)))
@@ -858,6 +858,8 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import torch
 model, x = torch.load(sys.argv[1], weights_only=False)
+import peft
+assert type(model.peft_config["default"]) is peft.LoraConfig
 with model.disable_adapter():
     model(x)  # the hook for the base's output does nothing
 found = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -881,8 +883,6 @@ def test_each_unpickled_model_warns_once(tmp_path, trained_pair):
     twin = copy.deepcopy(model)
     with pytest.warns(UserWarning, match=GUARD):
         twin.save_pretrained(tmp_path)
-    with pytest.raises(AttributeError, match="has no attribute 'guard'"):
-        save_guard.guard  # noqa: B018
 
 
 def test_rebase_silences_the_warning_until_the_next_move(tmp_path, trained_pair):

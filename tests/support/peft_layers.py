@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 GUARD = "save_pretrained writes the adapter alone"
+READ = r"Unexpected keyword arguments \['needs_base_weights_moved_by_deltaopt_see_docs_export'\] for class LoraConfig"
+"""What plain PEFT says of a folder that was written with that warning."""
 
 # PEFT itself speaks up about tied weights, which is the subject of these tests.
 tied_weights_are_meant = pytest.mark.filterwarnings(

@@ -31,7 +31,7 @@ ORDER = [
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
-    *("stored_factors", "averaged"),
+    *("stored_factors", "averaged", "save_watch"),
     *("upkeep", "outside", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("overwritten", "checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),

@@ -16,11 +16,13 @@ from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
-from deltaopt.integrations.peft.save_guard import SaveGuard
+from deltaopt.integrations.peft.moved_config import configs_by_layer
+from deltaopt.integrations.peft.saved_adapter import SavedAdapter
 from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.save_watch import SaveWatch
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 from deltaopt.wrappers import unwrap
@@ -52,8 +54,12 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
             if (reason := _refusal(layer, adapter, allow_dropout)) is not None
         ],
     )
-    start, guard = _start(model, adapter), SaveGuard()
-    return [PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, guard) for name, layer in holders]
+    start = _start(model, adapter)
+    saves, configs = SaveWatch.of(model), configs_by_layer(model.modules(), adapter)
+    return [
+        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, saves, configs.get(id(layer), []))
+        for name, layer in holders
+    ]
 
 
 def save_adapter(
@@ -63,13 +69,14 @@ def save_adapter(
     rank: int | None = None,
     *,
     adapter: str | None = None,
-) -> dict[str, float]:
+) -> SavedAdapter:
     """Write the whole change, W's and the branch's, as a PEFT adapter for the base as it was before fine-tuning.
 
     ``PeftModel.from_pretrained(base, directory)`` on those weights then computes what `model` computes now. With a
     constant `update_ratio` the adapter has twice the rank that trained, and the same rank where the product was zero
     at `start_step`, as at LoRA's usual start. Biases, `modules_to_save` and trained tokens are written as PEFT writes
-    them.
+    them. For a model of diffusers ``pytorch_lora_weights.safetensors`` is written too, which its pipelines load by
+    ``load_lora_weights(directory)``.
 
     It counts from the base of the optimizer: after `DeltaLoRAOptimizer.rebase` that is another weight than the pristine
     one, and a warning says so. After PiSSA, OLoRA, CorDA and LoRA-GA, which change the base, the adapter is for the
@@ -91,6 +98,7 @@ def save_adapter(
 
     Returns:
         By name of the triple: the relative error (Frobenius norm) of the layer's change; 0.0 where it is exact.
+        Printed, it says the rank, which servers limit: it is `.rank`, and `.ranks` by name of the triple.
 
     Raises:
         ValueError: if the optimizer's triples are not the layers of `model` that hold the adapter, or a layer is
@@ -109,8 +117,12 @@ def save_adapter(
     exported = export_adapter(optimizer, rank, from_pristine=True)
     _warn_of_other_bases(weights.values())
     changes = [LayerChange(triple.layer, exported[triple.label], triple.branch_scaling) for triple in weights]
-    write_adapter(model, adapter, changes, directory)
-    return {triple.label: exported[triple.label].error for triple in weights}
+    ranks = write_adapter(model, adapter, changes, directory)
+    return SavedAdapter(
+        {triple.label: exported[triple.label].error for triple in weights},
+        {triple.label: rank for triple, rank in zip(weights, ranks, strict=True)},
+        trained=max(triple.layer.r[adapter] for triple in weights),
+    )
 
 
 def _start(model: nn.Module, adapter: str) -> bool | str:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deltaopt.checkpoint.files import PathLike, replacing_together
+from deltaopt.integrations.diffusers import LORA_FILE, component_of, lora_file
+from deltaopt.integrations.peft.moved_config import plain
 from deltaopt.lowrank import LowRank
 from deltaopt.naming import name_without_wrappers, names_without_wrappers
 
@@ -41,21 +43,31 @@ class LayerChange(NamedTuple):
     scaling: float
 
 
-def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike) -> None:
+def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike) -> list[int]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` with these changes as the adapter's factors.
+
+    A model of diffusers gets ``pytorch_lora_weights.safetensors`` too.
 
     Args:
         model: with a `peft_config` that holds `adapter`.
         adapter: its name in the model.
         changes: of every layer that holds it.
         directory: the folder; other files in it stay.
+
+    Returns:
+        The rank that was written for each change.
     """
     changes = _parameters_padded(changes)
     tensors = _tensors(model, adapter, changes)
     config = _config(model, adapter, changes)
     with replacing_together(directory, last=CONFIG_NAME) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        component = component_of(_base_model(model))
+        if component is not None:
+            named, metadata = lora_file(component, tensors, config.to_dict(), PREFIX)
+            save_file(named, folder / LORA_FILE, metadata=metadata)
         config.save_pretrained(folder, auto_mapping_dict=_auto_mapping(model, config))
+    return [change.rank for _, change, _ in changes]
 
 
 def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> dict[str, Tensor]:
@@ -121,7 +133,7 @@ def _padded(change: LowRank, rank: int) -> LowRank:
 
 def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> LoraConfig:
     """Return the adapter's config with the ranks of these factors, a scaling of 1, and a start that leaves the base."""
-    config = copy.deepcopy(configs_of(model)[adapter])
+    config = copy.deepcopy(plain(configs_of(model)[adapter]))
     names = _names(model)
     parameters = [change.rank for layer, change, _ in changes if isinstance(layer, lora.ParamWrapper)]
     ranks = {

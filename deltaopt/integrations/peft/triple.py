@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
+from deltaopt.integrations.peft.moved_config import Configs, note_moved
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
-from deltaopt.integrations.peft.save_guard import SaveGuard
 from deltaopt.movement import Movement
+from deltaopt.save_watch import SaveWatch, is_watched, leave
 from deltaopt.scaling import holder_of
 from deltaopt.stored_factors import StoredFactor
 from deltaopt.triple import LoRATriple, Tensors
@@ -35,7 +36,8 @@ class PeftTriple(LoRATriple):
         name: of the triple.
         allow_dropout: see `find_triples`.
         start: ``init_lora_weights`` of the adapter's config.
-        guard: of the model, for ``save_pretrained``.
+        saves: watches the model for saves of the adapter alone.
+        configs: the dicts with the adapter's config that are above the layer.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class PeftTriple(LoRATriple):
         name: str,
         allow_dropout: bool = False,
         start: bool | str = True,
-        guard: SaveGuard | None = None,
+        saves: SaveWatch | None = None,
+        configs: Sequence[Configs] = (),
     ) -> None:
         self.layer = layer
         self.adapter = adapter
         self._allow_dropout = allow_dropout
         self._start = start
-        self._guard = guard if guard is not None else SaveGuard()
+        self._configs = configs
         self._alpha = layer.lora_alpha[adapter]
         A, B = _factor_paths(layer, adapter)
         super().__init__(
@@ -63,6 +66,7 @@ class PeftTriple(LoRATriple):
             layout=_layout(layer),
         )
         self._set_scaling = partial(_set_scaling, adapter, self._alpha / self.scaling)
+        self.saves = saves
         self.layer_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
         self.output_hook = self.layer_hook
         self._scale_copies()
@@ -82,7 +86,7 @@ class PeftTriple(LoRATriple):
         own = [hook.movement for hook in hooks if hook.adapter == self.adapter and not hook.is_replaced(self.layer)]
         if hooks:
             return any(movement is not None and movement.moved() for movement in own)
-        return SaveGuard.watches(self.layer)
+        return is_watched(self.layer)
 
     def count_movement(self, movement: Movement) -> None:
         """Leave this movement of W out of the layer's output from now on, where this very adapter takes no part."""
@@ -90,13 +94,15 @@ class PeftTriple(LoRATriple):
         self.layer_hook.note_adapter()
 
     def weight_moves(self) -> None:
-        """Let PEFT's own save of the adapter warn: it leaves the movement of W out."""
-        self._guard.watch(self.layer)
+        """Let every save of the adapter alone warn, and its config say so: it leaves the movement of W out."""
+        saves = self._watch_saves(self.layer, self.adapter)
+        for configs in self._configs:
+            note_moved(configs, self.adapter, saves)
         self.layer_hook.note_companions()
 
     def weight_rests(self) -> None:
-        """Let PEFT's own save of the adapter be: W is the base."""
-        self._guard.leave(self.layer)
+        """Let saves of the adapter be: W is the base."""
+        leave(self.layer, self.adapter)
         self.layer_hook.forget_companions()
 
     def branch_problems(self) -> list[str]:

@@ -1,0 +1,46 @@
+"""The functions of other libraries that take an adapter without the weight under it: the rows of `deltaopt.save_watch`.
+
+Only names are here, so that no library is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaopt.save_watch import ADAPTER_SAVES, RESUMABLE_SAVES, AdapterSave
+
+_PEFT = (
+    "Write an adapter that does with deltaopt.integrations.peft.save_adapter(model, optimizer, directory), or all "
+    "weights with model.merge_and_unload().save_pretrained(directory)"
+)
+_DIFFUSERS = (
+    "Write an adapter that does with deltaopt.integrations.peft.save_adapter(model, optimizer, directory), which "
+    "pipeline.load_lora_weights(directory) reads"
+)
+_LORALIB = (
+    "Save all weights with model.state_dict(), or the factors that hold the whole change with "
+    "deltaopt.export_adapter(optimizer)"
+)
+
+
+def _has_no_adapter_of_its_own(model: Any) -> bool:
+    """Tell if transformers saves this model whole: it saves adapters alone only after its own ``add_adapter``."""
+    return not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _saves_its_optimizer(trainer: Any) -> bool:
+    return not getattr(getattr(trainer, "args", None), "save_only_model", True)
+
+
+ADAPTER_SAVES.update(
+    {
+        ("peft", "save_pretrained"): AdapterSave("writes", _PEFT),
+        ("peft", "get_peft_model_state_dict"): AdapterSave("returns", _PEFT),
+        ("transformers", "save_pretrained"): AdapterSave("writes", _PEFT, _has_no_adapter_of_its_own),
+        ("transformers", "get_adapter_state_dict"): AdapterSave("returns", _PEFT),
+        ("diffusers", "save_lora_adapter"): AdapterSave("writes", _DIFFUSERS),
+        ("diffusers", "_collate_lora_metadata"): AdapterSave("describes", _DIFFUSERS),  # of its training scripts
+        ("loralib", "lora_state_dict"): AdapterSave("returns", _LORALIB),
+    }
+)
+RESUMABLE_SAVES.update({("transformers", "_save_checkpoint"): _saves_its_optimizer})
