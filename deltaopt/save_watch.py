@@ -22,11 +22,14 @@ class AdapterSave(NamedTuple):
         does: the verb for the warning.
         instead: a sentence that says what to do instead.
         is_whole: tells of the `self` of a call if it takes all weights this time.
+        takes_notes: the config that it writes may have a key that its readers do not know: they warn of it. Others
+            would refuse the whole file.
     """
 
     does: str
     instead: str
     is_whole: Callable[[Any], bool] = lambda model: False
+    takes_notes: bool = True
 
 
 ADAPTER_SAVES: dict[tuple[str, str], AdapterSave] = {}
@@ -73,20 +76,20 @@ class SaveWatch:
             module.register_state_dict_pre_hook(SaveGuard(watch, branch))
         return watch
 
-    def note_save(self) -> bool:
-        """Tell if an adapter is being saved while its W has moved, and warn of it once.
+    def note_save(self) -> AdapterSave | None:
+        """Return the save of an adapter that is running while its W has moved, and warn of it once; None if none is.
 
         A save that has the optimizer's state next to it is enough to resume from, so it does not warn.
         """
         if not self._guards:
-            return False
+            return None
         save = _running_save(sys._getframe(1))
         if save is None:
-            return False
+            return None
         if not self.said and not save.resumable:
             self.said = True
             warnings.warn(save.text, UserWarning, stacklevel=save.stacklevel)
-        return True
+        return save.of
 
 
 _of_models: WeakKeyDictionary[nn.Module, SaveWatch] = WeakKeyDictionary()
@@ -148,6 +151,7 @@ def is_saving() -> bool:
 
 
 class _RunningSave(NamedTuple):
+    of: AdapterSave
     text: str
     resumable: bool
     stacklevel: int
@@ -180,7 +184,7 @@ def _running_save(frame: FrameType | None) -> _RunningSave | None:
         f"is not in it: on the pristine base it does not give the trained model. {save.instead}. To *resume* training "
         "the adapter is enough, as long as optimizer.state_dict() is saved with it"
     )
-    return _RunningSave(text, resumable, stacklevel + 1)
+    return _RunningSave(save, text, resumable, stacklevel + 1)
 
 
 def _guards_on(module: nn.Module) -> list[SaveGuard]:

@@ -38,8 +38,10 @@ ADAPTER_SAVES.update(
         ("peft", "get_peft_model_state_dict"): AdapterSave("returns", _PEFT),
         ("transformers", "save_pretrained"): AdapterSave("writes", _PEFT, _has_no_adapter_of_its_own),
         ("transformers", "get_adapter_state_dict"): AdapterSave("returns", _PEFT),
-        ("diffusers", "save_lora_adapter"): AdapterSave("writes", _DIFFUSERS),
-        ("diffusers", "_collate_lora_metadata"): AdapterSave("describes", _DIFFUSERS),  # of its training scripts
+        ("diffusers", "save_lora_adapter"): AdapterSave("writes", _DIFFUSERS, takes_notes=False),
+        ("diffusers", "_collate_lora_metadata"): AdapterSave(
+            "describes", _DIFFUSERS, takes_notes=False
+        ),  # of its training scripts
         ("loralib", "lora_state_dict"): AdapterSave("returns", _LORALIB),
     }
 )

@@ -13,6 +13,7 @@ from torch import nn
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples
 from deltaopt.integrations.peft import save_adapter
 from tests.integrations.test_trainer import trainer_for
+from tests.support.compare import relative
 from tests.support.models import batches, causal_lm, optimizer_for, plain_loop
 from tests.support.peft_layers import READ, config_in, mlp, tiny_llama, tokens, train_model
 from tests.support.peft_runs import STARTS, peft_asks_by_an_old_name
@@ -156,16 +157,17 @@ def trained_unet(pristine: nn.Module, **config) -> tuple[nn.Module, DeltaLoRAOpt
     return unet, optimizer
 
 
-def test_diffusers_own_save_is_loud_and_its_load_refuses_the_file(pristine_unet, tmp_path):
+def test_diffusers_own_save_is_loud_and_its_file_loads_to_resume_from(pristine_unet, tmp_path):
     unet, optimizer = trained_unet(pristine_unet)
     loud(lambda: unet.save_lora_adapter(tmp_path), "save_lora_adapter")
-    fresh = copy.deepcopy(pristine_unet)
-    with pytest.raises(TypeError, match="could not be instantiated") as raised:
-        fresh.load_lora_adapter(tmp_path, weight_name=LORA_FILE, prefix=None)
-    assert KEY in str(raised.value.__cause__)
+    resumed = copy.deepcopy(pristine_unet)
+    resumed.load_lora_adapter(tmp_path, weight_name=LORA_FILE, prefix=None, adapter_name="default")
+    for name, parameter in resumed.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    DeltaLoRAOptimizer.for_model(resumed, torch.optim.AdamW, lr=5e-2).load_state_dict(optimizer.state_dict())
+    assert relative(resumed(**IMAGE).sample, unet(**IMAGE).sample) < 1e-5
     optimizer.rebase()
     quiet(lambda: unet.save_lora_adapter(tmp_path))
-    fresh.load_lora_adapter(tmp_path, weight_name=LORA_FILE, prefix=None)
 
 
 @pytest.mark.filterwarnings("ignore:.*to_dict:FutureWarning")
@@ -175,7 +177,7 @@ def test_diffusers_scripts_take_tensors_and_config_loudly(pristine_unet):
 
     unet, _ = trained_unet(pristine_unet)
     loud(lambda: get_peft_model_state_dict(unet), "get_peft_model_state_dict")
-    assert KEY in _collate_lora_metadata({"unet": unet})["unet_lora_adapter_metadata"]
+    assert KEY not in _collate_lora_metadata({"unet": unet})["unet_lora_adapter_metadata"]  # its load would refuse it
     assert KEY not in unet.peft_config["default"].to_dict()  # nothing is written
 
 

@@ -30,25 +30,5 @@ MODULES: list[ModuleType] = [
 ROUTES: list[Route] = [way for module in MODULES for way in routes_of(module)]
 CELLS = [(way, column) for way in ROUTES for column in COLUMNS]
 
-BEING_MENDED: set[tuple[str, str]] = {
-    ("peft_state_dict", "in place"),
-    ("peft_state_dict", "folded, product not zero"),
-    ("trainer_checkpoint", "in place"),
-    ("trainer_checkpoint", "folded, product not zero"),
-    ("trainer_push", "in place"),
-    ("trainer_push", "folded, product not zero"),
-    ("save_pretrained_of_a_state", "in place"),
-    ("save_pretrained_of_a_state", "folded, product not zero"),
-    ("save_lora_weights", "in place"),
-    ("save_lora_weights", "folded, product not zero"),
-    ("save_lora_adapter", "in place"),
-    ("save_lora_adapter", "folded, product not zero"),
-    ("lora_state_dict", "in place"),
-    ("lora_state_dict", "folded, product not zero"),
-    ("averaged_from_before", "folded, zero product"),
-    ("averaged_from_before", "folded, product not zero"),
-    ("averaged_and_state_dict", "folded, zero product"),
-    ("averaged_and_state_dict", "folded, product not zero"),
-    ("average_of_all_saved", "in place"),
-}
+BEING_MENDED: set[tuple[str, str]] = set()
 """Wrong without a word at present: (route, column). A cell of these that is mended has to be taken out."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from deltaopt.integrations.peft import save_adapter
-from tests.routes.route import route
+from tests.routes.route import NotSeen, route
 from tests.routes.runs import Model, Run
 
 
@@ -28,6 +28,21 @@ def _averaged(run: Run) -> nn.Module:
 
 @route("torch", "`AveragedModel(model)` from before training")
 def averaged_from_before(run: Run) -> Model:
+    assert run.optimizer.step_count == 0
+    return _averaged(run)
+
+
+@route(
+    "torch",
+    "`AveragedModel(model)` from before the optimizer was built",
+    not_seen=NotSeen(
+        ("folded, zero product", "folded, product not zero"),
+        "Such a copy knows nothing of the optimizer, and the average is written into its parameters, which calls "
+        "nothing.",
+        "Build the optimizer first, or make the average after step K.",
+    ),
+)
+def averaged_from_before_the_optimizer(run: Run) -> Model:
     return _averaged(run)
 
 
@@ -39,6 +54,7 @@ def averaged_from_within(run: Run) -> Model:
 
 @route("torch", "`AveragedModel(model)` from before training, `averaged.module.state_dict()` into another model")
 def averaged_and_state_dict(run: Run) -> Model:
+    assert run.optimizer.step_count == 0
     averaged, other = _averaged(run), run.fresh()
     other.load_state_dict(averaged.state_dict())
     return other

@@ -40,7 +40,8 @@ class _Moved:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, and the key if a library is saving the adapter while W has moved: warns of it once."""
         fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        if self._deltaopt_saves is not None and self._deltaopt_saves.note_save():
+        save = None if self._deltaopt_saves is None else self._deltaopt_saves.note_save()
+        if save is not None and save.takes_notes:
             fields[KEY] = EXPLANATION
         return fields
 
