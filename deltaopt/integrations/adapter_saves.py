@@ -39,6 +39,7 @@ ADAPTER_SAVES.update(
         ("transformers", "save_pretrained"): AdapterSave("writes", _PEFT, _has_no_adapter_of_its_own),
         ("transformers", "get_adapter_state_dict"): AdapterSave("returns", _PEFT),
         ("diffusers", "save_lora_adapter"): AdapterSave("writes", _DIFFUSERS, takes_notes=False),
+        # Of its training scripts.
         ("diffusers", "_collate_lora_metadata"): AdapterSave(
             "describes", _DIFFUSERS, takes_notes=False
         ),  # of its training scripts
