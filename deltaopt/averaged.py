@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.messages import warn_user
 from deltaopt.sharding import local_part
+from deltaopt.tensors import FLOATS, is_plain
 
 if TYPE_CHECKING:
     from deltaopt.stored_factors import StoredFactor
@@ -28,14 +29,21 @@ Rescale = Callable[[nn.Module, float], object]
 
 
 class _Seen(NamedTuple):
-    """An A, to be known again: its version, and a hash, since a write to ``.data`` has no version."""
+    """An A, to be known again: its version, and a hash, since a write to ``.data`` has no version.
 
-    version: int
+    The hash is of the numbers: a copy that was cast to a wider dtype holds the same ones.
+    """
+
+    version: int | None
     content: int
 
     @classmethod
-    def of(cls, A: Tensor) -> _Seen:
-        return cls(A._version, int(content_hash(local_part(A.detach()))))
+    def of(cls, A: Tensor) -> _Seen | None:
+        """Look at A; None if its numbers cannot be read: a copy may be quantized, or on the meta device."""
+        part = local_part(A.detach())
+        if part.is_meta or not is_plain(part) or part.dtype not in FLOATS:
+            return None
+        return cls(None if A.is_inference() else A._version, int(content_hash(part.double())))
 
 
 class Follower:
@@ -79,7 +87,8 @@ class Follower:
         if A is None or self._handles:
             return
         self._seen = _Seen.of(A)
-        if self._copied is not None and self._seen.content != self._copied.content and self._written is None:
+        copied, seen = self._copied, self._seen
+        if copied is not None and seen is not None and seen.content != copied.content and self._written is None:
             self._written = "were written before and after the original's branch was scaled"
         owner, holder = self._owner(), self._holder()
         assert owner is not None
@@ -121,7 +130,7 @@ class Follower:
             self.cut()
             return
         now = _Seen.of(A)
-        if self._seen is None or now == self._seen:
+        if now is None or self._seen is None or now == self._seen:
             self._seen = now
             self._watch_gradient(A)
             return

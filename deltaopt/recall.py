@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import note
-from deltaopt.checkpoint.records import SavedLedger
+from deltaopt.checkpoint.records import SavedLedger, weight_record
 from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, saved_ledgers
 from deltaopt.checks import check_finite
 from deltaopt.ledger import combined
@@ -109,7 +109,8 @@ def _placed(weight: WeightState, saved: SavedLedger) -> list[Term]:
 
 def _problems(weight: WeightState, saved: SavedLedger) -> list[str]:
     found = [reason for ledger in (saved.ledger, weight.ledger) if (reason := ledger.lost) is not None]
-    here = None if weight.base is None else weight.base.record()
-    if saved.base is not None and saved.base.record() != here:
+    # A W that has not moved is its base.
+    here = weight_record(weight) if weight.base is None else weight.base.record()
+    if here != (saved.W if saved.base is None else saved.base.record()):
         found.append("the state counts from another base than this optimizer has moved W from")
     return found + factor_problems(weight, saved)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -27,8 +26,14 @@ from deltaopt.sharding import local_part
 MARK = "deltaopt"
 """In a module's metadata of a state_dict: by name, the factors that its values were multiplied by."""
 
-_for_first_scaling: deque[Tensor] = deque(maxlen=4096)
+KNOWN = 1 << 17
+"""The number of hashes that are remembered: of some hundred state_dicts of a large model."""
+
+_known: dict[int, None] = {}
 """Hashes of values for a first scaling: handed out, or loaded. Facts about contents, hence for the process."""
+
+_new: list[Tensor] = []
+"""Those that were added last, on their devices."""
 
 
 def stored_form(A: Tensor, factor: float) -> Tensor:
@@ -260,13 +265,25 @@ def _is_same(value: Tensor, other: Tensor) -> bool:
 
 
 def _remember(value: Tensor) -> None:
-    _for_first_scaling.append(_hash(value))
+    _new.append(_hash(value))
+    if len(_new) >= 4096:
+        _read_new()
 
 
 def _is_known(value: Tensor) -> bool:
     """Tell if this value is known to be for a first scaling; zero is for every one."""
-    sought = int(_hash(value))
-    return any(int(known) == sought for known in _for_first_scaling) or not value.any()
+    _read_new()
+    return int(_hash(value)) in _known or not value.any()
+
+
+def _read_new() -> None:
+    """Wait for the devices, and forget the oldest hashes where there are too many."""
+    for content in _new:
+        _known[int(content)] = None
+    _new.clear()
+    if len(_known) > KNOWN:
+        for oldest in list(_known)[:-KNOWN]:
+            del _known[oldest]
 
 
 def _hash(tensor: Tensor) -> Tensor:

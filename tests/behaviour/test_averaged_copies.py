@@ -62,6 +62,43 @@ def test_a_write_to_data_is_seen():
     torch.testing.assert_close(weight_of(average), weight_of(layer), rtol=1e-12, atol=1e-12)
 
 
+def test_an_average_in_a_wider_dtype():
+    layer = Layer().bfloat16()
+    optimizer = optimizer_of(layer, start_step=1)
+    average = copy.deepcopy(layer).float()
+    train(layer, optimizer)
+    with torch.no_grad():
+        for its, p in zip(average.parameters(), layer.parameters(), strict=True):
+            its.copy_(p)
+    torch.testing.assert_close(weight_of(average), weight_of(copy.deepcopy(layer).float()), rtol=1e-6, atol=1e-6)
+
+
+def of_eight_bits(layer: Layer) -> None:
+    layer.A = torch.nn.Parameter((10 * layer.A).to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [of_eight_bits, lambda layer: layer.to("meta")])
+def test_a_copy_without_numbers_does_not_keep_the_original_from_training(change):
+    layer = Layer()
+    optimizer = optimizer_of(layer, start_step=1)
+    change(copied := copy.deepcopy(layer))
+    train(layer, optimizer)
+    assert layer.scaling == S * (1 + RATIO)
+    assert copied.scaling == S
+
+
+def test_a_copy_of_inference_mode_follows_too():
+    layer = Layer()
+    optimizer = optimizer_of(layer, start_step=1)
+    with torch.inference_mode():
+        average = copy.deepcopy(layer)
+    train(layer, optimizer)
+    with torch.inference_mode():
+        for its, p in zip(average.parameters(), layer.parameters(), strict=True):
+            its.copy_(p)
+        torch.testing.assert_close(weight_of(average), weight_of(layer), rtol=1e-12, atol=1e-12)
+
+
 def test_an_average_of_before_and_after_step_k_is_warned_of():
     layer = Layer()
     optimizer = optimizer_of(layer, start_step=2)

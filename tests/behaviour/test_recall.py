@@ -122,6 +122,18 @@ def test_states_that_do_not_belong_here_are_refused_with_nothing_changed():
     run.optimizer.resync(state)
 
 
+def test_of_a_W_that_has_got_another_base_since_it_is_refused_from_before_the_first_move_too():
+    run = noisy_run()
+    state, factors, *_ = kept(run)
+    run.train(2)
+    run.optimizer.rebase()
+    put_back(run, factors)
+    refused(lambda: run.optimizer.resync(state), WeightMismatchError, "from another base", lambda: run.tensors)
+    run.train(1)
+    put_back(run, factors)
+    refused(lambda: run.optimizer.resync(state), WeightMismatchError, "from another base", lambda: run.tensors)
+
+
 def test_interrupted_at_any_line_it_is_done_or_not():
     """W and what is known of it agree, and a second call leads to the same place. A sample of the lines."""
 

@@ -176,6 +176,17 @@ def test_raw_copies_are_warned_of_once_for_the_model():
     torch.testing.assert_close(layer.A.detach(), raw["0.A"] / 3)
 
 
+def test_values_stay_known_over_many_state_dicts():
+    """A best checkpoint may be loaded that is older than many saves of a model of some hundred layers."""
+    layer, _ = trained()
+    expected, best = weight_of(layer), {name: value.clone() for name, value in layer.state_dict().items()}
+    for _ in range(5000):
+        layer.A.data += 1e-3
+        layer.state_dict()
+    layer.load_state_dict(best)
+    torch.testing.assert_close(weight_of(layer), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_values_of_a_file_that_was_loaded_before_are_known():
     """As the adapter that is loaded again into the resumed run, of which the dict has lost its marks."""
     layer, optimizer = trained()
