@@ -32,7 +32,9 @@ def evaluate(model):
 
 
 def adapter(run):
-    return copy.deepcopy(peft.get_peft_model_state_dict(run.model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not the trained model on the base
+        return copy.deepcopy(peft.get_peft_model_state_dict(run.model))
 
 
 def by_peft(run, best, folder):
