@@ -531,7 +531,8 @@ class DeltaLoRAOptimizer(Optimizer):
         it is as good as float32.
 
         Without this call a change of A and B from outside is no step: W stays, and the next delta counts from there.
-        With ``weight_update="folded"`` nothing needs to be done: the branch holds what W would move by, and follows.
+        With ``weight_update="folded"`` the branch holds what W would move by, and follows, so that nothing needs to be
+        done, except for A and B from before `start_step` or a change of the ratio: hand in the state of that moment.
 
         Args:
             state_dict: of this very optimizer, saved when A and B were what they are now. Default: see above.
