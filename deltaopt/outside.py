@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaopt.ledger import Factors
 from deltaopt.messages import layers, warn_user
+from deltaopt.overwritten import overwritten
 from deltaopt.tensors import is_plain
 
 if TYPE_CHECKING:
@@ -25,13 +26,19 @@ CASTS = (torch.float16, torch.bfloat16, torch.float32)
 IN_A_STEP = (
     "A and B of {} were changed between two steps, by something else than this optimizer (an adapter was loaded or "
     "averaged, or another optimizer such as Lookahead wrote it). Each W stays where the last move left it, as this "
-    "change is no step: call optimizer.resync() after changing A and B, if W is to follow. Later changes are not told "
-    "until then"
+    "change is no step: call optimizer.resync() after changing A and B, if W is to follow; or load the optimizer's "
+    "state of that moment, if W was loaded with them. Later changes are not told until then"
 )
 
 IN_A_FORWARD_PASS = (
     "A and B of {} are not those that the last move of W left, so W does not belong to them (an adapter was loaded or "
     "averaged): call optimizer.resync(), or load the optimizer's state of that checkpoint"
+)
+
+WITH_W = (
+    "W, A and B of {} are not those that the last move left (a whole model was loaded, or an average of all parameters "
+    "was copied in). The optimizer does not know this W, and what it says of the base and exports is not right: load "
+    "the optimizer's state of that moment with load_state_dict(), or take W as it is as the base: optimizer.rebase()"
 )
 
 
@@ -85,9 +92,12 @@ class Watch:
         """
         if self.rests or (first is not None and not _is_left_behind(first)):
             return
-        labels = [weight.label for weight in _not_told(filter(_is_left_behind, self._weights), "forward")]
-        if labels:
-            warn_user(IN_A_FORWARD_PASS.format(layers(labels)))
+        left = _not_told(filter(_is_left_behind, self._weights), "forward")
+        loaded = overwritten(left)
+        behind = [weight.label for weight in left if weight.label not in loaded]
+        for text, labels in ((IN_A_FORWARD_PASS, behind), (WITH_W, loaded)):
+            if labels:
+                warn_user(text.format(layers(labels)))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ rounding of W does not hide it: for float32 and float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +44,7 @@ def base_sample(weight: WeightState) -> Tensor | None:
 
 def warn_of_overwritten(weights: Sequence[WeightState], what: str) -> None:
     """Warn if a W is not base + displacement any more, before something is said of it. Waits for the device."""
-    found = [weight.label for weight in weights if weight.moved and _is_overwritten(weight)]
+    found = overwritten(weights)
     if found:
         warn_user(
             f"{what} counts what training has moved each W by, and the W of {layers(found)} was written by somebody "
@@ -52,6 +52,23 @@ def warn_of_overwritten(weights: Sequence[WeightState], what: str) -> None:
             "Take W as it is as the base (optimizer.rebase()), merge (deltaopt.merged_weights), or load the weights "
             "and the optimizer's state of a checkpoint"
         )
+
+
+def refuse_overwritten(weights: Sequence[WeightState], what: str) -> None:
+    """Raise a ValueError if a W is not base + displacement any more, before it is moved on. Waits for the device."""
+    found = overwritten(weights)
+    if found:
+        raise ValueError(
+            f"{what} moves each W from where the last move left it, and the W of {layers(found)} was written by "
+            "somebody else since (a whole model was loaded, or an average of all parameters was copied in): nothing "
+            "was changed. For a model that was loaded, load the optimizer's state of that moment with "
+            "load_state_dict(). Or take W as it is as the base: optimizer.rebase()"
+        )
+
+
+def overwritten(weights: Iterable[WeightState]) -> list[str]:
+    """Return the labels of the weights that are not base + displacement any more. Waits for the device."""
+    return [weight.label for weight in weights if weight.moved and _is_overwritten(weight)]
 
 
 def _is_overwritten(weight: WeightState) -> bool:

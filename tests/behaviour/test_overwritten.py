@@ -1,4 +1,4 @@
-"""A W that somebody else has written since it moved: an export, which counts from the ledger, says so."""
+"""A W that somebody else has written since it moved: an export says so, and resync() refuses it."""
 
 import copy
 
@@ -52,3 +52,21 @@ def test_a_cast_is_none(dtype):
     run.stored.W.data = run.stored.W.data.to(dtype).float()
     exported = export_adapter(run.optimizer)
     assert close(exported["q"].product().double(), run.effective_exactly() - run.base(), 1e-2)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_resync_refuses_a_w_that_was_loaded_with_its_factors(with_state):
+    """W is in its place already, so that moving it would make another model."""
+    run = noisy_run().train(2)
+    model = [tensor.clone() for tensor in run.tensors]
+    state = copy.deepcopy(run.optimizer.state_dict())
+    run.train(2)
+    with torch.no_grad():
+        for tensor, kept in zip(run.tensors, model, strict=True):
+            tensor.copy_(kept)
+    with pytest.raises(ValueError, match=r"resync\(\).* \(q\) was written.*load_state_dict\(\).*rebase\(\)"):
+        run.optimizer.resync(*[state] * with_state)
+    assert all(map(torch.equal, run.tensors, model))
+    run.optimizer.load_state_dict(state)
+    run.optimizer.resync()
+    assert all(map(torch.equal, run.tensors, model))

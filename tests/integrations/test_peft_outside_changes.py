@@ -32,7 +32,9 @@ def evaluate(model):
 
 
 def adapter(run):
-    return copy.deepcopy(peft.get_peft_model_state_dict(run.model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not the trained model on the base
+        return copy.deepcopy(peft.get_peft_model_state_dict(run.model))
 
 
 def by_peft(run, best, folder):
@@ -201,3 +203,16 @@ def test_averaged_models_are_the_mean_of_models(moment, run):
     evaluate(averaged)
     evaluate(run.model)
     swa_utils.update_bn([DATA[0]], averaged)
+
+
+def test_a_whole_model_that_is_loaded_back(run):
+    """W was loaded with A and B: the model is right, and `resync()` would make another one of it."""
+    whole, state = copy.deepcopy(run.model.state_dict()), copy.deepcopy(run.optimizer.state_dict())
+    run.train(DATA[1:])
+    run.model.load_state_dict(whole)
+    with pytest.warns(UserWarning, match=r"W, A and B of .* load_state_dict\(\)") as caught:
+        evaluate(run.model)
+    assert len(caught) == 1
+    assert "resync" not in str(caught[0].message)
+    run.optimizer.load_state_dict(state)
+    evaluate(run.model)
