@@ -81,6 +81,13 @@ class RunningMovement:
             self._settle()
             self._watch.look(self.state)
 
+    def look_at_base(self) -> None:
+        """Warn if W minus the terms is not the base, as somebody else has written W, and torch has counted that."""
+        if self._watch is not None and self.state.written_by_others:
+            with outside_inference_mode():
+                self._settle()
+                self._watch.look_at_base(self.state)
+
     def _is_new(self, *factors: Tensor) -> bool:
         """Tell if one of these tensors was replaced or written since the last call, as far as torch counts."""
         counts = [None if factor.is_inference() else factor._version for factor in factors]

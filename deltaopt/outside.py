@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaopt.ledger import Factors
 from deltaopt.messages import layers, warn_user
+from deltaopt.overwritten import BY_SOMEBODY_ELSE, overwriting
 from deltaopt.tensors import is_plain
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ IN_A_STEP = (
 IN_A_FORWARD_PASS = (
     "A and B of {} are not those that the last move of W left, so W does not belong to them (an adapter was loaded or "
     "averaged): call optimizer.resync(), or load the optimizer's state of that checkpoint"
+)
+
+AT_THE_BASE = (
+    f"the W of {{}} {BY_SOMEBODY_ELSE}, so that W minus what training has moved it by is not the base, and neither is "
+    "the output without the adapter. Load the weights and the optimizer's state of a checkpoint, or take W as it is as "
+    "the base (optimizer.rebase())"
 )
 
 
@@ -73,7 +80,7 @@ class Watch:
     def warn(self) -> None:
         """Warn of what steps have found, once for each W until `resync` or a loaded state."""
         found, self._found = self._found, []
-        labels = [weight.label for weight in _not_told(found, "step")]
+        labels = [weight.label for weight in _not_told(found, "step") if overwriting(weight) is None]
         if labels:
             warn_user(IN_A_STEP.format(layers(labels)))
 
@@ -89,6 +96,17 @@ class Watch:
         if labels:
             warn_user(IN_A_FORWARD_PASS.format(layers(labels)))
 
+    def look_at_base(self, first: WeightState) -> None:
+        """Warn if W minus its displacement, which `first` needs, is not the base, once for each W; name all layers."""
+        if self.rests or not first.written_by_others or _is_traced():
+            return
+        first.written_by_others = False
+        if overwriting(first) is not None:
+            found = [weight for weight in self._weights if weight is first or overwriting(weight) is not None]
+            labels = [weight.label for weight in _not_told(found, "base")]
+            if labels:
+                warn_user(AT_THE_BASE.format(layers(labels)))
+
 
 @torch.no_grad()
 def _is_left_behind(weight: WeightState) -> bool:
@@ -103,7 +121,8 @@ def _is_left_behind(weight: WeightState) -> bool:
     assert end is not None
     if end[0].shape != now[0].shape:
         return end[0].shape[-1] != now[0].shape[-1] and weight.is_off_base()
-    return changed(end, now) and weight.is_off_base()
+    # Where W was replaced with A and B, by the average of a whole model, it belongs to them.
+    return changed(end, now) and weight.is_off_base() and overwriting(weight) is None
 
 
 def _is_traced() -> bool:

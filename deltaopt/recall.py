@@ -15,7 +15,8 @@ from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, sav
 from deltaopt.checks import check_finite
 from deltaopt.ledger import combined
 from deltaopt.lowrank import Term
-from deltaopt.messages import problems_of, raise_problems
+from deltaopt.messages import layers, problems_of, raise_problems, warn_user
+from deltaopt.overwritten import overwriting
 from deltaopt.restarts import Resync
 from deltaopt.rounding.writer import Writer, put_
 from deltaopt.sharding import put_whole_
@@ -62,6 +63,7 @@ class Recall(Resync):
             "that adapter, and the state with load_state_dict()",
         )
         self._moves = [self._move(weight, saved) for weight, saved in zip(weights, ledgers, strict=True)]
+        self._otherwise = [move.weight.label for move in self._moves if _is_otherwise(move.weight, move.saved)]
 
     def _move(self, weight: WeightState, saved: SavedLedger) -> _Move:
         target = _placed(weight, saved)
@@ -88,6 +90,17 @@ class Recall(Resync):
             # A W that has moved to its base again is there up to rounding only, and what was cut off is as it was left.
             weight.base, weight.compensation = before[0]
 
+    def warn(self) -> None:
+        """Warn of weights that are not what they were when the state was saved, too."""
+        super().warn()
+        if self._otherwise:
+            warn_user(
+                f"resync(state) moved the W of {layers(self._otherwise)} by what training had moved them by then, and "
+                "somebody else has written them too, before the state was saved or since (an average was copied in, or "
+                "other weights were loaded): they are not what they were then. Load all weights of that checkpoint, "
+                "and the state with load_state_dict()"
+            )
+
 
 class _Move(NamedTuple):
     """The move of one W by `terms`; from its base, which is put back first, where that is known."""
@@ -105,6 +118,12 @@ def _placed(weight: WeightState, saved: SavedLedger) -> list[Term]:
     """Return the saved displacement, where W is and in the dtype of the computation."""
     tensors = weight.tensors
     return saved.ledger_for(weight).to(tensors.W.device, tensors.compute_dtype()).displacement()
+
+
+def _is_otherwise(weight: WeightState, saved: SavedLedger) -> bool:
+    """Tell if what others have written to W is not what they had written when the state was saved."""
+    here, then = overwriting(weight), saved.overwritten
+    return (here is None) != (then is None) or (here is not None and then is not None and not here.same_as(then))
 
 
 def _problems(weight: WeightState, saved: SavedLedger) -> list[str]:
