@@ -79,6 +79,12 @@ def overwriting(weight: WeightState) -> Difference | None:
     return Difference(base, sample.rest)
 
 
+def is_hidden(weight: WeightState) -> bool:
+    """Tell if rounding hides from `overwriting` what others write into W: in 16 bits, if it is not compensated."""
+    W = weight.tensors.W
+    return is_plain(W) and W.dtype.itemsize == 2 and weight.known_compensation(weight.part()) is None
+
+
 def overwritten(weights: Iterable[WeightState]) -> list[str]:
     """Return the labels of the weights that somebody else has written since they moved. Waits for the device."""
     return [weight.label for weight in weights if overwriting(weight) is not None]

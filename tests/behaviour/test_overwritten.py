@@ -88,6 +88,17 @@ def test_not_where_rounding_hides_it():
     export_adapter(run.optimizer)
 
 
+def test_where_rounding_hides_it_the_factors_may_tell():
+    """W may have been averaged with A and B, or not: an export says what it counts."""
+    run = noisy_run(dtype=torch.bfloat16, factor_dtype=torch.float32).train(3)
+    run.stored.A.data.mul_(0.5)
+    with pytest.warns(UserWarning, match=r"A and B of 1 layer \(q\).*rounding hides whether their 16-bit W"):
+        export_adapter(run.optimizer)
+    with pytest.warns(RuntimeWarning, match="in one rounded step"):
+        run.optimizer.resync()
+    export_adapter(run.optimizer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("W", ["as it is", "zero", "large", "tiny", "with outliers", "saturated"])
 def test_never_of_training(W, dtype):
