@@ -544,7 +544,6 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
         with self._resolved("resync()") as weights:
-            refuse_overwritten(weights, "resync()")
             resync, repeats = self._resync(weights, state_dict), self._repeats
 
             def finish() -> None:
@@ -595,6 +594,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _resync(self, weights: Sequence[WeightState], state_dict: dict[str, Any] | None) -> restarts.Resync:
         if state_dict is None:
+            refuse_overwritten(weights, "resync()")
             self._set_ratios()
             return restarts.Resync(weights, self._writer("resync"))
         record, inner_state = split_record(state_dict)
