@@ -14,7 +14,7 @@ from tests.support.strategies import LAYOUTS
 
 TOLD = r"an exported adapter counts .* W of 1 layer \(q\) was written by somebody else since"
 REBUILT = r"the W of 1 layer \(q\) was not base \+ displacement when the state was saved.* rebuilt as base"
-OTHERWISE = r"cannot follow this state.*q: its W was written by somebody else, .*load_state_dict\(\)"
+OTHERWISE = r"(?s)cannot follow this state.*q: its W was written by somebody else, .*load_state_dict\(\)"
 COMPENSATED = {"rounding": "compensated"}
 
 
