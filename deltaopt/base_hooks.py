@@ -200,6 +200,8 @@ class OutputHook:
         terms = self._terms(module)
         if not terms:
             return None
+        if isinstance(self.movement, RunningMovement):
+            self.movement.look_at_base()
         if self.problem is not None:
             raise RuntimeError(
                 f"{self.label}: {NEEDS_THE_BASE}, and it cannot be computed: {self.problem}. Run this pass within "
@@ -222,8 +224,6 @@ class OutputHook:
     def _terms(self, module: nn.Module) -> Sequence[Term]:
         """Return terms that add up to what W has moved by; empty if it has not."""
         movement = self._movement_of(module)
-        if isinstance(movement, RunningMovement):
-            movement.look_at_base()
         return () if movement is None else movement.terms()
 
     def _movement_of(self, module: nn.Module) -> Movement | None:

@@ -47,6 +47,7 @@ class _Sample(NamedTuple):
     """Some elements of W minus its displacement, the size of the terms of that sum, and where it is reliable."""
 
     rest: Tensor
+    displacement: Tensor
     size: Tensor
     reliable: Tensor
 
@@ -74,9 +75,24 @@ def overwriting(weight: WeightState) -> Difference | None:
     size = sample.size + base.abs()
     # 4: W may have been larger on its way. 25 and 100: events other than steps, and products that cancel.
     rounding = SPACING * (4 * (weight.moves + 25) * size + 100 * size.max())
-    if bool((((sample.rest - base).abs() <= CAST * size + rounding) | ~sample.reliable).all()):
+    off = torch.where(sample.reliable, sample.rest - base, 0.0)
+    if bool((off.abs() <= CAST * size + rounding).all()):
+        return None
+    if weight.tensors.W.dtype.itemsize == 2 and not _is_systematic(off, sample.displacement, size):
         return None
     return Difference(base, sample.rest)
+
+
+def _is_systematic(off: Tensor, displacement: Tensor, size: Tensor) -> bool:
+    """Tell if a 16-bit W is off as averages or other weights make it, and not by the roundings of other events.
+
+    Each merge and unmerge of a branch rounds W twice. That adds up, but with no regard to the displacement: its signs
+    agree with 73 of 100 signs, or with 27, once in 10^12 times.
+    """
+    agreement = off.sign() * displacement.sign()
+    known = int(agreement.count_nonzero())
+    along = known >= SAMPLES // 4 and abs(float(agreement.sum())) > 0.45 * max(known, SAMPLES)
+    return along or float((off.abs() > 0.5 * size).double().mean()) > 0.05
 
 
 def is_hidden(weight: WeightState) -> bool:
@@ -130,12 +146,12 @@ def _sample(weight: WeightState) -> _Sample | None:
     reliable = there.abs() < torch.finfo(W.dtype).max  # a sum that saturated is another one
     if compensation is not None:
         there = lifted(there, view.part_matrix(compensation)[index])
-    rest = there.double()
-    size = rest.abs()
+    W_there = there.double()
+    displacement, size = torch.zeros_like(W_there), W_there.abs()
     for coef, A, B in weight.placed_ledger().displacement():
         B = view.ordered(B, W)
         rows, columns = (A[i], B[:, j].mT) if matrix.dim() == 2 else (A[experts, i], B[experts, :, j])
         products = coef * rows.double() * columns.double()
-        rest = rest - products.sum(-1)
+        displacement = displacement + products.sum(-1)
         size = size + products.abs().sum(-1)
-    return _Sample(rest, size, reliable)
+    return _Sample(W_there - displacement, displacement, size, reliable)

@@ -12,8 +12,8 @@ from tests.support.compare import assert_close, close, through_a_file
 from tests.support.runs import SmallSteps, noisy_run
 from tests.support.strategies import LAYOUTS
 
-TOLD = r"an exported adapter counts .* W of 1 layer \(q\) was written by somebody else since"
-REBUILT = r"the W of 1 layer \(q\) was not base \+ displacement when the state was saved.* rebuilt as base"
+TOLD = r"an exported adapter counts .* W of 1 layer \(q0?\) was written by somebody else since"
+REBUILT = r"the W of 1 layer \(q0?\) was not base \+ displacement when the state was saved.* rebuilt as base"
 OTHERWISE = r"(?s)cannot follow this state.*q: its W was written by somebody else, .*load_state_dict\(\)"
 COMPENSATED = {"rounding": "compensated"}
 
@@ -54,30 +54,37 @@ def test_an_export_says_so(layout):
     export_adapter(run.optimizer)
 
 
-@pytest.mark.parametrize("layout", ["linear", "conv2d_channels_last", "packed_experts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_in_float32_and_where_rounding_is_compensated(dtype, layout):
-    run = noisy_run(layout, dtype=dtype, factor_dtype=torch.float32, **COMPENSATED).train(2)
+def test_of_small_moves_where_rounding_is_compensated(dtype):
+    """An average that differs from W by less than a hundredth of it; in 16 bits by less than their spacing."""
+    run = SmallSteps(dtype, **COMPENSATED).train(20)
     early = run.stored.W.clone()
-    run.train(20)
+    run.train(60)
     export_adapter(run.optimizer)
-    averaged(run, early)
+    before = run.stored.W.clone()
+    averaged(run, early, 0.6)
+    assert float((run.stored.W - before).norm() / before.norm()) < 0.01
     with pytest.warns(UserWarning, match=TOLD):
         export_adapter(run.optimizer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_small_moves(dtype):
-    """An average that differs from W by less than a hundredth of it."""
-    run = SmallSteps(dtype, **COMPENSATED).train(20)
-    early = run.stored.W.clone()
-    run.train(60)
-    assert float(run.landed().norm() / run.base().norm()) < 0.06
-    export_adapter(run.optimizer)
-    before = run.stored.W.clone()
-    averaged(run, early, 0.3)
-    assert float((run.stored.W - before).norm() / before.norm()) < 0.015
-    with pytest.warns(UserWarning, match="W of 1 layer .* was written by somebody else since"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_other_weights(dtype):
+    """Pruned ones, say; one of ten elements is enough."""
+    run = SmallSteps(dtype, **COMPENSATED).train(5)
+    run.stored.W.data[torch.rand(run.stored.W.shape, generator=torch.Generator().manual_seed(0)) < 0.1] = 0.0
+    with pytest.warns(UserWarning, match=TOLD):
+        export_adapter(run.optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_never_of_merging_and_unmerging(dtype):
+    """Which rounds a W twice, as other people's evaluations do, again and again."""
+    run = SmallSteps(dtype, lr=2e-4, **COMPENSATED)
+    for _ in range(60):
+        run.train(1)
+        for sign in (1, -1):
+            run.stored.W.data += (sign * run.scaling * run.product()).to(dtype)
         export_adapter(run.optimizer)
 
 
@@ -92,7 +99,7 @@ def test_where_rounding_hides_it_the_factors_may_tell():
     """W may have been averaged with A and B, or not: an export says what it counts."""
     run = noisy_run(dtype=torch.bfloat16, factor_dtype=torch.float32).train(3)
     run.stored.A.data.mul_(0.5)
-    with pytest.warns(UserWarning, match=r"A and B of 1 layer \(q\).*rounding hides whether their 16-bit W"):
+    with pytest.warns(UserWarning, match=r"A and B of 1 layer \(q0?\).*rounding hides whether their 16-bit W"):
         export_adapter(run.optimizer)
     with pytest.warns(RuntimeWarning, match="in one rounded step"):
         run.optimizer.resync()
@@ -154,10 +161,10 @@ def saved_record(state):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_resume_with_the_adapter_alone_says_so(dtype):
     """It rebuilds another W; with the whole model it continues, and an export says so there too."""
-    run = noisy_run(dtype=dtype, factor_dtype=torch.float32, **COMPENSATED).train(2)
-    early = run.stored.W.clone()
+    run = noisy_run() if dtype == torch.float64 else SmallSteps(dtype, lr=2e-4, **COMPENSATED)
+    early = run.train(2).stored.W.clone()
     run.twin(whole=False)  # nothing to say
-    averaged(run.train(5), early)
+    averaged(run.train(20), early, 0.7)
     with pytest.warns(RuntimeWarning, match=REBUILT):
         rebuilt = run.twin(whole=False)
     assert not torch.equal(rebuilt.stored.W, run.stored.W)
