@@ -18,11 +18,14 @@ from deltaopt.checkpoint.files import load
 from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.layer_output import output_problem
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.overwritten import BY_SOMEBODY_ELSE, overwriting
 from deltaopt.rounding.writer import add_terms_, put_
 from deltaopt.weight import WeightState
 
 BaseSource: TypeAlias = "Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]"
 """Pristine weights: a state_dict, a model, a file, or a folder of .safetensors files."""
+
+OVERWRITTEN = f"W {BY_SOMEBODY_ELSE}, so that W minus its displacement is not the base"
 
 SIXTEEN_BITS = "W is {}, in which adding and then subtracting does not lead back"
 
@@ -161,7 +164,7 @@ def put_back(weight: WeightState) -> str | None:
         return None
     way = _way_to_base(weight, None, "copy")
     if isinstance(way, _NoWay):
-        return weight.ledger.lost or SIXTEEN_BITS.format(weight.tensors.W.dtype)
+        return way.reason
     weight.note_write()
     if not isinstance(way, Tensor):
         way, terms = weight.part().detach().clone(), weight.displacement()
@@ -181,10 +184,11 @@ def put_back(weight: WeightState) -> str | None:
 
 
 class _NoWay:
-    """The reason why a base cannot be brought back."""
+    """The reason why a base cannot be brought back, and what else would do."""
 
-    def __init__(self, sentence: str) -> None:
-        self.sentence = sentence
+    def __init__(self, reason: str, ways: str = "") -> None:
+        self.reason = reason
+        self.sentence = f"{reason}{ways}"
 
 
 def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | None) -> Tensor | str | _NoWay:
@@ -208,13 +212,15 @@ def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | N
             return found
         if nothing_asked and weight.fingerprint().record() == weight.base.record():
             return "computed"  # W is the base: its steps were skipped, or at lr 0
-        if weight.tensors.W.element_size() > 2:
-            return "computed" if lost is None else _NoWay(f"{lost}; or {ways}")
+    if overwriting(weight) is not None:
+        return _NoWay(OVERWRITTEN, f": {ways}; or take W as it is as the base, rebase()")
+    if method != "hooks" and weight.tensors.W.element_size() > 2:
+        return "computed" if lost is None else _NoWay(lost, f"; or {ways}")
     if method == "copy":
-        return _NoWay(f'{SIXTEEN_BITS.format(weight.tensors.W.dtype)}: {ways}; or take method="hooks"')
+        return _NoWay(SIXTEEN_BITS.format(weight.tensors.W.dtype), f': {ways}; or take method="hooks"')
     triple = weight.triple
     problem = lost or (None if nothing_asked else output_problem(triple.weight_module(), triple.view, triple.tied))
-    return "hooks" if problem is None else _NoWay(f"{problem}; {ways}")
+    return "hooks" if problem is None else _NoWay(problem, f"; {ways}")
 
 
 def _not_in_source(weight: WeightState) -> str:

@@ -222,6 +222,8 @@ class OutputHook:
     def _terms(self, module: nn.Module) -> Sequence[Term]:
         """Return terms that add up to what W has moved by; empty if it has not."""
         movement = self._movement_of(module)
+        if isinstance(movement, RunningMovement):
+            movement.look_at_base()
         return () if movement is None else movement.terms()
 
     def _movement_of(self, module: nn.Module) -> Movement | None:

@@ -9,7 +9,7 @@ from deltaopt.checks import weight_problems
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
-from deltaopt.overwritten import warn_of_overwritten
+from deltaopt.outside import warn_before_export
 from deltaopt.rounding.writer import add_terms_
 from deltaopt.tensors import outside_inference_mode, same_view
 from deltaopt.wrappers import unwrap
@@ -49,7 +49,7 @@ def export_adapter(
         raise ValueError(f"rank is a positive int or None, got {rank!r}")
     exported, weights = {}, unwrap(optimizer).weights()
     with outside_inference_mode():
-        warn_of_overwritten(weights, "an exported adapter")
+        warn_before_export(weights)
     for weight in weights:
         with outside_inference_mode():
             whole = weight.change(from_pristine)

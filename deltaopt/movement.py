@@ -60,8 +60,12 @@ class RunningMovement:
 
     def moved(self) -> bool:
         """Tell if W was written since its base, and no `base_weights` has brought that back for a while."""
+        return self.state.is_off_base() and not self.at_base()
+
+    def at_base(self) -> bool:
+        """Tell if `base_weights` has brought the base back for a while."""
         claim = self.state.claim
-        return self.state.is_off_base() and (claim is None or not claim.owner.at_base)
+        return claim is not None and claim.owner.at_base
 
     def look(self) -> None:
         """Warn if A and B are others than the last move left, so that W does not belong to them.
@@ -80,6 +84,13 @@ class RunningMovement:
                 return
             self._settle()
             self._watch.look(self.state)
+
+    def look_at_base(self) -> None:
+        """Warn if W minus the terms is not the base, as somebody else has written W, and torch has counted that."""
+        if self._watch is not None and self.state.written_by_others:
+            with outside_inference_mode():
+                self._settle()
+                self._watch.look_at_base(self.state)
 
     def _is_new(self, *factors: Tensor) -> bool:
         """Tell if one of these tensors was replaced or written since the last call, as far as torch counts."""

@@ -65,6 +65,7 @@ from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
 from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
+from deltaopt.overwritten import refuse_overwritten
 from deltaopt.plain import plain
 from deltaopt.recall import Recall
 from deltaopt.report import Report, at_a_glance, report_of
@@ -530,13 +531,15 @@ class DeltaLoRAOptimizer(Optimizer):
         it is as good as float32.
 
         Without this call a change of A and B from outside is no step: W stays, and the next delta counts from there.
-        With ``weight_update="folded"`` nothing needs to be done: the branch holds what W would move by, and follows.
+        With ``weight_update="folded"`` the branch holds what W would move by, and follows, so that nothing needs to be
+        done, except for A and B from before `start_step` or a change of the ratio: hand in the state of that moment.
 
         Args:
             state_dict: of this very optimizer, saved when A and B were what they are now. Default: see above.
 
         Raises:
-            ValueError: if a factor is NaN or infinite, or for a state that `load_state_dict` would not take.
+            ValueError: if a factor is NaN or infinite, if a W was written by somebody else since the last move, or for
+                a state that `load_state_dict` would not take.
             WeightMismatchError: if the state is not one of this run, or A and B are not those of the state.
             RuntimeError: if a branch is merged, or in `base_weights`. In each case nothing is changed.
         """
@@ -591,6 +594,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     def _resync(self, weights: Sequence[WeightState], state_dict: dict[str, Any] | None) -> restarts.Resync:
         if state_dict is None:
+            refuse_overwritten(weights, "resync()")
             self._set_ratios()
             return restarts.Resync(weights, self._writer("resync"))
         record, inner_state = split_record(state_dict)

@@ -6,7 +6,7 @@ The factors tell, since the ledger keeps them as the last move left them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltaopt.ledger import Factors
 from deltaopt.messages import layers, warn_user
+from deltaopt.overwritten import BY_SOMEBODY_ELSE, is_hidden, overwriting, warn_of_overwritten
 from deltaopt.tensors import is_plain
 
 if TYPE_CHECKING:
@@ -25,14 +26,31 @@ CASTS = (torch.float16, torch.bfloat16, torch.float32)
 IN_A_STEP = (
     "A and B of {} were changed between two steps, by something else than this optimizer (an adapter was loaded or "
     "averaged, or another optimizer such as Lookahead wrote it). Each W stays where the last move left it, as this "
-    "change is no step: call optimizer.resync() after changing A and B, if W is to follow. Later changes are not told "
-    "until then"
+    "change is no step: call optimizer.resync() after changing A and B, if W is to follow; or load the optimizer's "
+    "state of that moment, if W was loaded with them. Later changes are not told until then"
 )
 
 IN_A_FORWARD_PASS = (
     "A and B of {} are not those that the last move of W left. If an adapter was loaded or averaged, W does not belong "
     "to it: call optimizer.resync(), or load the optimizer's state of that checkpoint. If another optimizer trains A "
     "and B now, W is right as it is"
+)
+
+HIDDEN_IN_A_FORWARD_PASS = (
+    "{} (If every W was replaced with A and B, by an average of the whole model, nothing is to be done: rounding hides "
+    "that in 16 bits)"
+)
+
+HIDDEN_IN_AN_EXPORT = (
+    "A and B of {} are not those that the last move of W left, and rounding hides whether their 16-bit W was replaced "
+    "too: an exported adapter counts W as the last move left it. After an average of the whole model that is not the "
+    "model as it is now: merge (deltaopt.merged_weights). After a change of A and B alone call optimizer.resync() first"
+)
+
+AT_THE_BASE = (
+    f"the W of {{}} {BY_SOMEBODY_ELSE}, so that W minus what training has moved it by is not the base, and neither is "
+    "the output without the adapter. Load the weights and the optimizer's state of a checkpoint, or take W as it is as "
+    "the base (optimizer.rebase())"
 )
 
 
@@ -74,7 +92,7 @@ class Watch:
     def warn(self) -> None:
         """Warn of what steps have found, once for each W until `resync` or a loaded state."""
         found, self._found = self._found, []
-        labels = [weight.label for weight in _not_told(found, "step")]
+        labels = [weight.label for weight in _not_told(found, "step") if overwriting(weight) is None]
         if labels:
             warn_user(IN_A_STEP.format(layers(labels)))
 
@@ -86,16 +104,42 @@ class Watch:
         """
         if self.rests or (first is not None and not _is_left_behind(first)):
             return
-        labels = [weight.label for weight in _not_told(filter(_is_left_behind, self._weights), "forward")]
-        if labels:
-            warn_user(IN_A_FORWARD_PASS.format(layers(labels)))
+        found = _not_told(filter(_is_left_behind, self._weights), "forward")
+        if found:
+            text = IN_A_FORWARD_PASS.format(layers([weight.label for weight in found]))
+            warn_user(HIDDEN_IN_A_FORWARD_PASS.format(text) if any(map(is_hidden, found)) else text)
+
+    def look_at_base(self, first: WeightState) -> None:
+        """Warn if W minus its displacement, which `first` needs, is not the base, once for each W; name all layers."""
+        if self.rests or not first.written_by_others or _is_traced():
+            return
+        first.written_by_others = False
+        if overwriting(first) is not None:
+            found = [weight for weight in self._weights if weight is first or overwriting(weight) is not None]
+            labels = [weight.label for weight in _not_told(found, "base")]
+            if labels:
+                warn_user(AT_THE_BASE.format(layers(labels)))
+
+
+def warn_before_export(weights: Sequence[WeightState]) -> None:
+    """Warn if a W, or perhaps a W, was written by somebody else, so that an adapter is not the model as it is now."""
+    warn_of_overwritten(weights, "an exported adapter")
+    labels = [weight.label for weight in weights if weight.moved and is_hidden(weight) and _is_elsewhere(weight)]
+    if labels:
+        warn_user(HIDDEN_IN_AN_EXPORT.format(layers(labels)))
+
+
+def _is_left_behind(weight: WeightState) -> bool:
+    """Tell if W belongs to other factors than those that are there, and nobody was told of it."""
+    # Where W was replaced with A and B, by the average of a whole model, it belongs to them.
+    return "forward" not in weight.ledger.told and _is_elsewhere(weight) and overwriting(weight) is None
 
 
 @torch.no_grad()
-def _is_left_behind(weight: WeightState) -> bool:
-    """Tell if W belongs to other factors than those that are there, and nobody was told of it."""
+def _is_elsewhere(weight: WeightState) -> bool:
+    """Tell if A and B are others than those that the last move of W left, and W is not at its base."""
     ledger = weight.ledger
-    if "forward" in ledger.told or not ledger.is_current() or (weight.claim is not None and weight.claim.owner.at_base):
+    if not ledger.is_current() or (weight.claim is not None and weight.claim.owner.at_base):
         return False
     W, A, B = weight.tensors
     if not all(map(is_plain, (W, A, B))) or A.is_meta or _is_traced():

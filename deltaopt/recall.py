@@ -16,6 +16,7 @@ from deltaopt.checks import check_finite
 from deltaopt.ledger import combined
 from deltaopt.lowrank import Term
 from deltaopt.messages import problems_of, raise_problems
+from deltaopt.overwritten import overwriting
 from deltaopt.restarts import Resync
 from deltaopt.rounding.writer import Writer, put_
 from deltaopt.sharding import put_whole_
@@ -107,10 +108,21 @@ def _placed(weight: WeightState, saved: SavedLedger) -> list[Term]:
     return saved.ledger_for(weight).to(tensors.W.device, tensors.compute_dtype()).displacement()
 
 
+def _is_otherwise(weight: WeightState, saved: SavedLedger) -> bool:
+    """Tell if what others have written to W is not what they had written when the state was saved."""
+    here, then = overwriting(weight), saved.overwritten
+    return (here is None) != (then is None) or (here is not None and then is not None and not here.same_as(then))
+
+
 def _problems(weight: WeightState, saved: SavedLedger) -> list[str]:
     found = [reason for ledger in (saved.ledger, weight.ledger) if (reason := ledger.lost) is not None]
     # A W that has not moved is its base.
     here = weight_record(weight) if weight.base is None else weight.base.record()
     if here != (saved.W if saved.base is None else saved.base.record()):
         found.append("the state counts from another base than this optimizer has moved W from")
+    elif _is_otherwise(weight, saved):
+        found.append(
+            "its W was written by somebody else, before the state was saved or since (a whole model was loaded, or an "
+            "average was copied in). If all weights of that moment are loaded, load the state with load_state_dict()"
+        )
     return found + factor_problems(weight, saved)

@@ -124,6 +124,8 @@ def at_a_glance(weights: Sequence[WeightState], step_count: int) -> str:
     if folded:
         where = f"update_ratio is folded into {len(folded)} of {total} branches, which move for W"
     counts = [weight.moves for weight in folded or moved]
+    if not folded and not any(count is None or count for count in counts):
+        return f"no step has reported a move of W yet in {steps}{_waiting(weights, step_count)}"
     return f"{where}, {_times(counts)} in {steps}{_waiting(weights, step_count)}"
 
 

@@ -193,17 +193,16 @@ class Following:
             ends = [_factors_of(weight) for weight in self._weights]
             finite = all(bool(factor.isfinite().all()) for pair in ends for factor in pair)
             self._moves = [
-                _FollowingMove(weight, start, end, [], [])
+                _FollowingMove(weight, start, end, _changed_outside(weight, start), [], [])
                 for weight, start, end in zip(self._weights, self._starts, ends, strict=True)
                 if finite and not all(map(torch.equal, start, end))
             ]
-        for weight, start, end, written, recorded in self._moves:
+        for weight, start, end, left, written, recorded in self._moves:
             ledger = weight.ledger
             weight.note_base()
             self._writer.add_terms_(weight, [Term(ledger.coef, *end), Term(-ledger.coef, *start)], written)
-            assert ledger.end is not None
-            if not recorded and not all(map(torch.equal, ledger.end, start)):  # somebody else had changed A and B
-                note(recorded, partial(ledger.extend, ledger.coef, start, ledger.end))
+            if left is not None and not recorded:
+                note(recorded, partial(ledger.extend, ledger.coef, start, left))
             ledger.end = end
 
     def unfinished(self) -> list[str]:
@@ -212,13 +211,24 @@ class Following:
 
 
 class _FollowingMove(NamedTuple):
-    """The move of one W, by the change of A and B from `start` to `end`."""
+    """The move of one W, by the change of A and B from `start` to `end`.
+
+    The last move left A and B at `left`, if somebody else has changed them since; else it is None.
+    """
 
     weight: WeightState
     start: Factors
     end: Factors
+    left: Factors | None
     written: list[Any]
     recorded: list[Any]
+
+
+def _changed_outside(weight: WeightState, now: Factors) -> Factors | None:
+    """Return A and B as the last move left them, if they are others than `now`."""
+    end = weight.ledger.end
+    assert end is not None
+    return None if all(map(torch.equal, end, now)) else end
 
 
 def _factors_of(weight: WeightState) -> Factors:

@@ -24,12 +24,14 @@ class AdapterSave(NamedTuple):
         is_whole: tells of the `self` of a call if it takes all weights this time.
         takes_notes: the config that it writes may have a key that its readers do not know: they warn of it. Others
             would refuse the whole file.
+        adapter: the local variable of the function that names the adapter, where a model may have several.
     """
 
     does: str
     instead: str
     is_whole: Callable[[Any], bool] = lambda model: False
     takes_notes: bool = True
+    adapter: str | None = None
 
 
 ADAPTER_SAVES: dict[tuple[str, str], AdapterSave] = {}
@@ -76,15 +78,18 @@ class SaveWatch:
             module.register_state_dict_pre_hook(SaveGuard(watch, branch))
         return watch
 
-    def note_save(self) -> AdapterSave | None:
+    def note_save(self, factor: str | None = None) -> AdapterSave | None:
         """Return the save of an adapter that is running while its W has moved, and warn of it once; None if none is.
 
         A save that has the optimizer's state next to it is enough to resume from, so it does not warn.
+
+        Args:
+            factor: the name of the factor that is asked for. The save of another adapter than its own does not count.
         """
         if not self._guards:
             return None
         save = _running_save(sys._getframe(1))
-        if save is None:
+        if save is None or not (factor is None or save.adapter is None or f".{save.adapter}." in f".{factor}."):
             return None
         if not self.said and not save.resumable:
             self.said = True
@@ -115,7 +120,7 @@ class SaveGuard:
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Warn if an adapter is being saved; torch calls this before it collects the module's tensors."""
         if not self.watch.said:
-            self.watch.note_save()
+            self.watch.note_save(prefix + self.branch)
 
 
 def unpickled_guard(instead: object, of: object, watch: SaveWatch, branch: str) -> SaveGuard:
@@ -155,6 +160,7 @@ class _RunningSave(NamedTuple):
     text: str
     resumable: bool
     stacklevel: int
+    adapter: str | None
 
 
 def _running_save(frame: FrameType | None) -> _RunningSave | None:
@@ -164,6 +170,7 @@ def _running_save(frame: FrameType | None) -> _RunningSave | None:
         frame: of the caller, which has the stack level 2 for a warning.
     """
     found: tuple[str, AdapterSave] | None = None
+    adapter: str | None = None
     libraries = {"torch", *(library for library, _ in ADAPTER_SAVES)}
     resumable, level, stacklevel = False, 2, 2
     while frame is not None:
@@ -171,6 +178,8 @@ def _running_save(frame: FrameType | None) -> _RunningSave | None:
         save = ADAPTER_SAVES.get((library, name))
         if save is not None and not save.is_whole(frame.f_locals.get("self")):
             found, stacklevel = (name, save), level
+            if adapter is None and save.adapter is not None:
+                adapter = frame.f_locals.get(save.adapter)
         elif found is not None and stacklevel == level - 1 and library in libraries:
             stacklevel = level  # a library's own function that called it, as Trainer's
         saves_the_rest = RESUMABLE_SAVES.get((library, name))
@@ -184,7 +193,7 @@ def _running_save(frame: FrameType | None) -> _RunningSave | None:
         f"is not in it: on the pristine base it does not give the trained model. {save.instead}. To *resume* training "
         "the adapter is enough, as long as optimizer.state_dict() is saved with it"
     )
-    return _RunningSave(save, text, resumable, stacklevel + 1)
+    return _RunningSave(save, text, resumable, stacklevel + 1, adapter)
 
 
 def _guards_on(module: nn.Module) -> list[SaveGuard]:

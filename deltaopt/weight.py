@@ -49,6 +49,7 @@ class WeightState:
         folded_since: the number of the step, from 0, that folded the present ratio into the branch; None if none is, or
             that is not known.
         base_sample: some elements of the base, which tell if somebody else writes W; None if not known.
+        written_by_others: True if W was written since, as far as torch counts that, and nobody has looked at it yet.
     """
 
     def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
@@ -64,6 +65,7 @@ class WeightState:
         self.moves: int | None = 0
         self.folded_since: int | None = None
         self.base_sample: Tensor | None = None
+        self.written_by_others = False
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -213,6 +215,7 @@ class WeightState:
         if self.base is not None and is_plain(W) and not W.is_meta and (version := _version(W)) != self._left:
             self._left = version
             self._back = Fingerprint(self.triple.view.part(W.detach())).record() == self.base.record()
+            self.written_by_others = not self._back
         return self._back
 
     def fingerprint(self) -> Fingerprint:

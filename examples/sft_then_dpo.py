@@ -83,8 +83,8 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=lora,
         optimizer_cls_and_kwargs=optimizer,
+        callbacks=[DeltaLoRACallback()],
     )
-    sft.add_callback(DeltaLoRACallback(sft))
     sft.train()
     first = options.output / "sft" / f"checkpoint-{options.steps}" / "export"
 
@@ -94,9 +94,9 @@ def main() -> None:
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=tokenizer,
         peft_config=lora,
+        callbacks=[DeltaLoRACallback()],
     )
     dpo.optimizer_cls_and_kwargs = optimizer  # this trainer has no argument for it
-    dpo.add_callback(DeltaLoRACallback(dpo))
     dpo.train()
     second = options.output / "dpo" / f"checkpoint-{options.steps}" / "export"
 

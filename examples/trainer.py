@@ -79,8 +79,8 @@ def main() -> None:
                 "start_step": options.start_step,
             },
         ),
+        callbacks=[DeltaLoRACallback()],
     )
-    trainer.add_callback(DeltaLoRACallback(trainer))
     trainer.train()
 
     export = options.output / f"checkpoint-{options.steps}" / "export"

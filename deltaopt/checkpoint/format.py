@@ -141,8 +141,9 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     records = [group.pop(KEY, None) for group in param_groups]
     if not records or any(record is None for record in records):
         raise ValueError(
-            "this state was not saved by a DeltaLoRAOptimizer: it has no step count and no triples. To take over "
-            "the moments of a plain optimizer's state, load it into optimizer.inner instead"
+            "this state was not saved by a DeltaLoRAOptimizer: it has no step count and no triples. Begin a new run "
+            "from the adapter that was saved with it; the moments of a plain optimizer cannot be taken over, as its "
+            "parameters are in another order"
         )
     schema = records[0].get("schema")
     if schema not in READ:

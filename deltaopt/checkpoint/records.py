@@ -13,6 +13,7 @@ from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash
 from deltaopt.groups import checked_count
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
+from deltaopt.overwritten import Difference, overwriting
 from deltaopt.sharding import gathered
 from deltaopt.tensors import FLOATS
 from deltaopt.triple import LoRATriple
@@ -67,6 +68,7 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "folded_since": weight.folded_since,
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
+        "overwritten": _difference_record(overwriting(weight)),
         "whole": whole_hash(weight.part()) if hides else None,
         "A": factor_fingerprint(weight.tensors.A).record(),
         # A state_dict of the model gives A multiplied and rounded.
@@ -98,6 +100,7 @@ class SavedLedger:
         folded_since: see there.
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
+        overwritten: what somebody else had made of the base until then; None if nothing is known of that.
         now: by letter, the record of each factor's fingerprint when it was saved.
         bits: A as it was; None of a run whose state_dicts give it as it is.
         stored: the factor of A in state_dicts of that moment.
@@ -120,6 +123,7 @@ class SavedLedger:
         self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "AB"}
         self.bits = None if record.get("bits") is None else _tensor_of(record["bits"])
         self.stored = float(record.get("stored", 1.0))
+        self.overwritten = _difference_of(record.get("overwritten"))
         W = record["W"]
         self.W = None if W is None else Fingerprint.of_record(W).record()
 
@@ -183,6 +187,14 @@ def _tensor_of(record: dict[str, Any]) -> Tensor:
         return torch.eye(n, dtype=dtype).expand(*lead, n, n)
     data = bytearray(base64.b64decode(record["data"], validate=True))
     return torch.frombuffer(data, dtype=dtype).reshape(record["shape"]).clone()
+
+
+def _difference_record(difference: Difference | None) -> dict[str, Any] | None:
+    return None if difference is None else _tensor_record(torch.stack(difference))
+
+
+def _difference_of(record: dict[str, Any] | None) -> Difference | None:
+    return None if record is None else Difference(*_tensor_of(record))
 
 
 def _is_identity(tensor: Tensor) -> bool:

@@ -73,11 +73,15 @@ class Resumption(NamedTuple):
             _rebuilt_for[whole_hash(weight.part())] = _saved_hash(self.saved)
         elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
             weight.writable_compensation(weight.part()).copy_(self.compensation)
-        weight.base_sample = base_sample(weight) if weight.moved else None
         if weight.moved:
             weight.triple.weight_moves()
         else:
             weight.triple.weight_rests()
+
+    def note_base_sample(self) -> None:
+        """Note what tells later if somebody else writes W, or had done so in the saved run; last of all."""
+        known = None if self.rebuild or self.saved.overwritten is None else self.saved.overwritten.base
+        self.weight.base_sample = base_sample(self.weight) if known is None else known
 
 
 def plan(
@@ -142,7 +146,10 @@ def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
     """
     for resumption in decided:
         resumption.carry_out(writer)
-    return _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
+    missing = _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
+    for resumption in decided:
+        resumption.note_base_sample()
+    return missing
 
 
 @torch.no_grad()
@@ -200,7 +207,17 @@ def _compensate(left_alone: Sequence[WeightState], writer: Writer) -> list[str]:
 
 
 def _warn_of_what_was_done(decided: Sequence[Resumption], writer: Writer) -> None:
-    """Say where W was neither what was saved nor the base, and where 16 bits were rebuilt: no ledger has roundings."""
+    """Say where W was neither what was saved nor the base, and where it was rebuilt from less than it was made of."""
+    others = [r.weight.label for r in decided if r.rebuild and r.saved.overwritten is not None]
+    if others:
+        warnings.warn(
+            f"the W of {layers(others)} was not base + displacement when the state was saved: somebody else had "
+            "written it (an average was copied in, or it was pruned), and the state does not hold that. It was rebuilt "
+            "as base + displacement, which is another weight. Load the whole model of that checkpoint; or call "
+            "rebase() after such changes, and save the whole model then",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     replaced = [r.weight.label for r in decided if r.base is not None]
     if replaced:
         warnings.warn(

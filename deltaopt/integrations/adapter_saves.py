@@ -34,11 +34,12 @@ def _saves_its_optimizer(trainer: Any) -> bool:
 
 ADAPTER_SAVES.update(
     {
-        ("peft", "save_pretrained"): AdapterSave("writes", _PEFT),
-        ("peft", "get_peft_model_state_dict"): AdapterSave("returns", _PEFT),
+        ("peft", "save_pretrained"): AdapterSave("writes", _PEFT, adapter="adapter_name"),
+        ("peft", "get_peft_model_state_dict"): AdapterSave("returns", _PEFT, adapter="adapter_name"),
         ("transformers", "save_pretrained"): AdapterSave("writes", _PEFT, _has_no_adapter_of_its_own),
         ("transformers", "get_adapter_state_dict"): AdapterSave("returns", _PEFT),
         ("diffusers", "save_lora_adapter"): AdapterSave("writes", _DIFFUSERS, takes_notes=False),
+        # Of its training scripts.
         ("diffusers", "_collate_lora_metadata"): AdapterSave(
             "describes", _DIFFUSERS, takes_notes=False
         ),  # of its training scripts

@@ -183,9 +183,7 @@ def test_a_state_that_a_hook_hands_back_is_the_one_that_is_loaded(rule):
 def test_refuses_a_state_of_a_plain_optimizer(rule):
     run = trained_run(rule)
     plain = torch.optim.AdamW(run.factors)
-    loading_is_refused(
-        run, plain.state_dict(), "not saved by a DeltaLoRAOptimizer.*load it into optimizer.inner instead"
-    )
+    loading_is_refused(run, plain.state_dict(), "not saved by a DeltaLoRAOptimizer.*Begin a new run from the adapter")
 
 
 @pytest.mark.parametrize("key", ["state", "param_groups"])
@@ -362,12 +360,14 @@ def test_a_hook_may_replace_a_weight(moment):
     assert optimizer.weights()[0].moved
 
 
+@pytest.mark.filterwarnings("ignore:A and B of 1 layer .* were changed between two steps:UserWarning")
 def test_factors_that_were_changed_after_the_last_move_are_saved_as_they_were():
     """The ledger ends with the factors of the last move; those that are there now are not a step's."""
     run = LayerRun(zero=False, gradients="noise").train(3)
     asked = run.displacement()
     with torch.no_grad():
         run.stored.A.mul_(1.5)
+    run.changed_outside = True
     twin = run.twin()
     assert torch.equal(twin.displacement(), asked)
     for r in (run, twin):

@@ -184,7 +184,11 @@ def test_rows_of_one_weight_in_two_optimizers_do_not_compete():
     optimizers = [
         DeltaLoRAOptimizer(
             torch.optim.SGD,
-            [LoRATriple(W, A[rows[0] : rows[1]].detach().requires_grad_(), B.detach().requires_grad_(), rows=rows)],
+            [
+                LoRATriple(
+                    W, A[rows[0] : rows[1]].detach().requires_grad_(), B.detach().clone().requires_grad_(), rows=rows
+                )
+            ],
             lr=0.1,
         )
         for rows in ((0, 4), (4, 8), (3, 5))[:2]

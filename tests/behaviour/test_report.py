@@ -84,7 +84,7 @@ def test_print_waits_for_no_device():
     run = noisy_run(weight_update=internals.as_on_a_gpu(reports=itertools.repeat(False)))
     run.train(3)
     assert len(internals.pending_updates(run.optimizer)) == 3
-    assert "W moved, no move by a step reported yet in 3 steps" in glance(run.optimizer)
+    assert "no step has reported a move of W yet in 3 steps" in glance(run.optimizer)
     assert len(internals.pending_updates(run.optimizer)) == 3
     assert layer_of(run).moves == 3
     assert glance(run.optimizer) == "1 of 1 W moved, 3 moves in 3 steps"
@@ -178,6 +178,13 @@ def test_steps_that_change_nothing_are_no_moves():
     assert (layer.moves, layer.asked, layer.kept, layer.moved) == (0, 0.0, None, False)
     assert layer.next_step == "moves W by update_ratio 1.5"
     assert "layers whose W has moved: 0 of 1; skipped" in str(run.optimizer.report())
+
+
+def test_a_run_whose_updates_were_all_skipped_has_moved_no_w():
+    run = noisy_run()
+    for _ in range(2):
+        run.happen("skipped")
+    assert "no step has reported a move of W yet in 2 steps" in glance(run.optimizer)
 
 
 def test_skipped_updates_are_counted():
@@ -304,7 +311,7 @@ def test_after_an_interrupted_step(monkeypatch):
         internals.fail_at_write(patch, 2, 3)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
-    assert "no move by a step reported yet in 0 steps" in glance(optimizer)
+    assert "no step has reported a move of W yet in 0 steps" in glance(optimizer)
     assert [layer.moves for layer in optimizer.report().layers] == [1, 1, 1]
     assert glance(optimizer) == "3 of 3 W moved, 1 move in 1 step"
 

@@ -65,6 +65,14 @@ def test_the_tensors_of_the_adapter_alone_are_loud(moved):
     loud(lambda: get_peft_model_state_dict(moved[0]), "get_peft_model_state_dict")
 
 
+def test_another_adapter_is_quiet_and_keeps_the_warning_for_the_one_that_moved(moved, tmp_path):
+    model = moved[0]
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "1"]))
+    quiet(lambda: model.save_pretrained(tmp_path, selected_adapters=["other"]))
+    quiet(lambda: get_peft_model_state_dict(model, adapter_name="other"))
+    loud(lambda: model.save_pretrained(tmp_path), "save_pretrained")
+
+
 def test_a_model_with_transformers_own_adapter_is_loud():
     model = tiny_llama()
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))

@@ -5,12 +5,11 @@ import warnings
 
 import pytest
 import torch
-from torch.optim import swa_utils
 
 from deltaopt import DeltaLoRAOptimizer
 from tests.integrations.test_trainer import trainer_for, wrapped
 from tests.support import internals
-from tests.support.compare import assert_same_bits, bits
+from tests.support.compare import bits
 from tests.support.models import batches, loss_of, peft
 from tests.support.peft_runs import ModelRun, peft_asks_by_an_old_name
 
@@ -32,7 +31,8 @@ def evaluate(model):
 
 
 def adapter(run):
-    return copy.deepcopy(peft.get_peft_model_state_dict(run.model))
+    with warnings.catch_warnings(action="ignore"):  # it says that W is not in it
+        return copy.deepcopy(peft.get_peft_model_state_dict(run.model))
 
 
 def by_peft(run, best, folder):
@@ -63,8 +63,7 @@ def by_exchange(run, best, folder):
 def by_a_folder(run, best, folder):
     other = ModelRun()
     peft.set_peft_model_state_dict(other.model, best)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         other.model.save_pretrained(folder)
     run.model.load_adapter(folder, "default", is_trainable=True)
 
@@ -186,18 +185,62 @@ def test_trainer_that_loads_its_best_model(accelerator_of, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_averaged_models_are_the_mean_of_models(moment, run):
-    """AveragedModel averages every W too: that is the mean, and nothing is said."""
-    model = ModelRun().model if moment == "before" else run.model
-    averaged = swa_utils.AveragedModel(model)
-    start = bits(model)
+AT_THE_BASE = r"the W of 10 layers \(.*\) was written by somebody else since.*neither is the output without the adapter"
+
+
+def reference(run):
+    """Evaluate the base, as DPO and GRPO do at each step."""
+    with run.model.disable_adapter():
+        return evaluate(run.model)
+
+
+@torch.no_grad()
+def average_all(run, earlier):
+    for name, p in run.model.named_parameters():
+        p.lerp_(earlier[name], 0.5)
+
+
+def test_the_output_without_the_adapter_says_that_it_is_not_the_base():
+    """After an average of the whole model; once, and not of one that is the base of what comes."""
+    pristine = reference(ModelRun())
+    run = ModelRun().train(DATA[:1])
+    earlier = bits(run.model)
+    run.train(DATA[1:])
+    torch.testing.assert_close(reference(run), pristine, rtol=0, atol=1e-9)
+    average_all(run, earlier)
+    with pytest.warns(UserWarning, match=AT_THE_BASE) as caught:
+        found = reference(run)
+    assert len(caught) == 1
+    assert float((found - pristine).abs().max()) > 1e-4
+    average_all(run, earlier)
+    reference(run)
+    run.optimizer.rebase()
+    found = reference(run)
     run.train(DATA)
-    averaged.update_parameters(run.model)
-    if moment == "before":  # the first update copies
-        assert_same_bits(averaged.module, bits(run.model))
-    averaged.update_parameters(run.model)
-    assert set(bits(averaged.module)) == set(start)
-    evaluate(averaged)
-    evaluate(run.model)
-    swa_utils.update_bn([DATA[0]], averaged)
+    torch.testing.assert_close(reference(run), found, rtol=0, atol=1e-9)
+    average_all(run, earlier)
+    with pytest.warns(UserWarning, match=AT_THE_BASE):
+        reference(run)
+
+
+def test_no_false_alarm_at_the_base(run):
+    """Where the present bits are written again, the base is loaded, or W is at its base or in a resumed run."""
+    pristine = {name: p for name, p in ModelRun().model.state_dict().items() if "lora_" not in name}
+    run.model.load_state_dict(run.model.state_dict())
+    before = reference(run)
+    state = copy.deepcopy(run.state())
+    run.train(DATA)
+    reference(run)
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    torch.testing.assert_close(reference(run), before, rtol=0, atol=1e-9)
+    with run.optimizer.base_weights():
+        reference(run)
+    reference(run)
+    run.model.load_state_dict(pristine, strict=False)
+    reference(run)
+    run.optimizer.load_state_dict(state["optimizer"])
+    torch.testing.assert_close(reference(run), before, rtol=0, atol=1e-9)
+    run.optimizer.restart()
+    run.train(DATA)
+    torch.testing.assert_close(reference(run), before, rtol=0, atol=1e-9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaopt import DeltaLoRAOptimizer, find_triples
-from deltaopt.integrations.trainer import DeltaLoRACallback
+from deltaopt.integrations.trainer import DeltaLoRACallback, DeltaLoRAFactory
 from tests.support.compare import relative
 from tests.support.models import RATIO, Rows, causal_lm, deltas, transformers, weights
 from tests.support.peft_runs import peft_asks_by_an_old_name
@@ -260,9 +260,30 @@ def test_the_callback_wants_its_own_trainer(accelerator_of, tmp_path):
     run = Run(tmp_path / "one")
     with pytest.raises(TypeError, match=r"expected the Trainer, got a LlamaForCausalLM: trainer\.add_callback"):
         DeltaLoRACallback(causal_lm().unload())
-    other = Run(tmp_path / "two")
+    other = Run(tmp_path / "two", max_steps=1)
     other.trainer.remove_callback(DeltaLoRACallback)
     other.trainer.add_callback(DeltaLoRACallback(run.trainer))
     with pytest.raises(ValueError, match="it was made for another Trainer"):
         other.train()
-    assert isinstance(other.trainer, transformers.Trainer)
+    other.trainer.remove_callback(DeltaLoRACallback)
+    other.trainer.add_callback(DeltaLoRACallback(other.trainer))
+    other.train()
+
+
+def test_a_callback_that_no_trainer_has_is_named(accelerator_of, tmp_path):
+    run = Run(tmp_path)
+    args, state, control = run.trainer.args, run.trainer.state, run.trainer.control
+    optimizer = DeltaLoRAOptimizer.for_model(run.model, torch.optim.AdamW, lr=1e-2)
+    with pytest.raises(ValueError, match="no Trainer with these arguments has it among its callbacks"):
+        DeltaLoRACallback().on_train_begin(args, state, control, optimizer=optimizer)
+
+
+def test_a_callback_may_be_given_as_a_class(accelerator_of, tmp_path):
+    """Trainer makes it then. Two Trainers at once do not get mixed up."""
+    other = Run(tmp_path / "other")
+    factory = (DeltaLoRAFactory, {"inner": torch.optim.AdamW, "lr": 1e-2})
+    settings = arguments(tmp_path / "own", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = trainer_of(settings, factory, causal_lm(torch.float32), callbacks=[DeltaLoRACallback])
+    trainer.train()
+    assert (tmp_path / "own" / "checkpoint-1" / "export").is_dir()
+    assert other.trainer.state.global_step == 0

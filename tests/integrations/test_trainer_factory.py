@@ -93,7 +93,7 @@ def test_each_trial_of_a_search_begins_with_a_pristine_w(accelerator_of, tmp_pat
         return {"learning_rate": learning_rate}
 
     trainer = trainer_of(args, (DeltaLoRAFactory, options), callbacks=[Look()])
-    trainer.add_callback(DeltaLoRACallback(trainer))
+    trainer.add_callback(DeltaLoRACallback())
     trainer.hyperparameter_search(
         hp_space=space,
         n_trials=2,
@@ -115,6 +115,10 @@ def test_the_arguments_give_what_the_options_do_not(tmp_path):
     assert optimizer.param_groups[0]["lr"] == 1e-1
 
 
+def test_adamw_is_the_default_as_trainers_is():
+    assert type(DeltaLoRAFactory()(causal_lm(), lr=1e-2).inner) is torch.optim.AdamW
+
+
 def test_it_has_no_empty_groups_and_trains_what_else_requires_grad():
     model = causal_lm()
     norm = model.base_model.model.model.norm.weight.requires_grad_()
@@ -126,8 +130,10 @@ def test_it_has_no_empty_groups_and_trains_what_else_requires_grad():
 
 
 WRONG = {
-    "inner": ({"lr": 1e-2}, r"`inner` is missing, expected the class of the optimizer.*\"inner\": torch.optim.AdamW"),
-    "no class": ({"inner": "adamw", "lr": 1e-2}, r"`inner` is 'adamw', expected the class"),
+    "no class": (
+        {"inner": "adamw", "lr": 1e-2},
+        r"`inner` is 'adamw', expected the class.*\"inner\": torch.optim.AdamW",
+    ),
     "unknown": (
         {**OPTIONS, "updte_ratio": 1.0, "momentun": 0.9},
         r"neither DeltaLoRAOptimizer nor AdamW takes updte_ratio, momentun \(did you mean update_ratio\?\)\. They ",

@@ -110,7 +110,7 @@ def trainer_push(run: Run) -> Model:
 
 
 def with_callback(trainer: transformers.Trainer) -> transformers.Trainer:
-    trainer.add_callback(DeltaLoRACallback(trainer))
+    trainer.add_callback(DeltaLoRACallback())
     return trainer
 
 

@@ -110,9 +110,8 @@ class Run:
             arguments(folder, **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **settings}),
             (DeltaLoRAFactory, options),
             self.model,
-            callbacks=[self.record],
+            callbacks=[self.record, DeltaLoRACallback(resume_from=resume_from)],
         )
-        self.trainer.add_callback(DeltaLoRACallback(self.trainer, resume_from))
 
     def train(self, resume_from: Path | None = None) -> "Run":
         self.trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))

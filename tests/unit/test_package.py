@@ -32,8 +32,8 @@ ORDER = [
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
     *("stored_factors", "averaged", "save_watch"),
-    *("upkeep", "outside", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
-    *("overwritten", "checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
+    *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
+    *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
     *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]

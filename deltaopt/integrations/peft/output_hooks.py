@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaopt.base import SIXTEEN_BITS, put_back
 from deltaopt.base_hooks import Absence, OutputHook, hook_of
+from deltaopt.integrations.peft.scaled_copies import are_equal, scale_copies
 from deltaopt.layer_output import output_problem, standing_in, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import joined
@@ -51,6 +52,7 @@ class LayerHook(OutputHook):
         self._name = name
         self._known: dict[str, ReferenceType[Any] | None] | None = None  # adapters that are no copies; None: not asked
         self._noted_for: WeightState | None = None  # when it began to move
+        self._looked_at: dict[str, ReferenceType[Any] | None] = {}  # adapters, by `scale_copies`
         self.factor: ReferenceType[Any] | None = None  # of the adapter; None: it goes by its name
 
     def put_on(self) -> None:
@@ -85,7 +87,10 @@ class LayerHook(OutputHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Correct the output of a forward pass, for copies of the adapter that are new too."""
+        again = not torch.compiler.is_compiling() and self.scale_copies()
+        output = (module.forward(*args, **kwargs),) if again else output
         result = super().__call__(module, args, kwargs, *output)
+        result = output[0] if again and result is None else result
         if result is not None and not torch.compiler.is_compiling():
             for hook in self._adopted(module):  # torch does not call them in this pass yet
                 again = hook(module, args, kwargs, result)
@@ -93,8 +98,20 @@ class LayerHook(OutputHook):
         return result
 
     def attend(self) -> None:
-        """Lend the movement to copies of the adapter that no forward pass has met yet."""
+        """Scale copies of the adapter that no forward pass has met yet, and lend them the movement."""
+        self.scale_copies()
         self._adopted(self.module)
+
+    def scale_copies(self) -> bool:
+        """Scale adapters that are new copies of one whose branch is scaled; return True if there were any."""
+        layer: Any = self.module
+        present = _adapters(layer)
+        new = [name for name, factor in present.items() if not _is_known(self._looked_at, name, factor)]
+        if not new or (isinstance(self.movement, RunningMovement) and self.movement.at_base()):
+            return False
+        found = scale_copies(layer, new, present, self.label)
+        self._looked_at = self._present()
+        return found
 
     def corrected(self, output: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
         """Return the output without the movement of W, in these rows; with that of copies that are new."""
@@ -148,7 +165,7 @@ class LayerHook(OutputHook):
             for hook in [hook for hook in hooks_on(layer) if not hook.in_weight and hook.adapter == name]:
                 hook.take_off()  # it was of an earlier adapter with this name
             lenders = [self, *(hook for hook in hooks_on(layer) if not hook.in_weight)]
-            equal = [hook for hook in lenders if name != hook.adapter and _are_equal(layer, name, hook.adapter)]
+            equal = [hook for hook in lenders if name != hook.adapter and are_equal(layer, name, hook.adapter)]
             found += [hook._lend_to(name) for hook in equal[:1]]
         self._known = self._present()
         return found
@@ -166,7 +183,8 @@ class LayerHook(OutputHook):
     def not_copied(self) -> dict[str, Any]:
         """Return the attributes that belong to this very hook, as a copy has them."""
         known = None if self._known is None else dict[str, Any].fromkeys(self._known)
-        return {**super().not_copied(), "_known": known, "_noted_for": None, "factor": None}
+        looked_at = dict[str, Any].fromkeys(self._looked_at)
+        return {**super().not_copied(), "_known": known, "_looked_at": looked_at, "_noted_for": None, "factor": None}
 
     def base_of(self, W: Tensor) -> Tensor:
         """Return a copy of W, or of what stands in for it, minus the movement."""
@@ -211,6 +229,8 @@ class ParameterHook(LayerHook):
             return
         if self._standing and self._comes_first(module):
             self._undo()
+        if not torch.compiler.is_compiling():
+            self.scale_copies()
         absence = self._shared or self.absence(module, kwargs)
         if absence is not True:
             self.look(module)
@@ -409,16 +429,6 @@ def _wrappers(layer: nn.Module) -> Iterator[Any]:
 def _is_known(known: Mapping[str, ReferenceType[Any] | None], name: str, factor: object) -> bool:
     """Tell if an adapter is the one that was known by this name; in a copy of the model the name is enough."""
     return name in known and ((reference := known[name]) is None or reference() is factor)
-
-
-def _are_equal(layer: Any, one: str, other: object) -> bool:
-    """Tell if two adapters of a layer have equal factors, and not only zeros."""
-    found = []
-    for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
-        if one in factors and other in factors:
-            found.append([getattr(factors[name], "weight", factors[name]) for name in (one, other)])
-    alike = all(a.device == b.device and torch.equal(a, b) for a, b in found)
-    return alike and any(bool(a.any()) for a, _ in found)  # after a restart one of them is zero
 
 
 def _adapters(layer: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch import nn
 
 from deltaopt.integrations.peft.moved_config import Configs, note_moved
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
+from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
 from deltaopt.movement import Movement
 from deltaopt.save_watch import SaveWatch, is_watched, leave
 from deltaopt.scaling import holder_of
-from deltaopt.stored_factors import StoredFactor
 from deltaopt.triple import LoRATriple, Tensors
 
 CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
@@ -56,7 +55,7 @@ class PeftTriple(LoRATriple):
         self._start = start
         self._configs = configs
         self._alpha = layer.lora_alpha[adapter]
-        A, B = _factor_paths(layer, adapter)
+        A, B = factor_paths(layer, adapter)
         super().__init__(
             (layer, _weight_path(layer)),
             (layer, A),
@@ -65,11 +64,11 @@ class PeftTriple(LoRATriple):
             name=name,
             layout=_layout(layer),
         )
-        self._set_scaling = partial(_set_scaling, adapter, self._alpha / self.scaling)
+        self._set_scaling = partial(set_scaling, adapter, self._alpha / self.scaling)
         self.saves = saves
         self.layer_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
         self.output_hook = self.layer_hook
-        self._scale_copies()
+        self.layer_hook.scale_copies()
 
     @property
     def longer_name(self) -> str:
@@ -127,27 +126,6 @@ class PeftTriple(LoRATriple):
 
     def _set_branch(self, value: float) -> None:
         self._set_scaling(self.layer, value)
-
-    def _scale_copies(self) -> None:
-        """Scale the branches of adapters that were copied from this one: their config has the alpha of before.
-
-        TRL's trainers make such a "ref" of the adapter that trains on.
-        """
-        factor, layer = self.stored_factor, self.layer
-        if factor == 1.0:
-            return
-        for adapter in set(layer.lora_alpha) - {self.adapter}:
-            A, B = (attrgetter(path)(layer) for path in _factor_paths(layer, adapter))
-            place = holder_of(layer, _factor_paths(layer, adapter)[0])
-            first = layer.scaling[adapter]
-            is_first = math.isclose(first * factor, layer.scaling[self.adapter], rel_tol=1e-9)
-            if not is_first or StoredFactor.on(*place) is not None:
-                continue
-            if A.shape == self.A.shape and torch.equal(A, self.A) and torch.equal(B, self.B):
-                hook = StoredFactor(place[1], first, f"{self.label} ({adapter})")
-                hook.put_on(place[0])
-                _set_scaling(adapter, layer.lora_alpha[adapter] / first, layer, layer.scaling[self.adapter])
-                hook.note(layer.scaling[adapter])
 
     def _scaling_of_copies(self) -> tuple[nn.Module, Callable[[nn.Module, float], object]]:
         return self.layer, partial(_rescale, self.adapter, self._set_scaling)
@@ -223,27 +201,6 @@ class PeftTriple(LoRATriple):
         cosines.diagonal(dim1=-2, dim2=-1).zero_()
         coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)  # PEFT computes the start in W's dtype
         return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
-
-
-def _factor_paths(layer: lora.LoraLayer, adapter: str) -> tuple[str, str]:
-    """Return where A and B of an adapter are in its layer."""
-    if isinstance(layer, lora.Embedding):
-        return f"lora_embedding_B.{adapter}", f"lora_embedding_A.{adapter}"
-    return f"lora_B.{adapter}.weight", f"lora_A.{adapter}.weight"
-
-
-def _set_scaling(adapter: str, alpha: float, layer: Any, value: float) -> None:
-    """Set a layer's scaling, and its alpha, from which PEFT may compute the scaling again.
-
-    Args:
-        adapter: the name of the adapter.
-        alpha: that belongs to a scaling of 1.
-        layer: PEFT's.
-        value: the scaling.
-    """
-    rounded = float(f"{alpha * value:.12g}")
-    layer.scaling[adapter] = value
-    layer.lora_alpha[adapter] = int(rounded) if rounded.is_integer() else rounded
 
 
 def _rescale(adapter: str, set_scaling: Callable[[Any, float], None], layer: Any, ratio: float) -> None:

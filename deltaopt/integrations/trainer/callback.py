@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from deltaopt.checkpoint.files import PathLike, load, save
 from deltaopt.integrations.peft import save_adapter
 from deltaopt.integrations.trainer.factory import DeltaLoRAFactory
+from deltaopt.integrations.trainer.owner import is_owned, trainer_of
 from deltaopt.integrations.trainer.reasons import Reasons
 from deltaopt.integrations.trainer.small_state import saves_adapter_alone, small_state, whole_state
 from deltaopt.metrics import has_moved, movement_metrics
@@ -53,29 +54,29 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
     - A run in which no W has moved says so at its end, with the reason.
 
     Args:
-        trainer: whose callback it is. When training begins it takes the first place among the callbacks, so that the
-            others see what it has added to the logs.
+        trainer: whose callback it is. Default: it finds the Trainer that has it among its callbacks. When training
+            begins it takes the first place among them, so that the others see what it has added to the logs.
         resume_from: the folder of the checkpoint that is resumed, if it was written with ``save_only_model=True`` and
             has been moved since.
 
     Raises:
-        TypeError: when training begins, if Trainer's optimizer is no `DeltaLoRAOptimizer`.
-        ValueError: when training begins, if the run is resumed without the movement of W, or with that of another run.
-            `WeightMismatchError` is one: A and B are not those of the checkpoint. W is left alone then.
+        TypeError: if `trainer` is none; when training begins, if Trainer's optimizer is no `DeltaLoRAOptimizer`.
+        ValueError: when training begins, if the callback is another Trainer's, or the run is resumed without the
+            movement of W, or with that of another run. `WeightMismatchError` is one: A and B are not those of the
+            checkpoint. W is left alone then.
 
     Example:
-        >>> def trainer_with_figures(trainer):
-        ...     trainer.add_callback(DeltaLoRACallback(trainer))
-        ...     return trainer
+        >>> callbacks = [DeltaLoRACallback()]  # Trainer(..., callbacks=callbacks)
     """
 
-    def __init__(self, trainer: Any, resume_from: PathLike | None = None) -> None:
-        if not hasattr(trainer, "callback_handler"):
+    def __init__(self, trainer: Any = None, resume_from: PathLike | None = None) -> None:
+        if trainer is not None and not hasattr(trainer, "callback_handler"):
             raise TypeError(
                 f"DeltaLoRACallback: expected the Trainer, got a {type(trainer).__name__}: "
-                "trainer.add_callback(DeltaLoRACallback(trainer))"
+                "trainer.add_callback(DeltaLoRACallback(trainer)), or Trainer(callbacks=[DeltaLoRACallback()])"
             )
-        self._trainer = trainer
+        self._given = trainer
+        self._found: Any = None
         self._resume_from = resume_from
         self._run = uuid.uuid4().hex
         self._reasons = Reasons()
@@ -86,21 +87,17 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Find the optimizer, take up the movement of W from a checkpoint without ``optimizer.pt``, and go first."""
         optimizer = unwrapped(optimizer)
-        callbacks = self._trainer.callback_handler.callbacks
-        if self not in callbacks:
-            raise ValueError(
-                "DeltaLoRACallback: it was made for another Trainer. Make one for each: "
-                "trainer.add_callback(DeltaLoRACallback(trainer))"
-            )
+        trainer = self._trainer_with(args)
+        callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
         self._reasons = Reasons()
         self._save_whole_states()
-        if saves_adapter_alone(self._trainer.accelerator.unwrap_model(self._trainer.model)):
+        if saves_adapter_alone(trainer.accelerator.unwrap_model(trainer.model)):
             self._leaving_out = leave_out_compensation(optimizer)
         if state.global_step > 0:
             self._resume(args, state, optimizer)
-        pointer = {"run": self._run, "folder": str(self._run_folder()), "small": bool(args.save_only_model)}
+        pointer = {"run": self._run, "folder": str(self._run_folder(args)), "small": bool(args.save_only_model)}
         state.stateful_callbacks[POINTER] = pointer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -128,7 +125,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Write the adapter for the pristine base into the checkpoint, and the small state if it has no other."""
-        optimizer, folder = unwrapped(optimizer), self._checkpoint(state)
+        optimizer, folder = unwrapped(optimizer), self._checkpoint(args, state)
         self._export(args, state, model, optimizer, folder)
         if args.save_only_model:
             content = {"run": self._run, "step": state.global_step, "optimizer": small_state(optimizer)}
@@ -140,8 +137,9 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write that adapter before files are sent to the Hub: into the checkpoint, and into what is sent."""
         optimizer = unwrapped(optimizer)
-        if self._trainer.is_in_train and self._checkpoint(state).is_dir():
-            self._export(args, state, model, optimizer, self._checkpoint(state))
+        checkpoint = self._checkpoint(args, state)
+        if self._trainer_with(args).is_in_train and checkpoint.is_dir():
+            self._export(args, state, model, optimizer, checkpoint)
         self._export(args, state, model, optimizer, Path(args.output_dir))
 
     def on_train_end(
@@ -187,7 +185,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         places = [
             *(Path(folder) for folder in (self._resume_from, args.resume_from_checkpoint) if folder is not None),
             Path(pointer["folder"]) / name,
-            self._run_folder() / name,
+            self._run_folder(args) / name,
         ]
         seen = []
         for place in dict.fromkeys(places):
@@ -208,7 +206,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
             f"DeltaLoRACallback: the run is resumed at step {step} from a checkpoint without optimizer.pt "
             f"(save_only_model=True), and its {STATE} is not in {', '.join(map(str, dict.fromkeys(places)))}{found}. "
             "Without it how far W had moved is not known. Give the folder that is resumed: "
-            "DeltaLoRACallback(trainer, resume_from=folder)"
+            "DeltaLoRACallback(resume_from=folder)"
         )
 
     def _follow_best(self, folder: Path, optimizer: DeltaLoRAOptimizer) -> None:
@@ -231,14 +229,14 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
 
     def _export(self, args: Any, state: Any, model: nn.Module, optimizer: DeltaLoRAOptimizer, folder: Path) -> None:
         """Write the adapter for the pristine base, if the adapter of `folder` itself is not that."""
-        mark, target = (folder, state.global_step), folder / EXPORT
-        if not args.should_save or (mark in self._exported and self._trainer.is_in_train):
+        trainer, mark, target = self._trainer_with(args), (folder, state.global_step), folder / EXPORT
+        if not args.should_save or (mark in self._exported and trainer.is_in_train):
             return
         # An earlier run may have left an adapter there, which must not stay next to the new one.
         if not any(weight.moved for weight in optimizer.weights()) and not target.exists():
             return
         try:
-            save_adapter(self._trainer.accelerator.unwrap_model(model), optimizer, target)
+            save_adapter(trainer.accelerator.unwrap_model(model), optimizer, target)
         except (ValueError, TypeError, RuntimeError) as error:
             warnings.warn(
                 f"{target} was not written, and the adapter in {folder} alone is not the trained model: {error}",
@@ -256,12 +254,28 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
                 f"max_lora_rank={rank} or more). The adapter in {folder} itself is for resuming: W has moved with it."
             )
 
-    def _run_folder(self) -> Path:
-        """Return the folder of the checkpoints, which is one for each trial in a hyperparameter search."""
-        return Path(self._trainer._get_output_dir(getattr(self._trainer, "_trial", None)))
+    def _trainer_with(self, args: Any) -> Any:
+        """Return the Trainer whose callback this is, and whose arguments these are.
 
-    def _checkpoint(self, state: Any) -> Path:
-        return self._run_folder() / f"checkpoint-{state.global_step}"
+        Raises:
+            ValueError: if another one was given, or none has it.
+        """
+        if self._given is not None and not is_owned(self, self._given):
+            raise ValueError(
+                "DeltaLoRACallback: it was made for another Trainer. Make one for each: "
+                "Trainer(callbacks=[DeltaLoRACallback()])"
+            )
+        if self._given is None and (self._found is None or self._found.args is not args):
+            self._found = trainer_of(self, args)
+        return self._given or self._found
+
+    def _run_folder(self, args: Any) -> Path:
+        """Return the folder of the checkpoints, which is one for each trial in a hyperparameter search."""
+        trainer = self._trainer_with(args)
+        return Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+
+    def _checkpoint(self, args: Any, state: Any) -> Path:
+        return self._run_folder(args) / f"checkpoint-{state.global_step}"
 
 
 def unwrapped(optimizer: Any) -> DeltaLoRAOptimizer:

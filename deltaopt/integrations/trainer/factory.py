@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from deltaopt.integrations.trainer.small_state import saves_adapter_alone
 from deltaopt.messages import names
@@ -41,7 +41,7 @@ class DeltaLoRAFactory:
         self,
         model: nn.Module,
         *,
-        inner: type[Optimizer] | Callable[..., Optimizer] | None = None,
+        inner: type[Optimizer] | Callable[..., Optimizer] = AdamW,
         args: Any = None,
         **options: Any,
     ) -> DeltaLoRAOptimizer:
@@ -51,7 +51,7 @@ class DeltaLoRAFactory:
 
         Args:
             model: a model with LoRA layers; Trainer hands it over.
-            inner: the class of the optimizer that trains A and B.
+            inner: the class of the optimizer that trains A and B. Default: torch's AdamW.
             args: the `TrainingArguments`. Their `learning_rate` and `weight_decay` are used where `options` do not have
                 ``lr`` and ``weight_decay`` and `inner` takes them, with the values of this moment: a hyperparameter
                 search sets them for each trial. All parameters get the same weight decay.
@@ -59,13 +59,12 @@ class DeltaLoRAFactory:
                 and the options of `inner`.
 
         Raises:
-            TypeError: for an option that neither knows, or a missing `inner` or learning rate.
+            TypeError: for an option that neither knows, or an `inner` that is no class, or a missing learning rate.
             ValueError: as `for_model`, for a model without LoRA layers among others. Nothing is changed then.
         """
         if not callable(inner):
-            given = "is missing" if inner is None else f"is {inner!r}"
             raise TypeError(
-                f"DeltaLoRAFactory: `inner` {given}, expected the class of the optimizer that trains A and B: "
+                f"DeltaLoRAFactory: `inner` is {inner!r}, expected the class of the optimizer that trains A and B: "
                 'optimizer_cls_and_kwargs=(DeltaLoRAFactory, {"inner": torch.optim.AdamW, "lr": 2e-4})'
             )
         name = getattr(inner, "__name__", repr(inner))
