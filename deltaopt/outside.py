@@ -31,8 +31,9 @@ IN_A_STEP = (
 )
 
 IN_A_FORWARD_PASS = (
-    "A and B of {} are not those that the last move of W left, so W does not belong to them (an adapter was loaded or "
-    "averaged): call optimizer.resync(), or load the optimizer's state of that checkpoint"
+    "A and B of {} are not those that the last move of W left. If an adapter was loaded or averaged, W does not belong "
+    "to it: call optimizer.resync(), or load the optimizer's state of that checkpoint. If another optimizer trains A "
+    "and B now, W is right as it is"
 )
 
 HIDDEN_IN_A_FORWARD_PASS = (
