@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltaopt.all_or_nothing import note
 from deltaopt.checkpoint.records import SavedLedger, weight_record
-from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, saved_ledgers
+from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, note_rebuilt, saved_ledgers
 from deltaopt.checks import check_finite
 from deltaopt.ledger import combined
 from deltaopt.lowrank import Term
@@ -83,6 +83,7 @@ class Recall(Resync):
                 if base is not None and not put:
                     note(put, partial(put_, weight, base))
                 self._writer.add_terms_(weight, terms, written)
+                note_rebuilt(weight, saved)
             if not before:
                 before.append((weight.base, weight.compensation))
             saved.give_to(weight)

@@ -70,7 +70,7 @@ class Resumption(NamedTuple):
         if self.rebuild:
             weight.note_write()
             writer.add_terms_(weight, weight.displacement(), self.written)
-            _rebuilt_for[whole_hash(weight.part())] = _saved_hash(self.saved)
+            note_rebuilt(weight, self.saved)
         elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
             weight.writable_compensation(weight.part()).copy_(self.compensation)
         if weight.moved:
@@ -82,6 +82,15 @@ class Resumption(NamedTuple):
         """Note what tells later if somebody else writes W, or had done so in the saved run; last of all."""
         known = None if self.rebuild or self.saved.overwritten is None else self.saved.overwritten.base
         self.weight.base_sample = base_sample(self.weight) if known is None else known
+
+
+def note_rebuilt(weight: WeightState, saved: SavedLedger) -> None:
+    """Let a later load of the same state know a W that was moved to where it was saved, up to rounding.
+
+    Not where that is the base: the load would take the rounded one as the base.
+    """
+    if saved.W is not None and saved.base is not None:
+        _rebuilt_for[whole_hash(weight.part())] = _saved_hash(saved)
 
 
 def plan(

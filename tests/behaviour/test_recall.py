@@ -134,6 +134,20 @@ def test_of_a_W_that_has_got_another_base_since_it_is_refused_from_before_the_fi
     refused(lambda: run.optimizer.resync(state), WeightMismatchError, "from another base", lambda: run.tensors)
 
 
+@pytest.mark.parametrize("keep_base", [None, "cpu"])
+def test_the_same_state_may_be_loaded_after_it(keep_base):
+    """For its moments and its step count. W is left alone, without a word."""
+    run = noisy_run(keep_base=keep_base).train(2)
+    state, factors, *_ = kept(run)
+    run.train(2)
+    put_back(run, factors)
+    run.optimizer.resync(state)
+    moved = run.moved()
+    run.optimizer.load_state_dict(state)
+    assert torch.equal(run.moved(), moved)
+    assert run.optimizer.step_count == 2
+
+
 def test_interrupted_at_any_line_it_is_done_or_not():
     """W and what is known of it agree, and a second call leads to the same place. A sample of the lines."""
 
