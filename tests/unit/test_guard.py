@@ -64,6 +64,7 @@ def test_the_warning_points_at_the_users_line():
     assert caught[0].filename == __file__
 
 
+@pytest.mark.filterwarnings("ignore:A and B of .* were changed between two steps")
 @pytest.mark.parametrize("rule", strategies.RULES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_factor_that_is_not_finite_reaches_no_weight_by_either_rule(rule, value):

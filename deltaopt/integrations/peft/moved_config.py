@@ -87,16 +87,22 @@ def unpickled_config(config_and_watch: tuple[Any, SaveWatch | None], first: int)
     return moved(*config_and_watch)
 
 
-def note_moved(configs: Configs, adapter: str, saves: SaveWatch) -> None:
-    """Let the config of an adapter know that W has moved.
+def prepare(configs: Configs, adapter: str) -> None:
+    """Replace the config of an adapter by a copy that can be told of a move: it may be the user's own, or serve others.
 
-    It is replaced by a copy, as it may be the user's own and serve other models.
+    It is done before W moves, as a compiled model is compiled again where its config is another object.
     """
+    config = configs.get(adapter)
+    if isinstance(config, LoraConfig) and not isinstance(config, _Moved):
+        configs[adapter] = moved(config, None)
+
+
+def note_moved(configs: Configs, adapter: str, saves: SaveWatch) -> None:
+    """Let the config of an adapter know that W has moved."""
+    prepare(configs, adapter)
     config = configs.get(adapter)
     if isinstance(config, _Moved):
         config._deltaopt_saves = saves
-    elif isinstance(config, LoraConfig):
-        configs[adapter] = moved(config, saves)
 
 
 def configs_by_layer(modules: Iterable[nn.Module], adapter: str) -> dict[int, list[Configs]]:

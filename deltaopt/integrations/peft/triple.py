@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from deltaopt.integrations.peft.moved_config import Configs, note_moved
+from deltaopt.integrations.peft.moved_config import Configs, note_moved, prepare
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
 from deltaopt.movement import Movement
@@ -54,6 +54,8 @@ class PeftTriple(LoRATriple):
         self._allow_dropout = allow_dropout
         self._start = start
         self._configs = configs
+        for each in configs:
+            prepare(each, adapter)
         self._alpha = layer.lora_alpha[adapter]
         A, B = factor_paths(layer, adapter)
         super().__init__(
