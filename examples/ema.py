@@ -55,11 +55,11 @@ def main() -> None:
         for p, mean in zip(factors, average, strict=True):
             mean.lerp_(p.detach(), 0.1)
         if step % 25 == 0:
-            trained, before = loss().item(), model(x)
+            trained, before = loss().item(), model(x).detach()
             exchange()
             averaged = loss().item()
             exchange()
-            error = float((model(x) - before).abs().max())  # W is where it was
+            error = float((model(x).detach() - before).abs().max())  # W is where it was
             print(f"step {step}: loss {trained:.4f}, of the average {averaged:.4f}")
             print(f"and back: logits within {error:.1e} of the trained model's")
 
