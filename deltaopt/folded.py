@@ -30,6 +30,7 @@ from deltaopt.in_place import Host
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
 from deltaopt.messages import names, problems_of, raise_problems
+from deltaopt.outside import warn_of_loads
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.sharding import is_sharded
@@ -115,6 +116,7 @@ class FoldedUpdate(UpdateRule):
         """
         self.flush()
         self._changed = []
+        warn_of_loads(weights)
         self._hooks.refuse_undivided(weights)
         self._refuse_varying(weights)
         due = _due(weights, with_closure=closure is not None)
@@ -337,6 +339,7 @@ def _set(triple: LoRATriple, ratio: float, scaling: float | None = None) -> None
     triple.scaling = triple.scaling if scaling is None else scaling
     triple.folded = ratio
     triple.set_branch_scaling(triple.branch_scaling)
+    triple.forget_load()
 
 
 def _check_equal(settings: Mapping[LoRATriple, object]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.lowrank import Term
-from deltaopt.outside import Watch
+from deltaopt.outside import Watch, warn_of_loads
 from deltaopt.tensors import outside_inference_mode
 
 if TYPE_CHECKING:
@@ -70,11 +70,16 @@ class RunningMovement:
     def look(self) -> None:
         """Warn if A and B are others than the last move left, so that W does not belong to them.
 
+        With a folded ratio A and B hold what W would move by, and only a load of others than the present ratio's tells.
+
         On a GPU, where that waits for the device, it looks only in evaluation without gradients, and again only once
         A and B were written in a way that torch counts, or another step was made.
         """
+        if self._watch is None:
+            warn_of_loads([self.state])
+            return
         on_host = self.state.triple.W.device.type == "cpu"
-        if self._watch is None or self._watch.rests or not (on_host or not torch.is_grad_enabled()):
+        if self._watch.rests or not (on_host or not torch.is_grad_enabled()):
             return
         with outside_inference_mode():
             if self.state.ledger.end is None:

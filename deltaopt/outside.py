@@ -69,6 +69,26 @@ def _is_cast(kept: Tensor, now: Tensor) -> bool:
     return torch.equal(kept, now) or any(torch.equal(kept.to(dtype).to(kept.dtype), now) for dtype in CASTS)
 
 
+LOADED = (
+    "A and B of {} were loaded as they were with another update_ratio in the branch (before start_step, or before a "
+    "change of the ratio), and their W was written since, so that it does not belong to them. Load all weights of that "
+    "moment instead, or call optimizer.resync(state) with the optimizer's state of that moment"
+)
+
+
+def warn_of_loads(weights: Iterable[WeightState]) -> None:
+    """Warn if A and B in a scaled branch were loaded without the W that belongs to them, once for each load."""
+    loads = {
+        load: None
+        for weight in weights
+        if (load := weight.triple.load) is not None and not load.said and weight.is_off_base()
+        if not weight.written_by_others and (weight.claim is None or not weight.claim.owner.at_base)
+    }
+    for load in loads:
+        load.said = True
+        warn_user(LOADED.format(layers(load.labels)))
+
+
 class Watch:
     """Watches the factors of all weights that one optimizer moves in place.
 

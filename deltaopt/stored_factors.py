@@ -29,11 +29,25 @@ MARK = "deltaopt"
 KNOWN = 1 << 17
 """The number of hashes that are remembered: of some hundred state_dicts of a large model."""
 
-_known: dict[int, None] = {}
-"""Hashes of values for a first scaling: handed out, or loaded. Facts about contents, hence for the process."""
+_known: dict[int, float] = {}
+"""By the hashes of values for a first scaling, handed out or loaded: the factor that their branch had then."""
 
-_new: list[Tensor] = []
+_new: list[tuple[Tensor, float]] = []
 """Those that were added last, on their devices."""
+
+
+class Load:
+    """One call that has loaded values into branches which have another scaling than when these were given.
+
+    Attributes:
+        labels: of the layers.
+        said: True once somebody was warned of it.
+    """
+
+    def __init__(self, call: object) -> None:
+        self.call = call
+        self.labels: list[str] = []
+        self.said = False
 
 
 def stored_form(A: Tensor, factor: float) -> Tensor:
@@ -68,7 +82,10 @@ class StoredFactor:
     Attributes:
         name, label: as given.
         follower: what lets a copy that averages parameters follow the original; None of a model in training.
+        load: the last one, if its value of A was given when the branch had another scaling; else None.
     """
+
+    _last_load = Load(None)
 
     _warned_in: Any = None  # an object of the last call of a whole model's (load_)state_dict in which one hook warned
 
@@ -77,6 +94,7 @@ class StoredFactor:
         self.label = label
         self._first = self._now = scaling
         self.follower: Follower | None = None
+        self.load: Load | None = None
         self._copies: weakref.WeakSet[Follower] = weakref.WeakSet()
         self._places: tuple[Any, ...] = ()
 
@@ -162,7 +180,7 @@ class StoredFactor:
         if state_dict[key] is not A:
             metadata.setdefault(MARK, {})[self.name] = factor
         if factor == 1.0:
-            _remember(A)
+            _remember(A, factor)
             return
         if state_dict[key] is A:
             self._warn_once(
@@ -175,7 +193,7 @@ class StoredFactor:
         # A write into a tensor that is not A would be lost; torch refuses to write one that was made like this.
         with torch.inference_mode():
             state_dict[key] = stored_form(state_dict[key], factor)
-        _remember(state_dict[key])
+        _remember(state_dict[key], factor)
 
     @torch.no_grad()
     def _taken(self, A: Tensor, value: Tensor, mark: Mapping[str, float] | None, call: object) -> Tensor:
@@ -183,15 +201,16 @@ class StoredFactor:
         factor = self.factor
         if value.shape != A.shape:  # torch refuses it
             return value
+        given_at = _factor_of(value.to(A.dtype)) if mark is None else mark.get(self.name)  # files have other dtypes
+        self._note_load(given_at, call)
         if factor == 1.0:
-            _remember(value.to(A.dtype))
+            _remember(value.to(A.dtype), factor if given_at is None else given_at)
             return value
-        marked = mark is not None and self.name in mark
-        if not marked and _is_same(value, A):
+        if mark is None and _is_same(value, A):
             return value
         if _is_same(value, stored_form(A, factor)):
             return A.detach().clone()
-        if not marked and not _is_known(value.to(A.dtype)):  # adapter files may be read in another dtype
+        if given_at is None and value.any():
             self._warn_once(
                 call,
                 f"load_state_dict() has divided what was loaded for A of {self.label}, and of every other scaled "
@@ -201,6 +220,15 @@ class StoredFactor:
                 "torch.no_grad(), or keep copies of model.state_dict() as it is",
             )
         return raw_form(value, factor)
+
+    def _note_load(self, given_at: float | None, call: object) -> None:
+        """Note whether the branch had another scaling when a value that is loaded was given."""
+        self.load = None
+        if given_at is not None and not math.isclose(given_at, self.factor, rel_tol=1e-9):
+            if StoredFactor._last_load.call is not call:
+                StoredFactor._last_load = Load(call)
+            self.load = StoredFactor._last_load
+            self.load.labels.append(self.label)
 
     @classmethod
     def _warn_once(cls, call: object, text: str) -> None:
@@ -264,22 +292,22 @@ def _is_same(value: Tensor, other: Tensor) -> bool:
     return torch.equal(value.to(other.device, dtype), other.to(dtype))
 
 
-def _remember(value: Tensor) -> None:
-    _new.append(_hash(value))
+def _remember(value: Tensor, factor: float) -> None:
+    _new.append((_hash(value), factor))
     if len(_new) >= 4096:
         _read_new()
 
 
-def _is_known(value: Tensor) -> bool:
-    """Tell if this value is known to be for a first scaling; zero is for every one."""
+def _factor_of(value: Tensor) -> float | None:
+    """Return the factor that a branch had when this value was given for its first scaling; None if not known."""
     _read_new()
-    return int(_hash(value)) in _known or not value.any()
+    return _known.get(int(_hash(value))) if value.any() else None
 
 
 def _read_new() -> None:
     """Wait for the devices, and forget the oldest hashes where there are too many."""
-    for content in _new:
-        _known[int(content)] = None
+    for content, factor in _new:
+        _known[int(content)] = factor
     _new.clear()
     if len(_known) > KNOWN:
         for oldest in list(_known)[:-KNOWN]:

@@ -18,7 +18,7 @@ from deltaopt.layouts import MatrixView, shape
 from deltaopt.movement import Movement
 from deltaopt.save_watch import SaveWatch, leave
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
-from deltaopt.stored_factors import StoredFactor
+from deltaopt.stored_factors import Load, StoredFactor
 from deltaopt.tensors import FLOATS, is_plain
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -297,6 +297,18 @@ class LoRATriple:
         """Return what `stored_factor` would be if the branch had this scaling."""
         hook = self._stored_hook()
         return 1.0 if hook is None else hook.factor_at(scaling * self.branch.in_hook)
+
+    @property
+    def load(self) -> Load | None:
+        """The last load of A, if its value was given when the branch had another scaling; else None."""
+        hook = self._stored_hook()
+        return None if hook is None else hook.load
+
+    def forget_load(self) -> None:
+        """Forget how A was loaded: W belongs to it."""
+        hook = self._stored_hook()
+        if hook is not None:
+            hook.load = None
 
     def _stored_hook(self) -> StoredFactor | None:
         place = self._place_of_A()
