@@ -151,7 +151,8 @@ class Resync:
             warnings.warn(
                 f"resync() moved the 16-bit weights of {layers(rounded)} in one rounded step; training had rounded "
                 "after each step, so they differ slightly from what they were with these factors. With keep_base they "
-                "would be base + displacement; or load a checkpoint that holds W",
+                "would be base + displacement. If W was loaded with these factors, or averaged with them, it was where "
+                "it belongs before resync(), and is not now: load that model again, and its optimizer's state",
                 RuntimeWarning,
                 stacklevel=3,
             )
