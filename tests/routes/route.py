@@ -99,12 +99,15 @@ class Outcome:
 
     @property
     def cell(self) -> str:
-        """As the table shows it."""
-        return self.kind if self.kind != "loud" else f'loud: "{shortened(self.words[0])}"'
+        """As the table shows it; what is said of a model that is right shows too, as it may be a false alarm."""
+        if not self.words:
+            return self.kind
+        return f'{self.kind}{":" if self.kind == "loud" else ", saying"} "{shortened(self.words[0])}"'
 
 
 def shortened(message: str) -> str:
     """Return the beginning of a message, without what differs between machines, as a cell of a table."""
+    message = re.sub(r"(?<!\w)/\S*/", ".../", message)  # the folder of a run
     words = " ".join(message.split()).replace("|", "/").replace('"', "'").replace("`", "")
     return words if len(words) <= SHOWN else words[:SHOWN].rsplit(" ", 1)[0] + " ..."
 

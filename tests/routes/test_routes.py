@@ -107,4 +107,5 @@ def test_a_cell_shows_the_beginning_of_what_was_said():
     cell = Outcome("loud", 1.0, [said, "another"]).cell
     assert cell.startswith('loud: "save_adapter / writes it, and more words')
     assert cell.endswith(' ..."')
-    assert Outcome("right", 0.0, ["a false alarm"]).cell == "right"
+    assert Outcome("right", 0.0, ["a false alarm"]).cell == 'right, saying "a false alarm"'
+    assert Outcome("right", 0.0).cell == "right"

@@ -148,14 +148,16 @@ def trainer_resume_of_the_model_with_callback(run: Run) -> Model:
     return _resumed(run, with_callback, save_only_model=True)
 
 
-def _best(run: Run, add: Callable[..., transformers.Trainer] = lambda trainer: trainer) -> transformers.Trainer:
+def _best(
+    run: Run, add: Callable[..., transformers.Trainer] = lambda trainer: trainer, best: int = 3
+) -> transformers.Trainer:
     truths = Truths(run)
-    # The best step is an earlier one, as the loss of this metric falls.
-    options = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = add(trainer_of(run, truths, load_best_model_at_end=True, **options))
+    # The best step is the first that is evaluated, as the loss of this metric falls.
+    options = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    trainer = add(trainer_of(run, truths, eval_strategy="steps", eval_steps=best, save_steps=best, **options))
     trainer.train()
-    assert trainer.state.best_global_step == 3
-    run.truth = truths.outputs[3]
+    assert trainer.state.best_global_step == best
+    run.truth = truths.outputs[best]
     return trainer
 
 
@@ -168,6 +170,18 @@ def trainer_best_model(run: Run) -> Model:
 @route("transformers", "the same, with `DeltaLoRACallback`")
 def trainer_best_model_with_callback(run: Run) -> Model:
     _best(run, with_callback)
+    return run.model
+
+
+@route("transformers", "`load_best_model_at_end=True` where the best step is before step K, then evaluate")
+def trainer_best_model_before_k(run: Run) -> Model:
+    _best(run, best=1)
+    return run.model
+
+
+@route("transformers", "the same, with `DeltaLoRACallback`, from before step K")
+def trainer_best_model_before_k_with_callback(run: Run) -> Model:
+    _best(run, with_callback, best=1)
     return run.model
 
 
