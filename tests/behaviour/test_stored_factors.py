@@ -176,6 +176,7 @@ def test_raw_copies_are_warned_of_once_for_the_model():
     torch.testing.assert_close(layer.A.detach(), raw["0.A"] / 3)
 
 
+@pytest.mark.extra
 def test_values_stay_known_over_many_state_dicts():
     """A best checkpoint may be loaded that is older than many saves of a model of some hundred layers."""
     layer, _ = trained()
