@@ -857,7 +857,8 @@ class DeltaLoRAOptimizer(Optimizer):
             lines += [
                 f"Triples {i}: {len(group.triples)}, update_ratio={group.update_ratio}, start_step={group.start_step}"
             ]
-        return "\n".join([*lines, at_a_glance(self._weights, self._step_count), f"inner: {self._inner!r}", ")"])
+        line = at_a_glance(self._weights, self._step_count, self._rule.skipped_at_a_glance())
+        return "\n".join([*lines, line, f"inner: {self._inner!r}", ")"])
 
     def _become(
         self,

@@ -38,7 +38,7 @@ def test_each_checkpoint_has_an_adapter_that_is_the_trained_model(rule, start, a
 
 @pytest.mark.parametrize(("start", "step", "rank", "server"), [("zero", 2, 3, 8), ("later", 4, 6, 8)])
 def test_the_log_says_once_what_a_server_has_to_allow(start, step, rank, server, accelerator_of, tmp_path, caplog):
-    """vLLM takes 1, 8, 16, ... only."""
+    """The rank that was written, and the next one of 1, 8, 16, ..., which vLLM takes."""
     with caplog.at_level(logging.WARNING):
         Run(tmp_path, start=start, max_steps=4).train()
     said = [record.getMessage() for record in caplog.records if "to serve" in record.getMessage()]
