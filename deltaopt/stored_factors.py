@@ -271,7 +271,7 @@ def _remember(value: Tensor) -> None:
 
 
 def _is_known(value: Tensor) -> bool:
-    """Tell if this value is known to be for a first scaling; zero is for every one."""
+    """Tell if this value is known to be for a first scaling; zero is right for every scaling."""
     _read_new()
     return int(_hash(value)) in _known or not value.any()
 
