@@ -1,8 +1,8 @@
 """Copies of a folded model that average its parameters, and were made before its branches were scaled.
 
 `AveragedModel` copies the model and writes averages of the parameters into the copy, whose branch keeps the scaling
-that it was copied with. The parameters are those of a scaled branch, so the copy's branch has to be scaled as well. It
-is, at the first forward pass or state_dict after somebody has written its A without a gradient of its own.
+that it was copied with. The parameters are those of a scaled branch, so the copy's branch has to be scaled as well.
+That happens at the first forward pass or state_dict after its A was written without a gradient of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rescale = Callable[[nn.Module, float], object]
 
 
 class _Seen(NamedTuple):
-    """An A, to be known again: its version, and a hash, since a write to ``.data`` has no version.
+    """What recognizes an A that was not written since: its version, and a hash, as ``.data.copy_()`` has no version.
 
     The hash is of the numbers: a copy that was cast to a wider dtype holds the same ones.
     """
@@ -82,7 +82,7 @@ class Follower:
         self._copied = _Seen.of(A)
 
     def watch(self) -> None:
-        """Watch the copy: the original's branch has got another scaling."""
+        """Watch the copy, as the original's branch has got another scaling."""
         A = self._A()
         if A is None or self._handles:
             return

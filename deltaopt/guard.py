@@ -32,6 +32,16 @@ class FiniteGuard:
         """The number of updates that were not applied. Waits for the device."""
         return self._before + (int(self._count) if self._count is not None else 0)
 
+    def at_a_glance(self) -> str:
+        """Say how many there are by what the host knows; empty if it knows of none. Nothing is read from a device."""
+        on_host = self._count is None or self._count.device.type == "cpu"
+        if on_host:
+            return f"skipped updates: {self.skipped}" if self.skipped else ""
+        known = self._before
+        if self._arrived is not None and self._arrived[1].query():
+            known += int(self._arrived[0])
+        return f"skipped updates: {known} or more" if known else ""
+
     @staticmethod
     def verdict(tensors: Sequence[Tensor]) -> Tensor:
         """Tell if all numbers on all devices are finite: a 0-d bool on the device of the first."""

@@ -77,7 +77,7 @@ class Ledger:
     Attributes:
         rests: number of steps that have trained A and B and left W where it was.
         rests_at_end: that number at the last move; another one where `end` is not what a step has left.
-        told: where the user was told that A and B are others than those in `end`.
+        told: where a warning has said that A and B differ from those in `end`.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ class Movement(Protocol):
     """What a hook asks of one W. All of it may change from one forward pass to the next."""
 
     def moved(self) -> bool:
-        """Tell if W is another one than its base now."""
+        """Tell if W differs from its base now."""
 
     def terms(self) -> Sequence[Term]:
         """Return low-rank terms that add up to what W was asked to move by.
@@ -68,7 +68,7 @@ class RunningMovement:
         return claim is not None and claim.owner.at_base
 
     def look(self) -> None:
-        """Warn if A and B are others than the last move left, so that W does not belong to them.
+        """Warn if A and B differ from those that the last move left, so that W does not belong to them.
 
         With a folded ratio A and B hold what W would move by, and only a load of others than the present ratio's tells.
 
@@ -146,7 +146,7 @@ class FollowedMovement:
         self._hook = hook
 
     def moved(self) -> bool:
-        """Tell if W is another one than its base now."""
+        """Tell if W differs from its base now."""
         return self._hook.movement is not None and self._hook.movement.moved()
 
     def terms(self) -> Sequence[Term]:

@@ -786,7 +786,7 @@ class DeltaLoRAOptimizer(Optimizer):
             writer = rounding.during("resume", record["step_count"])
             before = [branch_record(weight.triple) for weight in weights]
             saved = [triple for group in record["groups"] for triple in group["triples"]]
-            anew = [] if record["ledgers"] else resume.stored_anew(weights, saved)
+            factors = [] if record["ledgers"] else resume.rescaled_factors(weights, saved)
             groups, loaded = self._inner.param_groups, list[Any]()
             uncompensated: list[str] = []
 
@@ -800,7 +800,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._rule.forget()
                 self._hold(weights)
                 if not record["ledgers"]:
-                    for weight, A in anew:
+                    for weight, A in factors:
                         put_whole_(weight.tensors.A, A)
                     for weight in weights:
                         weight.rebase()
@@ -857,7 +857,8 @@ class DeltaLoRAOptimizer(Optimizer):
             lines += [
                 f"Triples {i}: {len(group.triples)}, update_ratio={group.update_ratio}, start_step={group.start_step}"
             ]
-        return "\n".join([*lines, at_a_glance(self._weights, self._step_count), f"inner: {self._inner!r}", ")"])
+        line = at_a_glance(self._weights, self._step_count, self._rule.skipped_at_a_glance())
+        return "\n".join([*lines, line, f"inner: {self._inner!r}", ")"])
 
     def _become(
         self,

@@ -1,7 +1,7 @@
-"""Changes of A and B from outside: between steps, by somebody else than the optimizer. A W in place does not follow.
+"""Changes of A and B that the optimizer has not made: between its steps. In place W does not follow them.
 
-A loaded adapter, an averaged one, Lookahead: A and B are then others than the last move left, and W belongs to those.
-The factors tell, since the ledger keeps them as the last move left them.
+A loaded adapter, an averaged one, Lookahead: A and B then differ from those that the last move left, to which W
+belongs. A comparison finds that, since the ledger keeps the factors as the last move left them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CASTS = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that a model may have been in for a while."""
 
 IN_A_STEP = (
-    "A and B of {} were changed between two steps, by something else than this optimizer (an adapter was loaded or "
+    "A and B of {} were changed between two steps, by something other than this optimizer (an adapter was loaded or "
     "averaged, or another optimizer such as Lookahead wrote it). Each W stays where the last move left it, as this "
     "change is no step: call optimizer.resync() after changing A and B, if W is to follow; or load the optimizer's "
-    "state of that moment, if W was loaded with them. Later changes are not told until then"
+    "state of that moment, if W was loaded with them. Until then no further change is reported"
 )
 
 IN_A_FORWARD_PASS = (
@@ -37,8 +37,8 @@ IN_A_FORWARD_PASS = (
 )
 
 HIDDEN_IN_A_FORWARD_PASS = (
-    "{} (If every W was replaced with A and B, by an average of the whole model, nothing is to be done: rounding hides "
-    "that in 16 bits)"
+    "{} (If every W was replaced with A and B, by an average of the whole model, you need to do nothing: rounding "
+    "hides that in 16 bits)"
 )
 
 HIDDEN_IN_AN_EXPORT = (
@@ -55,7 +55,7 @@ AT_THE_BASE = (
 
 
 def changed(end: Factors, now: Factors) -> bool:
-    """Tell if A and B are others than `end`, and not only rounded: a model may have been cast, and cast back.
+    """Tell if A and B differ from `end` by more than a cast: a model may have been cast, and cast back.
 
     Args:
         end: A and B as the last move left them.
@@ -112,7 +112,7 @@ class Watch:
     def warn(self) -> None:
         """Warn of what steps have found, once for each W until `resync` or a loaded state."""
         found, self._found = self._found, []
-        labels = [weight.label for weight in _not_told(found, "step") if overwriting(weight) is None]
+        labels = [weight.label for weight in _not_reported(found, "step") if overwriting(weight) is None]
         if labels:
             warn_user(IN_A_STEP.format(layers(labels)))
 
@@ -120,11 +120,11 @@ class Watch:
         """Warn if W does not belong to A and B, once for each W until `resync` or a loaded state; name all layers.
 
         Args:
-            first: looks at this weight, and at the others only if they are worth it. Default: looks at all.
+            first: looks at this weight first, and at the others only if its W was left behind. Default: looks at all.
         """
         if self.rests or (first is not None and not _is_left_behind(first)):
             return
-        found = _not_told(filter(_is_left_behind, self._weights), "forward")
+        found = _not_reported(filter(_is_left_behind, self._weights), "forward")
         if found:
             text = IN_A_FORWARD_PASS.format(layers([weight.label for weight in found]))
             warn_user(HIDDEN_IN_A_FORWARD_PASS.format(text) if any(map(is_hidden, found)) else text)
@@ -136,7 +136,7 @@ class Watch:
         first.written_by_others = False
         if overwriting(first) is not None:
             found = [weight for weight in self._weights if weight is first or overwriting(weight) is not None]
-            labels = [weight.label for weight in _not_told(found, "base")]
+            labels = [weight.label for weight in _not_reported(found, "base")]
             if labels:
                 warn_user(AT_THE_BASE.format(layers(labels)))
 
@@ -150,14 +150,14 @@ def warn_before_export(weights: Sequence[WeightState]) -> None:
 
 
 def _is_left_behind(weight: WeightState) -> bool:
-    """Tell if W belongs to other factors than those that are there, and nobody was told of it."""
+    """Tell if W belongs to other factors than the present ones, and no warning has said so."""
     # Where W was replaced with A and B, by the average of a whole model, it belongs to them.
     return "forward" not in weight.ledger.told and _is_elsewhere(weight) and overwriting(weight) is None
 
 
 @torch.no_grad()
 def _is_elsewhere(weight: WeightState) -> bool:
-    """Tell if A and B are others than those that the last move of W left, and W is not at its base."""
+    """Tell if A and B differ from those that the last move of W left, and W is not at its base."""
     ledger = weight.ledger
     if not ledger.is_current() or (weight.claim is not None and weight.claim.owner.at_base):
         return False
@@ -176,8 +176,8 @@ def _is_traced() -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _not_told(weights: Iterable[WeightState], where: str) -> list[WeightState]:
-    """Return those whose change was not told yet, and note that it is."""
+def _not_reported(weights: Iterable[WeightState], where: str) -> list[WeightState]:
+    """Return the weights whose change no warning has reported there, and note that one does now."""
     found = [weight for weight in weights if where not in weight.ledger.told]
     for weight in found:
         weight.ledger.told |= {where}

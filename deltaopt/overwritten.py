@@ -1,7 +1,7 @@
 """Weights that somebody else has written since they moved: an average of models that was copied in, for example.
 
-The ledger does not know of that, so base + displacement is not W any more. A sample of the base tells: what W is there
-minus its displacement has to be the base, up to rounding. Rounding hides it in 16 bits, unless it is compensated.
+The ledger does not know of that, so base + displacement is not W any more. A sample of the base shows it: W minus its
+displacement has to equal the base there, up to rounding. Rounding hides it in 16 bits, unless it is compensated.
 """
 
 from __future__ import annotations

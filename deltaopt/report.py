@@ -53,7 +53,7 @@ class LayerReport:
 
     @property
     def moved(self) -> bool:
-        """True if the effective weight was moved: W, or what a folded branch holds in its place."""
+        """True if the effective weight was asked to move: W, or what a folded branch holds in its place."""
         return bool(self.moves) if self.asked is None else self.asked != 0.0
 
 
@@ -84,8 +84,8 @@ class Report:
     def __str__(self) -> str:
         moved = sum(layer.moved for layer in self.layers)
         headline = (
-            f"steps: {self.step_count} ({self.weight_update}); layers whose {'effective ' * self._folds}W has moved: "
-            f"{moved} of {len(self.layers)}; skipped updates: {self.skipped_updates}"
+            f"steps: {self.step_count} ({self.weight_update}); layers whose {'effective ' * self._folds}W was "
+            f"asked to move: {moved} of {len(self.layers)}; skipped updates: {self.skipped_updates}"
         )
         rows = [("moves", "asked for", "of W", "kept", "next step", "layers"), *map(_row, _alike(self.layers))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -113,20 +113,30 @@ def report_of(
     return Report(step_count, weight_update, skipped_updates, layers)
 
 
-def at_a_glance(weights: Sequence[WeightState], step_count: int) -> str:
-    """Say in a line if W has moved, by what the host knows; nothing is read from a device."""
+def at_a_glance(weights: Sequence[WeightState], step_count: int, skipped: str) -> str:
+    """Say in a line if W was asked to move, by what the host knows; nothing is read from a device.
+
+    Args:
+        weights: of the optimizer.
+        step_count: the number of steps.
+        skipped: says how many updates were skipped; empty if none is known.
+    """
+    return "; ".join(part for part in (_moves_in(weights, step_count), skipped, *_waiting(weights, step_count)) if part)
+
+
+def _moves_in(weights: Sequence[WeightState], step_count: int) -> str:
     total, steps = len(weights), _counted(step_count, "step")
     moved = [weight for weight in weights if weight.moves or weight.moved]
     folded = [weight for weight in weights if weight.triple.folded]
     if not moved and not folded:
-        return f"no W has moved in {steps}{_waiting(weights, step_count)}"
-    where = f"{len(moved)} of {total} W moved"
+        return f"no W has moved in {steps}"
+    where = f"W asked to move: {len(moved)} of {total}"
     if folded:
         where = f"update_ratio is folded into {len(folded)} of {total} branches, which move for W"
     counts = [weight.moves for weight in folded or moved]
     if not folded and not any(count is None or count for count in counts):
-        return f"no step has reported a move of W yet in {steps}{_waiting(weights, step_count)}"
-    return f"{where}, {_times(counts)} in {steps}{_waiting(weights, step_count)}"
+        return f"no step has reported a move of W yet in {steps}"
+    return f"{where}, {_times(counts)} in {steps}"
 
 
 def _times(counts: Sequence[int | None]) -> str:
@@ -143,12 +153,12 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _waiting(weights: Sequence[WeightState], step_count: int) -> str:
+def _waiting(weights: Sequence[WeightState], step_count: int) -> list[str]:
     """Say which layers the next step leaves alone, where that is by a number of the user's."""
     groups = {weight.group: None for weight in weights}
     sentences = {_rests(group, step_count): None for group in groups if _rests(group, step_count)}
     some = "" if len(groups) == 1 else "in some groups "
-    return "".join(f"; {some}{sentence}" for sentence in sentences)
+    return [f"{some}{sentence}" for sentence in sentences]
 
 
 def _rests(group: DeltaGroup, step_count: int) -> str:
@@ -181,10 +191,12 @@ def _next_step(weight: WeightState, ratio: float, step: int, folds: bool) -> str
         return resting if not weight.triple.folded else f"takes update_ratio {weight.triple.folded:g} out of the branch"
     if not folds:
         return f"moves W by update_ratio {ratio:g}" if ratio else "ratio 0: W rests"
-    since = "" if weight.folded_since is None else f" (since step {weight.folded_since})"
+    since = "" if weight.folded_since is None else f"since step {weight.folded_since}"
     if ratio == weight.triple.folded:
-        return f"moves the branch, with update_ratio {ratio:g} folded in{since}" if ratio else "ratio 0: W rests"
-    return f"folds update_ratio {ratio:g} into the branch, in the place of {weight.triple.folded:g}{since}"
+        known = since and f" ({since})"
+        return f"moves the branch, with update_ratio {ratio:g} folded in{known}" if ratio else "ratio 0: W rests"
+    so_far = f"{weight.triple.folded:g} so far{since and f', {since}'}"
+    return f"folds update_ratio {ratio:g} into the branch ({so_far})"
 
 
 class _Known:
@@ -346,4 +358,4 @@ def _span(numbers: Sequence[Any], shown: Any) -> str:
     if not numbers or numbers[0] is None:
         return "unknown"
     low, high = shown(min(numbers)), shown(max(numbers))
-    return low if low == high else f"{low} .. {high}"
+    return low if low == high else f"{low} to {high}"

@@ -51,6 +51,10 @@ class UpdateRule:
     def skipped_updates(self, count: int) -> None:
         self._guard = FiniteGuard(count)
 
+    def skipped_at_a_glance(self) -> str:
+        """Say how many updates were skipped, as far as the host knows; empty if it knows of none."""
+        return self._guard.at_a_glance()
+
     def check_inner(self, inner: Optimizer) -> None:
         """Raise ValueError for an inner optimizer that this rule cannot follow."""
 

@@ -38,7 +38,7 @@ ADAPTER_SAVES: dict[tuple[str, str], AdapterSave] = {}
 """By library and name of the function. The integrations fill it; the core knows no library."""
 
 RESUMABLE_SAVES: dict[tuple[str, str], Callable[[Any], bool]] = {}
-"""Functions that write the optimizer's state next to an adapter; asked with their `self` whether they do this time."""
+"""Functions that write the movement of W next to an adapter; asked with their `self` whether they do this time."""
 
 
 class SaveWatch:
@@ -81,7 +81,7 @@ class SaveWatch:
     def note_save(self, factor: str | None = None) -> AdapterSave | None:
         """Return the save of an adapter that is running while its W has moved, and warn of it once; None if none is.
 
-        A save that has the optimizer's state next to it is enough to resume from, so it does not warn.
+        A save that has the movement of W next to it is enough to resume from, so it does not warn.
 
         Args:
             factor: the name of the factor that is asked for. The save of another adapter than its own does not count.

@@ -10,8 +10,9 @@ vLLM takes the same folder:
     vllm serve BASE_MODEL --enable-lora --max-lora-rank 16 --lora-modules my-adapter=FOLDER
 
 Requests choose it by `"model": "my-adapter"`. `max-lora-rank` has to be at least the rank of the adapter, and vLLM
-takes 1, 8, 16, 32, 64, 128, 256, 320 and 512; its default is 16. The rank of the adapter is up to twice that of the
-training, as it holds the movement of W too; it is the same where `start_step` was 0 and A B began at zero.
+takes 1, 8, 16, 32, 64, 128, 256, 320 and 512; its default is 16. As the adapter holds the movement of W too, its rank
+is up to twice that of the training, with a constant `update_ratio` and LoRA's usual start; it is the same where
+`start_step` was 0 as well. Each change of the ratio and each restart adds up to the rank of the training.
 `save_adapter(..., rank=16)` makes it smaller and returns the errors. BASE_MODEL is the pretrained model. vLLM takes no
 `modules_to_save`. (From vLLM's documentation; this script does not run vLLM.)
 """

@@ -162,10 +162,10 @@ def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
 
 
 @torch.no_grad()
-def stored_anew(
+def rescaled_factors(
     weights: Sequence[WeightState], branches: Sequence[Mapping[str, Any]]
 ) -> list[tuple[WeightState, Tensor]]:
-    """Return what A becomes where its branch is to be scaled and A is taken as the model has it, for its scaling now.
+    """Return each A that changes as its branch gets the saved scaling; its present values are for the present scaling.
 
     Args:
         weights: as registered now, with their tensors resolved.

@@ -28,8 +28,16 @@ def _has_no_adapter_of_its_own(model: Any) -> bool:
     return not getattr(model, "_hf_peft_config_loaded", False)
 
 
-def _saves_its_optimizer(trainer: Any) -> bool:
-    return not getattr(getattr(trainer, "args", None), "save_only_model", True)
+def _saves_the_movement(trainer: Any) -> bool:
+    """Tell if a checkpoint of this Trainer holds how far W has moved: in optimizer.pt, or by DeltaLoRACallback."""
+    saves_its_optimizer = not getattr(getattr(trainer, "args", None), "save_only_model", True)
+    return saves_its_optimizer or _has_the_callback(trainer)
+
+
+def _has_the_callback(owner: Any) -> bool:
+    """Tell if this is a Trainer with a DeltaLoRACallback, which writes the movement of W next to each adapter."""
+    callbacks = getattr(getattr(owner, "callback_handler", None), "callbacks", [])
+    return any(kind.__name__ == "DeltaLoRACallback" for callback in callbacks for kind in type(callback).__mro__)
 
 
 ADAPTER_SAVES.update(
@@ -40,10 +48,13 @@ ADAPTER_SAVES.update(
         ("transformers", "get_adapter_state_dict"): AdapterSave("returns", _PEFT),
         ("diffusers", "save_lora_adapter"): AdapterSave("writes", _DIFFUSERS, takes_notes=False),
         # Of its training scripts.
-        ("diffusers", "_collate_lora_metadata"): AdapterSave(
-            "describes", _DIFFUSERS, takes_notes=False
-        ),  # of its training scripts
+        ("diffusers", "_collate_lora_metadata"): AdapterSave("describes", _DIFFUSERS, takes_notes=False),
         ("loralib", "lora_state_dict"): AdapterSave("returns", _LORALIB),
     }
 )
-RESUMABLE_SAVES.update({("transformers", "_save_checkpoint"): _saves_its_optimizer})
+RESUMABLE_SAVES.update(
+    {
+        ("transformers", "_save_checkpoint"): _saves_the_movement,
+        ("transformers", "push_to_hub"): _has_the_callback,
+    }
+)

@@ -1,4 +1,4 @@
-"""Factors that somebody else changes between steps: in place W does not follow, and the user is told so once."""
+"""Factors that somebody else changes between steps: in place W does not follow, and one warning says so."""
 
 import copy
 import re

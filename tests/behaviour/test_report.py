@@ -14,6 +14,7 @@ from torch import Tensor
 
 import deltaopt
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.guard import FiniteGuard
 from tests.support import internals, strategies
 from tests.support.compare import through_a_file
 from tests.support.histories import histories, random_run
@@ -87,7 +88,7 @@ def test_print_waits_for_no_device():
     assert "no step has reported a move of W yet in 3 steps" in glance(run.optimizer)
     assert len(internals.pending_updates(run.optimizer)) == 3
     assert layer_of(run).moves == 3
-    assert glance(run.optimizer) == "1 of 1 W moved, 3 moves in 3 steps"
+    assert glance(run.optimizer) == "W asked to move: 1 of 1, 3 moves in 3 steps"
 
 
 def kept_of(run: SmallSteps) -> float:
@@ -161,7 +162,7 @@ def test_a_displacement_that_is_not_known():
     (layer,) = optimizer.report().layers
     assert (layer.asked, layer.asked_relative, layer.kept) == (None, None, None)
     assert layer.note.startswith("the displacement is not known")
-    assert "layers whose W has moved: 1 of 1" in str(optimizer.report())
+    assert "layers whose W was asked to move: 1 of 1" in str(optimizer.report())
 
 
 def test_steps_that_change_nothing_are_no_moves():
@@ -177,14 +178,14 @@ def test_steps_that_change_nothing_are_no_moves():
     layer = layer_of(run)
     assert (layer.moves, layer.asked, layer.kept, layer.moved) == (0, 0.0, None, False)
     assert layer.next_step == "moves W by update_ratio 1.5"
-    assert "layers whose W has moved: 0 of 1; skipped" in str(run.optimizer.report())
+    assert "layers whose W was asked to move: 0 of 1; skipped" in str(run.optimizer.report())
 
 
 def test_a_run_whose_updates_were_all_skipped_has_moved_no_w():
     run = noisy_run()
     for _ in range(2):
         run.happen("skipped")
-    assert "no step has reported a move of W yet in 2 steps" in glance(run.optimizer)
+    assert glance(run.optimizer) == "no step has reported a move of W yet in 2 steps; skipped updates: 2"
 
 
 def test_skipped_updates_are_counted():
@@ -193,6 +194,25 @@ def test_skipped_updates_are_counted():
     report = run.optimizer.report()
     assert (report.skipped_updates, report.layers[0].moves, report.step_count) == (1, 2, 3)
     assert "skipped updates: 1" in str(report)
+    assert glance(run.optimizer).endswith("2 moves in 3 steps; skipped updates: 1")
+    resumed = run.twin()
+    assert glance(resumed.optimizer).endswith("2 moves in 3 steps; skipped updates: 1")
+
+
+def test_print_says_of_a_device_what_the_host_has_heard():
+    """At least that many, without reading the device."""
+    guard = FiniteGuard(2)
+    assert guard.at_a_glance() == "skipped updates: 2"
+    guard.count(torch.tensor(False, device="meta"), [])
+    assert guard.at_a_glance() == "skipped updates: 2 or more"
+
+
+def test_a_16_bit_w_that_kept_nothing_was_asked_to_move():
+    """Rounding to nearest loses what is small; without a base nobody can say that it has moved."""
+    run = SmallSteps(rounding="nearest", update_ratio=1e-4).train(3)
+    assert torch.equal(run.stored.W, run.W0)
+    assert glance(run.optimizer) == "W asked to move: 1 of 1, 3 moves in 3 steps"
+    assert "layers whose W was asked to move: 1 of 1" in str(run.optimizer.report())
 
 
 def test_what_the_next_step_does():
@@ -203,7 +223,7 @@ def test_what_the_next_step_does():
         assert glance(run.optimizer) == f"no W has moved in 0 steps; {waits}"
         run.train(2)
     assert layer_of(in_place).next_step == "moves W by update_ratio 1.5"
-    assert layer_of(folded).next_step == "folds update_ratio 1.5 into the branch, in the place of 0"
+    assert layer_of(folded).next_step == "folds update_ratio 1.5 into the branch (0 so far)"
     folded.train(2)
     layer = layer_of(folded)
     assert layer.next_step == "moves the branch, with update_ratio 1.5 folded in (since step 2)"
@@ -212,7 +232,7 @@ def test_what_the_next_step_does():
         glance(folded.optimizer) == "update_ratio is folded into 1 of 1 branches, which move for W, 2 moves in 4 steps"
     )
     folded.optimizer.groups[0].update_ratio = 2.5
-    assert layer_of(folded).next_step == ("folds update_ratio 2.5 into the branch, in the place of 1.5 (since step 2)")
+    assert layer_of(folded).next_step == "folds update_ratio 2.5 into the branch (1.5 so far, since step 2)"
     folded.optimizer.groups[0].update_ratio = 0.0
     assert layer_of(folded).next_step == "takes update_ratio 1.5 out of the branch"
     folded.train()
@@ -313,7 +333,7 @@ def test_after_an_interrupted_step(monkeypatch):
             optimizer.step()
     assert "no step has reported a move of W yet in 0 steps" in glance(optimizer)
     assert [layer.moves for layer in optimizer.report().layers] == [1, 1, 1]
-    assert glance(optimizer) == "3 of 3 W moved, 1 move in 1 step"
+    assert glance(optimizer) == "W asked to move: 3 of 3, 1 move in 1 step"
 
 
 def test_several_groups():
@@ -337,8 +357,8 @@ def test_several_groups():
         ["waits for start_step=9, 8 more steps before W moves", "layer5"],
     ]
     assert glance(optimizer) == (
-        "3 of 6 W moved, 1 move in 1 step; in some groups ratio 0: W rests; in some groups waits for start_step=9, "
-        "8 more steps before W moves"
+        "W asked to move: 3 of 6, 1 move in 1 step; in some groups ratio 0: W rests; in some groups waits for "
+        "start_step=9, 8 more steps before W moves"
     )
 
 
@@ -371,4 +391,4 @@ def test_another_optimizer_has_moved_it_since():
     second.step()
     with pytest.raises(RuntimeError, match="report"):
         first.report()
-    assert glance(first) == "1 of 1 W moved, 1 move in 1 step"
+    assert glance(first) == "W asked to move: 1 of 1, 1 move in 1 step"

@@ -256,6 +256,8 @@ def test_a_bad_factor_leaves_every_W_alone_and_is_reported_later():
     torch.cuda.synchronize()
     with pytest.warns(RuntimeWarning, match="became NaN or infinite"):
         optimizer.step()
+    torch.cuda.synchronize()
+    assert "skipped updates: 2 or more" in repr(optimizer)
     assert all(torch.equal(t.W, w) for t, w in zip(triples, before, strict=True))
     assert optimizer.skipped_updates == 2
 

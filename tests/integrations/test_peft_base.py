@@ -450,7 +450,7 @@ def test_a_second_optimizer_of_the_adapter_takes_w_as_its_base_and_says_so(rule)
 
 @each_rule
 def test_weights_that_are_loaded_again_are_the_base(rule):
-    """Begin anew with the model's first state: nothing is subtracted, and nobody is told that it has moved.
+    """Load the model's first state again: nothing is subtracted, and no warning says that it has moved.
 
     The state was taken before the optimizer was built, so that a scaled branch says how it takes the values.
     """

@@ -4,8 +4,6 @@ import copy
 import itertools
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -27,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltaopt.integrations.peft import save_adapter
 from tests.support.compare import naming, same
+from tests.support.elsewhere import run_without_this_package
 from tests.support.internals import ledger_of
 from tests.support.peft_layers import (
     CASES,
@@ -850,24 +849,17 @@ def test_a_model_that_was_saved_whole_is_loaded_without_this_package(tmp_path, t
     x = inputs(7)
     torch.save((model, x), tmp_path / "model.pt")
     code = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "deltaopt":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Missing())
-import torch
-model, x = torch.load(sys.argv[1], weights_only=False)
-import peft
-assert type(model.peft_config["default"]) is peft.LoraConfig
-with model.disable_adapter():
-    model(x)  # the hook for the base's output does nothing
-found = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-torch.testing.assert_close(model.merge_and_unload()(x), found[0])
-torch.save(found, sys.argv[2])
-"""
-    files = [str(tmp_path / name) for name in ("model.pt", "found.pt")]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *files], check=True, capture_output=True, text=True)
+        import torch
+        model, x = torch.load(files[0], weights_only=False)
+        import peft
+        assert type(model.peft_config["default"]) is peft.LoraConfig
+        with model.disable_adapter():
+            model(x)  # the hook for the base's output does nothing
+        found = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        torch.testing.assert_close(model.merge_and_unload()(x), found[0])
+        torch.save(found, files[1])
+    """
+    run_without_this_package(code, tmp_path / "model.pt", tmp_path / "found.pt")
     found, state = torch.load(tmp_path / "found.pt")
     torch.testing.assert_close(found, output(model, x))
     assert same(dict(state), dict(model.state_dict()))

@@ -1,8 +1,6 @@
 """Models that were pickled whole in the middle of a run load, and compute the same, where this package is missing."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,27 +11,22 @@ from torch import Tensor, nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support.compare import same
+from tests.support.elsewhere import Server, run_without_this_package
 from tests.support.models import batches, causal_lm, loss_of, optimizer_for, plain_loop
 from tests.support.peft_runs import ModelRun, peft_asks_by_an_old_name
 
 pytestmark = [pytest.mark.extra, peft_asks_by_an_old_name]
 
 LOADING = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("deltaopt", "tests"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Missing())
 import torch
-models = torch.load(sys.argv[1], weights_only=False)
+models = torch.load(files[0], weights_only=False)
 outputs = {}
 for name, (model, x) in models.items():
     with torch.no_grad():
         found = model(x)
     outputs[name] = found if isinstance(found, torch.Tensor) else found.logits
     model(x)  # with gradients
-torch.save(outputs, sys.argv[2])
+torch.save(outputs, files[1])
 """
 
 
@@ -91,14 +84,22 @@ def test_they_load_where_this_package_is_missing(tmp_path: Path):
         expected = {name: model(x) for name, (model, x) in models.items()}
     expected = {name: found if isinstance(found, Tensor) else found.logits for name, found in expected.items()}
     torch.save(models, tmp_path / "models.pt")
-    files = [str(tmp_path / name) for name in ("models.pt", "outputs.pt")]
-    command = [sys.executable, "-W", "ignore", "-c", LOADING, *files]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_without_this_package(LOADING, tmp_path / "models.pt", tmp_path / "outputs.pt")
     outputs = torch.load(tmp_path / "outputs.pt")
     assert outputs.keys() == expected.keys()
     for name, output in outputs.items():
         torch.testing.assert_close(output, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_other_process_imports_nothing_of_ours_and_tells_each_time_what_happens():
+    for package in ("deltaopt", "tests.support"):
+        with pytest.raises(AssertionError, match="No module named 'deltaopt'" if package == "deltaopt" else "'tests"):
+            run_without_this_package(f"import {package}")
+    for _ in range(2):
+        said = run_without_this_package("import warnings; assert 'found' not in globals(); found = warnings.warn('x')")
+        assert "UserWarning: x" in said
+    with pytest.raises(AssertionError, match="ended, with 3"):
+        Server().run("import os; os._exit(3)", [])
 
 
 def test_a_model_is_not_pickled_while_hooks_correct_it(tmp_path: Path):

@@ -1,8 +1,6 @@
 """Routes by which a folded model leaves its process without the optimizer's state: what arrives computes the same."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples
 from tests.support.compare import through_a_file
+from tests.support.elsewhere import run_without_this_package
 from tests.support.models import RATIO
 
 pytest.importorskip("peft", reason="runs where peft is installed")
@@ -304,19 +303,13 @@ def test_an_average_of_a_peft_model_that_was_made_before_training():
 
 
 WITHOUT_THIS_PACKAGE = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "deltaopt":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Missing())
 import torch
-model, x = torch.load(sys.argv[1], weights_only=False)
+model, x = torch.load(files[0], weights_only=False)
 state = model.state_dict()
 assert torch.equal(state["base_model.model.0.lora_B.default.weight"], dict(model.named_parameters())[
     "base_model.model.0.lora_B.default.weight"])
 model.load_state_dict(state)
-torch.save(model(x).detach(), sys.argv[2])
+torch.save(model(x).detach(), files[1])
 """
 
 
@@ -325,8 +318,7 @@ def test_a_whole_model_is_loaded_where_this_package_is_missing(tmp_path):
     model, x = adapted(mlp(7, 5), "0"), image(7)
     folded(model, x)
     torch.save((model, x), tmp_path / "model.pt")
-    files = [str(tmp_path / name) for name in ("model.pt", "found.pt")]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_THIS_PACKAGE, *files], check=True)
+    run_without_this_package(WITHOUT_THIS_PACKAGE, tmp_path / "model.pt", tmp_path / "found.pt")
     assert_near(torch.load(tmp_path / "found.pt"), output(model, x), 1e-12)
 
 

@@ -1,5 +1,6 @@
 """DeltaLoRACallback: adapters of checkpoints, their push, the best model, the logs, and a run without movement."""
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,32 @@ def test_each_checkpoint_has_an_adapter_that_is_the_trained_model(rule, start, a
         trained = run.record.logits[step]
         assert distance(logits_from(tmp_path / f"checkpoint-{step}" / "export"), trained) < EXACT
         assert not (tmp_path / f"checkpoint-{step}" / "deltaopt_state.pt").exists()
+
+
+@pytest.mark.parametrize(("start", "step", "rank", "server"), [("zero", 2, 3, 8), ("later", 4, 6, 8)])
+def test_the_log_says_once_what_a_server_has_to_allow(start, step, rank, server, accelerator_of, tmp_path, caplog):
+    """The rank that was written, and the next one of 1, 8, 16, ..., which vLLM takes."""
+    with caplog.at_level(logging.WARNING):
+        Run(tmp_path, start=start, max_steps=4).train()
+    said = [record.getMessage() for record in caplog.records if "to serve" in record.getMessage()]
+    words = f"is the adapter to use and to serve (rank {rank}; vLLM: --max-lora-rank {server})"
+    assert said == [
+        f"DeltaLoRACallback: {tmp_path}/checkpoint-{step}/export {words}. The adapter in {tmp_path}/checkpoint-{step} "
+        "itself is for resuming: W has moved with it."
+    ]
+
+
+def test_a_callback_that_inherits_counts_as_well(accelerator_of, tmp_path):
+    """It writes the movement next to the adapter, so that a save warns of nothing: a warning would be an error."""
+
+    class Own(DeltaLoRACallback):
+        pass
+
+    run = Run(tmp_path, save_only_model=True, max_steps=2)
+    run.trainer.remove_callback(DeltaLoRACallback)
+    run.trainer.add_callback(Own())
+    run.train()
+    assert (tmp_path / "checkpoint-2" / "export").is_dir()
 
 
 def test_where_no_w_has_moved_the_checkpoint_itself_is_right(accelerator_of, tmp_path):
@@ -103,7 +130,6 @@ def test_a_push_holds_the_adapter_that_is_the_trained_model(accelerator_of, tmp_
         assert distance(logits_from(pushed / "export"), run.record.logits[step]) < EXACT
 
 
-@pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone:UserWarning")
 def test_the_last_push_holds_the_model_of_the_end(accelerator_of, tmp_path, monkeypatch):
     """Which is not that of the last step, after load_best_model_at_end."""
     uploads = Uploads(monkeypatch)
@@ -144,7 +170,6 @@ BEST = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone:UserWarning")
 @pytest.mark.parametrize("case", BEST)
 def test_the_best_model_is_the_best_steps_with_its_w(case, accelerator_of, tmp_path):
     rule, start, options, small = BEST[case]

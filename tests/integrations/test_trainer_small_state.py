@@ -16,11 +16,7 @@ from tests.support.models import Rows, causal_lm, transformers, weights
 from tests.support.peft_runs import peft_asks_by_an_old_name
 from tests.support.trainer_runs import Run, arguments, distance, logits_of, trainer_of
 
-pytestmark = [
-    pytest.mark.extra,
-    peft_asks_by_an_old_name,
-    pytest.mark.filterwarnings("ignore:save_pretrained writes the adapter alone:UserWarning"),
-]
+pytestmark = [pytest.mark.extra, peft_asks_by_an_old_name]
 
 STATE = "deltaopt_state.pt"
 SMALL = {"save_only_model": True, "max_steps": 4}

@@ -1,18 +1,18 @@
 """Routes of torch: states, files, copies."""
 
 import copy
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from tests.routes.route import NotSeen, route
 from tests.routes.runs import Model, Run
+from tests.support.elsewhere import run_without_this_package
 
 FOLDED = ("folded, zero product", "folded, product not zero")
 STATE_INTO_PARAMETERS = NotSeen(
@@ -35,6 +35,45 @@ def state_dict(run: Run) -> Model:
     other = run.fresh()
     other.load_state_dict(run.model.state_dict())
     return other
+
+
+def _base_of(model: PeftModel, run: Run) -> Tensor:
+    """Return an output that is right if the base's output is: the trained one, off by as much as that of the base."""
+    with model.disable_adapter():
+        return run.truth + run.output(model) - run.output(run.base())
+
+
+@route(
+    "torch",
+    "`other.load_state_dict(model.state_dict())`, then the base by `other.disable_adapter()`",
+    not_seen=NotSeen(
+        ("in place", "folded, product not zero"),
+        "The other model gets the moved W, and no values say how far it has moved.",
+        "Take `copy.deepcopy(model)`; or load the optimizer's state with it: "
+        "`DeltaLoRAOptimizer.for_model(other, ...)`, then `load_state_dict`.",
+    ),
+)
+def base_of_a_state_dict(run: Run) -> Model:
+    run.train()
+    other = run.fresh()
+    other.load_state_dict(run.model.state_dict())
+    return _base_of(other, run)
+
+
+@route("torch", "the same, with the optimizer's state loaded as well")
+def base_of_both_states(run: Run) -> Model:
+    run.train()
+    other = run.fresh()
+    other.load_state_dict(run.model.state_dict())
+    optimizer = run.optimizer_of(other)
+    optimizer.load_state_dict(run.optimizer.state_dict())
+    return _base_of(other, run)
+
+
+@route("torch", "`copy.deepcopy(model)`, then the base by `disable_adapter()`")
+def base_of_a_deepcopy(run: Run) -> Model:
+    run.train()
+    return _base_of(copy.deepcopy(run.model), run)
 
 
 @route("torch", "`other.load_state_dict(model.state_dict(), assign=True)`")
@@ -178,30 +217,19 @@ def deepcopy_and_state_dict(run: Run) -> Model:
 
 
 ELSEWHERE = """
-    import sys, torch
-
-    class NotInstalled:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "deltaopt":
-                raise ModuleNotFoundError(name=name)
-
-    sys.meta_path.insert(0, NotInstalled())
-    model = torch.load("model.pt", weights_only=False)
+    import torch
+    model, inputs = torch.load(files[0], weights_only=False)
     with torch.no_grad():
-        torch.save(model.eval()(input_ids=torch.load("inputs.pt")).logits, "output.pt")
+        torch.save(model.eval()(input_ids=inputs).logits, files[1])
 """
 
 
 @route("torch", "`torch.save(model, file)`, `torch.load(file)` in a process without deltaopt")
 def whole_model_in_a_file(run: Run) -> Model:
     run.train()
-    torch.save(run.model, run.folder / "model.pt")
-    torch.save(run.inputs, run.folder / "inputs.pt")
-    command = [sys.executable, "-c", textwrap.dedent(ELSEWHERE)]
-    done = subprocess.run(command, cwd=run.folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    if done.stderr:
-        warnings.warn(done.stderr, stacklevel=1)
+    torch.save((run.model, run.inputs), run.folder / "model.pt")
+    if said := run_without_this_package(ELSEWHERE, run.folder / "model.pt", run.folder / "output.pt"):
+        warnings.warn(said, stacklevel=1)
     return torch.load(run.folder / "output.pt")
 
 

@@ -31,10 +31,14 @@ class SavedAdapter(dict[str, float]):
         """The largest rank, which a server has to allow."""
         return max(self.ranks.values())
 
+    @property
+    def server(self) -> str:
+        """What to allow in vLLM, in words: the smallest of its values that is large enough."""
+        fits = [rank for rank in VLLM_RANKS if rank >= self.rank]
+        return f"vLLM: --max-lora-rank {fits[0]}" if fits else f"vLLM takes no rank above {VLLM_RANKS[-1]}"
+
     def __repr__(self) -> str:
         lowest, error = min(self.ranks.values()), max(self.values())
         ranks = f"rank {self.rank}" if lowest == self.rank else f"ranks from {lowest} to {self.rank}"
         trained = "" if self.rank == self.trained else f" (trained with rank {self.trained})"
-        fits = [rank for rank in VLLM_RANKS if rank >= self.rank]
-        server = f"vLLM: --max-lora-rank {fits[0]}" if fits else f"vLLM takes no rank above {VLLM_RANKS[-1]}"
-        return f"adapter of {ranks}{trained}, largest relative error {error:.2g}; {server}"
+        return f"adapter of {ranks}{trained}, largest relative error {error:.2g}; {self.server}"

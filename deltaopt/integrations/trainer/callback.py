@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 import warnings
@@ -236,7 +235,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         if not any(weight.moved for weight in optimizer.weights()) and not target.exists():
             return
         try:
-            save_adapter(trainer.accelerator.unwrap_model(model), optimizer, target)
+            saved = save_adapter(trainer.accelerator.unwrap_model(model), optimizer, target)
         except (ValueError, TypeError, RuntimeError) as error:
             warnings.warn(
                 f"{target} was not written, and the adapter in {folder} alone is not the trained model: {error}",
@@ -247,11 +246,9 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         self._exported = {each for each in self._exported if each[1] == state.global_step} | {mark}
         if not self._has_said_rank:
             self._has_said_rank = True
-            config = json.loads((target / "adapter_config.json").read_text("utf8"))
-            rank = max([config["r"], *config["rank_pattern"].values()])
             logger.warning(
-                f"DeltaLoRACallback: {target} is the adapter to use and to serve (rank {rank}: give a server "
-                f"max_lora_rank={rank} or more). The adapter in {folder} itself is for resuming: W has moved with it."
+                f"DeltaLoRACallback: {target} is the adapter to use and to serve (rank {saved.rank}; {saved.server}). "
+                f"The adapter in {folder} itself is for resuming: W has moved with it."
             )
 
     def _trainer_with(self, args: Any) -> Any:
