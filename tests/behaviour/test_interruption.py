@@ -239,6 +239,8 @@ def test_a_16_bit_weight_is_written_once(name, rounding):
     warned = {"resync": "in one rounded step", "load_state_dict": "rounded once"}.get(name, "nothing")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{warned}")
+        # An export says so of factors that were changed and that no resync() has followed yet.
+        warnings.filterwarnings("ignore", message=".*rounding hides whether")
         assert_all_or_nothing(
             name,
             "in_place",

@@ -18,6 +18,9 @@ from tests.support.runs import LayerRun
 from tests.support.sixteen_bits import spacing
 from tests.support.strategies import LAYOUTS, RULES
 
+# An export of a 16-bit W says so of factors that somebody else has changed.
+pytestmark = pytest.mark.filterwarnings("ignore:A and B of .* rounding hides whether")
+
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 

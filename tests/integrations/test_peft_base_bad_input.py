@@ -122,6 +122,7 @@ def test_nothing_is_said_of_layers_that_need_nothing(options):
     optimizer_of(model, **options)  # a warning is an error here
 
 
+@pytest.mark.filterwarnings("ignore:the W of 1 layer .* was written by somebody else")  # by max_norm
 @each_case
 def test_the_forward_pass_without_the_adapter_is_refused_once_W_has_moved(case):
     model, x = model_of(case)
