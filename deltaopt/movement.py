@@ -60,12 +60,7 @@ class RunningMovement:
 
     def moved(self) -> bool:
         """Tell if W was written since its base, and no `base_weights` has brought that back for a while."""
-        return self.state.is_off_base() and not self.at_base()
-
-    def at_base(self) -> bool:
-        """Tell if `base_weights` has brought the base back for a while."""
-        claim = self.state.claim
-        return claim is not None and claim.owner.at_base
+        return self.state.is_off_base() and not self.state.at_base
 
     def look(self) -> None:
         """Warn if A and B differ from those that the last move left, so that W does not belong to them.

@@ -82,7 +82,7 @@ def warn_of_loads(weights: Iterable[WeightState]) -> None:
         load: None
         for weight in weights
         if (load := weight.triple.load) is not None and not load.said and weight.is_off_base()
-        if not weight.written_by_others and (weight.claim is None or not weight.claim.owner.at_base)
+        if not weight.written_by_others and not weight.at_base
     }
     for load in loads:
         load.said = True
@@ -159,7 +159,7 @@ def _is_left_behind(weight: WeightState) -> bool:
 def _is_elsewhere(weight: WeightState) -> bool:
     """Tell if A and B differ from those that the last move of W left, and W is not at its base."""
     ledger = weight.ledger
-    if not ledger.is_current() or (weight.claim is not None and weight.claim.owner.at_base):
+    if not ledger.is_current() or weight.at_base:
         return False
     W, A, B = weight.tensors
     if not all(map(is_plain, (W, A, B))) or A.is_meta or _is_traced():

@@ -206,6 +206,11 @@ class WeightState:
         """True if W was asked to move, as far as the host knows."""
         return self.base is not None
 
+    @property
+    def at_base(self) -> bool:
+        """True while `base_weights` of the optimizer that claims W has brought the base back."""
+        return self.claim is not None and self.claim.owner.at_base
+
     def is_off_base(self) -> bool:
         """Tell if W has moved, and nobody has loaded its base into it since."""
         return self.base is not None and not self._is_base_again(self.triple.W)

@@ -29,6 +29,3 @@ MODULES: list[ModuleType] = [
 ]
 ROUTES: list[Route] = [way for module in MODULES for way in routes_of(module)]
 CELLS = [(way, column) for way in ROUTES for column in COLUMNS]
-
-BEING_MENDED: set[tuple[str, str]] = set()
-"""Wrong without a word at present: (route, column). A cell of these that is mended has to be taken out."""

@@ -107,7 +107,7 @@ class LayerHook(OutputHook):
         layer: Any = self.module
         present = _adapters(layer)
         new = [name for name, factor in present.items() if not _is_known(self._looked_at, name, factor)]
-        if not new or (isinstance(self.movement, RunningMovement) and self.movement.at_base()):
+        if not new or (isinstance(self.movement, RunningMovement) and self.movement.state.at_base):
             return False
         found = scale_copies(layer, new, present, self.label)
         self._looked_at = self._present()
