@@ -15,10 +15,13 @@ from torch import nn
 from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
+from deltaopt.integrations.peft.absence import frozen_adapter, lora_adapters
+from deltaopt.integrations.peft.absence import why_none as why_none
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
 from deltaopt.integrations.peft.moved_config import configs_by_layer
 from deltaopt.integrations.peft.saved_adapter import SavedAdapter
 from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
+from deltaopt.integrations.protocol import describes_itself
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
@@ -41,7 +44,7 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter in _adapters(module)
+        if isinstance(module, BaseTunerLayer) and adapter in lora_adapters(module) and not describes_itself(module)
     }
     names_of = names_without_wrappers(model, found)
     holders = [(names_of[name], module) for name, module in found.items()]
@@ -54,6 +57,9 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
             if (reason := _refusal(layer, adapter, allow_dropout)) is not None
         ],
     )
+    frozen = frozen_adapter(model, [layer for _, layer in holders], adapter)
+    if frozen is not None:
+        raise ValueError(frozen)
     start = _start(model, adapter)
     saves, configs = SaveWatch.of(model), configs_by_layer(model.modules(), adapter)
     return [
@@ -178,7 +184,7 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
             '{"triples": [...], "update_ratio": 0.0}, it is plain LoRA',
         )
         for name, layer in model.named_modules()
-        if isinstance(layer, lora.LoraLayer) and adapter in _adapters(layer) and id(layer) not in saved
+        if isinstance(layer, lora.LoraLayer) and adapter in lora_adapters(layer) and id(layer) not in saved
     ]
     problems += [
         Problem(
@@ -200,11 +206,6 @@ def _warn_of_other_bases(weights: Iterable[WeightState]) -> None:
             "not on the pristine ones",
             stacklevel=3,
         )
-
-
-def _adapters(module: BaseTunerLayer) -> set[str]:
-    held = ("lora_A", "lora_embedding_A")
-    return {adapter for attribute in held for adapter in getattr(module, attribute, {})}
 
 
 def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | None:
