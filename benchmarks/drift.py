@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import deltaopt
-from benchmarks.machine import cpu_name
+from benchmarks.machine import cpu_name, device_name
+from benchmarks.unfinished import check_writable, write_whole
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -368,8 +369,7 @@ class Results:
         entry |= _rounded({"summary": found._asdict() | {"distance": found.distance}, **result})
         self._entries[_key(entry["setting"])] = entry
         lines = ",\n".join(json.dumps(self._entries[k]) for k in self._order if k in self._entries)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(f'{{"machine": {json.dumps(self._machine)},\n"results": [\n{lines}\n]}}\n')
+        write_whole(self._path, f'{{"machine": {json.dumps(self._machine)},\n"results": [\n{lines}\n]}}\n')
         return entry
 
 
@@ -412,13 +412,18 @@ def draw(results: Mapping[Setting, Mapping[str, Any]], path: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None, groups: Mapping[str, Sequence[Setting]] | None = None) -> None:
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     groups = groups or settings(options.seed, options.quick)
     quick = "_quick" if options.quick else ""
     out = options.out or Path(__file__).parent / "results" / f"drift_{device.type}{quick}.json"
+    try:
+        check_writable(out)
+    except OSError as error:
+        parser.error(f"--out cannot be written: {error}")
     results = Results(out, device, [setting for group in groups.values() for setting in group], options.fresh)
 
     print(", ".join(f"{key} {value}" for key, value in describe(device).items()), end=f"\n\n{HEAD}\n")
@@ -438,7 +443,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small layers and a tenth of the steps")
     parser.add_argument("--fresh", action="store_true", help="run settings again that the file of results holds")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, examples and rounding noise (default 0)")
     parser.add_argument(
