@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import deltaopt
-from benchmarks.machine import cpu_name, device_name
+from benchmarks.machine import cpu_name, usable_device
 from benchmarks.unfinished import check_writable, write_whole
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 
@@ -414,7 +414,7 @@ def draw(results: Mapping[Setting, Mapping[str, Any]], path: Path) -> bool:
 def main(arguments: Sequence[str] | None = None, groups: Mapping[str, Sequence[Setting]] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = usable_device(options.device, parser)
     if options.threads:
         torch.set_num_threads(options.threads)
     groups = groups or settings(options.seed, options.quick)
@@ -443,7 +443,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small layers and a tenth of the steps")
     parser.add_argument("--fresh", action="store_true", help="run settings again that the file of results holds")
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, examples and rounding noise (default 0)")
     parser.add_argument(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks import finetune_report as report
 from benchmarks.finetune_data import Example, Task, load_task
 from benchmarks.finetune_report import Method, Run
-from benchmarks.machine import cpu_name, device_name
+from benchmarks.machine import cpu_name, usable_device
 from benchmarks.unfinished import Unfinished
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, __version__, find_triples
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     parser = make_parser()
     options = parser.parse_args(arguments)
+    usable_device(options.device, parser)
     quieten()
     name = "all-MiniLM-L6-v2" if options.model is None else options.model
     try:
@@ -89,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--control", action="store_true", help="also train LoRA with alpha * (1 + update_ratio)")
     add("--folded", action="store_true", help="also train Delta-LoRA with weight_update='folded', which leaves W alone")
     add("--seed", type=int, default=0, help="seed of weights, dropout and order")
-    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--out", type=Path, default=Path("demo-out"), help="folder of results")
     return parser
 

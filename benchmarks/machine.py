@@ -9,18 +9,12 @@ from pathlib import Path
 import torch
 
 
-def device_name(text: str) -> str:
-    """Return the name of a device that is here: the type of an option ``--device``.
-
-    Raises:
-        argparse.ArgumentTypeError: if torch does not know or cannot reach the device.
-    """
+def usable_device(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    """Return the device of an option ``--device``, or end with a message where torch does not know or reach it."""
     try:
-        torch.zeros((), device=text)
+        return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} is no device that torch can use here: {reason}") from error
-    return text
+        parser.error(f"--device {name} is no device that torch can use here: {str(error).splitlines()[0]}")
 
 
 def cpu_name() -> str:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import cpu_name, device_name
+from benchmarks.machine import cpu_name, usable_device
 from benchmarks.memory import peak_allocation
 from benchmarks.unfinished import Unfinished, check_writable, write_whole
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
@@ -436,12 +436,12 @@ def table(case: Case, result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=15, help="measured calls of each row (default 15)")
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_overhead_<device>.json")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = usable_device(options.device, parser)
     if options.threads:
         torch.set_num_threads(options.threads)
 

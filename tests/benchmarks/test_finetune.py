@@ -151,7 +151,7 @@ def test_it_runs_from_a_checkout_that_is_not_installed(demo, monkeypatch):
     [
         (["--start-step", "7"], "--start-step 7 is not within the 7 steps of a run"),
         (["--target-modules", "nothing"], "No modules were targeted"),
-        (["--device", "abacus"], "'abacus' is no device"),
+        (["--device", "abacus"], "--device abacus is no device"),
         (["--out", "{file}"], "exists"),
     ],
 )
