@@ -141,9 +141,10 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     records = [group.pop(KEY, None) for group in param_groups]
     if not records or any(record is None for record in records):
         raise ValueError(
-            "this state was not saved by a DeltaLoRAOptimizer: it has no step count and no triples. Begin a new run "
-            "from the adapter that was saved with it; the moments of a plain optimizer cannot be taken over, as its "
-            "parameters are in another order"
+            "this state was not saved by a DeltaLoRAOptimizer: it has no step count and no triples. Load the "
+            "adapter that was saved with it and begin a new run. To keep the moments of a plain optimizer, build the "
+            "inner optimizer as that one was built, load its state into it, and hand it over: "
+            "DeltaLoRAOptimizer(inner, triples)"
         )
     schema = records[0].get("schema")
     if schema not in READ:

@@ -28,7 +28,7 @@ ORDER = [
     "metrics",
     "wrappers",
     "optimizer",
-    *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks"),
+    *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks", "usage"),
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
