@@ -20,6 +20,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    own_form,
     present_names,
     repeats_of,
     restore_settings,
@@ -704,8 +705,8 @@ class DeltaLoRAOptimizer(Optimizer):
         adapter; W can be rebuilt from the adapter and the base.
 
         Raises:
-            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has a form of its
-                own, which has no place for these entries.
+            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has no place for
+                these entries: it holds other param groups than the optimizer.
         """
         with self._resolved("state_dict()", use="read") as weights:
             for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -797,7 +798,7 @@ class DeltaLoRAOptimizer(Optimizer):
             unfinished = partial(resume.unfinished, decided)
             with self._events.begin("load_state_dict()", finish, unfinished):
                 self._rule.restore(weights, saved)
-                note_result(loaded, partial(self._inner.load_state_dict, inner_state))
+                note_result(loaded, partial(self._inner.load_state_dict, own_form(inner_state)))
             resume.warn(decided, uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
