@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from deltaopt.claims import Use
 from deltaopt.factors import Computed
 from deltaopt.groups import ParamsInput
+from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
@@ -97,7 +98,9 @@ def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]
         found.append(f"W has the shape {tuple(W.shape)} and no elements, so nothing can move: leave this layer out")
     found = found or _computed_problems(weight)
     shapes = view.product_problems if unwritable else view.shape_problems
-    return found or shapes(W, weight.tensors.A, weight.tensors.B) or weight.triple.branch_problems()
+    if found := found or shapes(W, weight.tensors.A, weight.tensors.B):
+        return found
+    return weight.triple.missing_problems() or weight.triple.branch_problems()
 
 
 def _computed_problems(weight: WeightState) -> list[str]:
@@ -386,18 +389,20 @@ def check_not_differentiable(inner: Optimizer) -> None:
 def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
     """Raise ValueError unless the inner optimizer holds the very Parameter objects of every A and B, and no W.
 
-    Those that are frozen it need not hold.
+    Those that are frozen it need not hold. Optimizers that are known to leave a frozen W alone may hold it.
     """
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    if all(
-        id(tensors.W) not in held and all(id(p) in held or not p.requires_grad for p in tensors.stored)
+    may_hold = leaves_frozen_alone(inner)
+    taken = {id(w.tensors.W) for w in weights if not may_hold or w.tensors.W.grad is not None} & held
+    if not taken and all(
+        all(id(p) in held or not p.requires_grad for p in tensors.stored)
         for tensors in (weight.tensors for weight in weights)
     ):
         return
     parameters = f"the parameters of the inner {type(inner).__name__}"
     problems = []
     for weight in weights:
-        if id(weight.tensors.W) in held:
+        if id(weight.tensors.W) in taken:
             problems.append(
                 Problem(
                     weight.label,

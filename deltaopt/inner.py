@@ -14,6 +14,14 @@ from torch.optim import optimizer as torch_optimizer
 
 from deltaopt.sharding import gathered
 
+LEAVE_FROZEN_ALONE = {("peft.optimizers.lorafa", "LoraFAOptimizer")}
+"""Module and class of optimizers that hold all parameters of a model, and do not touch those without a gradient."""
+
+
+def leaves_frozen_alone(inner: Optimizer) -> bool:
+    """Tell if an optimizer may hold a frozen W. Others may write it: Lookahead pulls it back to where it was."""
+    return (type(inner).__module__, type(inner).__qualname__) in LEAVE_FROZEN_ALONE
+
 
 def build_inner(
     inner: Callable[..., Optimizer], param_groups: list[dict[str, Any]], kwargs: dict[str, Any]
