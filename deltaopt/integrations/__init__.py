@@ -72,7 +72,7 @@ def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn
     Classifier heads, biases, norms, ``modules_to_save``: hand them to the optimizer as `params`, or they are
     left as they are.
     """
-    factors = {id(factor) for triple in triples for factor in (triple.A, triple.B)}
+    factors = {id(factor) for triple in triples for factor in triple.parameters}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
 
 

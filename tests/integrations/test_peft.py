@@ -685,7 +685,7 @@ def test_an_inactive_adapter_is_refused():
     model = with_adapters(mlp(7, 5), "0")
     model.add_adapter("other", LoraConfig(r=3, target_modules=["0"]))
     model.set_adapter("other")
-    optimizer_refused(model, "base_model.model.0: A does not require grad", "activate the adapter")
+    optimizer_refused(model, "base_model.model.0: neither A nor B requires grad", "activate the adapter")
 
 
 # PEFT notes that the grouped convolution cannot be merged.

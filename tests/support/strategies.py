@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltaopt import LoRATriple
+from deltaopt import Factor, LoRATriple
 
 C, D, R = 5, 7, 3
 E = 2
@@ -33,9 +33,11 @@ class Stored:
     right: Callable[[Tensor], Tensor]
     options: dict
     layout: str = ""
+    factors: Callable[[Tensor, Tensor], tuple] = lambda A, B: (A, B)
+    """What A and B are registered as."""
 
     def triple(self, scaling: float | Tensor = 1.0, name: str | None = None) -> LoRATriple:
-        return LoRATriple(self.W, self.A, self.B, scaling=scaling, name=name, **self.options)
+        return LoRATriple(self.W, *self.factors(self.A, self.B), scaling=scaling, name=name, **self.options)
 
     def twin(self) -> "Stored":
         """Copy the tensors, without their hooks and gradients."""
@@ -150,6 +152,30 @@ LAYOUTS: dict[str, Callable[..., Stored]] = {
 }
 
 
+def scaled_rows(B: Tensor) -> Tensor:
+    """diag(E) Q, with E in the last column."""
+    return B[:, -1:] * B[:, :-1]
+
+
+def put_scaled_rows(value: Tensor, B: Tensor) -> None:
+    B[:, :-1].copy_(value)
+    B[:, -1:].fill_(1.0)
+
+
+def _rows_of_parameters(new):
+    return replace(_linear(new), factors=lambda A, B: (Factor.rows(A, 0, C), Factor.rows(B, 0, R)))
+
+
+def _diagonal(new):
+    right = lambda B: torch.diag(B[:, D]) @ B[:, :D]  # noqa: E731
+    factors = lambda A, B: (A, Factor(scaled_rows, B, assign=put_scaled_rows))  # noqa: E731
+    return Stored(new(C, D), new(C, R), new(R, D + 1), _same, _same, right, {}, factors=factors)
+
+
+COMPUTED: dict[str, Callable[..., Stored]] = {"rows_of_parameters": _rows_of_parameters, "diagonal": _diagonal}
+"""Layers whose factors are views or functions of what trains."""
+
+
 def make(
     layout: str,
     seed: int = 0,
@@ -164,7 +190,7 @@ def make(
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    stored = LAYOUTS[layout](new)
+    stored = (LAYOUTS | COMPUTED)[layout](new)
     stored.layout = layout
     factors = factor_dtype or dtype
     if zero_A:

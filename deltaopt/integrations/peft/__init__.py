@@ -15,6 +15,7 @@ from torch import nn
 from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
+from deltaopt.integrations.peft import adalora
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
 from deltaopt.integrations.peft.moved_config import configs_by_layer
 from deltaopt.integrations.peft.saved_adapter import SavedAdapter
@@ -27,7 +28,7 @@ from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 from deltaopt.wrappers import unwrap
 
-SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
+SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper, *adalora.LAYERS)
 QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "awq", "eetq", "hqq", "aqlm", "inc")]
 """PEFT's modules of layers on a quantized base, with the branch of lora.Linear."""
 
@@ -41,7 +42,7 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter in _adapters(module)
+        if isinstance(module, BaseTunerLayer) and adapter in _adapters(module) and adalora.has_rank(module, adapter)
     }
     names_of = names_without_wrappers(model, found)
     holders = [(names_of[name], module) for name, module in found.items()]
@@ -57,8 +58,9 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     start = _start(model, adapter)
     saves, configs = SaveWatch.of(model), configs_by_layer(model.modules(), adapter)
     return [
-        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, saves, configs.get(id(layer), []))
+        kind(layer, adapter, _label(name, layer), allow_dropout, start, saves, configs.get(id(layer), []))
         for name, layer in holders
+        for kind in [adalora.AdaLoraTriple if adalora.is_adalora(layer) else PeftTriple]
     ]
 
 
@@ -163,6 +165,16 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
     modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple in weights}
     problems: list[Problem] = []
     for triple, weight in weights.items():
+        if adalora.is_adalora(triple.layer):
+            problems.append(
+                Problem(
+                    triple.label,
+                    "it is a layer of AdaLoRA, which has no form for the change of W: take the factors of a plain LoRA "
+                    "from deltaopt.export_adapter(optimizer), or save all weights, "
+                    "merge_and_unload().save_pretrained(directory)",
+                )
+            )
+            continue
         found = triple.change_problems() + triple.pristine_problems(origin_known=weight.origin is not None)
         found += [weight.ledger.lost] if weight.ledger.lost is not None else []
         if id(triple.layer) not in modules:
