@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         importlib.import_module(f"deltaopt.cli.{name}").add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print JSON; an error too, as {\"error\": ...}")
+        command.add_argument("--json", action="store_true", help='print JSON; an error too, as {"error": ...}')
     return whole
 
 
