@@ -34,8 +34,8 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.description = (
-        "Write what training changed, the movement of W and the branch, as one plain PEFT LoRA adapter for the pristine "
-        "base. It needs the base and the checkpoint, and not the training script. The base is loaded on the CPU."
+        "Write what training changed, the movement of W and the branch, as one plain PEFT LoRA adapter for the "
+        "pristine base. It needs the base and the checkpoint, and not the training script. It runs on the CPU."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -151,6 +151,7 @@ def _parts(checkpoint: Checkpoint) -> tuple[dict[str, Any], AdapterFolder]:
         raise UserError(f"{path} holds {len(checkpoint.states)} states ({places}): save one in a file of its own")
     if checkpoint.adapter is None:
         raise UserError(f"{path} holds no adapter: name the folder of the one that was saved with it, --adapter DIR")
+    checkpoint.adapter.check()
     return checkpoint.states[0].content, checkpoint.adapter
 
 

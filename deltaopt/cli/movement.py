@@ -33,7 +33,7 @@ class Layer(NamedTuple):
         moves: the number of steps that moved it; None if the state does not say.
         asked: the Frobenius norm of what it was asked to move by, in the branch where a ratio is folded; None if that
             is not known.
-        relative: the same, divided by the norm of the base, or of the W in the checkpoint where the base is not at hand;
+        relative: the same, divided by the norm of the base, or of the W in the checkpoint if the base is not there;
             None if neither is.
         folded: the update_ratio that is folded into the branch; 0.0 if none is.
         moved: True if W itself is another one than its base, so that A and B alone are another model.
