@@ -98,9 +98,9 @@ def _check_base(base: str | None, parts: Sequence[Outcome]) -> None:
 
 def _state(checkpoint: Checkpoint, state: SavedState, base: list[tuple[str, Tensor]]) -> Outcome:
     where = f"{state.file.name}{state.place}"
-    record, ledgers = record_of(state.content, f"{state.file}{state.place}")
+    record, saved = record_of(state.content, f"{state.file}{state.place}")
     factors = [] if checkpoint.adapter is None else list(checkpoint.adapter.tensors.items())
-    layers = layers_of(record, ledgers, checkpoint.weights(), factors, base)
+    layers = layers_of(record, saved, checkpoint.weights(), factors, base)
     groups = [
         {
             "update_ratio": group["update_ratio"],

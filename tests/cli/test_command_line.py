@@ -194,12 +194,12 @@ def test_a_base_without_the_layers(sizes, sentence, call, checkpoint, tmp_path):
 @pytest.mark.parametrize("count", [0, 400], ids=["missing", "shapes"])
 def test_four_hundred_layers_that_do_not_fit_are_one_sentence(count):
     base = nn.Sequential(*(nn.Linear(3, 3) for _ in range(count)))
-    ledgers = {f"base_model.model.{i}": SimpleNamespace(W={"shape": [4, 4]}) for i in range(400)}
+    saved = {f"base_model.model.{i}": (SimpleNamespace(W={"shape": [4, 4]}), None) for i in range(400)}
     problem = "its W is (3, 3), and was (4, 4) in training" if count else "it has no such layer"
     names = ", ".join(f"base_model.model.{i}" for i in range(8))
     expected = f"--base llama is not the model that was fine-tuned: {problem} (400 layers: {names}, ...)"
     with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
-        check_fits(base, ledgers, "llama")
+        check_fits(base, saved, "llama")
 
 
 @pytest.mark.parametrize("base", ["no/such-model", "."])
