@@ -141,6 +141,11 @@ class SavedLedger:
         W = record["W"]
         self.W = None if W is None else Fingerprint.of_record(W).record()
 
+    @property
+    def end_is_live(self) -> bool:
+        """True if the ledger ends with A and B as they were saved, which the model's or adapter's file holds."""
+        return bool(self._end_is_live)
+
     def ledger_for(self, weight: WeightState) -> Ledger:
         """Return the ledger with the factors of `weight`, which are those that were saved."""
         if self._end_is_live:

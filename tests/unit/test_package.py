@@ -20,6 +20,9 @@ MODULES = [
 ]
 # A module may import from those that stand after it.
 ORDER = [
+    "__main__",
+    *("cli.export", "cli.inspect", "cli.base_model", "cli.movement", "cli.checkpoint", "cli.adapters", "cli.files"),
+    "cli.outcome",
     "analysis",
     "integrations",
     "sharers",
