@@ -50,8 +50,9 @@ def test_a_built_optimizer_that_holds_what_else_trains_may_be_given_it_again():
     head = torch.randn(3, requires_grad=True)
     with pytest.raises(TypeError, match=r"SGD is already built and does not hold 1 of the 1 .*\(shapes \(3,\)\)"):
         DeltaLoRAOptimizer(SGD([A, B], lr=0.1), [(W, A, B)], [head])
-    for params in ([head], [{"params": [head]}]):
-        optimizer = DeltaLoRAOptimizer(SGD([A, B, head], lr=0.1), [(W, A, B)], params)
+    for as_given in (lambda p: p, lambda p: {"params": [p]}):
+        W, A, B = small_layer()
+        optimizer = DeltaLoRAOptimizer(SGD([A, B, head], lr=0.1), [(W, A, B)], [as_given(head)])
         head.grad = torch.ones(3)
         before = head.detach().clone()
         optimizer.step()
@@ -106,3 +107,44 @@ def test_a_plain_optimizers_moments_are_taken_over_as_the_message_says():
     inner.load_state_dict(plain.state_dict())
     train(DeltaLoRAOptimizer(inner, [(moved, a, b)], scaling=0.5, update_ratio=1.5), moved, 3)
     torch.testing.assert_close(moved, run.W[-1], rtol=1e-12, atol=1e-12)
+
+
+def trained(W, A, B, name="q"):
+    optimizer = DeltaLoRAOptimizer(SGD, [LoRATriple(W, A, B, name=name)], lr=0.1, update_ratio=2.0)
+    random_steps(optimizer)
+    return optimizer
+
+
+MOVED = r"the weights of 1 layer \(q\) were moved by an earlier optimizer"
+
+
+def test_a_cell_that_is_run_twice_says_that_W_has_moved_and_loading_the_state_counts_from_the_base():
+    W, A, B = small_layer()
+    pristine = W.clone()
+    optimizer = trained(W, A, B)
+    state = optimizer.state_dict()
+    with pytest.warns(UserWarning, match=MOVED):
+        optimizer = DeltaLoRAOptimizer(SGD, [LoRATriple(W, A, B, name="q")], lr=0.1, update_ratio=2.0)
+    optimizer.load_state_dict(state)  # as it says
+    random_steps(optimizer)
+    torch.testing.assert_close(optimizer.displacement("q").product(), W - pristine)
+
+
+def test_a_cell_that_is_run_twice_may_go_on_from_the_moved_weights():
+    W, A, B = small_layer()
+    optimizer = trained(W, A, B)
+    moved = W.clone()
+    with pytest.warns(UserWarning, match=f"{MOVED}.* As they are now they are the base"):
+        optimizer = trained(W, A, B)
+    torch.testing.assert_close(optimizer.displacement("q").product(), W - moved)
+
+
+def test_where_the_pristine_weights_were_loaded_again_or_the_optimizer_is_gone_there_is_no_word():
+    W, A, B = small_layer()
+    pristine = W.clone()
+    optimizer = trained(W, A, B)
+    W.copy_(pristine)  # "to start from the pristine weights, load the model again"
+    optimizer = trained(W, A, B)
+    torch.testing.assert_close(optimizer.displacement("q").product(), W - pristine)
+    del optimizer
+    trained(W, A, B)
