@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deltaopt import DeltaLoRAOptimizer, find_triples, other_parameters
+from deltaopt.integrations.peft import save_adapter
 from tests.support.peft_layers import lora_layers, mlp, output, peft, train_model, weight
 
 pytestmark = pytest.mark.extra
@@ -138,3 +139,70 @@ def test_param_groups_with_factors_are_refused_with_what_to_hand_over():
     groups[0]["params"] = other_parameters(model, triples)
     train_model(model, DeltaLoRAOptimizer(AdamW, triples, groups, **OPTIONS), x, 4)
     assert_same_model(model, uninterrupted(target_modules=["0"], modules_to_save=["1"]), x)
+
+
+KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+
+
+class Many(torch.nn.Module):
+    """32 blocks of 7 layers."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = (torch.nn.ModuleDict({kind: torch.nn.Linear(2, 2) for kind in KINDS}) for _ in range(32))
+        self.layers = torch.nn.ModuleList(blocks)
+
+
+def many(**config):
+    return peft.get_peft_model(Many(), peft.LoraConfig(r=1, target_modules=KINDS, **config))
+
+
+def many_tied():
+    model = many()
+    for layer in lora_layers(model).values():
+        layer.another = torch.nn.ParameterList([layer.get_base_layer().weight])
+    find_triples(model)
+
+
+def many_changed(change):
+    model = many()
+    optimizer = DeltaLoRAOptimizer.for_model(model, AdamW, lr=1e-2)
+    change(model)
+    optimizer.step()
+
+
+def rescale(model):
+    for i, layer in enumerate(lora_layers(model).values(), start=1):
+        layer.set_scale("default", 1 + i)
+
+
+def many_saved(tmp_path):
+    save_adapter(many(), DeltaLoRAOptimizer.for_model(many(), AdamW, lr=1e-2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("provoke", "says"),
+    [
+        (lambda folder: find_triples(many(lora_dropout=0.05)), "lora_dropout=0.05.*224 layers"),
+        (lambda folder: many_tied(), "its W is .*likewise in 223 layers"),
+        (lambda folder: many_changed(lambda model: model.merge_adapter()), "merged into W.*224 layers"),
+        (lambda folder: many_changed(rescale), "its scaling was .*likewise in 223 layers"),
+        (many_saved, "it is no layer of this PeftModel.*224 layers"),
+    ],
+)
+def test_a_problem_of_224_layers_is_told_once(provoke, says, tmp_path):
+    with pytest.raises((ValueError, RuntimeError), match=f"(?s){says}") as caught:
+        provoke(tmp_path)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_save_of_224_layers_warns_once(tmp_path):
+    model = many()
+    optimizer = DeltaLoRAOptimizer.for_model(model, AdamW, lr=1e-2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    with pytest.warns(UserWarning, match="save_pretrained writes the adapter alone") as caught:
+        model.save_pretrained(tmp_path)
+    (warning,) = caught
+    assert len(str(warning.message)) < 1500
