@@ -314,7 +314,10 @@ def check_finite(weights: Iterable[WeightState]) -> None:
     """Raise ValueError for factors that are NaN or infinite, before their product is added to W."""
     bad = [weight.label for weight in weights if not _finite(weight)]
     if bad:
-        raise ValueError(f"a factor of {names(bad)} is NaN or infinite, which would reach W (nothing was changed)")
+        raise ValueError(
+            f"a factor of {names(bad)} is NaN or infinite, which would reach W (nothing was changed): load A and B of "
+            "a checkpoint, or give these layers another start"
+        )
 
 
 def _finite(weight: WeightState) -> bool:
@@ -388,7 +391,7 @@ def check_not_differentiable(inner: Optimizer) -> None:
     """Raise ValueError for an inner optimizer that builds a graph of its step."""
     if any(group.get("differentiable") for group in inner.param_groups):
         raise ValueError(
-            "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
+            "the inner optimizer has differentiable=True, but W is moved without a graph: use differentiable=False"
         )
 
 
@@ -433,9 +436,9 @@ def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
     raise_problems(
         ValueError,
         "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
-        "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
-        "afterwards; if they were frozen then, freeze them again; optimizers that step flattened copies (DeepSpeed "
-        "ZeRO, FSDP1, CPU offload) cannot be wrapped",
+        "and no W. If they were replaced after it was built (sharding, XLA, assign=True, low_cpu_mem_usage=True), "
+        "build the optimizer afterwards, and load a state that was saved before; if they were frozen then, freeze them "
+        "again; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) cannot be wrapped",
         problems,
         closing,
     )

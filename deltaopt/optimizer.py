@@ -77,7 +77,7 @@ from deltaopt.save_watch import SaveWatch
 from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, off_base
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (InPlaceUpdate, FoldedUpdate)}
 
@@ -212,7 +212,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._keep_base = keep_base
         self._become(inner, groups, weights, rounds, rule, step_count=0)
         self._seen = True
-        warn_of_folded([weight.triple for weight in weights], stacklevel=2)
+        warn_of_folded([weight.triple for weight in weights])
         self._warn_of_bases(weights)
         self._take(weights)
 
@@ -688,7 +688,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._groups, self._weights = all_groups, weights
                 self._take(added)
 
-        warn_of_folded([weight.triple for weight in added], stacklevel=3)
+        warn_of_folded([weight.triple for weight in added])
         for weight in added:
             weight.register()
         self._warn_of_bases(added)
@@ -832,7 +832,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._repeats = state["repeats"]
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
             self._hold(self._weights)
-            warn_of_folded([weight.triple for weight in self._weights], stacklevel=2)
+            warn_of_folded([weight.triple for weight in self._weights])
             self._rule.attach(self._weights)
 
     def __repr__(self) -> str:
@@ -876,6 +876,9 @@ class DeltaLoRAOptimizer(Optimizer):
     def _warn_of_bases(self, weights: Sequence[WeightState]) -> None:
         if self._rule.moves_weights:
             warn_of_outputs(weights)
+        moved = claims.moved_by_others([weight.triple for weight in weights])
+        for weight in weights:
+            weight.rebased |= weight.triple in moved
         warn_of_moved(weights)
 
     def _hold(self, weights: Sequence[WeightState]) -> None:
@@ -885,7 +888,8 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in weights:
             weight.triple.saves = weight.triple.saves or saves
             weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
-            weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
+            waits = not self._rule.moves_weights and not weight.moved
+            weight.claim = Claim(weight.triple, self._claimant, waits, off_base(weight))
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 
     def _set_ratios(self) -> None:

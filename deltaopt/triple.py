@@ -484,7 +484,8 @@ class LoRATriple:
         if any(getattr(owner, "merged", False) for owner in self._owners):
             return [
                 "the branch is merged into W, so that what trains is not what W holds: unmerge it first "
-                "(PEFT: unmerge_adapter(); loralib: train())"
+                "(PEFT: unmerge_adapter(); loralib: train()). PEFT's merge_and_unload() leaves no adapter to train: to "
+                "go on, load the base and the adapter of a checkpoint, build the optimizer, and load its state"
             ]
         return []
 
