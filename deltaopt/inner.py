@@ -114,10 +114,14 @@ def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
     for optimizer in _nested(inner):
         if isinstance(optimizer, torch.optim.LBFGS):  # keeps all of its history under one parameter
             optimizer.state.clear()
+        is_lookahead = any("slow_params" in optimizer.state.get(factor, ()) for factor in factors)
         for value in [optimizer.state, *vars(optimizer).values()]:
             if isinstance(value, MutableMapping):
                 for factor in factors:
                     value.pop(factor, None)
+        if is_lookahead:  # notes where the factors are when it is built, and not in its first step
+            for group in optimizer.param_groups:
+                optimizer.init_group(group)  # type: ignore[attr-defined]
 
 
 def _nested(inner: Optimizer) -> list[Optimizer]:
