@@ -20,6 +20,7 @@ MODULES = [
 ]
 # A module may import from those that stand after it.
 ORDER = [
+    "describe",
     "integrations",
     "sharers",
     "export",
@@ -35,7 +36,7 @@ ORDER = [
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
-    *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
+    *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
 
 
