@@ -14,6 +14,7 @@ from deltaopt.cli.outcome import UserError, one_line
 
 COMMANDS = {
     "inspect": "say what is in a checkpoint: the run, the step, how far W moved, which adapter to use",
+    "doctor": "say which layers would be taken, what is refused and what to change, and which rule fits",
     "export": "write what training changed, W's movement and the branch, as one plain PEFT adapter",
 }
 """The name of each command, which is that of its file in `deltaopt.cli`, and its line in the help."""
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         importlib.import_module(f"deltaopt.cli.{name}").add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print JSON; an error too, as {\"error\": ...}")
+        command.add_argument("--json", action="store_true", help='print JSON; an error too, as {"error": ...}')
     return whole
 
 

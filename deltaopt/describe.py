@@ -40,7 +40,7 @@ RULES = {"in_place": InPlaceUpdate, "folded": FoldedUpdate}
 
 TIED = "leave it out of target_modules, or say allow_tied=True"
 
-MISSING = {f"{letter} {NOT_LOADED}" for letter in "WAB"}
+MISSING = [f"{letter} {NOT_LOADED}" for letter in "WAB"]
 """What is said of tensors of a model that is not loaded."""
 
 
@@ -163,13 +163,19 @@ def _problems(weights: Sequence[WeightState], rule_name: str, loaded: bool) -> d
     unwritable = {weight: weight.weight_problems() for weight in weights}
     for weight in weights:
         sentences = [*frozen_problems(weight), *triple_problems(weight, rule, unwritable[weight])]
-        found[weight] = [sentence for sentence in sentences if loaded or sentence not in MISSING]
+        found[weight] = sentences if loaded else _apart_from_loading(sentences, weight.tensors.W)
     good = [weight for weight in weights if not found[weight]]
     if loaded:  # tensors without memory share none
         by_label = {weight.label: weight for weight in good}
         for label, sentence in set_problems(good, {w for w in good if not unwritable[w]}, rule):
             found[by_label[label]].append(sentence)
     return {weight: "; ".join(sentences) for weight, sentences in found.items() if sentences}
+
+
+def _apart_from_loading(sentences: Iterable[str], W: Tensor) -> list[str]:
+    """Return the problems that stay when the model is loaded."""
+    packed = f"W is packed ({_dtype(W)}) and cannot be read and written as a matrix"
+    return [sentence.replace(MISSING[0], packed) for sentence in sentences if sentence not in MISSING]
 
 
 def _row(

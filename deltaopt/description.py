@@ -172,7 +172,7 @@ class Description:
     def _totals(self) -> str:
         kept = ""
         if any(row.rule != "folded" for row in self.rows):
-            kept = f'; "in_place" keeps {_bytes(self.kept_bytes)} from step to step'
+            kept = f'; "in_place" keeps {in_bytes(self.kept_bytes)} from step to step'
         return (
             f"in total: {_counted(len(self.rows), 'layer')}; trained: {self.trained:,} numbers; W that moves: "
             f"{self.moves:,} numbers{kept}"
@@ -274,10 +274,11 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """Write a number of bytes in a unit in which it is easily read."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:g} bytes"
         count /= 1024
     return f"{count:.3g} GiB"
 
