@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt.claims import Use
-from deltaopt.groups import ParamsInput
+from deltaopt.groups import ParamsInput, as_list
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
@@ -330,19 +330,25 @@ def check_not_capturing() -> None:
 
 
 def check_nothing_unused(
-    options: Iterable[Mapping[str, Any]], params: ParamsInput, inner_kwargs: Mapping[str, Any]
+    inner: Optimizer, options: Iterable[Mapping[str, Any]], params: ParamsInput, inner_kwargs: Mapping[str, Any]
 ) -> None:
     """Raise TypeError for options and parameters that an inner optimizer that is already built would never see."""
-    unused = [key for rest in options for key in rest] + list(inner_kwargs)
+    entries = list(params)
+    in_groups = [key for entry in entries if isinstance(entry, Mapping) for key in entry if key != "params"]
+    unused = {*(key for rest in options for key in rest), *in_groups, *inner_kwargs}
     if unused:
         raise TypeError(
             f"{', '.join(sorted(unused))}: no effect, because the inner optimizer is already built. Set "
             "them where it is built, or hand over its class"
         )
-    if list(params):
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    lists = [as_list(entry["params"]) if isinstance(entry, Mapping) else [entry] for entry in entries]
+    given = [p[1] if isinstance(p, tuple) else p for entry in lists for p in entry]
+    if missing := [tuple(p.shape) for p in given if id(p) not in held]:
         raise TypeError(
-            "params: no effect, because the inner optimizer is already built. Give it these parameters, or hand "
-            "over its class"
+            f"the inner {type(inner).__name__} is already built and does not hold {len(missing)} of the {len(given)} "
+            f"other parameters that train (shapes {names([str(shape) for shape in missing])}): build it from all that "
+            "require grad, [p for p in model.parameters() if p.requires_grad], or hand over its class"
         )
 
 

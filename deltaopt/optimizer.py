@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deltaopt import base, claims, restarts
+from deltaopt import base, claims, restarts, usage
 from deltaopt.all_or_nothing import Events, note_result
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
@@ -20,6 +20,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    own_form,
     present_names,
     repeats_of,
     restore_settings,
@@ -81,12 +82,6 @@ from deltaopt.weight import WeightState
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (InPlaceUpdate, FoldedUpdate)}
 
 
-FOR_TRAINER = (
-    "For Trainer's optimizer_cls_and_kwargs take (deltaopt.integrations.trainer.DeltaLoRAFactory, "
-    '{"inner": torch.optim.AdamW, "lr": 2e-4, ...}), which builds the optimizer for its model'
-)
-
-
 class Account(NamedTuple):
     """A triple and the ledger of its W."""
 
@@ -116,7 +111,8 @@ class DeltaLoRAOptimizer(Optimizer):
         triples: `LoRATriple`s, plain ``(W, A, B)`` tuples, or dicts ``{"triples": [...]}`` with their own
             ``update_ratio``, ``start_step``, ``scaling`` and inner options such as ``lr``.
         params: what else trains, as the inner optimizer takes it: tensors (they share the factors' options)
-            or param groups. Factors among plain tensors are not repeated. Only with an inner class.
+            or param groups, of which empty ones are left out. Factors among plain tensors are not repeated. A built
+            inner optimizer has to hold them already.
         update_ratio: lambda, at least 0; or a callable that gets the number of the step, counted from 0,
             and returns it. Default 2.0. With 0 the optimizer is its inner optimizer, bit for bit.
         start_step: K, the number of calls of `step()` that leave W alone. Default 0.
@@ -168,14 +164,7 @@ class DeltaLoRAOptimizer(Optimizer):
     _weights: list[WeightState]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DeltaLoRAOptimizer:  # noqa: D102
-        # Before Python complains about the arguments of `__init__`, with a message that leads nowhere.
-        if args and isinstance(args[0], (list, tuple, dict, Iterator)):
-            raise TypeError(
-                f"DeltaLoRAOptimizer: the first argument is an optimizer class or a built optimizer, got a "
-                f"{type(args[0]).__name__} (parameters, as for another optimizer). Write "
-                "DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=...), or "
-                f"DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=...). {FOR_TRAINER}"
-            )
+        usage.check_call(args, kwargs)
         return super().__new__(cls)
 
     def __init__(
@@ -193,11 +182,9 @@ class DeltaLoRAOptimizer(Optimizer):
         keep_base: str | None = None,
         **inner_kwargs: Any,
     ) -> None:
-        if isinstance(inner, DeltaLoRAOptimizer):
-            raise TypeError(
-                "inner is a DeltaLoRAOptimizer already, which would move W twice: wrap its `inner`, or use "
-                "add_param_group for more triples"
-            )
+        usage.check_inner(inner)
+        usage.check_triples(triples)
+        usage.check_params(params)
         settings = Settings(update_ratio, start_step, scaling)
         rounds = checked_rounding(rounding, rounding_seed)
         rule = _rule_of(weight_update)
@@ -209,7 +196,7 @@ class DeltaLoRAOptimizer(Optimizer):
             weight.resolve()
         check_weights(weights, rule, new=weights)
         if isinstance(inner, Optimizer):
-            check_nothing_unused(options, params, inner_kwargs)
+            check_nothing_unused(inner, options, params, inner_kwargs)
         else:
             with outside_inference_mode():
                 inner = build_inner(inner, inner_groups(groups, options, params), plain(inner_kwargs))
@@ -244,7 +231,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Args:
             model: a model with LoRA layers of a library that `find_triples` knows.
-            inner: an optimizer class.
+            inner: an optimizer class; or a built optimizer that already holds everything that trains.
             adapter: the adapter's name.
             allow_dropout: see `find_triples`.
             allow_tied: see `find_triples`.
@@ -254,12 +241,9 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: as `find_triples` and `DeltaLoRAOptimizer` do.
             TypeError: without a model or an inner optimizer.
         """
-        if model is None or inner is None:
-            missing = [name for name, given in (("model", model), ("inner", inner)) if given is None]
-            raise TypeError(
-                f"for_model(model, inner, ...): {' and '.join(missing)} missing. The model is one with LoRA layers, "
-                f"`inner` an optimizer class such as torch.optim.AdamW. {FOR_TRAINER}"
-            )
+        usage.check_model(model, inner)
+        assert model is not None
+        assert inner is not None
         from deltaopt.integrations import find_triples, other_parameters
 
         triples = find_triples(model, adapter, allow_dropout=allow_dropout, allow_tied=allow_tied)
@@ -721,8 +705,8 @@ class DeltaLoRAOptimizer(Optimizer):
         adapter; W can be rebuilt from the adapter and the base.
 
         Raises:
-            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has a form of its
-                own, which has no place for these entries.
+            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has no place for
+                these entries: it holds other param groups than the optimizer.
         """
         with self._resolved("state_dict()", use="read") as weights:
             for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -814,7 +798,7 @@ class DeltaLoRAOptimizer(Optimizer):
             unfinished = partial(resume.unfinished, decided)
             with self._events.begin("load_state_dict()", finish, unfinished):
                 self._rule.restore(weights, saved)
-                note_result(loaded, partial(self._inner.load_state_dict, inner_state))
+                note_result(loaded, partial(self._inner.load_state_dict, own_form(inner_state)))
             resume.warn(decided, uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)

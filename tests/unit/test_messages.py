@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltaopt.messages import NAMED, Problem, layers, names, problem_lines, problems_of, raise_problems
+from deltaopt.messages import NAMED, WRITTEN_OUT, Problem, layers, names, problem_lines, problems_of, raise_problems
 
 MANY = [f"layers.{i}.q" for i in range(224)]
 
@@ -50,3 +50,26 @@ def test_all_problems_are_raised_at_once_with_what_to_do():
         "  q: B is wrong",
         "Mend them",
     ]
+
+
+def test_sentences_that_differ_in_numbers_are_one_problem():
+    problems = [
+        Problem(f"layers.{i}.q", f"A has the shape ({i}, 3), and W {i / 4}e-3 of layers.{i}.k") for i in range(224)
+    ]
+    (line,) = problem_lines(problems)
+    assert line.startswith(
+        "layers.0.q: A has the shape (0, 3), and W 0.0e-3 of layers.0.k (and with other numbers in 223 "
+    )
+    assert line.endswith(f"layers.1.q, layers.2.q, {', '.join(MANY[3 : NAMED + 1])}, ...)")
+
+
+def test_of_many_problems_the_first_are_written_out_and_the_rest_counted():
+    problems = [Problem(name, f"it is {kind}") for kind in "abcdefghij" for name in MANY]
+    lines = problem_lines(problems)
+    assert lines[0] == "it is a (224 layers: layers.0.q, layers.1.q, layers.2.q, ...)"
+    assert lines[-1] == "... and 4 more problems"
+    assert len(lines) == WRITTEN_OUT + 1
+
+
+def test_a_problem_that_is_found_twice_is_written_once():
+    assert problem_lines([Problem("q", "it is tied")] * 3) == ["q: it is tied"]
