@@ -115,7 +115,7 @@ class SavedLedger:
         self.rebased = bool(record["rebased"])
         self.moves, self.folded_since = (_checked_count(record.get(key), key) for key in ("moves", "folded_since"))
         self.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
-        self._end_is_live = record["end"] == "live"
+        self._end_is_live: bool = record["end"] == "live"
         if record["end"] is not None and not self._end_is_live:
             A, B = record["end"]
             self.ledger.end = _tensor_of(A), _tensor_of(B)
@@ -126,6 +126,11 @@ class SavedLedger:
         self.overwritten = _difference_of(record.get("overwritten"))
         W = record["W"]
         self.W = None if W is None else Fingerprint.of_record(W).record()
+
+    @property
+    def end_is_live(self) -> bool:
+        """True if the ledger ends with A and B as they were saved, which the model's or adapter's file holds."""
+        return self._end_is_live
 
     def ledger_for(self, weight: WeightState) -> Ledger:
         """Return the ledger with the factors of `weight`, which are those that were saved."""

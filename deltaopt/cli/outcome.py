@@ -33,9 +33,10 @@ def refusals(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
         kinds: which the function documents. Default: ValueError, TypeError and RuntimeError.
         prefix: what the message begins with, such as a path.
     """
+    caught = kinds or (ValueError, TypeError, RuntimeError)
     try:
         yield
-    except kinds or (ValueError, TypeError, RuntimeError) as error:
+    except caught as error:
         raise UserError(prefix + str(error)) from error
 
 

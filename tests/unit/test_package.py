@@ -20,6 +20,10 @@ MODULES = [
 ]
 # A module may import from those that stand after it.
 ORDER = [
+    "__main__",
+    *("cli.doctor", "cli.folders"),
+    *("cli.export", "cli.inspect", "cli.base_model", "cli.movement", "cli.checkpoint", "cli.adapters", "cli.files"),
+    "cli.outcome",
     "describe",
     "analysis",
     "integrations",
