@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deltaopt.cli import folders
+from deltaopt.cli.adapters import CONFIG, NEEDS_MOVED, WEIGHTS
 from deltaopt.cli.outcome import Outcome, UserError
 from deltaopt.describe import describe
 from deltaopt.description import Description, in_bytes
+from deltaopt.messages import layers
 from deltaopt.tables import paragraph
 
 EXAMPLES = """examples:
-  python -m deltaopt doctor my-model                        a model, with PEFT's usual targets for it
-  python -m deltaopt doctor my-model --targets q_proj,v_proj
-  python -m deltaopt doctor my-adapter --base my-model      an adapter, or an adapter_config.json alone
+  deltaopt doctor models/llama                            a model, with the targets that PEFT takes for it
+  deltaopt doctor models/llama --targets q_proj,v_proj
+  deltaopt doctor my-adapter --base models/llama          an adapter, or an adapter_config.json alone
 """
 
 GROWN_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq", "eva", "gaussian_both")
@@ -57,22 +59,22 @@ def run(arguments: argparse.Namespace) -> Outcome:
         UserError: if there is nothing to look at, or it cannot be read.
     """
     place = folders.folder(arguments.path)
-    if (place / folders.ADAPTER_CONFIG).exists():
+    if (place / CONFIG).exists():
         return _of_adapter(place, arguments)
     if (place / folders.MODEL_CONFIG).exists():
         return _of_model(place, arguments)
-    weights = next((name for name in folders.ADAPTER_WEIGHTS if (place / name).exists()), None)
+    weights = next((name for name in WEIGHTS if (place / name).exists()), None)
     if weights is not None:
-        raise UserError(f"{place} has {weights} and no {folders.ADAPTER_CONFIG}: copy the config too")
+        raise UserError(f"{place} has {weights} and no {CONFIG}: copy the config too")
     folders.empty_model(place)
     raise AssertionError("a folder without a config was built")
 
 
 def _of_model(place: Path, arguments: argparse.Namespace) -> Outcome:
     if arguments.base is not None:
-        raise UserError(f"{place} has no {folders.ADAPTER_CONFIG}, so it is no adapter for --base {arguments.base}")
+        raise UserError(f"{place} has no {CONFIG}, so it is no adapter for --base {arguments.base}")
     peft = folders.needed("peft")
-    model = folders.empty_model(place)
+    model: Any = folders.empty_model(place)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     targets = [name.strip() for name in arguments.targets.split(",")] if arguments.targets else None
     chosen = "--targets" if targets else "the targets that PEFT takes by default"
@@ -84,25 +86,25 @@ def _of_model(place: Path, arguments: argparse.Namespace) -> Outcome:
         )
     config = peft.LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
     opening = f"{place}: a model without an adapter, looked at with a new LoRA of rank {config.r} on {chosen}: "
-    return _outcome(_Case(place, opening + ", ".join(sorted(config.target_modules)), config), model, arguments)
+    return _outcome(_Case(place, opening + ", ".join(sorted(config.target_modules)), config), place, arguments)
 
 
 def _of_adapter(place: Path, arguments: argparse.Namespace) -> Outcome:
     if arguments.targets is not None:
-        raise UserError(f"--targets is for a model without an adapter, and {place} has {folders.ADAPTER_CONFIG}")
-    fields = folders.read_config(place, folders.ADAPTER_CONFIG)
+        raise UserError(f"--targets is for a model without an adapter, and {place} has {CONFIG}")
+    fields = folders.read_config(place, CONFIG)
     config = folders.lora_config(fields, place)
     tensors = folders.adapter_tensors(place)
     base = _base_of(place, fields, arguments.base)
     if tensors is None and base is None:
         raise UserError(
-            f"{place} has {folders.ADAPTER_CONFIG} and no weights ({' or '.join(folders.ADAPTER_WEIGHTS)}): copy them "
+            f"{place} has {CONFIG} and no weights ({' or '.join(WEIGHTS)}): copy them "
             "too; or, to look at a config before training, name the model with --base"
         )
     state = "its config alone, no weights" if tensors is None else f"{len(tensors)} tensors"
     opening = f"{place}: a {config.peft_type.value} adapter of rank {config.r} ({state})"
-    case = _Case(place, opening, config, tensors, folders.MOVED_BASE in fields)
-    return _outcome(case, None if base is None else folders.empty_model(base), arguments)
+    case = _Case(place, opening, config, tensors, NEEDS_MOVED in fields)
+    return _outcome(case, base, arguments)
 
 
 def _base_of(place: Path, fields: Mapping[str, Any], named: str | None) -> Path | None:
@@ -133,15 +135,16 @@ class _Case(NamedTuple):
     needs_moved_base: bool = False
 
 
-def _outcome(case: _Case, model: Any, arguments: argparse.Namespace) -> Outcome:
+def _outcome(case: _Case, base: Path | None, arguments: argparse.Namespace) -> Outcome:
     changes = _changes(case.config)
     told = mended = None
-    if model is not None:
-        adapted = folders.with_adapter(copy.deepcopy(model), _buildable(case.config), str(case.place))
+    if base is not None:
+        adapted = folders.with_adapter(folders.empty_model(base), _buildable(case.config), str(case.place))
         folders.check_fit(adapted, case.tensors or {}, str(case.place))
         told = describe(adapted)
         if changes:
-            mended = describe(folders.with_adapter(model, _mended(case.config), str(case.place)))
+            model = folders.with_adapter(folders.empty_model(base), _mended(case.config), str(case.place))
+            mended = describe(model)
     seen = mended if mended is not None and told is not None and len(mended.rows) > len(told.rows) else told
     lines = paragraph(case.opening)
     if case.needs_moved_base:
@@ -156,8 +159,7 @@ def _outcome(case: _Case, model: Any, arguments: argparse.Namespace) -> Outcome:
     else:
         lines += str(told).splitlines()
         if seen is not told and seen is not None:
-            lines += paragraph(f"after these changes {len(seen.rows)} layers are taken, and these are refused:")
-            lines += _refused_lines(seen)
+            lines += paragraph(f"after these changes: {_refused(seen)}")
     advice = _advice(case, seen, arguments.start_step)
     if advice is not None:
         lines += paragraph(f"rule: {advice.weight_update}, because {advice.why}")
@@ -176,10 +178,10 @@ def _outcome(case: _Case, model: Any, arguments: argparse.Namespace) -> Outcome:
     )
 
 
-def _refused_lines(told: Description) -> list[str]:
-    refused = [entry for entry in told.left_out if entry.kind == "refused"]
-    lines = str(Description(told.subject, [], refused)).splitlines()[2:]
-    return lines or ["  none"]
+def _refused(told: Description) -> str:
+    refused = [entry.name for entry in told.left_out if entry.kind == "refused"]
+    taken = layers([row.name for row in told.rows])
+    return f"{taken} taken, {f'{layers(refused)} still refused' if refused else 'none refused'}"
 
 
 def _changes(config: Any) -> list[str]:

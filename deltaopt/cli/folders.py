@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaopt.cli.outcome import UserError
+from deltaopt.cli.adapters import CONFIG, WEIGHTS
+from deltaopt.cli.base_model import quiet
+from deltaopt.cli.files import read
+from deltaopt.cli.outcome import UserError, one_line
 
-MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-MOVED_BASE = "needs_base_weights_moved_by_deltaopt_see_docs_export"
-"""The key in the config of an adapter that was saved without the movement of its W."""
+MODEL_CONFIG = "config.json"
+SHOWN = 300
+"""Characters of another library's message that are shown."""
 
 
 def folder(path: str) -> Path:
@@ -57,20 +57,10 @@ def adapter_tensors(place: Path) -> dict[str, Tensor] | None:
     Raises:
         UserError: if they cannot be read.
     """
-    for name in ADAPTER_WEIGHTS:
-        if (place / name).exists():
-            try:
-                return _load(place / name)
-            except Exception as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{place / name} cannot be read ({reason}): it is cut off; copy it again") from error
-    return None
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return dict(needed("safetensors.torch").load_file(file))
-    return dict(torch.load(file, map_location="cpu", weights_only=True))
+    file = next((place / name for name in WEIGHTS if (place / name).is_file()), None)
+    if file is None:
+        return None
+    return {name: tensor for name, tensor in read(file).items() if isinstance(tensor, Tensor)}
 
 
 def needed(module: str) -> Any:
@@ -99,14 +89,13 @@ def empty_model(place: Path) -> nn.Module:
     fields = read_config(place, MODEL_CONFIG)
     if "auto_map" in fields:
         raise UserError(f"{place} has code of its own (auto_map), which is not run here: call deltaopt.describe(model)")
-    with _quietly():
+    with quiet():
         try:
             return _of_diffusers(fields) if "_class_name" in fields else _of_transformers(place)
         except UserError:
             raise
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{place / MODEL_CONFIG} cannot be built as a model: {reason}") from error
+            raise UserError(f"{place / MODEL_CONFIG} cannot be built as a model: {_reason(error)}") from error
 
 
 def _of_diffusers(fields: Mapping[str, Any]) -> nn.Module:
@@ -149,7 +138,7 @@ def lora_config(fields: Mapping[str, Any], place: Path) -> Any:
     peft = needed("peft")
     method = fields.get("peft_type")
     if method is None:
-        raise UserError(f"{place / ADAPTER_CONFIG} has no peft_type, so it is no config of a PEFT adapter")
+        raise UserError(f"{place / CONFIG} has no peft_type, so it is no config of a PEFT adapter")
     kinds = {"LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig}
     if method not in kinds:
         raise UserError(
@@ -157,11 +146,11 @@ def lora_config(fields: Mapping[str, Any], place: Path) -> Any:
             "follow. Train with a LoraConfig"
         )
     known = {field.name for field in dataclasses.fields(kinds[method])}
-    with _quietly():
+    with quiet():
         try:
             config = kinds[method](**{k: v for k, v in fields.items() if k in known and k != "peft_type"})
         except (TypeError, ValueError) as error:
-            raise UserError(f"{place / ADAPTER_CONFIG} is refused by PEFT: {error}") from error
+            raise UserError(f"{place / CONFIG} is refused by PEFT: {_reason(error)}") from error
     config.inference_mode = False
     return config
 
@@ -173,12 +162,11 @@ def with_adapter(model: nn.Module, config: Any, what: str) -> nn.Module:
         UserError: if PEFT cannot put it there, as where no layer has a name of its targets.
     """
     peft = needed("peft")
-    with _quietly():
+    with quiet():
         try:
             return peft.get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[no-any-return]
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{what} does not fit this model: {reason}") from error
+            raise UserError(f"{what} does not fit this model: {_reason(error)}") from error
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -200,9 +188,6 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> Non
         )
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep the warnings of other libraries from the user, who loads nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _reason(error: Exception) -> str:
+    text = one_line(str(error)) or type(error).__name__
+    return text[:SHOWN] + " ..." * (len(text) > SHOWN)
