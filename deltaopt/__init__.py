@@ -6,6 +6,7 @@ from deltaopt.checkpoint.format import without_compensation, without_ledger
 from deltaopt.checkpoint.resume import WeightMismatchError
 from deltaopt.describe import describe
 from deltaopt.export import export_adapter, merged_weights
+from deltaopt.factors import Factor
 from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DeltaLoRAOptimizer",
+    "Factor",
     "LoRATriple",
     "LowRank",
     "WeightMismatchError",

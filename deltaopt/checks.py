@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt.claims import Use
+from deltaopt.factors import Computed
 from deltaopt.groups import ParamsInput, as_list
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
-from deltaopt.tensors import overlapping_pairs, same_view
+from deltaopt.tensors import FLOATS, overlapping_pairs, same_view
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -59,23 +60,27 @@ def set_problems(weights: Sequence[WeightState], readable: set[WeightState], rul
 
 
 def check_training(weights: Iterable[WeightState]) -> None:
-    """Raise ValueError for a factor that does not require grad, or a W that does. Asked at every step.
+    """Raise ValueError for factors of which nothing requires grad, or a W that does. Asked at every step.
 
     Between steps it does not matter: PEFT's ``disable_adapter`` freezes the factors, as do users of a trained model.
     """
-    if any(W.requires_grad or not (A.requires_grad and B.requires_grad) for W, A, B in (w.tensors for w in weights)):
+    if any(
+        tensors.W.requires_grad or not any(parameter.requires_grad for parameter in tensors.stored)
+        for tensors in (weight.tensors for weight in weights)
+    ):
         problems = [problem for w in weights for problem in problems_of(w.label, frozen_problems(w))]
         raise_problems(ValueError, "these triples cannot be trained now (nothing was changed)", problems)
 
 
 def frozen_problems(weight: WeightState) -> list[str]:
-    """Say which factors are frozen, and whether W is not."""
-    found = [
-        f"{letter} does not require grad, so no optimizer can train it: call {letter}.requires_grad_(True), or "
-        "activate the adapter it belongs to"
-        for letter in "AB"
-        if not getattr(weight.tensors, letter).requires_grad
-    ]
+    """Say if nothing of A and B trains, and whether W does. One of them may be frozen on purpose, as in LoRA-FA."""
+    found = []
+    if not any(parameter.requires_grad for parameter in weight.tensors.stored):
+        *first, last = weight.triple.parameter_names
+        found.append(
+            f"neither {', '.join(first)} nor {last} requires grad, so that no optimizer can train it: call "
+            "requires_grad_(True) on what is to train (one of them is enough), or activate the adapter it belongs to"
+        )
     if weight.tensors.W.requires_grad:
         found.append(
             "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train W itself and drop "
@@ -92,17 +97,35 @@ def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]
         rule: of the optimizer.
         unwritable: the problems of reading and writing W in place.
     """
-    W, A, B = weight.tensors
+    W, view = weight.tensors.W, weight.triple.view
     found = list(rule.weight_problems(weight, unwritable))
-    for letter, factor in (("A", A), ("B", B)):
-        found += rule.factor_problems(weight, letter, factor)
-        if factor.device != W.device and not unwritable:
-            found.append(f"{letter} is on {factor.device} and W on {W.device}: move them to one device")
+    for name, parameter in zip(weight.triple.parameter_names, weight.tensors.stored, strict=True):
+        found += rule.factor_problems(weight, name, parameter)
+        if parameter.device != W.device and not unwritable:
+            found.append(f"{name} is on {parameter.device} and W on {W.device}: move them to one device")
     if W.numel() == 0 and not unwritable:
         found.append(f"W has the shape {tuple(W.shape)} and no elements, so nothing can move: leave this layer out")
-    view = weight.triple.view
+    found = found or _computed_problems(weight)
     shapes = view.product_problems if unwritable else view.shape_problems
-    return found or shapes(W, A, B) or weight.triple.branch_problems()
+    return found or shapes(W, weight.tensors.A, weight.tensors.B) or weight.triple.branch_problems()
+
+
+def _computed_problems(weight: WeightState) -> list[str]:
+    """Say why a computed factor is no matrix of numbers."""
+    found = []
+    for letter, factor in (("A", weight.tensors.left), ("B", weight.tensors.right)):
+        if isinstance(factor, Tensor):
+            continue
+        made_of = ", ".join(f"{tuple(parameter.shape)}" for parameter in factor.parameters)
+        try:
+            value: object = factor.value()
+        except Exception as error:
+            found.append(f"{letter} cannot be computed from parameters of the shapes {made_of}: {error}")
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            found.append(f"{letter} is computed as a {kind}, expected a tensor of floating point numbers")
+    return found
 
 
 def _name_problems(weights: Iterable[WeightState]) -> list[Problem]:
@@ -124,7 +147,9 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
     for weight in weights:
         if weight in readable:
             places.append((weight, "W", weight.matrix()))
-        places += [(weight, "A", weight.tensors.A), (weight, "B", weight.tensors.B)]
+        # A parameter of which both A and B are made is one.
+        parameters = dict(zip(weight.tensors.stored, weight.triple.parameter_names, strict=True))
+        places += [(weight, name, parameter) for parameter, name in parameters.items()]
     found = []
     for i, j in overlapping_pairs([local_part(tensor) for *_, tensor in places]):
         (other, other_letter, other_tensor), (weight, letter, tensor) = places[i], places[j]
@@ -133,11 +158,25 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
             letter == other_letter == "W"
             and not (rule.moves_weights or weight.moved or other.moved)
             and same_view(other_tensor, tensor)
-            and (weight.tensors.A is not other.tensors.A or weight.tensors.B is not other.tensors.B)
+            and not _same_factors(weight, other)
         )
         if not (shared_factor or shared_weight):
             found.append(Problem(weight.label, _sharing_sentence(letter, other.label, other_letter)))
     return found
+
+
+def _same_factors(weight: WeightState, other: WeightState) -> bool:
+    """Tell if two triples have the same A and B: the same tensors, and the same functions of them."""
+    return all(
+        one is another
+        or (
+            isinstance(one, Computed)
+            and isinstance(another, Computed)
+            and one.factor.is_same(another.factor)
+            and all(p is q for p, q in zip(one.parameters, another.parameters, strict=True))
+        )
+        for one, another in zip(weight.tensors[1:], other.tensors[1:], strict=True)
+    )
 
 
 def _sharing_sentence(letter: str, other_label: str, other_letter: str) -> str:
@@ -361,9 +400,15 @@ def check_not_differentiable(inner: Optimizer) -> None:
 
 
 def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
-    """Raise ValueError unless the inner optimizer holds the very Parameter objects of every A and B, and no W."""
+    """Raise ValueError unless the inner optimizer holds the very Parameter objects of every A and B, and no W.
+
+    Those that are frozen it need not hold.
+    """
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    if all(id(W) not in held and id(A) in held and id(B) in held for W, A, B in (w.tensors for w in weights)):
+    if all(
+        id(tensors.W) not in held and all(id(p) in held or not p.requires_grad for p in tensors.stored)
+        for tensors in (weight.tensors for weight in weights)
+    ):
         return
     parameters = f"the parameters of the inner {type(inner).__name__}"
     problems = []
@@ -377,13 +422,13 @@ def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
                 )
             )
         problems += [
-            Problem(weight.label, f"{letter} is not among {parameters}")
-            for letter in "AB"
-            if id(getattr(weight.tensors, letter)) not in held
+            Problem(weight.label, f"{name} is not among {parameters}")
+            for name, parameter in zip(weight.triple.parameter_names, weight.tensors.stored, strict=True)
+            if id(parameter) not in held and parameter.requires_grad
         ]
     closing = ""
     if any(is_sharded(p) for group in inner.param_groups for p in group["params"]) and not any(
-        is_sharded(factor) for weight in weights for factor in weight.tensors[1:]
+        is_sharded(parameter) for weight in weights for parameter in weight.tensors.stored
     ):
         closing = (
             "Its parameters are shards of FSDP2, and those of the layers are whole: a forward pass has put these in "
@@ -394,8 +439,8 @@ def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
         ValueError,
         "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
         "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
-        "afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) cannot be "
-        "wrapped",
+        "afterwards; if they were frozen then, freeze them again; optimizers that step flattened copies (DeepSpeed "
+        "ZeRO, FSDP1, CPU offload) cannot be wrapped",
         problems,
         closing,
     )

@@ -6,6 +6,7 @@ import itertools
 import types
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,9 +40,6 @@ SETTINGS = Settings(update_ratio=2.0, start_step=0, scaling=1.0)
 RULES = {"in_place": InPlaceUpdate, "folded": FoldedUpdate}
 
 TIED = "leave it out of target_modules, or say allow_tied=True"
-
-MISSING = [f"{letter} {NOT_LOADED}" for letter in "WAB"]
-"""What is said of tensors of a model that is not loaded."""
 
 
 def describe(model_or_triples: Any, adapter: str = "default") -> Description:
@@ -175,7 +173,7 @@ def _problems(weights: Sequence[WeightState], rule_name: str, loaded: bool) -> d
 def _apart_from_loading(sentences: Iterable[str], W: Tensor) -> list[str]:
     """Return the problems that stay when the model is loaded."""
     packed = f"W is packed ({_dtype(W)}) and cannot be read and written as a matrix"
-    return [sentence.replace(MISSING[0], packed) for sentence in sentences if sentence not in MISSING]
+    return [s.replace(f"W {NOT_LOADED}", packed) for s in sentences if not s.endswith(NOT_LOADED)]
 
 
 def _row(
@@ -246,16 +244,22 @@ def _pairs_on_one_weight(weights: Sequence[WeightState]) -> list[tuple[WeightSta
 
 
 def _parameters(triple: LoRATriple) -> tuple[Tensor, ...]:
-    return triple.A, triple.B
+    """Return the parameters that the factors are made of; none where the adapter was deleted."""
+    try:
+        return triple.parameters
+    except RuntimeError:
+        return ()
 
 
 def _own_name(triple: LoRATriple, parameter: Tensor) -> str:
     """Return the name of a parameter in the module that it was registered with; "A" or "B" of a tensor."""
-    for module in (source[0] for source in triple.sources.values() if isinstance(source, tuple)):
-        for name, held in module.named_parameters():
-            if held is parameter:
-                return name
-    return "A" if triple.A is parameter else "B"
+    places = zip(triple.parameter_sources, triple.parameter_names, strict=True)
+    for place, name in places:
+        if isinstance(place, tuple) and attrgetter(place[1])(place[0]) is parameter:
+            return place[1]
+        if place is parameter:
+            return name
+    return "parameter"
 
 
 def _factor_parameter(triple: LoRATriple, parameter: Tensor, name: str) -> FactorParameter:

@@ -129,11 +129,12 @@ def parse_triples(
 
 
 def factor_params(triples: Iterable[LoRATriple]) -> dict[Tensor, str]:
-    """Return A and B of each triple in order, each once, with a name."""
+    """Return what trains of A and B of each triple in order, each parameter once, with a name."""
     named: dict[Tensor, str] = {}
     for triple in triples:
-        for letter, factor in (("A", triple.A), ("B", triple.B)):
-            named.setdefault(factor, f"{triple.label}.{letter}")
+        for name, parameter in zip(triple.parameter_names, triple.stored, strict=True):
+            if parameter.requires_grad:
+                named.setdefault(parameter, f"{triple.label}.{name}")
     return named
 
 

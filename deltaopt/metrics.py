@@ -142,13 +142,13 @@ def effective_rank(sigma: Tensor) -> float:
     return float(torch.special.entr(p).sum(-1).exp().mean())
 
 
-def rows_of(W: Tensor, held: LowRank | None, asked: LowRank | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield W0 and W0 + D in blocks of rows, in the dtype of the computation.
+def rows_of(W: Tensor, held: LowRank | None, *ends: LowRank | None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield W0, and W0 + D for each D of `ends`, in blocks of rows, in the dtype of the computation.
 
     Args:
         W: (c, d) or (e, c, d), as it is now.
-        held: the product that W0 was changed by to become W.
-        asked: D.
+        held: the product that W0 was changed by to become W; None for none.
+        ends: products; None for zero.
     """
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
     for e, matrix in enumerate(_stacked(W)):
@@ -157,8 +157,12 @@ def rows_of(W: Tensor, held: LowRank | None, asked: LowRank | None) -> Iterator[
             rows = slice(start, start + height)
             W0 = matrix[rows].to(dtype)
             if held is not None:
-                W0 = W0 - _stacked(held.A)[e][rows] @ _stacked(held.B)[e]
-            yield W0, W0 if asked is None else W0 + _stacked(asked.A)[e][rows] @ _stacked(asked.B)[e]
+                W0 = W0 - _block(held, e, rows)
+            yield W0, *(W0 if D is None else W0 + _block(D, e, rows) for D in ends)
+
+
+def _block(D: LowRank, e: int, rows: slice) -> Tensor:
+    return _stacked(D.A)[e][rows] @ _stacked(D.B)[e]
 
 
 def _stacked(matrices: Tensor) -> Tensor:

@@ -493,7 +493,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 if not restart.carry_out():
                     return
                 self._repeats = repeats + 1
-                factors = [factor for weight in weights for factor in weight.tensors[1:]]
+                factors = [parameter for weight in weights for parameter in weight.tensors.parameters]
                 for factor in factors:
                     factor.grad = None
                 forget_state(self._inner, factors)
@@ -785,7 +785,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._hold(weights)
                 if not record["ledgers"]:
                     for weight, A in factors:
-                        put_whole_(weight.tensors.A, A)
+                        put_whole_(weight.tensors.stored[0], A)
                     for weight in weights:
                         weight.rebase()
                 uncompensated[:] = resume.carry_out(decided, writer)

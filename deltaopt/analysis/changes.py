@@ -144,15 +144,16 @@ def _cosines(
     weight: WeightState, held: list[Term], D: LowRank | None, change: LowRank | None
 ) -> tuple[float, float | None, float | None]:
     """Return ||W0||, and the cosines of W0 + the change and of W0 + D to W0."""
-    W, sums = weight.matrix().detach(), []
-    for end in (change, D):
-        base = moved = both = 0.0
-        for W0, W1 in rows_of(W, product_of(held), end):
-            base += float(W0.double().square().sum())
-            moved += float(W1.double().square().sum())
-            both += float((W0.double() * W1.double()).sum())
-        sums.append((base, both / math.sqrt(base * moved) if base > 0 and moved > 0 else None))
-    (base, cosine), (_, weight_cosine) = sums
+    base, ends, both = 0.0, [0.0, 0.0], [0.0, 0.0]
+    for rows in rows_of(weight.matrix().detach(), product_of(held), change, D):
+        W0, *moved = (row.double() for row in rows)
+        base += float(W0.square().sum())
+        for i, W1 in enumerate(moved):
+            ends[i] += float(W1.square().sum())
+            both[i] += float((W0 * W1).sum())
+    cosine, weight_cosine = (
+        b / math.sqrt(base * end) if base > 0 and end > 0 else None for b, end in zip(both, ends, strict=True)
+    )
     return math.sqrt(base), cosine, weight_cosine
 
 

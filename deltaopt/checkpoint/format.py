@@ -178,7 +178,8 @@ def add_ledgers(
 ) -> dict[str, Any]:
     """Return `state_dict` with each triple's ledger and compensation, under its name; the input is not changed.
 
-    They are kept in the state of a parameter, since some tools keep nothing else: in that of the triple's A.
+    They are kept in the state of a parameter, since some tools keep nothing else: in that of the triple's A, or of the
+    first parameter that trains where A does not.
     """
     numbers = {
         id(p): number
@@ -188,7 +189,7 @@ def add_ledgers(
     # torch.distributed.checkpoint wants state for all parameters or for none.
     state: dict[Any, dict[str, Any]] = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
     for weight in weights:
-        number = numbers[id(weight.tensors.A)]
+        number = next(numbers[id(parameter)] for parameter in weight.tensors.stored if id(parameter) in numbers)
         # The empty entry is the place of ledgers of schema 4, which a distributed checkpoint may bring.
         ledger = {LEDGER + weight.label: _sealed({weight.label: ledger_record(weight)})}
         state[number] = {KEY: "", **state[number], **ledger}

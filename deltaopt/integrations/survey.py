@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from deltaopt.integrations import LIBRARIES
+from deltaopt.integrations.protocol import ask_all
 from deltaopt.messages import Problem
 from deltaopt.triple import LoRATriple
 
@@ -32,8 +33,9 @@ class Survey(NamedTuple):
 
 
 def survey(model: nn.Module, adapter: str) -> Survey:
-    """Return what all libraries that the program has imported find in a model."""
-    found = Survey([], [], [], [], [])
+    """Return what is in a model: modules that describe themselves, and layers of the libraries that are imported."""
+    asked = ask_all(model, (ValueError, TypeError))
+    found = Survey(asked.triples, asked.refused, [], asked.modules, asked.refused_modules)
     for library, integration in LIBRARIES.items():
         if library in sys.modules:
             more: Survey = importlib.import_module(integration).survey(model, adapter)

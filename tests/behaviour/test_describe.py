@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import deltaopt
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, describe
+from deltaopt import DeltaLoRAOptimizer, Factor, LoRATriple, describe
 from deltaopt.tables import WIDTH
 from tests.support.small import HandmadeLayer, random_steps, small_layer, small_triple
 
@@ -71,7 +71,7 @@ def refusals():
     del deleted.A
     return {
         "merged": (merged.triple(), "the branch is merged into W"),
-        "frozen": (LoRATriple(W, A.detach(), B, scaling=torch.tensor(1.0)), "A does not require grad"),
+        "frozen": (LoRATriple(W, A.detach(), B.detach()), "neither A nor B requires grad"),
         "swapped": (LoRATriple(W, B.detach().requires_grad_(), A.detach().requires_grad_()), "are swapped"),
         "trained W": (LoRATriple(W.clone().requires_grad_(), A, B), "W requires grad"),
         "deleted": (gone, "A is not in its HandmadeLayer"),
@@ -138,6 +138,45 @@ def test_what_it_keeps_is_what_the_optimizer_keeps():
     buffers = optimizer.buffer_bytes
     assert told.kept_bytes == 3 * (5 + 7) * (4 + 8)
     assert told.kept_bytes <= buffers <= 2 * told.kept_bytes  # the ledger's first term too: the product was not zero
+
+
+def test_a_frozen_factor_is_said_and_not_counted():
+    W, A, B = small_layer()
+    told = describe([LoRATriple(W, A, B.detach(), scaling=torch.tensor(1.0), name="q")])
+    (row,) = told.rows
+    assert [(p.factor, p.trains) for p in row.parameters] == [("A", True), ("B", False)]
+    assert told.trained == A.numel()
+    assert f"{A.numel()}: A; B frozen" in str(told)
+
+
+def test_computed_factors_name_their_parameters():
+    """Two parts of one W, whose factors are rows of one parameter each, and a factor that is a product."""
+    layer = nn.Module()
+    layer.W = nn.Parameter(torch.randn(8, 6), requires_grad=False)
+    layer.lora_A, layer.lora_B = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(8, 2))
+    layer.lora_E = nn.Parameter(torch.randn(2, 1))
+    parts = [
+        LoRATriple(
+            (layer, "W"),
+            Factor.rows((layer, "lora_B"), 4 * i, 4 * i + 4),
+            Factor(torch.mul, (layer, "lora_E"), (layer, "lora_A")) if i else Factor.rows((layer, "lora_A"), 0, 2),
+            scaling=torch.tensor(0.5),
+            name="qk"[i],
+            rows=(4 * i, 4 * i + 4),
+        )
+        for i in (0, 1)
+    ]
+    layer.lora_A.data = layer.lora_A.data[:2].clone()
+    told = describe(parts)
+    assert [[p.name for p in row.parameters] for row in told.rows] == [
+        ["q.lora_B", "q.lora_A"],
+        ["q.lora_B", "k.lora_E", "q.lora_A"],
+    ]
+    assert [row.shape for row in told.rows] == [(8, 6)] * 2
+    assert [(row.r, row.moves, row.rows) for row in told.rows] == [(2, 24, (0, 4)), (2, 24, (4, 8))]
+    assert told.trained == 8 * 2 + 2 * 6 + 2
+    assert "linear, rows 4:8" in str(told)
+    assert "30: lora_B, lora_E, lora_A" in str(told)
 
 
 def many():

@@ -40,7 +40,7 @@ ORDER = [
     *("stored_factors", "averaged", "save_watch"),
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
+    *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
     *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
 FOLDERS = ("analysis", "integrations")

@@ -15,10 +15,13 @@ from torch import nn
 from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
+from deltaopt.integrations.peft.absence import frozen_adapter, lora_adapters
+from deltaopt.integrations.peft.absence import why_none as why_none
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
 from deltaopt.integrations.peft.moved_config import configs_by_layer
 from deltaopt.integrations.peft.saved_adapter import SavedAdapter
 from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
+from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
 from deltaopt.naming import names_without_wrappers
@@ -53,15 +56,21 @@ def survey(model: nn.Module, adapter: str, allow_dropout: bool = False, attach: 
         allow_dropout: see `find_triples`.
         attach: let the triples put their hooks on the model, as an optimizer needs them, if no layer is refused.
     """
-    tuned = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    tuned = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not describes_itself(module)
+    }
     names_of = names_without_wrappers(model, tuned)
-    holders = [(names_of[name], module) for name, module in tuned.items() if adapter in _adapters(module)]
+    holders = [(names_of[name], module) for name, module in tuned.items() if adapter in lora_adapters(module)]
     reasons = [_refusal(layer, adapter, allow_dropout) for _, layer in holders]
+    if not any(reasons):
+        reasons = [frozen_adapter(model, [layer for _, layer in holders], adapter)] * len(holders)
     refused = [Problem(name, why) for (name, _), why in zip(holders, reasons, strict=True) if why is not None]
     elsewhere = [
         Problem(names_of[name], _other_content(module))
         for name, module in tuned.items()
-        if adapter not in _adapters(module)
+        if adapter not in lora_adapters(module)
     ]
     attach = attach and not refused
     start = _start(model, adapter)
@@ -193,7 +202,7 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
             '{"triples": [...], "update_ratio": 0.0}, it is plain LoRA',
         )
         for name, layer in model.named_modules()
-        if isinstance(layer, lora.LoraLayer) and adapter in _adapters(layer) and id(layer) not in saved
+        if isinstance(layer, lora.LoraLayer) and adapter in lora_adapters(layer) and id(layer) not in saved
     ]
     problems += [
         Problem(
@@ -215,11 +224,6 @@ def _warn_of_other_bases(weights: Iterable[WeightState]) -> None:
             "not on the pristine ones",
             stacklevel=3,
         )
-
-
-def _adapters(module: BaseTunerLayer) -> set[str]:
-    held = ("lora_A", "lora_embedding_A")
-    return {adapter for attribute in held for adapter in getattr(module, attribute, {})}
 
 
 def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | None:
@@ -246,7 +250,7 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
 
 def _other_content(layer: BaseTunerLayer) -> str:
     """Say what a layer holds that does not hold the adapter."""
-    if others := sorted(_adapters(layer)):
+    if others := sorted(lora_adapters(layer)):
         return f"it holds {', '.join(map(repr, others))} only"
     return f"it is a {type(layer).__module__}.{type(layer).__qualname__}, which is another method than LoRA"
 

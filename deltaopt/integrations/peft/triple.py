@@ -73,7 +73,7 @@ class PeftTriple(LoRATriple):
             return
         for each in configs:
             prepare(each, adapter)
-        self.layer_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
+        self.layer_hook = hook_for(layer, adapter, holder_of(*self.W_source)[1], self.view, name)
         self.output_hook = self.layer_hook
         self.layer_hook.scale_copies()
 
@@ -200,13 +200,14 @@ class PeftTriple(LoRATriple):
 
         Those of a trained adapter that was loaded are not. PEFT then takes its own new start out of W, or none.
         """
-        A = self.view.factors(*tensors)[0].float()
+        A = self.view.factors(tensors.W, tensors.A, tensors.B)[0].float()
         if A.shape[-1] == 1:
             return False
         lengths = A.norm(dim=-2)
         cosines = A.mT @ A / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp_min(1e-30)
         cosines.diagonal(dim1=-2, dim2=-1).zero_()
-        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)  # PEFT computes the start in W's dtype
+        dtypes = [tensor.dtype for tensor in (tensors.W, *tensors.stored)]  # PEFT computes the start in W's dtype
+        coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
         return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
 
 
