@@ -45,9 +45,19 @@ def check_weights(weights: Sequence[WeightState], rule: UpdateRule, new: Collect
         )
     ]
     if not problems:
-        readable = {weight for weight in weights if not unwritable[weight]}
-        problems = [*_name_problems(weights), *_sharing_problems(weights, readable, rule)]
+        problems = set_problems(weights, {weight for weight in weights if not unwritable[weight]}, rule)
     raise_problems(ValueError, "these triples cannot be used", problems)
+
+
+def set_problems(weights: Sequence[WeightState], readable: set[WeightState], rule: UpdateRule) -> list[Problem]:
+    """Say which triples, each of which could be moved by itself, cannot be together.
+
+    Args:
+        weights: with their tensors resolved.
+        readable: those whose W can be read and written in place.
+        rule: of the optimizer.
+    """
+    return [*_name_problems(weights), *_sharing_problems(weights, readable, rule)]
 
 
 def check_training(weights: Iterable[WeightState]) -> None:

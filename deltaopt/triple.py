@@ -131,8 +131,9 @@ class LoRATriple:
             list.
         layout: how W is stored: ``"linear"`` (c, d), the default; ``"transposed"`` (d, c), as in
             GPT-2's Conv1D; ``"embedding"`` (rows, width), where the branch is (A @ B) transposed;
-            ``"conv"`` (c, d1, *kernel) with groups=1; ``"experts"`` (e, c, d);
-            ``"transposed_experts"`` (e, d, c).
+            ``"conv"`` (c, d1, *kernel) with groups=1; ``"conv_in_order"`` the same with a square kernel k x k, where
+            the branch is (A @ B).view(W.shape) with A (c * k, r) and B (r, d1 * k), as in loralib; ``"experts"``
+            (e, c, d); ``"transposed_experts"`` (e, d, c).
         rows: ``(start, stop)``: the branch belongs to these rows of the (c, d) matrix alone, as the
             query part of a fused query-key-value weight.
         columns: the same for its columns.

@@ -108,6 +108,19 @@ def _conv(kernel, channels_last=False):
     return build
 
 
+def _conv_in_order(new):
+    # loralib: (B @ A).view(W.shape), with factors of (c * k, r) and (r, d1 * k).
+    return Stored(
+        new(C, 4, 2, 2),
+        new(C * 2, R),
+        new(R, 4 * 2),
+        lambda W: W.reshape(C * 2, 4 * 2),
+        _same,
+        _same,
+        {"layout": "conv_in_order"},
+    )
+
+
 def _experts(new):
     return Stored(new(E, C, D), new(E, C, R), new(E, R, D), _same, _same, _same, {"layout": "experts"})
 
@@ -152,6 +165,10 @@ LAYOUTS: dict[str, Callable[..., Stored]] = {
 }
 
 
+MORE_LAYOUTS = {"conv_in_order": _conv_in_order}
+"""Layouts that differ from one of the others in their views alone, so that not every property has to run over them."""
+
+
 def scaled_rows(B: Tensor) -> Tensor:
     """diag(E) Q, with E in the last column."""
     return B[:, -1:] * B[:, :-1]
@@ -190,7 +207,7 @@ def make(
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    stored = (LAYOUTS | COMPUTED)[layout](new)
+    stored = (LAYOUTS | MORE_LAYOUTS | COMPUTED)[layout](new)
     stored.layout = layout
     factors = factor_dtype or dtype
     if zero_A:

@@ -21,8 +21,10 @@ MODULES = [
 # A module may import from those that stand after it.
 ORDER = [
     "__main__",
+    *("cli.doctor", "cli.folders"),
     *("cli.export", "cli.inspect", "cli.base_model", "cli.movement", "cli.checkpoint", "cli.adapters", "cli.files"),
     "cli.outcome",
+    "describe",
     "analysis",
     "integrations",
     "sharers",
@@ -39,7 +41,7 @@ ORDER = [
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
-    *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
+    *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
 FOLDERS = ("analysis", "integrations")
 """Folders whose modules may import each other."""

@@ -29,7 +29,7 @@ def is_adalora(layer: nn.Module) -> bool:
 
 def has_rank(layer: Any, adapter: str) -> bool:
     """Tell if anything is left of an adapter: PEFT loads a layer whose budget was taken away with a rank of 0."""
-    return not is_adalora(layer) or bool(layer.lora_E[adapter].numel())
+    return not is_adalora(layer) or adapter not in layer.lora_E or bool(layer.lora_E[adapter].numel())
 
 
 class AdaLoraTriple(PeftTriple):

@@ -38,6 +38,8 @@ class PeftTriple(LoRATriple):
         start: ``init_lora_weights`` of the adapter's config.
         saves: watches the model for saves of the adapter alone.
         configs: the dicts with the adapter's config that are above the layer.
+        attach: put the hook on the layer that an optimizer needs, and prepare the configs for a move. Without, the
+            triple tells of the layer and leaves it as it is.
     """
 
     _tolerance = 1e-9  # of the scaling
@@ -51,14 +53,13 @@ class PeftTriple(LoRATriple):
         start: bool | str = True,
         saves: SaveWatch | None = None,
         configs: Sequence[Configs] = (),
+        attach: bool = True,
     ) -> None:
         self.layer = layer
         self.adapter = adapter
         self._allow_dropout = allow_dropout
         self._start = start
         self._configs = configs
-        for each in configs:
-            prepare(each, adapter)
         self._alpha = layer.lora_alpha[adapter]
         super().__init__(
             (layer, _weight_path(layer)),
@@ -69,6 +70,10 @@ class PeftTriple(LoRATriple):
         )
         self._set_scaling = self._setter()
         self.saves = saves
+        if not attach:
+            return
+        for each in configs:
+            prepare(each, adapter)
         self.layer_hook = hook_for(layer, adapter, holder_of(*self.W_source)[1], self.view, name)
         self.output_hook = self.layer_hook
         self.layer_hook.scale_copies()
