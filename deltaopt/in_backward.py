@@ -44,7 +44,7 @@ def check_steps_by_itself(inner: Any) -> None:
 
 def check_not_in_backward(weights: Iterable[WeightState]) -> None:
     """Raise ValueError for factors that `torch.distributed.optim._apply_optimizer_in_backward` has given optimizers."""
-    labels = [weight.label for weight in weights if any(map(_own_optimizers, weight.tensors[1:]))]
+    labels = [weight.label for weight in weights if any(map(_own_optimizers, weight.tensors.parameters))]
     if labels:
         raise ValueError(
             f"A and B of {layers(labels)} have optimizers that step within the backward pass "
@@ -81,7 +81,7 @@ class BackwardWatch:
         Raises:
             RuntimeError: if no factor has a gradient, as before the last step, and some have changed since.
         """
-        factors = {weight: weight.tensors[1:] for weight in weights}
+        factors = {weight: weight.tensors.parameters for weight in weights}
         if any(factor.grad is not None for pair in factors.values() for factor in pair):
             self.forget()
             return
