@@ -4,6 +4,7 @@ from deltaopt import schedules
 from deltaopt.checkpoint.files import load, save
 from deltaopt.checkpoint.format import without_compensation, without_ledger
 from deltaopt.checkpoint.resume import WeightMismatchError
+from deltaopt.describe import describe
 from deltaopt.export import export_adapter, merged_weights
 from deltaopt.factors import Factor
 from deltaopt.integrations import find_triples, other_parameters
@@ -21,6 +22,7 @@ __all__ = [
     "LoRATriple",
     "LowRank",
     "WeightMismatchError",
+    "describe",
     "export_adapter",
     "find_triples",
     "leave_out_compensation",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from deltaopt.factors import FactorSource
 from deltaopt.integrations.protocol import describes_itself
+from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.naming import names_without_wrappers
 from deltaopt.scaling import ScalingSource, SetScaling
@@ -107,6 +109,23 @@ def raise_refusals(library: str, refusals: dict[str, str | None]) -> None:
         f"these {library} layers cannot be used",
         [Problem(name, reason) for name, reason in refusals.items() if reason is not None],
     )
+
+
+def surveyed(
+    layers: Mapping[str, Any], refusal: Callable[[Any, bool], str | None], triples: Callable[..., Iterable[LoRATriple]]
+) -> Survey:
+    """Return what the layers of a library are, for a description.
+
+    Args:
+        layers: by name.
+        refusal: ``refusal(layer, allow_dropout)`` says why a layer cannot be used.
+        triples: ``triples(name, layer, allow_dropout)`` gives those of a layer that can.
+    """
+    reasons = {name: refusal(layer, False) for name, layer in layers.items()}
+    found = [t for name, layer in layers.items() if reasons[name] is None for t in triples(name, layer, False)]
+    refused = {name: why for name, why in reasons.items() if why is not None}
+    problems = [Problem(name, why) for name, why in refused.items()]
+    return Survey(found, problems, [], list(layers.values()), [layers[name] for name in refused])
 
 
 def first_of(*problems: list[str]) -> str | None:

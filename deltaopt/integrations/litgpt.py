@@ -18,7 +18,9 @@ from deltaopt.integrations.layer_triple import (
     first_of,
     named_layers,
     raise_refusals,
+    surveyed,
 )
+from deltaopt.integrations.survey import Survey
 from deltaopt.triple import LoRATriple
 
 UNMERGE = (
@@ -33,9 +35,18 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     Raises:
         ValueError: for layers that Delta-LoRA cannot move, all in one message.
     """
-    layers = {name: layer for name, layer in named_layers(model, lora.LoRALayer).items() if hasattr(layer, "lora_A")}
+    layers = _layers(model)
     raise_refusals("litgpt", {name: _refusal(layer, allow_dropout) for name, layer in layers.items()})
     return [triple for name, layer in layers.items() for triple in _triples(name, layer, allow_dropout)]
+
+
+def survey(model: nn.Module, adapter: str) -> Survey:
+    """Return every layer of litgpt with a branch, good and bad ones."""
+    return surveyed(_layers(model), _refusal, _triples)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in named_layers(model, lora.LoRALayer).items() if hasattr(layer, "lora_A")}
 
 
 def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]:

@@ -20,7 +20,9 @@ from deltaopt.integrations.layer_triple import (
     first_of,
     named_layers,
     raise_refusals,
+    surveyed,
 )
+from deltaopt.integrations.survey import Survey
 from deltaopt.messages import layers, warn_user
 from deltaopt.triple import LoRATriple
 
@@ -38,10 +40,19 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     Raises:
         ValueError: for layers that Delta-LoRA cannot move, all in one message.
     """
-    found = {name: layer for name, layer in named_layers(model, loralib.LoRALayer).items() if hasattr(layer, "lora_A")}
+    found = _layers(model)
     raise_refusals("loralib", {name: _refusal(layer, allow_dropout) for name, layer in found.items()})
     _warn_of_rounding(found)
     return [triple for name, layer in found.items() for triple in _triples(name, layer, allow_dropout)]
+
+
+def survey(model: nn.Module, adapter: str) -> Survey:
+    """Return every layer of loralib with a branch, good and bad ones."""
+    return surveyed(_layers(model), _refusal, _triples)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in named_layers(model, loralib.LoRALayer).items() if hasattr(layer, "lora_A")}
 
 
 def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,17 +27,45 @@ def find(model: nn.Module) -> list[LoRATriple]:
         ValueError: for modules that raise it, all in one message.
         TypeError: for a method that gives something else than triples.
     """
+    asked = ask_all(model)
+    raise_problems(ValueError, f"these layers cannot be used, as their {METHOD}() says", asked.refused)
+    return asked.triples
+
+
+class Asked(NamedTuple):
+    """What the modules with a method ``lora_triples`` say of themselves.
+
+    Attributes:
+        triples: of all, named as the modules.
+        refused: what the others raised.
+        modules: all of them.
+        refused_modules: those that raised.
+    """
+
+    triples: list[LoRATriple]
+    refused: list[Problem]
+    modules: list[nn.Module]
+    refused_modules: list[nn.Module]
+
+
+def ask_all(model: nn.Module, errors: tuple[type[Exception], ...] = (ValueError,)) -> Asked:
+    """Ask every module of a model that describes itself.
+
+    Args:
+        model: with such modules.
+        errors: those that are the answer of a module; others are raised.
+    """
     found = {name: module for name, module in model.named_modules() if describes_itself(module)}
     names = names_without_wrappers(model, found)
-    triples, problems = [], []
+    asked = Asked([], [], list(found.values()), [])
     for name, module in found.items():
         label = names[name] or type(module).__name__
         try:
-            triples += _named(label, names[name], _asked(label, module))
-        except ValueError as error:
-            problems.append(Problem(label, str(error)))
-    raise_problems(ValueError, f"these layers cannot be used, as their {METHOD}() says", problems)
-    return triples
+            asked.triples.extend(_named(label, names[name], _asked(label, module)))
+        except errors as error:
+            asked.refused.append(Problem(label, str(error)))
+            asked.refused_modules.append(module)
+    return asked
 
 
 def _asked(label: str, module: Any) -> list[LoRATriple]:

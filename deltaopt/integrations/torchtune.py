@@ -18,7 +18,9 @@ from deltaopt.integrations.layer_triple import (
     first_of,
     named_layers,
     raise_refusals,
+    surveyed,
 )
+from deltaopt.integrations.survey import Survey
 from deltaopt.triple import LoRATriple
 
 UNMERGE = "load the weights again into a model that was not merged"
@@ -30,9 +32,22 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     Raises:
         ValueError: for layers that Delta-LoRA cannot move, all in one message.
     """
-    layers = named_layers(model, _classes("LoRALinear", "DoRALinear"))
+    layers = _layers(model)
     raise_refusals("torchtune", {name: _refusal(layer, allow_dropout) for name, layer in layers.items()})
     return [TorchtuneTriple(layer, name, allow_dropout) for name, layer in layers.items()]
+
+
+def survey(model: nn.Module, adapter: str) -> Survey:
+    """Return every layer of torchtune with a branch, good and bad ones."""
+    return surveyed(_layers(model), _refusal, _triples)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return named_layers(model, _classes("LoRALinear", "DoRALinear"))
+
+
+def _triples(name: str, layer: Any, allow_dropout: bool) -> list[LoRATriple]:
+    return [TorchtuneTriple(layer, name, allow_dropout)]
 
 
 class TorchtuneTriple(LayerTriple):

@@ -20,6 +20,11 @@ MODULES = [
 ]
 # A module may import from those that stand after it.
 ORDER = [
+    "__main__",
+    *("cli.doctor", "cli.folders"),
+    *("cli.export", "cli.inspect", "cli.base_model", "cli.movement", "cli.checkpoint", "cli.adapters", "cli.files"),
+    "cli.outcome",
+    "describe",
     "analysis",
     "integrations",
     "sharers",
@@ -31,12 +36,12 @@ ORDER = [
     *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks", "usage"),
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
+    *("weight", "claims", "groups", "inner", "in_backward", "triple", "base_hooks", "movement", "layer_output"),
     *("stored_factors", "averaged", "save_watch"),
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
-    *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
+    *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
 FOLDERS = ("analysis", "integrations")
 """Folders whose modules may import each other."""
