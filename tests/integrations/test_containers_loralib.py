@@ -302,3 +302,13 @@ def test_a_layer_without_a_branch_is_left_out(count):
     else:
         with pytest.raises(ValueError, match="no LoRA layer in this Sequential"):
             find_triples(model)
+
+
+@each_case
+def test_a_state_of_the_factors_alone_says_so(case):
+    model = case.model()
+    optimizer = optimizer_for(model)
+    loralib.lora_state_dict(model)
+    train(case, model, optimizer, range(4))
+    with pytest.warns(UserWarning, match=r"lora_state_dict returns the adapter alone, but .* moved the weights"):
+        loralib.lora_state_dict(model)
