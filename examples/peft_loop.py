@@ -57,9 +57,10 @@ def batch(rows):
 
 lora = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
 model = get_peft_model(base, lora)
-optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-3, update_ratio=2.0, start_step=20)
+optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-3, update_ratio=2.0, start_step=10)
 losses = []
-for step in range(60):
+model.train()
+for step in range(40):
     start = step * 8 % (len(rows) - 8)
     optimizer.zero_grad()
     loss = model(**batch(rows[start : start + 8])).loss
