@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 import random
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from deltaopt import DeltaLoRAOptimizer
 MODULES = [math, os, str]
 logging.set_verbosity_error()  # the new classification head is meant to be new
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # of PEFT in transformers
 
 
 def folder_of_the_model() -> Path:

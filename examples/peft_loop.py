@@ -13,6 +13,7 @@ import math
 import os
 import random
 import statistics
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from deltaopt.integrations.peft import save_adapter
 MODULES = [math, os, random, statistics, str, torch.optim]
 logging.set_verbosity_error()  # the new classification head is meant to be new
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # of PEFT in transformers
 
 
 def load_base():
