@@ -68,8 +68,10 @@ def overwriting(weight: WeightState) -> Difference | None:
     base = weight.base_sample
     if weight.claim is not None and weight.claim.base_overwritten:
         return None  # another optimizer has moved W
-    sample = _sample(weight) if weight.moved and weight.moves is not None and base is not None else None
-    if sample is None or base is None or weight.moves is None or base.shape != sample.rest.shape:
+    if base is None or weight.moves is None or not weight.moved or weight.triple.merge_problems():
+        return None  # a branch that is merged into W comes out again
+    sample = _sample(weight)
+    if sample is None is None or base.shape != sample.rest.shape:
         return None
     base = base.to(sample.rest.device)
     size = sample.size + base.abs()

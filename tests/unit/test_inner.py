@@ -62,7 +62,7 @@ def test_refuses_options_that_a_built_optimizer_would_not_see():
         DeltaLoRAOptimizer(inner, [(W, A, B)], lr=0.1)
     with pytest.raises(TypeError, match="lr: no effect"):
         DeltaLoRAOptimizer(inner, [{"triples": [(W, A, B)], "lr": 0.1}])
-    with pytest.raises(TypeError, match="params: no effect"):
+    with pytest.raises(TypeError, match="is already built and does not hold 1 of the 1 other parameters"):
         DeltaLoRAOptimizer(inner, [(W, A, B)], [torch.ones(2, requires_grad=True)])
 
 
@@ -240,6 +240,19 @@ def test_a_step_after_a_restart_is_a_first_step():
     random_steps(torch.optim.AdamW(fresh, lr=0.1), 1)
     assert torch.equal(A, fresh[0])
     assert torch.equal(B, fresh[1])
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("rule", RULES)
+def test_a_lookahead_inside_restarts_from_the_new_factors(rule):
+    """Restart half way to its next interpolation, which then is between the new factors and what follows."""
+    library = pytest.importorskip("pytorch_optimizer", reason="runs where pytorch_optimizer is installed")
+    run = LayerRun(rule, inner=lambda params, lr: library.Lookahead(torch.optim.SGD(params, lr), k=3)).train(2)
+    run.optimizer.restart(generator=torch.Generator().manual_seed(0))
+    start = run.stored.B.detach().clone()
+    run.train(1)  # the third step of its count
+    gradient = run.gradients[-1][1]
+    assert torch.allclose(run.stored.B, start - 0.5 * 0.02 * gradient, rtol=1e-12, atol=1e-12)
 
 
 # Making the inner state exist, as torch.distributed.checkpoint does.

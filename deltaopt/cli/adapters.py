@@ -1,0 +1,90 @@
+"""A folder of a PEFT adapter, read without PEFT: its config, its tensors, and whether it needs a moved W."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from deltaopt.cli.files import read
+from deltaopt.cli.outcome import UserError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+NEEDS_MOVED = "needs_base_weights_moved_by_deltaopt_see_docs_export"
+"""The key that deltaopt adds to the config of an adapter that is saved alone once W has moved."""
+
+
+class AdapterFolder:
+    """A folder with an adapter.
+
+    Args:
+        path: with an ``adapter_config.json``.
+
+    Attributes:
+        path: as given.
+        config: what that file says.
+
+    Raises:
+        UserError: if the config cannot be read, or the weights are missing or cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.config: dict[str, Any] = dict(json.loads((path / CONFIG).read_text("utf8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path / CONFIG} is no JSON of a PEFT config: {error}") from error
+        weights = [path / name for name in WEIGHTS if (path / name).is_file()]
+        if not weights:
+            raise UserError(
+                f"{path} has an {CONFIG} and no weights ({' or '.join(WEIGHTS)}): the folder was copied or downloaded "
+                "in part. Save or copy the adapter again"
+            )
+        self._weights = weights[0]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the adapter by their names in the file."""
+        return {name: tensor for name, tensor in read(self._weights).items() if isinstance(tensor, Tensor)}
+
+    def check(self) -> None:
+        """Raise UserError if the weights cannot be read."""
+        assert self.tensors is not None
+
+    @property
+    def needs_moved_weights(self) -> bool:
+        """True if it was saved alone, after W had moved: on the pristine base it is another model."""
+        return NEEDS_MOVED in self.config
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a reader wants to know of it, as plain data."""
+        config = self.config
+        return {
+            "path": str(self.path),
+            "method": config.get("peft_type"),
+            "rank": max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]) or None,
+            "alpha": config.get("lora_alpha"),
+            "base_model": config.get("base_model_name_or_path"),
+            "tensors": len(self.tensors),
+            "needs_moved_weights": self.needs_moved_weights,
+        }
+
+
+def adapter_in(folder: Path) -> AdapterFolder | None:
+    """Return the adapter of a folder: in it, or in its only subfolder with one, where PEFT puts adapters with a name.
+
+    Raises:
+        UserError: if there are several, or it cannot be read.
+    """
+    if (folder / CONFIG).is_file():
+        return AdapterFolder(folder)
+    named = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if path.parent.name != "export")
+    if len(named) > 1:
+        raise UserError(
+            f"{folder} has several adapters ({', '.join(path.name for path in named)}): choose one with --adapter DIR"
+        )
+    return AdapterFolder(named[0]) if named else None

@@ -1,0 +1,245 @@
+"""``inspect CHECKPOINT``: the run, the step, how far each W had moved, and which adapter is right with it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from deltaopt.cli.adapters import AdapterFolder
+from deltaopt.cli.checkpoint import Checkpoint, SavedState, opened
+from deltaopt.cli.files import tensors_of_model
+from deltaopt.cli.movement import Layer, grouped, layers_of, record_of
+from deltaopt.cli.outcome import Outcome, UserError
+
+ROWS = 14
+"""The layers that have a row of their own; more are shown by the last part of their names."""
+
+EXAMPLES = """examples:
+  deltaopt inspect run/checkpoint-500            a checkpoint of Trainer's
+  deltaopt inspect state                         a folder of Accelerate's save_state
+  deltaopt inspect optimizer.pt --adapter mine   a file of optimizer.state_dict(), and the adapter saved with it
+  deltaopt inspect run/checkpoint-500 --base models/llama    how far each W moved, relative to the base
+  deltaopt inspect mine                          an adapter: does it need weights that have moved?
+  deltaopt inspect run/checkpoint-500 --json     the same as data, every layer by itself
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.description = (
+        "Say what is in a checkpoint: which run and step, how far each W had moved, and which adapter gives the "
+        "trained model. Nothing in the files is executed."
+    )
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a file with optimizer.state_dict(), also within a dict or a Lightning checkpoint; or a folder of "
+        "Trainer's, of Accelerate's save_state, or of a PEFT adapter",
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="the folder of the adapter that was saved with it, where it has none itself"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the folder of the pretrained weights, to say how far each W moved relative to it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Look into the checkpoint.
+
+    Raises:
+        UserError: if it is none, or cannot be read.
+    """
+    checkpoint = opened(arguments.checkpoint, arguments.adapter)
+    if not checkpoint.states:
+        return _adapter_alone(checkpoint)
+    base = [] if arguments.base is None else _base(Path(arguments.base))
+    parts = [_state(checkpoint, state, base) for state in checkpoint.states]
+    _check_base(arguments.base, parts)
+    moved = any(layer["moved"] for part in parts for layer in part.data["layers"])
+    whole = all(layer["weight"] == "moved" for part in parts for layer in part.data["layers"] if layer["moved"])
+    folded = any(layer["folded"] for part in parts for layer in part.data["layers"])
+    use = _use(checkpoint, moved, moved and whole, folded)
+    step = "" if checkpoint.trainer_step is None else f", global step {checkpoint.trainer_step}"
+    text = [f"{checkpoint.path}: {checkpoint.kind}{step}", *(part.text for part in parts)]
+    data: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "kind": checkpoint.kind,
+        "trainer_step": checkpoint.trainer_step,
+        "states": [part.data for part in parts],
+        "adapter": None if checkpoint.adapter is None else checkpoint.adapter.summary(),
+        "export": None if checkpoint.export is None else str(checkpoint.export),
+        "moved": moved,
+        **use.data,
+    }
+    return Outcome("\n".join([*text, use.text]), data)
+
+
+def _base(folder: Path) -> list[tuple[str, Tensor]]:
+    base = list(tensors_of_model(folder))
+    if not base:
+        raise UserError(f"--base {folder} is no folder with weights of a model (model*.safetensors)")
+    return base
+
+
+def _check_base(base: str | None, parts: Sequence[Outcome]) -> None:
+    """Raise UserError if no W of the base is the one of any layer."""
+    layers = [layer for part in parts for layer in part.data["layers"] if layer["asked"] is not None]
+    if base is not None and layers and all(layer["relative"] is None for layer in layers):
+        raise UserError(f"--base {base} is not the model that was fine-tuned: no tensor in it is a W of this state")
+
+
+def _state(checkpoint: Checkpoint, state: SavedState, base: list[tuple[str, Tensor]]) -> Outcome:
+    where = f"{state.file.name}{state.place}"
+    record, saved = record_of(state.content, f"{state.file}{state.place}")
+    factors = [] if checkpoint.adapter is None else list(checkpoint.adapter.tensors.items())
+    layers = layers_of(record, saved, checkpoint.weights(), factors, base)
+    groups = [
+        {
+            "update_ratio": group["update_ratio"],
+            "start_step": group["start_step"],
+            "layers": len(group["triples"]),
+        }
+        for group in record["groups"]
+    ]
+    data = {
+        "place": where,
+        "schema": record["schema"],
+        "weight_update": record["weight_update"],
+        "step": record["step_count"],
+        "skipped_updates": record["skipped_updates"],
+        "rounding_seed": record["rounding_seed"],
+        "groups": groups,
+        "layers": [layer._asdict() for layer in layers],
+    }
+    return Outcome("\n".join(_lines(data, layers)), data)
+
+
+def _lines(data: dict[str, Any], layers: Sequence[Layer]) -> list[str]:
+    groups = data["groups"]
+    settings = [
+        f"update_ratio {_ratio(group['update_ratio'])}, start_step {group['start_step']}"
+        + (f" ({group['layers']} layers)" if len(groups) > 1 else "")
+        for group in groups
+    ]
+    folded = any(layer.folded for layer in layers)
+    asked = [layer for layer in layers if layer.asked or (layer.asked is None and layer.moved)]
+    dtypes = ", ".join(sorted({layer.dtype or "a format that cannot be read (quantized?)" for layer in layers}))
+    lines = [
+        f"state: {data['place']}, schema {data['schema']}, weight_update {data['weight_update']!r}",
+        f"steps: {data['step']}; {'; '.join(settings)}; skipped updates: {data['skipped_updates']}",
+        f"layers whose {'effective ' * folded}W was asked to move: {len(asked)} of {len(layers)}; "
+        f"rank {_span([layer.rank for layer in layers], '{}'.format)}; W is in {dtypes}, {_places(layers)}",
+    ]
+    rows = [("moves", "asked for", "of W", "layers")]
+    rows += [_row(name, row) for name, row in grouped([*layers], ROWS)]
+    columns = [column for column in zip(*rows, strict=True) if any(cell != "?" for cell in column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns, strict=True):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for note in dict.fromkeys(layer.note for layer in layers if layer.note):
+        about = [layer.name for layer in layers if layer.note == note]
+        lines.append(f"note: {note}" + (f" ({len(about)} of {len(layers)} layers)" if len(about) < len(layers) else ""))
+    return lines
+
+
+def _row(name: str, layers: Sequence[Layer]) -> tuple[str, str, str, str]:
+    return (
+        _span([layer.moves for layer in layers], "{}".format),
+        _span([layer.asked for layer in layers], "{:.3g}".format),
+        _span(
+            [layer.relative if layer.relative is None else 100 * layer.relative for layer in layers], "{:.3g} %".format
+        ),
+        name,
+    )
+
+
+def _span(numbers: Sequence[Any], shown: Any) -> str:
+    """Return the smallest and the largest number; one of them if they look alike; "?" for those that are not known."""
+    known = [number for number in numbers if number is not None]
+    if not known:
+        return "?"
+    low, high = shown(min(known)), shown(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "a callable (not saved)" if ratio is None else f"{ratio:g}"
+
+
+def _places(layers: Sequence[Layer]) -> str:
+    found = {layer.weight for layer in layers}
+    if found == {"absent"}:
+        return "and not in this checkpoint"
+    if "absent" in found:
+        return "and in this checkpoint for some layers alone"
+    return "and in this checkpoint as it had moved" if "moved" in found else "and in this checkpoint as its base"
+
+
+def _use(checkpoint: Checkpoint, moved: bool, whole: bool, folded: bool) -> Outcome:
+    """Say which adapter gives the trained model, and on which weights."""
+    own = None if checkpoint.adapter is None else str(checkpoint.adapter.path)
+    command = f"deltaopt export {checkpoint.path}{_adapter_option(checkpoint)} --base MODEL --out DIR"
+    if not moved:
+        note = "its factors hold the folded ratio" if folded else "no W has moved"
+        text = f"use: {own or 'the adapter that was saved with it'}, on the base as it is ({note})"
+        return Outcome(text, {"use": own, "use_on": "base", "command": None})
+    alone, are = ("A and B", "are") if own is None else (f"the adapter in {own}", "is")
+    if checkpoint.export is not None:
+        text = f"use: {checkpoint.export}, on the pristine base. {alone[0].upper()}{alone[1:]} {are} for resuming only"
+        return Outcome(text, {"use": str(checkpoint.export), "use_on": "base", "command": None})
+    if whole:
+        text = f"use: all weights of this checkpoint together; {alone} without this W {are} another model. "
+    else:
+        text = f"use: none of these files by itself; {alone} {are} right only next to the moved W. "
+    text += f"For an adapter on the pristine base: {command}"
+    return Outcome(text, {"use": None, "use_on": "moved weights", "command": command})
+
+
+def _adapter_option(checkpoint: Checkpoint) -> str:
+    if checkpoint.adapter is None:
+        return " --adapter DIR"
+    return "" if checkpoint.adapter.path.is_relative_to(checkpoint.path) else f" --adapter {checkpoint.adapter.path}"
+
+
+def _adapter_alone(checkpoint: Checkpoint) -> Outcome:
+    assert checkpoint.adapter is not None
+    adapter = checkpoint.adapter.summary()
+    lines = [
+        f"{checkpoint.path}: {checkpoint.kind} ({adapter['method'] or 'of an unknown method'}), without a state of "
+        "a DeltaLoRAOptimizer",
+        f"rank {adapter['rank']}, alpha {adapter['alpha']}, {adapter['tensors']} tensors, base model: "
+        f"{adapter['base_model'] or 'not said'}",
+        _use_of(checkpoint.adapter),
+    ]
+    use = None if checkpoint.adapter.needs_moved_weights else adapter["path"]
+    data: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "kind": checkpoint.kind,
+        "trainer_step": None,
+        "states": [],
+        "adapter": adapter,
+        "export": None,
+        "moved": True if checkpoint.adapter.needs_moved_weights else None,
+        "use": use,
+        "use_on": "base" if use else "moved weights",
+        "command": None,
+    }
+    return Outcome("\n".join(lines), data)
+
+
+def _use_of(adapter: AdapterFolder) -> str:
+    if not adapter.needs_moved_weights:
+        return f"use: {adapter.path}, on its base. Nothing in the folder says that a W has moved under it"
+    return (
+        "use: not by itself. It was saved alone after Delta-LoRA had moved W, and on the pristine base it is another "
+        "model. With the optimizer's state of the same moment: deltaopt export STATE.pt "
+        f"--adapter {adapter.path} --base MODEL --out DIR"
+    )
