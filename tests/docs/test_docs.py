@@ -89,6 +89,6 @@ def test_every_page_is_named_and_linked():
     """Every page and every script is run here, and the README links to the pages."""
     pages = {path.stem for path in DOCS.glob("*.md")}
     assert {page: [*scripts_of(page)] for page in pages if scripts_of(page)} == SCRIPTS
-    assert pages == {*PAGES, *SCRIPTS, "method", "architecture", "routes"}
+    assert pages == {*PAGES, *SCRIPTS, "method", "architecture", "routes", "command-line"}
     readme = (DOCS.parent / "README.md").read_text("utf8")
     assert all(f"docs/{page}.md" in readme for page in pages)
