@@ -7,7 +7,6 @@ parameters, gradients that are made without hooks, optimizers that evaluate the 
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deltaopt.factors import TensorSource, looked_up
-from deltaopt.messages import names
+from deltaopt.messages import names, warn_user
 from deltaopt.scaling import holder_of
 from deltaopt.sharding import is_sharded
 from deltaopt.triple import LoRATriple
@@ -215,7 +214,7 @@ def _divisor_of_any(parameters: Iterable[Tensor]) -> _Divisor | None:
     return next((divisor for divisor in map(_divisor_of, parameters) if divisor is not None), None)
 
 
-def warn_of_folded(triples: Iterable[LoRATriple], stacklevel: int) -> None:
+def warn_of_folded(triples: Iterable[LoRATriple]) -> None:
     """Warn of branches that an earlier optimizer has scaled: a new one would count from the larger scaling."""
     found = [
         f"{triple.label} ({triple.scaling / divisor.value:g}, now {triple.scaling:g})"
@@ -225,12 +224,10 @@ def warn_of_folded(triples: Iterable[LoRATriple], stacklevel: int) -> None:
         and math.isclose(triple.scaling, divisor.scaling, rel_tol=1e-9)
     ]
     if found:
-        warnings.warn(
+        warn_user(
             f"an earlier optimizer has folded its update_ratio into the scaling of {names(found)}, and this one "
-            "counts from the larger scaling, so that the ratios multiply. Put the scaling back first (with PEFT: load "
-            "the adapter onto a new model), or load that optimizer's state into this one, if that is not meant",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            "counts from the larger scaling, so that the ratios multiply. If that is not meant, load that optimizer's "
+            "state into this one, or put the scaling back first (with PEFT: load the adapter onto a new model)"
         )
 
 

@@ -20,6 +20,13 @@ from deltaopt.sharding import gathered
 
 OURS = ("update_ratio", "start_step", "scaling", "rounding", "rounding_seed", "weight_update", "keep_base")
 """Keyword arguments of `DeltaLoRAOptimizer` that are no options of an inner optimizer."""
+LEAVE_FROZEN_ALONE = {("peft.optimizers.lorafa", "LoraFAOptimizer")}
+"""Module and class of optimizers that hold all parameters of a model, and do not touch those without a gradient."""
+
+
+def leaves_frozen_alone(inner: Optimizer) -> bool:
+    """Tell if an optimizer may hold a frozen W. Others may write it: Lookahead pulls it back to where it was."""
+    return (type(inner).__module__, type(inner).__qualname__) in LEAVE_FROZEN_ALONE
 
 
 def build_inner(
@@ -107,10 +114,14 @@ def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
     for optimizer in _nested(inner):
         if isinstance(optimizer, torch.optim.LBFGS):  # keeps all of its history under one parameter
             optimizer.state.clear()
+        is_lookahead = any("slow_params" in optimizer.state.get(factor, ()) for factor in factors)
         for value in [optimizer.state, *vars(optimizer).values()]:
             if isinstance(value, MutableMapping):
                 for factor in factors:
                     value.pop(factor, None)
+        if is_lookahead:  # notes where the factors are when it is built, and not in its first step
+            for group in optimizer.param_groups:
+                optimizer.init_group(group)  # type: ignore[attr-defined]
 
 
 def _nested(inner: Optimizer) -> list[Optimizer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import warnings
@@ -22,8 +23,8 @@ NAMED = 8
 NAMED_OF_SEVERAL = 3
 """The same, where there are several sentences."""
 
-WRITTEN_OUT = 6
-"""Problems that one message writes out."""
+WRITTEN_OUT = 1000
+"""Characters of problems that one message writes out; it counts the others."""
 
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
@@ -57,16 +58,19 @@ def raise_problems(error: type[Exception], headline: str, problems: Iterable[Pro
 def problem_lines(problems: Iterable[Problem]) -> list[str]:
     """Return each distinct problem once, with the layers it is about.
 
-    Sentences that differ in numbers only (shapes, numbers of layers) are one problem, given in the words of its first
-    layer. Of many problems the first ones are written out and the others counted.
+    Sentences that differ only in numbers (shapes, numbers of layers) and in the layer's name are one problem, given in
+    the words of its first layer. Of many problems the first ones are written out and the others counted.
     """
     alike: dict[str, list[Problem]] = {}
     for problem in dict.fromkeys(problems):
-        alike.setdefault(NUMBER.sub("#", problem.sentence), []).append(problem)
+        sentence = re.sub(rf"(?<!\w){re.escape(problem.label)}(?!\w)", "@", problem.sentence)
+        alike.setdefault(NUMBER.sub("#", sentence), []).append(problem)
     named = NAMED if len(alike) == 1 else NAMED_OF_SEVERAL
     lines = [_line(same, named) for same in alike.values()]
-    if (more := len(lines) - WRITTEN_OUT) > 0:
-        lines[WRITTEN_OUT:] = [f"... and {more} more problem{'s' * (more != 1)}"]
+    ends = itertools.accumulate(map(len, lines))
+    written = max(1, sum(end <= WRITTEN_OUT for end in ends))
+    if (more := len(lines) - written) > 0:
+        lines[written:] = [f"... and {more} more problem{'s' * (more != 1)}"]
     return lines
 
 
@@ -77,7 +81,7 @@ def _line(alike: Sequence[Problem], named: int) -> str:
     labels = [problem.label for problem in alike]
     if all(problem.sentence == sentence for problem in alike):
         return f"{sentence} ({layers(labels, ': ', named)})"
-    return f"{label}: {sentence} (and with other numbers in {layers(labels[1:], ': ', named)})"
+    return f"{label}: {sentence} (and likewise in {layers(labels[1:], ': ', named)})"
 
 
 def layers(labels: Sequence[str], opening: str = " (", named: int = NAMED) -> str:

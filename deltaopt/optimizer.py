@@ -59,6 +59,7 @@ from deltaopt.groups import (
     inner_groups,
     parse_triples,
 )
+from deltaopt.in_backward import BackwardWatch, check_not_in_backward, check_outside_backward, check_steps_by_itself
 from deltaopt.in_place import InPlaceUpdate
 from deltaopt.inner import build_inner, forget_state, is_in_mode, is_state_initialisation, step_inner
 from deltaopt.ledger import Ledger
@@ -77,7 +78,7 @@ from deltaopt.save_watch import SaveWatch
 from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, off_base
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (InPlaceUpdate, FoldedUpdate)}
 
@@ -185,6 +186,7 @@ class DeltaLoRAOptimizer(Optimizer):
         usage.check_inner(inner)
         usage.check_triples(triples)
         usage.check_params(params)
+        check_steps_by_itself(inner)
         settings = Settings(update_ratio, start_step, scaling)
         rounds = checked_rounding(rounding, rounding_seed)
         rule = _rule_of(weight_update)
@@ -201,7 +203,9 @@ class DeltaLoRAOptimizer(Optimizer):
             with outside_inference_mode():
                 inner = build_inner(inner, inner_groups(groups, options, params), plain(inner_kwargs))
         check_not_differentiable(inner)
+        check_steps_by_itself(inner)
         check_membership(inner, weights)
+        check_not_in_backward(weights)
         check_not_capturing()
         rule.check_inner(inner)
         rule.check_groups(groups)
@@ -212,7 +216,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._keep_base = keep_base
         self._become(inner, groups, weights, rounds, rule, step_count=0)
         self._seen = True
-        warn_of_folded([weight.triple for weight in weights], stacklevel=2)
+        warn_of_folded([weight.triple for weight in weights])
         self._warn_of_bases(weights)
         self._take(weights)
 
@@ -271,11 +275,15 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: if a factor or W was replaced by something that cannot be used, or a callable
                 `update_ratio` returns a value out of range.
             RuntimeError: if the branch was merged, rescaled or deleted, the step is being captured into a CUDA
-                graph, it is called in `base_weights`, or a folded ratio changes and a W cannot be written. In each
-                case nothing has changed.
+                graph, it is called in `base_weights` or within a backward pass, another optimizer trains A and B within
+                the backward pass, or a folded ratio changes and a W cannot be written. In each case nothing has
+                changed.
         """
+        check_outside_backward()
         with self._resolved("step()", waiting=False) as weights:
             check_training(weights)
+            if closure is None:
+                self._backward_watch.look(weights)
             if is_state_initialisation(self._inner):
                 return self._inner_step(weights, closure, [])
             self._set_ratios()  # lambda_t; 0 for t < K
@@ -486,6 +494,7 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, a W cannot be written (quantized), or in `base_weights`.
         """
         with self._resolved("restart()") as weights:
+            self._backward_watch.forget()
             start = reinit if reinit is not None else lora_start(generator)
             restart, repeats = restarts.Restart(weights, self._writer("restart")), self._repeats
 
@@ -558,6 +567,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._set_mode("eval")
 
     def _set_mode(self, mode: str) -> None:
+        self._backward_watch.forget()
         switch = getattr(self._inner, mode, None)
         if mode == "eval" and self._rule.watch is not None:
             self._rule.watch.look()
@@ -688,7 +698,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._groups, self._weights = all_groups, weights
                 self._take(added)
 
-        warn_of_folded([weight.triple for weight in added], stacklevel=3)
+        warn_of_folded([weight.triple for weight in added])
         for weight in added:
             weight.register()
         self._warn_of_bases(added)
@@ -754,6 +764,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         rescaled = self._rule.scales_branches
         # An event that was interrupted is not completed here: the weights were loaded just now.
+        self._backward_watch.forget()
         with self._resolved("load_state_dict()", rescaled, waiting=False, use=None) as weights:
             state_dict = state_dict.copy()
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -832,7 +843,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._repeats = state["repeats"]
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
             self._hold(self._weights)
-            warn_of_folded([weight.triple for weight in self._weights], stacklevel=2)
+            warn_of_folded([weight.triple for weight in self._weights])
             self._rule.attach(self._weights)
 
     def __repr__(self) -> str:
@@ -860,6 +871,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rule = rule
         self._events = Events()
         self._claimant = Claimant()
+        self._backward_watch = BackwardWatch()
         self._seen = False  # no tensors yet: in a copy of a model that holds its optimizer, modules are not complete
         self._step_count = step_count
         self._repeats = 0  # restarts and resyncs since the last step
@@ -876,6 +888,9 @@ class DeltaLoRAOptimizer(Optimizer):
     def _warn_of_bases(self, weights: Sequence[WeightState]) -> None:
         if self._rule.moves_weights:
             warn_of_outputs(weights)
+        moved = claims.moved_by_others([weight.triple for weight in weights])
+        for weight in weights:
+            weight.rebased |= weight.triple in moved
         warn_of_moved(weights)
 
     def _hold(self, weights: Sequence[WeightState]) -> None:
@@ -885,7 +900,8 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in weights:
             weight.triple.saves = weight.triple.saves or saves
             weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
-            weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
+            waits = not self._rule.moves_weights and not weight.moved
+            weight.claim = Claim(weight.triple, self._claimant, waits, off_base(weight))
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 
     def _set_ratios(self) -> None:

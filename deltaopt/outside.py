@@ -159,7 +159,7 @@ def _is_left_behind(weight: WeightState) -> bool:
 def _is_elsewhere(weight: WeightState) -> bool:
     """Tell if A and B differ from those that the last move of W left, and W is not at its base."""
     ledger = weight.ledger
-    if not ledger.is_current() or weight.at_base:
+    if not ledger.is_current() or weight.at_base or weight.triple.follows_between_steps:
         return False
     tensors = weight.tensors
     if not all(map(is_plain, (tensors.W, *tensors.stored))) or tensors.stored[0].is_meta or _is_traced():

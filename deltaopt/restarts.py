@@ -255,13 +255,15 @@ def _put(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def lora_start(generator: torch.Generator | None = None) -> Reinit:
-    """Return LoRA's usual start, with a product of zero.
+    """Return LoRA's usual start, or that of the triple's library, with a product of zero.
 
     A is zero and B uniform in +- 1 / sqrt(d), as kaiming_uniform_(a=sqrt(5)) makes it; in embeddings B, of which rows
     are looked up, is zero and A standard normal.
     """
 
     def reinit(triple: LoRATriple) -> None:
+        if triple.start(generator):
+            return
         A, B = triple.A, triple.B
         if triple.layout == "embedding":
             A.normal_(generator=generator)

@@ -157,6 +157,9 @@ class LoRATriple:
         parameter_sources: what the parameters of A, then of B, were registered as: those themselves, or the parameters
             of a `Factor`.
         parameter_names: of these, for messages.
+        follows_between_steps: False as a rule: what somebody changes of A and B between two steps is no step, W stays,
+            and a warning says so. True where a library does so on purpose (AdaLoRA's budget): the next move of W then
+            counts from where the last one ended. May be set before the optimizer is built.
         branch: where the branch's scaling is.
         output_hook: what leaves the movement of W out where the branch takes no part; None if nothing does.
 
@@ -175,6 +178,8 @@ class LoRATriple:
         >>> triple
         LoRATriple('unnamed': W (4, 6), A (4, 2), B (2, 6), scaling=0.5)
     """
+
+    follows_between_steps = False
 
     def __init__(
         self,
@@ -452,6 +457,25 @@ class LoRATriple:
         if (owner := self.branch.module()) is not None:
             yield owner
 
+    def start(self, generator: torch.Generator | None) -> bool:
+        """Write the start of a library's own into A and B; return False if LoRA's is meant."""
+        return False
+
+    def missing_problems(self) -> list[str]:
+        """Say if the layer multiplies by a parameter that is not registered: AdaLoRA's singular values."""
+        for owner in self._owners:
+            E = getattr(owner, "lora_E", None)
+            if not isinstance(E, nn.ParameterDict) or not len(E):
+                continue
+            if not any(value is parameter for value in E.values() for parameter in self.stored):
+                name = next(iter(E))
+                return [
+                    f"its branch multiplies by lora_E too (a {type(owner).__name__} of AdaLoRA), which is no part of A "
+                    f"or B: take find_triples(model), or B=Factor(torch.mul, (layer, 'lora_E.{name}'), "
+                    f"(layer, 'lora_A.{name}')) and what the layer divides by in scaling"
+                ]
+        return []
+
     def branch_problems(self) -> list[str]:
         """Say what is wrong now with the layer that holds the branch; asked at every step."""
         return self.merge_problems() or self.scaling_problems()
@@ -461,7 +485,8 @@ class LoRATriple:
         if any(getattr(owner, "merged", False) for owner in self._owners):
             return [
                 "the branch is merged into W, so that what trains is not what W holds: unmerge it first "
-                "(PEFT: unmerge_adapter(); loralib: train())"
+                "(PEFT: unmerge_adapter(); loralib: train()). PEFT's merge_and_unload() leaves no adapter to train: to "
+                "go on, load the base and the adapter of a checkpoint, build the optimizer, and load its state"
             ]
         return []
 

@@ -47,7 +47,8 @@ def check_inner(inner: object) -> None:
     """Raise TypeError for an inner optimizer that is none, or would move W too."""
     if isinstance(inner, str):
         raise TypeError(
-            f"inner is an optimizer class or a built torch.optim.Optimizer, got a str: write torch.optim.AdamW, not {inner!r}"
+            "inner is an optimizer class or a built torch.optim.Optimizer, got a str: write torch.optim.AdamW, not "
+            f"{inner!r}"
         )
     if isinstance(inner, Optimizer) and hasattr(inner, "triples"):
         raise TypeError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -327,6 +328,12 @@ class WeightState:
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
         return {**self.__dict__, "_tensors": None, "_checked": None, "_left": None, "claim": None}
+
+
+def off_base(weight: WeightState) -> Callable[[], bool]:
+    """Return a function that tells if this weight is off its base, and does not keep it alive."""
+    reference = weakref.ref(weight)
+    return lambda: (there := reference()) is not None and there.is_off_base()
 
 
 def _version(W: Tensor) -> tuple[int, int]:

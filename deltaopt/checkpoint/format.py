@@ -69,7 +69,7 @@ def inner_state(inner: Optimizer) -> dict[str, Any]:
 
 def own_form(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return what the inner optimizer saved, which `inner_state` may have put under a key of its own."""
-    return state_dict.get(INNER, state_dict)
+    return state_dict.get(INNER, state_dict)  # type: ignore[no-any-return]
 
 
 def _in_torchs_form(state_dict: Mapping[str, Any], inner: Optimizer) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "coef": ledger.coef,
         "terms": [] if ledger.lost else [_term_record(term) for term in ledger.terms if not term.is_zero()],
         "end": _end_record(weight, ledger),
+        "current": ledger.is_current(),
         "origin": None if weight.origin is None else _term_record(weight.origin),
         "lost": ledger.lost,
         "rebased": weight.rebased,
@@ -127,7 +128,8 @@ class SavedLedger:
         self.rebased = bool(record["rebased"])
         self.moves, self.folded_since = (_checked_count(record.get(key), key) for key in ("moves", "folded_since"))
         self.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
-        self._end_is_live: bool = record["end"] == "live"
+        self._end_is_live = record["end"] == "live"
+        self._current = bool(record.get("current", self._end_is_live))
         if record["end"] is not None and not self._end_is_live:
             A, B = record["end"]
             self.ledger.end = _tensor_of(A), _tensor_of(B)
@@ -142,7 +144,7 @@ class SavedLedger:
     @property
     def end_is_live(self) -> bool:
         """True if the ledger ends with A and B as they were saved, which the model's or adapter's file holds."""
-        return self._end_is_live
+        return bool(self._end_is_live)
 
     def ledger_for(self, weight: WeightState) -> Ledger:
         """Return the ledger with the factors of `weight`, which are those that were saved."""
@@ -154,7 +156,7 @@ class SavedLedger:
     def give_to(self, weight: WeightState) -> None:
         """Copy this ledger into `weight`, whose A and B are those that were saved."""
         self.ledger_for(weight)
-        self.ledger.set_current(self._end_is_live)
+        self.ledger.set_current(self._current if weight.triple.follows_between_steps else self._end_is_live)
         weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
         weight.compensation = None
         never_moved = self.base is None and not weight.triple.folded

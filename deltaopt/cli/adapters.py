@@ -51,6 +51,10 @@ class AdapterFolder:
         """The tensors of the adapter by their names in the file."""
         return {name: tensor for name, tensor in read(self._weights).items() if isinstance(tensor, Tensor)}
 
+    def check(self) -> None:
+        """Raise UserError if the weights cannot be read."""
+        assert self.tensors is not None
+
     @property
     def needs_moved_weights(self) -> bool:
         """True if it was saved alone, after W had moved: on the pristine base it is another model."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltaopt.checkpoint.records import SavedLedger
 from deltaopt.cli.adapters import AdapterFolder
+from deltaopt.cli.movement import SavedWeight
 from deltaopt.cli.outcome import UserError, one_line
 from deltaopt.messages import Problem, problem_lines
 
@@ -76,23 +76,23 @@ def with_adapter(base: nn.Module, adapter: AdapterFolder) -> nn.Module:
         return PeftModel.from_pretrained(base, str(adapter.path), is_trainable=True).eval()  # type: ignore[no-any-return]
 
 
-def check_fits(base: nn.Module, ledgers: Mapping[str, SavedLedger], name: str) -> None:
+def check_fits(base: nn.Module, saved: Mapping[str, SavedWeight], name: str) -> None:
     """Raise UserError, in one sentence for many layers, if the base has not the layers that trained.
 
     Args:
         base: without an adapter.
-        ledgers: by the triples' names.
+        saved: by the triples' names.
         name: of the base, for messages.
     """
     modules = dict(base.named_modules())
     problems = []
-    for label, saved in ledgers.items():
+    for label, (ledger, _) in saved.items():
         module = modules.get(label.removeprefix(PREFIX))
         shape = None if module is None else getattr(getattr(module, "weight", None), "shape", None)
         if module is None and "experts" not in label:  # whose parameters are targets
             problems.append(Problem(label, "it has no such layer"))
-        elif shape is not None and saved.W is not None and list(shape) != saved.W["shape"]:
-            problems.append(Problem(label, f"its W is {tuple(shape)}, and was {tuple(saved.W['shape'])} in training"))
+        elif shape is not None and ledger.W is not None and list(shape) != ledger.W["shape"]:
+            problems.append(Problem(label, f"its W is {tuple(shape)}, and was {tuple(ledger.W['shape'])} in training"))
     if problems:
         raise UserError(f"--base {name} is not the model that was fine-tuned: " + "; ".join(problem_lines(problems)))
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from deltaopt.checkpoint.format import COMPENSATION, KEY
-from deltaopt.checkpoint.records import SavedLedger
 from deltaopt.checkpoint.resume import WeightMismatchError
 from deltaopt.cli.adapters import AdapterFolder
 from deltaopt.cli.checkpoint import Checkpoint, opened
-from deltaopt.cli.movement import record_of
+from deltaopt.cli.movement import SavedWeight, record_of
 from deltaopt.cli.outcome import Outcome, UserError, refusals
 from deltaopt.messages import layers
 from deltaopt.naming import differ_by_wrappers
@@ -34,8 +33,8 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.description = (
-        "Write what training changed, the movement of W and the branch, as one plain PEFT LoRA adapter for the pristine "
-        "base. It needs the base and the checkpoint, and not the training script. The base is loaded on the CPU."
+        "Write what training changed, the movement of W and the branch, as one plain PEFT LoRA adapter for the "
+        "pristine base. It needs the base and the checkpoint, and not the training script. It runs on the CPU."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -64,8 +63,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     _check_out(out, arguments)
     checkpoint = opened(arguments.checkpoint, arguments.adapter)
     state, adapter = _parts(checkpoint)
-    record, ledgers = record_of(state, f"{checkpoint.states[0].file}{checkpoint.states[0].place}")
-    if not ledgers:
+    record, weights = record_of(state, f"{checkpoint.states[0].file}{checkpoint.states[0].place}")
+    if not weights:
         raise UserError(f"{checkpoint.path} was saved by without_ledger(): how far W had moved is not in it")
     _check_installed()
     from deltaopt.cli.base_model import check_fits, load_base, logits_of, quiet, with_adapter
@@ -73,9 +72,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
     with quiet():
         from deltaopt.integrations.peft import save_adapter
 
-    base = load_base(arguments.base, adapter, _dtype(ledgers, adapter))
+    base = load_base(arguments.base, adapter, _dtype(weights, adapter))
     kind, dtype = type(base).__name__, str(next(base.parameters()).dtype).removeprefix("torch.")
-    check_fits(base, ledgers, arguments.base)
+    check_fits(base, weights, arguments.base)
     model = with_adapter(base, adapter)
     optimizer = _optimizer(model, record)
     _load(optimizer, record, state, arguments.base)
@@ -151,6 +150,7 @@ def _parts(checkpoint: Checkpoint) -> tuple[dict[str, Any], AdapterFolder]:
         raise UserError(f"{path} holds {len(checkpoint.states)} states ({places}): save one in a file of its own")
     if checkpoint.adapter is None:
         raise UserError(f"{path} holds no adapter: name the folder of the one that was saved with it, --adapter DIR")
+    checkpoint.adapter.check()
     return checkpoint.states[0].content, checkpoint.adapter
 
 
@@ -161,16 +161,16 @@ def _check_installed() -> None:
         raise UserError(f"export needs {' and '.join(missing)}: pip install peft transformers")
 
 
-def _dtype(ledgers: Mapping[str, SavedLedger], adapter: AdapterFolder) -> torch.dtype:
+def _dtype(saved: Mapping[str, SavedWeight], adapter: AdapterFolder) -> torch.dtype:
     """Return the dtype that most W had.
 
     Raises:
         UserError: if none could be read.
     """
-    dtypes = Counter(saved.W["dtype"] for saved in ledgers.values() if saved.W is not None)
+    dtypes = Counter(W["dtype"] for ledger, _ in saved.values() if (W := ledger.W) is not None)
     if not dtypes:
         raise UserError(
-            f"the W of {layers(list(ledgers))} could not be read in training (quantized), and so did not move: use the "
+            f"the W of {layers(list(saved))} could not be read in training (quantized), and so did not move: use the "
             f"adapter in {adapter.path} as it is, on the base"
         )
     return getattr(torch, dtypes.most_common(1)[0][0])  # type: ignore[no-any-return]

@@ -31,8 +31,8 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.description = (
-        "Say what is in a checkpoint: which run and step, how far each W had moved, and which adapter gives the trained "
-        "model. Nothing in the files is executed."
+        "Say what is in a checkpoint: which run and step, how far each W had moved, and which adapter gives the "
+        "trained model. Nothing in the files is executed."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         return _adapter_alone(checkpoint)
     base = [] if arguments.base is None else _base(Path(arguments.base))
     parts = [_state(checkpoint, state, base) for state in checkpoint.states]
+    _check_base(arguments.base, parts)
     moved = any(layer["moved"] for part in parts for layer in part.data["layers"])
     whole = all(layer["weight"] == "moved" for part in parts for layer in part.data["layers"] if layer["moved"])
     folded = any(layer["folded"] for part in parts for layer in part.data["layers"])
@@ -88,11 +89,18 @@ def _base(folder: Path) -> list[tuple[str, Tensor]]:
     return base
 
 
+def _check_base(base: str | None, parts: Sequence[Outcome]) -> None:
+    """Raise UserError if no W of the base is the one of any layer."""
+    layers = [layer for part in parts for layer in part.data["layers"] if layer["asked"] is not None]
+    if base is not None and layers and all(layer["relative"] is None for layer in layers):
+        raise UserError(f"--base {base} is not the model that was fine-tuned: no tensor in it is a W of this state")
+
+
 def _state(checkpoint: Checkpoint, state: SavedState, base: list[tuple[str, Tensor]]) -> Outcome:
     where = f"{state.file.name}{state.place}"
-    record, ledgers = record_of(state.content, f"{state.file}{state.place}")
+    record, saved = record_of(state.content, f"{state.file}{state.place}")
     factors = [] if checkpoint.adapter is None else list(checkpoint.adapter.tensors.items())
-    layers = layers_of(record, ledgers, checkpoint.weights(), factors, base)
+    layers = layers_of(record, saved, checkpoint.weights(), factors, base)
     groups = [
         {
             "update_ratio": group["update_ratio"],
@@ -130,21 +138,19 @@ def _lines(data: dict[str, Any], layers: Sequence[Layer]) -> list[str]:
         f"layers whose {'effective ' * folded}W was asked to move: {len(asked)} of {len(layers)}; "
         f"rank {_span([layer.rank for layer in layers], '{}'.format)}; W is in {dtypes}, {_places(layers)}",
     ]
-    rows: list[tuple[str, ...]] = [
-        ("moves", "asked for", "of W", "layers"),
-        *(_row(name, row) for name, row in grouped([*layers], ROWS)),
-    ]
-    if all(layer.relative is None for layer in layers):
-        rows = [row[:2] + row[3:] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rows = [("moves", "asked for", "of W", "layers")]
+    rows += [_row(name, row) for name, row in grouped([*layers], ROWS)]
+    columns = [column for column in zip(*rows, strict=True) if any(cell != "?" for cell in column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for row in zip(*columns, strict=True):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for note in dict.fromkeys(layer.note for layer in layers if layer.note):
         about = [layer.name for layer in layers if layer.note == note]
         lines.append(f"note: {note}" + (f" ({len(about)} of {len(layers)} layers)" if len(about) < len(layers) else ""))
     return lines
 
 
-def _row(name: str, layers: Sequence[Layer]) -> tuple[str, ...]:
+def _row(name: str, layers: Sequence[Layer]) -> tuple[str, str, str, str]:
     return (
         _span([layer.moves for layer in layers], "{}".format),
         _span([layer.asked for layer in layers], "{:.3g}".format),
@@ -185,14 +191,14 @@ def _use(checkpoint: Checkpoint, moved: bool, whole: bool, folded: bool) -> Outc
         note = "its factors hold the folded ratio" if folded else "no W has moved"
         text = f"use: {own or 'the adapter that was saved with it'}, on the base as it is ({note})"
         return Outcome(text, {"use": own, "use_on": "base", "command": None})
-    alone = "A and B" if own is None else f"the adapter in {own}"
+    alone, are = ("A and B", "are") if own is None else (f"the adapter in {own}", "is")
     if checkpoint.export is not None:
-        text = f"use: {checkpoint.export}, on the pristine base. By itself {alone} is another model: for resuming only"
+        text = f"use: {checkpoint.export}, on the pristine base. {alone[0].upper()}{alone[1:]} {are} for resuming only"
         return Outcome(text, {"use": str(checkpoint.export), "use_on": "base", "command": None})
     if whole:
-        text = f"use: all weights of this checkpoint together; {alone} without this W is another model. "
+        text = f"use: all weights of this checkpoint together; {alone} without this W {are} another model. "
     else:
-        text = f"use: none of these files by itself; {alone} is right only next to the moved W. "
+        text = f"use: none of these files by itself; {alone} {are} right only next to the moved W. "
     text += f"For an adapter on the pristine base: {command}"
     return Outcome(text, {"use": None, "use_on": "moved weights", "command": command})
 

@@ -33,7 +33,7 @@ class Layer(NamedTuple):
         moves: the number of steps that moved it; None if the state does not say.
         asked: the Frobenius norm of what it was asked to move by, in the branch where a ratio is folded; None if that
             is not known.
-        relative: the same, divided by the norm of the base, or of the W in the checkpoint where the base is not at hand;
+        relative: the same, divided by the norm of the base, or of the W in the checkpoint if the base is not there;
             None if neither is.
         folded: the update_ratio that is folded into the branch; 0.0 if none is.
         moved: True if W itself is another one than its base, so that A and B alone are another model.
@@ -54,8 +54,20 @@ class Layer(NamedTuple):
     note: str
 
 
-def record_of(state: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, SavedLedger]]:
-    """Return our record in a state, and the ledgers by the names of the triples; no ledgers if it was left out.
+class SavedWeight(NamedTuple):
+    """What a state says of one W.
+
+    Attributes:
+        ledger: as saved.
+        factors: the fingerprints of A and B; None where these were computed from other parameters.
+    """
+
+    ledger: SavedLedger
+    factors: tuple[dict[str, Any], dict[str, Any]] | None
+
+
+def record_of(state: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, SavedWeight]]:
+    """Return our record in a state, and the weights by the names of the triples; none if their ledgers are left out.
 
     Args:
         state: as saved.
@@ -76,12 +88,12 @@ def record_of(state: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
             f"{where}: the ledger of {layers(missing)} is missing: whatever carried the state has dropped or cut the "
             "optimizer's `state`. Take another checkpoint"
         )
-    return record, {name: _ledger(found[name], name, where) for name in names}
+    return record, {name: _saved(found[name], name, where) for name in names}
 
 
 def layers_of(
     record: dict[str, Any],
-    ledgers: Mapping[str, SavedLedger],
+    saved: Mapping[str, SavedWeight],
     weights: Iterable[tuple[str, Tensor]],
     factors: Iterable[tuple[str, Tensor]],
     base: Iterable[tuple[str, Tensor]] = (),
@@ -90,28 +102,28 @@ def layers_of(
 
     Args:
         record: of the state.
-        ledgers: by the triples' names.
+        saved: by the triples' names.
         weights: names and tensors of the checkpoint; each is read once.
         factors: those of its adapter.
         base: those of a pretrained model.
     """
     triples = [triple for group in record["groups"] for triple in group["triples"]]
-    known = _Known(ledgers.values())
+    known = _Known(saved.values())
     for _, tensor in chain(factors, weights):
         known.look_at(tensor)
     known.here = set(known.norms)
     for _, tensor in base:
         known.look_at(tensor)
-    return [_layer(triple, ledgers.get(triple["name"]), known) for triple in triples]
+    return [_layer(triple, saved.get(triple["name"]), known) for triple in triples]
 
 
 class _Known:
     """The tensors of a checkpoint that ledgers have noted the fingerprints of."""
 
-    def __init__(self, ledgers: Iterable[SavedLedger]) -> None:
-        ledgers = list(ledgers)
-        self._factors = {_key(record) for saved in ledgers for record in saved.now.values()}
-        self._weights = {_key(each) for saved in ledgers for each in _records_of_weight(saved).values()}
+    def __init__(self, saved: Iterable[SavedWeight]) -> None:
+        saved = list(saved)
+        self._factors = {_key(record) for each in saved for record in each.factors or ()}
+        self._weights = {_key(record) for each in saved for record in _records_of_weight(each.ledger).values()}
         self._factor_forms = {key[:2] for key in self._factors}
         self._weight_dtypes: dict[tuple[int, ...], set[str]] = {}
         for shape, dtype, _ in self._weights:
@@ -138,12 +150,12 @@ class _Known:
 
 
 @torch.no_grad()
-def _layer(triple: dict[str, Any], saved: SavedLedger | None, known: _Known) -> Layer:
+def _layer(triple: dict[str, Any], weight: SavedWeight | None, known: _Known) -> Layer:
     rank, folded = int(triple["B"][-2]), float(triple["folded"])
-    if saved is None:
+    if weight is None:
         note = "the state was saved without its ledgers: how far W had moved is not known"
         return Layer(triple["name"], rank, triple["scaling"], None, None, None, None, folded, True, "absent", note)
-    factors = _factors(triple, saved, known)
+    saved, factors = weight.ledger, _factors(triple, weight, known)
     of_weight = _displacement(saved, factors)
     asked = of_weight
     if folded and of_weight is not None:
@@ -164,7 +176,7 @@ def _layer(triple: dict[str, Any], saved: SavedLedger | None, known: _Known) -> 
         folded=folded,
         moved=moved,
         weight="base" if place == "moved" and not moved else place,
-        note=_note(saved, norm),
+        note=_note(weight, norm),
     )
 
 
@@ -174,10 +186,12 @@ def _records_of_weight(saved: SavedLedger) -> dict[str, dict[str, Any]]:
     return {where: record for where, record in (("moved", saved.W), ("base", base)) if record is not None}
 
 
-def _note(saved: SavedLedger, asked: float | None) -> str:
-    notes = []
+def _note(weight: SavedWeight, asked: float | None) -> str:
+    saved, notes = weight.ledger, []
     if saved.ledger.lost is not None:
         notes.append(saved.ledger.lost)
+    elif asked is None and weight.factors is None:
+        notes.append("A or B was computed from other parameters: optimizer.report() says how far W was asked to move")
     elif asked is None:
         notes.append("how far W was asked to move follows from A and B, which the checkpoint does not hold")
     if saved.rebased:
@@ -187,17 +201,16 @@ def _note(saved: SavedLedger, asked: float | None) -> str:
     return "; ".join(notes)
 
 
-def _factors(triple: dict[str, Any], saved: SavedLedger, known: _Known) -> tuple[Tensor, Tensor] | None:
+def _factors(triple: dict[str, Any], weight: SavedWeight, known: _Known) -> tuple[Tensor, Tensor] | None:
     """Return A and B as they were saved, as (c, r) and (r, d) in float64; None if the checkpoint does not hold them."""
-    found = []
-    for letter in "AB":
-        tensor = known.factors.get(_key(saved.now[letter]))
-        if letter == "A" and saved.bits is not None:
-            tensor = saved.bits
-        if tensor is None:
-            return None
-        found.append(_matrix(tensor, triple[letter], letter).to(torch.float64))
-    return found[0], found[1]
+    if weight.factors is None:
+        return None
+    A, B = (known.factors.get(_key(record)) for record in weight.factors)
+    if weight.ledger.bits is not None:  # the checkpoint holds A multiplied
+        A = weight.ledger.bits
+    if A is None or B is None:
+        return None
+    return _matrix(A, triple["A"], "A").to(torch.float64), _matrix(B, triple["B"], "B").to(torch.float64)
 
 
 def _matrix(tensor: Tensor, shape: list[int], letter: str) -> Tensor:
@@ -238,9 +251,10 @@ def _norm_of(product: LowRank) -> float:
     return norm if norm > noise else 0.0
 
 
-def _ledger(record: Any, name: str, where: str) -> SavedLedger:
+def _saved(record: Any, name: str, where: str) -> SavedWeight:
     try:
-        return SavedLedger(record)
+        factors = record["A"], record["B"]
+        return SavedWeight(SavedLedger(record), factors if all(isinstance(each, dict) for each in factors) else None)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{where}: the ledger of {name} is damaged or incomplete: {error!r}") from error
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from deltaopt.factors import FactorSource
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.naming import names_without_wrappers
 from deltaopt.scaling import ScalingSource, SetScaling
-from deltaopt.triple import LoRATriple, TensorSource
+from deltaopt.triple import LoRATriple
 
 OWN_PROTOCOL = "register LoRATriple(W, A, B, scaling=alpha / r) by hand, or give the class a method lora_triples(self)"
 """The way out for a class that is not known, or computes in a way of its own."""
@@ -39,8 +40,8 @@ class LayerTriple(LoRATriple):
     def __init__(
         self,
         layer: nn.Module,
-        A: TensorSource,
-        B: TensorSource,
+        A: FactorSource,
+        B: FactorSource,
         *,
         weight: str = "weight",
         name: str,

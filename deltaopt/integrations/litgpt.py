@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from litgpt import lora
 from torch import nn
 
+from deltaopt.factors import Factor
 from deltaopt.integrations.layer_triple import (
     OWN_PROTOCOL,
     LayerTriple,
@@ -57,7 +59,28 @@ def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]
         allow_dropout=allow_dropout,
         scaling=(layer, "scaling"),
     )
-    yield make((layer, "lora_B"), (layer, "lora_A"), name=name)
+    A, B = (layer, "lora_B"), (layer, "lora_A")
+    if not isinstance(layer, lora.LoRAQKVLinear):
+        yield make(A, B, name=name)
+        return
+    rows, first = layer.lora_ind.tolist(), 0
+    letters = [letter for letter, enabled in zip("qkv", layer.enable_lora, strict=True) if enabled]
+    for i, (letter, size) in enumerate(zip(letters, layer.qkv_shapes, strict=True)):
+        runs = _runs(rows[first : first + size])
+        for k, (start, stop) in enumerate(runs):
+            yield make(
+                Factor.rows(A, first, first + stop - start),
+                Factor.rows(B, i * layer.r, (i + 1) * layer.r),
+                name=f"{name}.{letter}" if len(runs) == 1 else f"{name}.{letter}.{k}",
+                rows=(start, stop),
+            )
+            first += stop - start
+
+
+def _runs(rows: list[int]) -> list[tuple[int, int]]:
+    """Return the (start, stop) of consecutive rows: some versions of litgpt keep q, k and v of a group together."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
+    return [(rows[start], rows[stop - 1] + 1) for start, stop in pairwise([*starts, len(rows)])]
 
 
 def _refusal(layer: Any, allow_dropout: bool) -> str | None:

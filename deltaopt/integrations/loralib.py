@@ -12,6 +12,7 @@ from typing import Any
 import loralib
 from torch import Tensor, nn
 
+from deltaopt.factors import Factor
 from deltaopt.integrations.layer_triple import (
     OWN_PROTOCOL,
     LayerTriple,
@@ -68,6 +69,17 @@ def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]
         yield make(A, B, name=name, weight="conv.weight", layout="conv_in_order")
     elif isinstance(layer, loralib.Embedding):
         yield make(A, B, name=name, layout="embedding")
+    elif isinstance(layer, loralib.MergedLinear):
+        make = partial(make, layout="transposed" if layer.fan_in_fan_out else "linear")
+        parts = [part for part, enabled in enumerate(layer.enable_lora) if enabled]
+        out = layer.out_features // len(layer.enable_lora)
+        for i, part in enumerate(parts):
+            yield make(
+                Factor.rows(A, i * out, (i + 1) * out),
+                Factor.rows(B, i * layer.r, (i + 1) * layer.r),
+                name=f"{name}.{part}",
+                rows=(part * out, (part + 1) * out),
+            )
     else:
         yield make(A, B, name=name, layout="transposed" if layer.fan_in_fan_out else "linear")
 

@@ -241,9 +241,11 @@ def on_the_layer_of(run, **options):
 def test_a_copy_of_a_W_that_had_moved_is_not_taken_for_the_base():
     """Resume with the whole model in the checkpoint: that optimizer never saw the base."""
     run = moved_run()
+    state = run.optimizer.state_dict()
+    del run.optimizer  # while it exists, another one on its W says that W has moved
     resumed = on_the_layer_of(run, keep_base="cpu")
     with pytest.warns(RuntimeWarning, match=r"keep_base: .* of 1 layer \(q\) had moved"):
-        resumed.load_state_dict(run.optimizer.state_dict())
+        resumed.load_state_dict(state)
     with resumed.base_weights():
         assert torch.allclose(run.stored.W, run.W0, atol=1e-5)
         assert not torch.equal(run.stored.W, run.W0)  # computed
@@ -267,6 +269,7 @@ def test_a_copy_from_before_the_whole_model_was_loaded_is_the_base():
 def test_a_copy_of_the_base_that_a_resume_moved_is_one():
     run = moved_run()
     state = run.optimizer.state_dict()
+    del run.optimizer
     run.stored.W.zero_()
     resumed = on_the_layer_of(run, keep_base="cpu")
     run.stored.W.copy_(run.W0)  # the base is loaded after the optimizer was built

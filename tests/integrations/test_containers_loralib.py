@@ -65,6 +65,33 @@ def conv_case(kind, kernel, x, **options):
     )
 
 
+def merged_case(enable_lora, fan_in_fan_out=False):
+    parts = [part for part, enabled in enumerate(enable_lora) if enabled]
+
+    def part_of(W, part):
+        return (W.T if fan_in_fan_out else W)[4 * part : 4 * part + 4]
+
+    def deltas(model):
+        layer = model[0]
+        factors = zip(parts, layer.lora_B.split(4), layer.lora_A.split(2), strict=True)
+        return {f"0.{part}": (part_of(layer.weight.data, part), layer.scaling * B @ A) for part, B, A in factors}
+
+    def build():
+        options = {"enable_lora": enable_lora, "fan_in_fan_out": fan_in_fan_out}
+        model = nn.Sequential(loralib.MergedLinear(7, 4 * len(enable_lora), r=2, lora_alpha=3, **options))
+        loralib.mark_only_lora_as_trainable(model)
+        return model
+
+    return Case(build, rows, [f"0.{part}" for part in parts], deltas)
+
+
+MERGED_LINEARS = {
+    "q": [True, False, False],
+    "q_v": [True, False, True],
+    "k_v": [False, True, True],
+    "q_k_v": [True, True, True],
+    "two_of_four": [False, True, False, True],
+}
 CASES = {
     "linear": linear_case(False),
     "linear_fan_in_fan_out": linear_case(True),
@@ -73,6 +100,8 @@ CASES = {
     "conv2d_1x1": conv_case("Conv2d", 1, images),
     "conv1d_1": conv_case("Conv1d", 1, images[:, :, 0]),
     "conv3d_1": conv_case("Conv3d", 1, images.unsqueeze(-1)),
+    **{f"merged_{name}": merged_case(enabled) for name, enabled in MERGED_LINEARS.items()},
+    "merged_q_v_fan_in_fan_out": merged_case([True, False, True], fan_in_fan_out=True),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -182,9 +211,10 @@ def test_what_is_read_while_it_is_merged_is_right_or_refused(case):
     exported, merged = export_adapter(optimizer), deltaopt.merged_weights(optimizer)
     model.eval()
     again = export_adapter(optimizer)
-    for name in case.names:
+    for triple in optimizer.triples:
+        name = triple.label
         assert relative(again[name].product(), exported[name].product()) <= 1e-12
-        assert relative(case.deltas(model)[name][0], merged[name]) <= 1e-12
+        assert relative(triple.W, merged[name]) <= 1e-12
     with pytest.raises(RuntimeError, match=MERGED):
         deltaopt.merged_weights(optimizer)
 

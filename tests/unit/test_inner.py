@@ -242,6 +242,19 @@ def test_a_step_after_a_restart_is_a_first_step():
     assert torch.equal(B, fresh[1])
 
 
+@pytest.mark.extra
+@pytest.mark.parametrize("rule", RULES)
+def test_a_lookahead_inside_restarts_from_the_new_factors(rule):
+    """Restart half way to its next interpolation, which then is between the new factors and what follows."""
+    library = pytest.importorskip("pytorch_optimizer", reason="runs where pytorch_optimizer is installed")
+    run = LayerRun(rule, inner=lambda params, lr: library.Lookahead(torch.optim.SGD(params, lr), k=3)).train(2)
+    run.optimizer.restart(generator=torch.Generator().manual_seed(0))
+    start = run.stored.B.detach().clone()
+    run.train(1)  # the third step of its count
+    gradient = run.gradients[-1][1]
+    assert torch.allclose(run.stored.B, start - 0.5 * 0.02 * gradient, rtol=1e-12, atol=1e-12)
+
+
 # Making the inner state exist, as torch.distributed.checkpoint does.
 
 

@@ -36,7 +36,7 @@ ORDER = [
     *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks", "usage"),
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
+    *("weight", "claims", "groups", "inner", "in_backward", "triple", "base_hooks", "movement", "layer_output"),
     *("stored_factors", "averaged", "save_watch"),
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),

@@ -15,6 +15,7 @@ from torch import nn
 from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
+from deltaopt.integrations.peft import adalora
 from deltaopt.integrations.peft.absence import frozen_adapter, lora_adapters
 from deltaopt.integrations.peft.absence import why_none as why_none
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
@@ -31,7 +32,7 @@ from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 from deltaopt.wrappers import unwrap
 
-SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
+SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper, *adalora.LAYERS)
 QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "awq", "eetq", "hqq", "aqlm", "inc")]
 """PEFT's modules of layers on a quantized base, with the branch of lora.Linear."""
 
@@ -59,7 +60,7 @@ def survey(model: nn.Module, adapter: str, allow_dropout: bool = False, attach: 
     tuned = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and not describes_itself(module)
+        if isinstance(module, BaseTunerLayer) and not describes_itself(module) and adalora.has_rank(module, adapter)
     }
     names_of = names_without_wrappers(model, tuned)
     holders = [(names_of[name], module) for name, module in tuned.items() if adapter in lora_adapters(module)]
@@ -76,7 +77,7 @@ def survey(model: nn.Module, adapter: str, allow_dropout: bool = False, attach: 
     start = _start(model, adapter)
     saves, configs = SaveWatch.of(model) if attach else None, configs_by_layer(model.modules(), adapter)
     triples: list[LoRATriple] = [
-        PeftTriple(
+        kind_of(layer)(
             layer, adapter, _label(name, layer), allow_dropout, start, saves, configs.get(id(layer), []), attach=attach
         )
         for (name, layer), why in zip(holders, reasons, strict=True)
@@ -84,6 +85,11 @@ def survey(model: nn.Module, adapter: str, allow_dropout: bool = False, attach: 
     ]
     bad = [layer for (_, layer), why in zip(holders, reasons, strict=True) if why is not None]
     return Survey(triples, refused, elsewhere, list(tuned.values()), bad)
+
+
+def kind_of(layer: lora.LoraLayer) -> type[PeftTriple]:
+    """Return the class of a layer's triples."""
+    return adalora.AdaLoraTriple if adalora.is_adalora(layer) else PeftTriple
 
 
 def save_adapter(
@@ -187,6 +193,16 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
     modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple in weights}
     problems: list[Problem] = []
     for triple, weight in weights.items():
+        if adalora.is_adalora(triple.layer):
+            problems.append(
+                Problem(
+                    triple.label,
+                    "it is a layer of AdaLoRA, which has no form for the change of W: take the factors of a plain LoRA "
+                    "from deltaopt.export_adapter(optimizer), or save all weights, "
+                    "merge_and_unload().save_pretrained(directory)",
+                )
+            )
+            continue
         found = triple.change_problems() + triple.pristine_problems(origin_known=weight.origin is not None)
         found += [weight.ledger.lost] if weight.ledger.lost is not None else []
         if id(triple.layer) not in modules:

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
+from deltaopt.factors import FactorSource
 from deltaopt.integrations.peft.moved_config import Configs, note_moved, prepare
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
@@ -41,6 +42,8 @@ class PeftTriple(LoRATriple):
             triple tells of the layer and leaves it as it is.
     """
 
+    _tolerance = 1e-9  # of the scaling
+
     def __init__(
         self,
         layer: lora.LoraLayer,
@@ -58,16 +61,14 @@ class PeftTriple(LoRATriple):
         self._start = start
         self._configs = configs
         self._alpha = layer.lora_alpha[adapter]
-        A, B = factor_paths(layer, adapter)
         super().__init__(
             (layer, _weight_path(layer)),
-            (layer, A),
-            (layer, B),
-            scaling=layer.scaling[adapter],
+            *self._sources_of_factors(),
+            scaling=self._present_scaling(),
             name=name,
             layout=_layout(layer),
         )
-        self._set_scaling = partial(set_scaling, adapter, self._alpha / self.scaling)
+        self._set_scaling = self._setter()
         self.saves = saves
         if not attach:
             return
@@ -76,6 +77,19 @@ class PeftTriple(LoRATriple):
         self.layer_hook = hook_for(layer, adapter, holder_of(*self.W_source)[1], self.view, name)
         self.output_hook = self.layer_hook
         self.layer_hook.scale_copies()
+
+    def _sources_of_factors(self) -> tuple[FactorSource, FactorSource]:
+        """Return where A and B are in the layer."""
+        A, B = factor_paths(self.layer, self.adapter)
+        return (self.layer, A), (self.layer, B)
+
+    def _present_scaling(self) -> Any:
+        """Return what the layer multiplies the branch by; None where the adapter was deleted."""
+        return self.layer.scaling.get(self.adapter)
+
+    def _setter(self) -> Callable[[Any, float], None]:
+        """Return a function of a layer and a scaling that lets this layer, or a copy, multiply the branch by that."""
+        return partial(set_scaling, self.adapter, self._alpha / self.scaling)
 
     @property
     def longer_name(self) -> str:
@@ -122,8 +136,10 @@ class PeftTriple(LoRATriple):
 
     def scaling_problems(self) -> list[str]:
         """Say if the layer's scaling is another one than `branch_scaling`."""
-        now = self.layer.scaling.get(self.adapter)
-        if now is not None and math.isclose(now, self.branch_scaling, rel_tol=1e-9):  # PEFT recomputes it from alpha
+        now = self._present_scaling()
+        if now is not None and math.isclose(
+            now, self.branch_scaling, rel_tol=self._tolerance
+        ):  # PEFT recomputes it from alpha
             return []
         when = "folded" if self.folded else "registered"
         return [
