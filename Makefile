@@ -53,6 +53,7 @@ check: lint test
 benchmarks: .venv/.model
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.drift
+	$(BIN)/python -m benchmarks.first_use
 	$(BIN)/python -m benchmarks.tables
 
 # On a CUDA machine, with what is installed there (torch, pytest, hypothesis): no virtual environment, no downloads.

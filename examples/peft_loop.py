@@ -13,6 +13,7 @@ import math
 import os
 import random
 import statistics
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from deltaopt.integrations.peft import save_adapter
 MODULES = [math, os, random, statistics, str, torch.optim]
 logging.set_verbosity_error()  # the new classification head is meant to be new
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # of PEFT in transformers
 
 
 def load_base():
@@ -57,9 +59,10 @@ def batch(rows):
 
 lora = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
 model = get_peft_model(base, lora)
-optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-3, update_ratio=2.0, start_step=20)
+optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-3, update_ratio=2.0, start_step=10)
 losses = []
-for step in range(60):
+model.train()
+for step in range(40):
     start = step * 8 % (len(rows) - 8)
     optimizer.zero_grad()
     loss = model(**batch(rows[start : start + 8])).loss
