@@ -122,11 +122,14 @@ def test_two_adapters_move_the_weight_together():
 
     case = Case(build, rows, [], deltas)
     model, dense = case.model(), case.model()
+    in_place = r"(?s)0 \(other\): its W shares memory .* train together with weight_update=\"folded\""
+    triples = [*find_triples(model), *find_triples(model, "other")]
+    with pytest.raises(ValueError, match=in_place):
+        DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=0.02)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *dense.named_parameters()]:
             if "lora_B" in name:
                 parameter.zero_()
-    triples = [*find_triples(model), *find_triples(model, "other")]
     options = {"update_ratio": RATIO, "start_step": 0, "weight_update": "folded", "lr": 0.02}
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, **options)
     inner = torch.optim.AdamW([p for p in dense.parameters() if p.requires_grad], lr=0.02)
