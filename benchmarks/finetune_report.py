@@ -71,6 +71,15 @@ class Run:
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"final_loss": self.final_loss}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Run:
+        """Return the run that `as_json` has described."""
+        held = {name: value for name, value in values.items() if name != "final_loss"}
+        held["method"] = Method(**held["method"])
+        held["accuracies"] = [(step, share) for step, share in held["accuracies"]]
+        held["layers"] = [LayerMove(**layer) for layer in held["layers"]]
+        return cls(**held)
+
 
 def weights_of(triples: Iterable[LoRATriple]) -> dict[str, Tensor]:
     """Return a copy of every W, on the CPU."""
@@ -183,7 +192,7 @@ def reading(runs: Sequence[Run], task: Task, start_step: int) -> str:
     ratio, accuracy = delta.method.update_ratio, delta.accuracies[-1][1]
     spread = math.sqrt(accuracy * (1 - accuracy) / len(task.test))
     texts = [
-        moved(delta, start_step),
+        moved(delta),
         larger_alpha(runs, start_step) if ratio and delta.delta_error is not None else "",
         *(folded(run, delta) for run in runs if run.method.folded),
     ]
@@ -195,9 +204,9 @@ def reading(runs: Sequence[Run], task: Task, start_step: int) -> str:
     return paragraphs(*(text for text in texts if text))
 
 
-def moved(delta: Run, start_step: int) -> str:
+def moved(delta: Run) -> str:
     if delta.delta_error is None:
-        return f"W did not move: lambda is 0, or training ended before step {start_step} (start_step)."
+        return "W did not move: lambda (update_ratio) is 0."
     return f"""With LoRA W stays and only the sum W + s A B changes; with Delta-LoRA both change. The movement of W
     equals lambda * s * (A B at the end - A B when W began to move), as the equation demands at every step: their
     relative difference is {delta.delta_error:.0e}."""

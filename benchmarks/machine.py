@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from pathlib import Path
+
+import torch
+
+
+def usable_device(name: str, parser: argparse.ArgumentParser) -> torch.device:
+    """Return the device of an option ``--device``, or end with a message where torch does not know or reach it."""
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {name} is no device that torch can use here: {str(error).splitlines()[0]}")
 
 
 def cpu_name() -> str:

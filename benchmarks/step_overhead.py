@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import cpu_name
+from benchmarks.machine import cpu_name, usable_device
 from benchmarks.memory import peak_allocation
+from benchmarks.unfinished import Unfinished, check_writable, write_whole
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.factor_buffers import factored_delta
 from deltaopt.in_place import delta_lora_
@@ -440,11 +441,18 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) 
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_overhead_<device>.json")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = usable_device(options.device, parser)
     if options.threads:
         torch.set_num_threads(options.threads)
 
     settings = describe(device, options.rounds)
+    out = options.out or Path(__file__).parent / "results" / f"step_overhead_{device.type}.json"
+    lasting = {name: value for name, value in settings.items() if name != "load_average"}
+    try:
+        check_writable(out)
+        unfinished = Unfinished(out.with_suffix(".unfinished.json"), lasting)
+    except OSError as error:
+        parser.error(f"--out cannot be written: {error}")
     print(
         ", ".join(
             f"{key} {settings[key]}" for key in ("device_name", "threads", "rounds", "load_average", "torch", "python")
@@ -452,13 +460,16 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) 
     )
     results = []
     for case in cases:
-        results.append(measure(case, device, options.rounds))
-        print("\n" + table(case, results[-1]), flush=True)
+        held = unfinished.get(str(case))
+        if held is None:
+            held = measure(case, device, options.rounds)
+            unfinished.put(str(case), held)
+        results.append(held)
+        print("\n" + table(case, held), flush=True)
         gc.collect()  # the optimizers' reference cycles hold this case's tensors
 
-    out = options.out or Path(__file__).parent / "results" / f"step_overhead_{device.type}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"settings": settings, "cases": results}, indent=2) + "\n")
+    write_whole(out, json.dumps({"settings": settings, "cases": results}, indent=2) + "\n")
+    unfinished.finish()
     print(f"\nwritten to {out}")
 
 

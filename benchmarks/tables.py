@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks import drift
+from benchmarks import drift, first_use
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -92,7 +92,7 @@ def memory(device: str) -> str:
 
 
 def costs() -> str:
-    """Return the short table of `step_overhead`: the cost of a step here and in public code."""
+    """Return the main figures of `step_overhead`: the cost of a step here and in public code."""
     found = _results("step_overhead_cpu")
     assert found is not None
     cells: dict[str, Cell] = {
@@ -103,11 +103,63 @@ def costs() -> str:
         "dense pattern / ours": partial(_middle, "(dense - inner) / (wrapped - inner)"),
         "kept product / ours": partial(_middle, "(product - inner) / (wrapped - inner)"),
         "extra memory: ours, dense, kept product (MiB)": lambda case: ", ".join(
-            f"{_bytes(case, name, 'peak_extra_bytes') + _bytes(case, name, 'buffer_bytes'):.1f}"
-            for name in ("wrapped", "dense", "product")
+            f"{_extra(case, name):.1f}" for name in ("wrapped", "dense", "product")
         ),
     }
     return _cases([case for case in found["cases"] if _dtype(case) != "float16"], cells)
+
+
+def costs_in_short() -> str:
+    """Return the table of the front page: a step with each optimizer, and the memory that it takes."""
+    found = _results("step_overhead_cpu")
+    assert found is not None
+    rows = [
+        (
+            _shapes(case),
+            _dtype(case),
+            f"{_median(case, 'inner'):.1f}",
+            f"{_median(case, 'wrapped'):.1f}",
+            f"+ {_median(case, 'folded') - _median(case, 'lora'):.1f}",
+            f"{_median(case, 'dense'):.1f}",
+            " / ".join(f"{_extra(case, name):.0f}" for name in ("wrapped", "dense")),
+        )
+        for case in found["cases"]
+        if _dtype(case) != "float16"
+    ]
+    return table(("layers", "W", "AdamW, ms", "in place", "folded", "dense", "MiB"), rows)
+
+
+def around_the_steps() -> str:
+    """Return the times of `first_use`, with the lowest and the highest of all runs."""
+    found = _results("first_use")
+    if found is None:
+        return "Not measured yet."
+    s, mebibytes = found["settings"], {name: row["median"] / 2**20 for name, row in found["bytes"].items()}
+    told = (
+        f"{s['device_name']}, {s['threads']} thread{'s' * (s['threads'] != 1)}, {s['runs']} processes, torch "
+        f"{s['torch']}, Python {s['python']}, load {s['load_average']:.1f} at the start. Milliseconds of the processor."
+    )
+    rows = [
+        (text, f"{1e3 * row['median']:.0f}", f"{1e3 * row['low']:.0f} .. {1e3 * row['high']:.0f}")
+        for text, row in ((text, found["seconds"][name]) for name, text in first_use.ROWS.items())
+    ]
+    small = {name: f"{row['median']:.0f}" for name, row in found["small"].items()}
+    memory = [
+        ("every W", mebibytes["W"]),
+        ("A and B", mebibytes["factors"]),
+        ("AdamW's state", mebibytes["AdamW"]),
+        ("`optimizer.buffer_bytes`", mebibytes["buffers"]),
+        ("ledgers in a saved state", mebibytes["state"]),
+    ]
+    return "\n\n".join(
+        [
+            told,
+            table(("event", "median", "lowest .. highest"), rows),
+            f"{first_use.SMALL_TRIPLES} triples of {first_use.SMALL_SIDE} x {first_use.SMALL_SIDE}: a step takes "
+            f"{small['wrapped']} microseconds a triple, one of AdamW alone {small['inner']}.",
+            table(("memory", "MiB"), [(text, f"{size:.1f}") for text, size in memory]),
+        ]
+    )
 
 
 def kept(device: str) -> str:
@@ -124,14 +176,16 @@ def kept(device: str) -> str:
     return "\n".join([drift.HEAD, *rows])
 
 
+NAMES = {
+    "nearest": "nearest, as public code does",
+    "stochastic": "stochastic (default)",
+    "compensated": "compensated",
+}
+
+
 def kept_at_the_reference() -> str:
     """Return the short table of `drift`: the reference setting, with feedback from the rounded W and without."""
     found = _drifts("cpu")
-    names = {
-        "nearest": "nearest, as public code does",
-        "stochastic": "stochastic (default)",
-        "compensated": "compensated",
-    }
     head = (
         "W",
         "rounding",
@@ -141,7 +195,7 @@ def kept_at_the_reference() -> str:
     )
     rows = []
     for dtype in ("bfloat16", "float16"):
-        for rounding, name in names.items():
+        for rounding, name in NAMES.items():
             run, equal = (
                 drift.summary(found[drift.Setting(rounding, dtype, feedback=feedback)]) for feedback in (True, False)
             )
@@ -149,7 +203,19 @@ def kept_at_the_reference() -> str:
     return table(head, rows)
 
 
+def kept_in_short() -> str:
+    """Return the table of the front page: what W keeps of its movement in a run of the reference setting."""
+    found = _drifts("cpu")
+    rows = []
+    for rounding, name in NAMES.items():
+        runs = [drift.summary(found[drift.Setting(rounding, dtype)]) for dtype in ("bfloat16", "float16")]
+        rows.append((name, *map(_percent, runs), f"{runs[0].error:.2g}"))
+    return table(("`rounding`", "kept, bfloat16", "kept, float16", "error, bfloat16"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "costs, in short": costs_in_short,
+    "kept, in short": kept_in_short,
     "costs": costs,
     "kept at the reference": kept_at_the_reference,
     "step_overhead, 2 threads": partial(overhead, "cpu"),
@@ -157,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_overhead, CUDA": partial(overhead, "cuda"),
     "memory": partial(memory, "cpu"),
     "memory, CUDA": partial(memory, "cuda"),
+    "first_use": around_the_steps,
     "drift": partial(kept, "cpu"),
     "drift, CUDA": partial(kept, "cuda"),
 }
@@ -198,8 +265,12 @@ def _cases(cases: Iterable[Mapping[str, Any]], cells: Mapping[str, Cell]) -> str
 
 
 def _layers(case: Mapping[str, Any]) -> str:
+    return f"{_shapes(case)}, r {case['case']['rank']}"
+
+
+def _shapes(case: Mapping[str, Any]) -> str:
     c = case["case"]
-    shape = f"{c['count']} of {c['c']} x {c['d']}, r {c['rank']}"
+    shape = f"{c['count']} of {c['c']} x {c['d']}"
     return shape if c["name"] in shape else f"{c['name']}: {shape}"
 
 
@@ -218,6 +289,10 @@ def _middle(ratio: str, case: Mapping[str, Any]) -> str:
 def _spread(kind: str, name: str, digits: int, case: Mapping[str, Any]) -> str:
     found = case[kind][name]
     return f"{found['median']:.{digits}f} ({found['p10']:.{digits}f} .. {found['p90']:.{digits}f})"
+
+
+def _extra(case: Mapping[str, Any], row: str) -> float:
+    return _bytes(case, row, "peak_extra_bytes") + _bytes(case, row, "buffer_bytes")
 
 
 def _bytes(case: Mapping[str, Any], row: str, what: str) -> float:

@@ -4,7 +4,9 @@ from deltaopt import schedules
 from deltaopt.checkpoint.files import load, save
 from deltaopt.checkpoint.format import without_compensation, without_ledger
 from deltaopt.checkpoint.resume import WeightMismatchError
+from deltaopt.describe import describe
 from deltaopt.export import export_adapter, merged_weights
+from deltaopt.factors import Factor
 from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
@@ -16,9 +18,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DeltaLoRAOptimizer",
+    "Factor",
     "LoRATriple",
     "LowRank",
     "WeightMismatchError",
+    "describe",
     "export_adapter",
     "find_triples",
     "leave_out_compensation",

@@ -15,6 +15,7 @@ from deltaopt.cli.outcome import UserError, one_line
 
 COMMANDS = {
     "inspect": "say what is in a checkpoint: the run, the step, how far W moved, which adapter to use",
+    "doctor": "say which layers would be taken, what is refused and what to change, and which rule fits",
     "export": "write what training changed, W's movement and the branch, as one plain PEFT adapter",
 }
 """The name of each command, which is that of its file in `deltaopt.cli`, and its line in the help."""

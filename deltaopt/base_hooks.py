@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaopt import compiled
+from deltaopt.factors import Factor
 from deltaopt.layer_output import TIED, Further, forward_of, forward_with, output_problem, product_on, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import Term
@@ -409,7 +410,9 @@ def _rows(output: Tensor, rows: list[int], change: Tensor) -> tuple[Tensor, Tens
 
 
 def _is_same(one: object, other: object) -> bool:
-    """Compare two names, or two sources of a tensor."""
+    """Compare two names, or two sources of a tensor or a factor."""
+    if isinstance(one, Factor):
+        return one.is_same(other)
     if isinstance(one, tuple) and isinstance(other, tuple):
         return all(map(_is_same, one, other))
     return one is other or (isinstance(one, str) and one == other)

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt.claims import Use
-from deltaopt.groups import ParamsInput
+from deltaopt.factors import Computed
+from deltaopt.groups import ParamsInput, as_list
+from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
 from deltaopt.rule import UpdateRule
 from deltaopt.sharding import is_sharded, local_part
-from deltaopt.tensors import overlapping_pairs, same_view
+from deltaopt.tensors import FLOATS, overlapping_pairs, same_view
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -43,29 +45,43 @@ def check_weights(weights: Sequence[WeightState], rule: UpdateRule, new: Collect
         )
     ]
     if not problems:
-        readable = {weight for weight in weights if not unwritable[weight]}
-        problems = [*_name_problems(weights), *_sharing_problems(weights, readable, rule)]
+        problems = set_problems(weights, {weight for weight in weights if not unwritable[weight]}, rule)
     raise_problems(ValueError, "these triples cannot be used", problems)
 
 
+def set_problems(weights: Sequence[WeightState], readable: set[WeightState], rule: UpdateRule) -> list[Problem]:
+    """Say which triples, each of which could be moved by itself, cannot be together.
+
+    Args:
+        weights: with their tensors resolved.
+        readable: those whose W can be read and written in place.
+        rule: of the optimizer.
+    """
+    return [*_name_problems(weights), *_sharing_problems(weights, readable, rule)]
+
+
 def check_training(weights: Iterable[WeightState]) -> None:
-    """Raise ValueError for a factor that does not require grad, or a W that does. Asked at every step.
+    """Raise ValueError for factors of which nothing requires grad, or a W that does. Asked at every step.
 
     Between steps it does not matter: PEFT's ``disable_adapter`` freezes the factors, as do users of a trained model.
     """
-    if any(W.requires_grad or not (A.requires_grad and B.requires_grad) for W, A, B in (w.tensors for w in weights)):
+    if any(
+        tensors.W.requires_grad or not any(parameter.requires_grad for parameter in tensors.stored)
+        for tensors in (weight.tensors for weight in weights)
+    ):
         problems = [problem for w in weights for problem in problems_of(w.label, frozen_problems(w))]
         raise_problems(ValueError, "these triples cannot be trained now (nothing was changed)", problems)
 
 
 def frozen_problems(weight: WeightState) -> list[str]:
-    """Say which factors are frozen, and whether W is not."""
-    found = [
-        f"{letter} does not require grad, so no optimizer can train it: call {letter}.requires_grad_(True), or "
-        "activate the adapter it belongs to"
-        for letter in "AB"
-        if not getattr(weight.tensors, letter).requires_grad
-    ]
+    """Say if nothing of A and B trains, and whether W does. One of them may be frozen on purpose, as in LoRA-FA."""
+    found = []
+    if not any(parameter.requires_grad for parameter in weight.tensors.stored):
+        *first, last = weight.triple.parameter_names
+        found.append(
+            f"neither {', '.join(first)} nor {last} requires grad, so that no optimizer can train it: call "
+            "requires_grad_(True) on what is to train (one of them is enough), or activate the adapter it belongs to"
+        )
     if weight.tensors.W.requires_grad:
         found.append(
             "W requires grad: Delta-LoRA moves a frozen W. Call W.requires_grad_(False), or train W itself and drop "
@@ -82,17 +98,37 @@ def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]
         rule: of the optimizer.
         unwritable: the problems of reading and writing W in place.
     """
-    W, A, B = weight.tensors
+    W, view = weight.tensors.W, weight.triple.view
     found = list(rule.weight_problems(weight, unwritable))
-    for letter, factor in (("A", A), ("B", B)):
-        found += rule.factor_problems(weight, letter, factor)
-        if factor.device != W.device and not unwritable:
-            found.append(f"{letter} is on {factor.device} and W on {W.device}: move them to one device")
+    for name, parameter in zip(weight.triple.parameter_names, weight.tensors.stored, strict=True):
+        found += rule.factor_problems(weight, name, parameter)
+        if parameter.device != W.device and not unwritable:
+            found.append(f"{name} is on {parameter.device} and W on {W.device}: move them to one device")
     if W.numel() == 0 and not unwritable:
         found.append(f"W has the shape {tuple(W.shape)} and no elements, so nothing can move: leave this layer out")
-    view = weight.triple.view
+    found = found or _computed_problems(weight)
     shapes = view.product_problems if unwritable else view.shape_problems
-    return found or shapes(W, A, B) or weight.triple.branch_problems()
+    if found := found or shapes(W, weight.tensors.A, weight.tensors.B):
+        return found
+    return weight.triple.missing_problems() or weight.triple.branch_problems()
+
+
+def _computed_problems(weight: WeightState) -> list[str]:
+    """Say why a computed factor is no matrix of numbers."""
+    found = []
+    for letter, factor in (("A", weight.tensors.left), ("B", weight.tensors.right)):
+        if isinstance(factor, Tensor):
+            continue
+        made_of = ", ".join(f"{tuple(parameter.shape)}" for parameter in factor.parameters)
+        try:
+            value: object = factor.value()
+        except Exception as error:
+            found.append(f"{letter} cannot be computed from parameters of the shapes {made_of}: {error}")
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            found.append(f"{letter} is computed as a {kind}, expected a tensor of floating point numbers")
+    return found
 
 
 def _name_problems(weights: Iterable[WeightState]) -> list[Problem]:
@@ -114,7 +150,9 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
     for weight in weights:
         if weight in readable:
             places.append((weight, "W", weight.matrix()))
-        places += [(weight, "A", weight.tensors.A), (weight, "B", weight.tensors.B)]
+        # A parameter of which both A and B are made is one.
+        parameters = dict(zip(weight.tensors.stored, weight.triple.parameter_names, strict=True))
+        places += [(weight, name, parameter) for parameter, name in parameters.items()]
     found = []
     for i, j in overlapping_pairs([local_part(tensor) for *_, tensor in places]):
         (other, other_letter, other_tensor), (weight, letter, tensor) = places[i], places[j]
@@ -123,11 +161,25 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
             letter == other_letter == "W"
             and not (rule.moves_weights or weight.moved or other.moved)
             and same_view(other_tensor, tensor)
-            and (weight.tensors.A is not other.tensors.A or weight.tensors.B is not other.tensors.B)
+            and not _same_factors(weight, other)
         )
         if not (shared_factor or shared_weight):
             found.append(Problem(weight.label, _sharing_sentence(letter, other.label, other_letter)))
     return found
+
+
+def _same_factors(weight: WeightState, other: WeightState) -> bool:
+    """Tell if two triples have the same A and B: the same tensors, and the same functions of them."""
+    return all(
+        one is another
+        or (
+            isinstance(one, Computed)
+            and isinstance(another, Computed)
+            and one.factor.is_same(another.factor)
+            and all(p is q for p, q in zip(one.parameters, another.parameters, strict=True))
+        )
+        for one, another in zip(weight.tensors[1:], other.tensors[1:], strict=True)
+    )
 
 
 def _sharing_sentence(letter: str, other_label: str, other_letter: str) -> str:
@@ -272,7 +324,10 @@ def check_finite(weights: Iterable[WeightState]) -> None:
     """Raise ValueError for factors that are NaN or infinite, before their product is added to W."""
     bad = [weight.label for weight in weights if not _finite(weight)]
     if bad:
-        raise ValueError(f"a factor of {names(bad)} is NaN or infinite, which would reach W (nothing was changed)")
+        raise ValueError(
+            f"a factor of {names(bad)} is NaN or infinite, which would reach W (nothing was changed): load A and B of "
+            "a checkpoint, or give these layers another start"
+        )
 
 
 def _finite(weight: WeightState) -> bool:
@@ -320,19 +375,25 @@ def check_not_capturing() -> None:
 
 
 def check_nothing_unused(
-    options: Iterable[Mapping[str, Any]], params: ParamsInput, inner_kwargs: Mapping[str, Any]
+    inner: Optimizer, options: Iterable[Mapping[str, Any]], params: ParamsInput, inner_kwargs: Mapping[str, Any]
 ) -> None:
     """Raise TypeError for options and parameters that an inner optimizer that is already built would never see."""
-    unused = [key for rest in options for key in rest] + list(inner_kwargs)
+    entries = list(params)
+    in_groups = [key for entry in entries if isinstance(entry, Mapping) for key in entry if key != "params"]
+    unused = {*(key for rest in options for key in rest), *in_groups, *inner_kwargs}
     if unused:
         raise TypeError(
             f"{', '.join(sorted(unused))}: no effect, because the inner optimizer is already built. Set "
             "them where it is built, or hand over its class"
         )
-    if list(params):
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    lists = [as_list(entry["params"]) if isinstance(entry, Mapping) else [entry] for entry in entries]
+    given = [p[1] if isinstance(p, tuple) else p for entry in lists for p in entry]
+    if missing := [tuple(p.shape) for p in given if id(p) not in held]:
         raise TypeError(
-            "params: no effect, because the inner optimizer is already built. Give it these parameters, or hand "
-            "over its class"
+            f"the inner {type(inner).__name__} is already built and does not hold {len(missing)} of the {len(given)} "
+            f"other parameters that train (shapes {names([str(shape) for shape in missing])}): build it from all that "
+            "require grad, [p for p in model.parameters() if p.requires_grad], or hand over its class"
         )
 
 
@@ -340,19 +401,27 @@ def check_not_differentiable(inner: Optimizer) -> None:
     """Raise ValueError for an inner optimizer that builds a graph of its step."""
     if any(group.get("differentiable") for group in inner.param_groups):
         raise ValueError(
-            "the inner optimizer is differentiable=True, but W is moved without a graph: use differentiable=False"
+            "the inner optimizer has differentiable=True, but W is moved without a graph: use differentiable=False"
         )
 
 
 def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
-    """Raise ValueError unless the inner optimizer holds the very Parameter objects of every A and B, and no W."""
+    """Raise ValueError unless the inner optimizer holds the very Parameter objects of every A and B, and no W.
+
+    Those that are frozen it need not hold. Optimizers that are known to leave a frozen W alone may hold it.
+    """
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    if all(id(W) not in held and id(A) in held and id(B) in held for W, A, B in (w.tensors for w in weights)):
+    may_hold = leaves_frozen_alone(inner)
+    taken = {id(w.tensors.W) for w in weights if not may_hold or w.tensors.W.grad is not None} & held
+    if not taken and all(
+        all(id(p) in held or not p.requires_grad for p in tensors.stored)
+        for tensors in (weight.tensors for weight in weights)
+    ):
         return
     parameters = f"the parameters of the inner {type(inner).__name__}"
     problems = []
     for weight in weights:
-        if id(weight.tensors.W) in held:
+        if id(weight.tensors.W) in taken:
             problems.append(
                 Problem(
                     weight.label,
@@ -361,13 +430,13 @@ def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
                 )
             )
         problems += [
-            Problem(weight.label, f"{letter} is not among {parameters}")
-            for letter in "AB"
-            if id(getattr(weight.tensors, letter)) not in held
+            Problem(weight.label, f"{name} is not among {parameters}")
+            for name, parameter in zip(weight.triple.parameter_names, weight.tensors.stored, strict=True)
+            if id(parameter) not in held and parameter.requires_grad
         ]
     closing = ""
     if any(is_sharded(p) for group in inner.param_groups for p in group["params"]) and not any(
-        is_sharded(factor) for weight in weights for factor in weight.tensors[1:]
+        is_sharded(parameter) for weight in weights for parameter in weight.tensors.stored
     ):
         closing = (
             "Its parameters are shards of FSDP2, and those of the layers are whole: a forward pass has put these in "
@@ -377,9 +446,9 @@ def check_membership(inner: Optimizer, weights: Sequence[WeightState]) -> None:
     raise_problems(
         ValueError,
         "the inner optimizer does not fit the triples. It must hold the very Parameter objects of every A and B "
-        "and no W. If they were replaced after it was built (sharding, XLA, assign=True), build the optimizer "
-        "afterwards; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) cannot be "
-        "wrapped",
+        "and no W. If they were replaced after it was built (sharding, XLA, assign=True, low_cpu_mem_usage=True), "
+        "build the optimizer afterwards, and load a state that was saved before; if they were frozen then, freeze them "
+        "again; optimizers that step flattened copies (DeepSpeed ZeRO, FSDP1, CPU offload) cannot be wrapped",
         problems,
         closing,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Literal, TypeAlias
@@ -42,11 +42,13 @@ class Claim:
         owner: of the claims of the same optimizer.
         waits: True if W may never be written (folded): it is then claimed by the first write, and only its base
             depends on what other optimizers do until then.
+        moved: tells if W is not at its base.
     """
 
-    def __init__(self, triple: LoRATriple, owner: Claimant, waits: bool) -> None:
+    def __init__(self, triple: LoRATriple, owner: Claimant, waits: bool, moved: Callable[[], bool]) -> None:
         self.triple = triple
         self.owner = owner
+        self.moved = moved
         self._waits = waits
         self._untaken = False
         self._number = 0
@@ -123,10 +125,14 @@ class Claim:
 
     def _matrix(self) -> Tensor | None:
         """View the part of W that moves; None where it cannot be read now."""
-        with suppress(RuntimeError, ValueError, IndexError):
-            W = self.triple.W
-            return self.triple.view.weight(W) if is_plain(W) and not W.is_meta and W.numel() else None
-        return None
+        return _matrix_of(self.triple)
+
+
+def _matrix_of(triple: LoRATriple) -> Tensor | None:
+    with suppress(RuntimeError, ValueError, IndexError):
+        W = triple.W
+        return triple.view.weight(W) if is_plain(W) and not W.is_meta and W.numel() else None
+    return None
 
 
 SINCE = "another optimizer was built on it since, or has loaded a state or rebased"
@@ -134,6 +140,20 @@ SINCE = "another optimizer was built on it since, or has loaded a state or rebas
 _living: weakref.WeakSet[Claim] = weakref.WeakSet()
 _numbers = count(1)
 _lock = threading.RLock()
+
+
+def moved_by_others(triples: Sequence[LoRATriple]) -> set[LoRATriple]:
+    """Return those triples whose W has moved for an optimizer that exists, and that are about to be registered.
+
+    A layer that leaves the movement of other adapters out of its output by itself is not among them.
+    """
+    others = [claim for claim in list(_living) if claim._wrote and not claim.owner.at_base]
+    moved = [matrix for claim in others if (matrix := claim._matrix()) is not None and claim.moved()]
+    if not moved:
+        return set()
+    new = [(triple, W) for triple in triples if triple.output_hook is None and (W := _matrix_of(triple)) is not None]
+    pairs = overlapping_pairs([*moved, *(matrix for _, matrix in new)])
+    return {new[j - len(moved)][0] for i, j in pairs if i < len(moved) <= j}
 
 
 def take(claims: Sequence[Claim]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deltaopt.checks import weight_problems
 from deltaopt.lowrank import LowRank
-from deltaopt.messages import raise_problems
+from deltaopt.messages import problems_of, raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.outside import warn_before_export
 from deltaopt.rounding.writer import add_terms_
@@ -74,13 +74,17 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
 
     Raises:
         TypeError: for another optimizer.
-        RuntimeError: if a W cannot be read (quantized, offloaded), or in `base_weights`.
+        RuntimeError: if a W cannot be read (quantized, offloaded), holds its branch already (merged), or in
+            `base_weights`.
     """
     weights = unwrap(optimizer).weights()
     raise_problems(
         RuntimeError,
         "these W cannot be merged with their branch",
-        weight_problems(weights),
+        [
+            *weight_problems(weights),
+            *(problem for weight in weights for problem in problems_of(weight.label, weight.triple.merge_problems())),
+        ],
     )
     merged = {}
     for weight in weights:

@@ -104,6 +104,8 @@ class FactorBuffers:
             if ledger.end is not None:
                 torch._foreach_copy_(slot.end, ledger.end)
                 ledger.end = slot.end
+        # Weights that follow what somebody changes between steps: the next move begins where the last one ended.
+        self._following = [slot for slot in self.slots if slot.weight.triple.follows_between_steps]
         self._known_hashes: Tensor | None = None
         self._now: list[Tensor] = []
         self._coefs: list[float] = []
@@ -206,6 +208,9 @@ class HostBuffers(FactorBuffers):
         n, factors = len(self.slots), self._factors()
         A = torch.stack(factors[:n], out=torch.empty_like(self._A_end))
         B = torch.stack(factors[n:], out=torch.empty_like(self._B_end))
+        for slot in self._following:
+            if slot.ledger.is_current():
+                torch._foreach_copy_([A[slot.place], B[slot.place]], slot.end)
         if _same_bits(A, self._A_end) and _same_bits(B, self._B_end):
             self._start, self._continues = (self._A_end, self._B_end), [True] * len(self.slots)
         else:
@@ -256,7 +261,8 @@ class HostBuffers(FactorBuffers):
         """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""
         if not finite:
             for slot in self.slots:
-                slot.ledger.set_current(False)
+                if slot not in self._following:
+                    slot.ledger.set_current(False)
             return []
         assert self._start is not None
         if self._due is None:
@@ -326,6 +332,8 @@ class DeviceBuffers(FactorBuffers):
         self._launched: list[Any] = []
         self._sizes: Tensor | None = None
         self._updates: LedgerUpdates | None = None
+        # By slot, the number of steps without a move when it last moved, if the next move may begin there.
+        self._rests = {slot.place: slot.ledger.rests for slot in self._following if slot.ledger.is_current()}
 
     @property
     def nbytes(self) -> int:
@@ -336,6 +344,8 @@ class DeviceBuffers(FactorBuffers):
         """Keep A and B, lambda times s, and all that the ledgers may need once the device has reported."""
         super().snapshot()
         torch._foreach_copy_(self._old, self._factors())
+        for slot in self._following:
+            self._begin_at_the_end(slot)
         self._making, self._masking, self._launched, self._sizes = [], [], [], None
         self._updates = LedgerUpdates(
             list(zip(self.slots, self._coefs, strict=True)),
@@ -389,12 +399,21 @@ class DeviceBuffers(FactorBuffers):
         for end, before in zip((self._A_end, self._B_end), self._updates.before, strict=True):
             end.copy_(torch.where(applied, end, before))
         self._updates.send(applied, self.marks()[0].gt(0) & applied)
+        self._rests = {slot.place: slot.weight.ledger.rests for slot in self._following}
         return self._updates
 
     def release(self) -> None:
         """Let go of what only a step needs, the copies of the factors too: the ledgers' updates hold them."""
         super().release()
         self._updates = self._sizes = None
+
+    def _begin_at_the_end(self, slot: Slot) -> None:
+        """Let a move begin where the last one ended, unless A and B were trained without a move since."""
+        i = slot.place
+        if self._rests.get(i) != slot.ledger.rests:
+            return
+        for old, end in ((self._A_old[i], self._A_end[i]), (self._B_old[i], self._B_end[i])):
+            old.copy_(torch.where(end.isnan().any(), old, end))  # no move was applied yet
 
     def _write_by_kernel(self, batch: KernelBatch, slots: Sequence[Slot], keep: Tensor, writer: Writer) -> None:
         if not slots:
@@ -477,7 +496,8 @@ class LedgerUpdates:
             weight.moves = count
         extended = extend_ledgers(self._due, self._extended)
         for (slot, _), rests in zip(self._moves, self._rests, strict=True):
-            slot.ledger.rests_at_end = rests if applied else -1
+            if applied or not slot.weight.triple.follows_between_steps:
+                slot.ledger.rests_at_end = rests if applied else -1
         return extended
 
     @staticmethod

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from deltaopt import gradient_hooks
 from deltaopt.all_or_nothing import Event
 from deltaopt.checks import claim_problems, weight_problems
+from deltaopt.factors import Factor, looked_up
 from deltaopt.gradient_hooks import GradientHooks, evaluated_once, is_in_use
 from deltaopt.groups import DeltaGroup, UpdateRatio
 from deltaopt.guard import FiniteGuard
@@ -64,6 +65,7 @@ class FoldedUpdate(UpdateRule):
 
     def check_groups(self, groups: Sequence[DeltaGroup]) -> None:
         """Raise ValueError for triples that share a factor and have other settings; those of a callable show later."""
+        _check_all_rows([triple for group in groups for triple in group.triples])
         constant = [group for group in groups if not callable(group.update_ratio)]
         _check_equal({triple: (group.update_ratio, group.start_step) for group in constant for triple in group.triples})
 
@@ -78,7 +80,7 @@ class FoldedUpdate(UpdateRule):
         """Say why a factor cannot be trained; a sharded one can, if its replacement in the forward pass is known."""
         if not is_sharded(factor):
             return super().factor_problems(weight, letter, factor)
-        if not isinstance(weight.triple.sources[letter], Tensor):
+        if weight.triple.is_looked_up:
             return []
         return [
             f"{letter} is sharded and was registered as a tensor, so that what FSDP2 puts in its place in the forward "
@@ -147,7 +149,7 @@ class FoldedUpdate(UpdateRule):
         """Count the step; sum up terms of the ledgers that it has extended, if they have become many."""
         if whole:
             for weight, count in self._counts.items():
-                if any(factor.grad is not None for factor in weight.tensors[1:]):
+                if any(parameter.grad is not None for parameter in weight.tensors.stored):
                     weight.moves = count
         self._upkeep.after_step(self._changed)
         self._changed = []
@@ -342,15 +344,38 @@ def _set(triple: LoRATriple, ratio: float, scaling: float | None = None) -> None
     triple.forget_load()
 
 
+def _check_all_rows(triples: Iterable[LoRATriple]) -> None:
+    """Raise ValueError for parameters of which some rows belong to no triple: their gradients would be divided too."""
+    users: dict[Tensor, list[tuple[int, int]]] = {}
+    labels: dict[Tensor, str] = {}
+    for triple in triples:
+        for letter, source in triple.factor_sources.items():
+            if isinstance(source, Factor) and source.bounds is not None:
+                parameter = looked_up(source.sources[0], triple.label)
+                users.setdefault(parameter, []).append(source.bounds)
+                labels.setdefault(parameter, f"{triple.label}: its {letter}")
+    problems = []
+    for parameter, bounds in users.items():
+        taken = {row for start, stop in bounds for row in range(start, stop)}
+        if len(taken) < parameter.shape[0]:
+            problems.append(
+                f"{labels[parameter]} is rows of a parameter of the shape {tuple(parameter.shape)}, of which "
+                f"{parameter.shape[0] - len(taken)} rows belong to no triple"
+            )
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}. The folded rule divides the gradient of the whole parameter, and scales all that "
+            'a state_dict says of it: register the triples of the other rows too, or use weight_update="in_place"'
+        )
+
+
 def _check_equal(settings: Mapping[LoRATriple, object]) -> None:
     """Raise ValueError for a factor, or a place of a scaling, that triples of different settings share."""
     users: dict[object, LoRATriple] = {}
     for triple, setting in settings.items():
-        for what, place in (
-            ("A is a factor", id(triple.A)),
-            ("B is a factor", id(triple.B)),
-            ("scaling is that", triple.branch.place()),
-        ):
+        parameters = zip(triple.parameter_names, triple.stored, strict=True)
+        places: list[tuple[str, object]] = [(f"{name} is a factor", id(parameter)) for name, parameter in parameters]
+        for what, place in (*places, ("scaling is that", triple.branch.place())):
             other = users.setdefault(place, triple)
             if settings[other] != setting:
                 raise ValueError(

@@ -7,7 +7,6 @@ parameters, gradients that are made without hooks, optimizers that evaluate the 
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deltaopt.messages import names
+from deltaopt.factors import TensorSource, looked_up
+from deltaopt.messages import names, warn_user
 from deltaopt.scaling import holder_of
 from deltaopt.sharding import is_sharded
 from deltaopt.triple import LoRATriple
@@ -68,7 +68,7 @@ class GradientHooks:
     def divide(self, triples: Iterable[LoRATriple]) -> None:
         """Divide by 1 + what is folded into each branch now, whose scaling was set for good."""
         for triple in triples:
-            for divisor in map(_divisor_of, (triple.A, triple.B)):
+            for divisor in map(_divisor_of, triple.parameters):
                 if divisor is not None:  # else it is frozen, and gets its hook with this value later
                     divisor.value, divisor.scaling = 1.0 + triple.folded, triple.branch_scaling
 
@@ -90,7 +90,7 @@ class GradientHooks:
             for weight in weights
             if weight.triple.folded
             and any(
-                _is_made_without_hooks(f) or (not all_called and _came_past_its_hook(f)) for f in weight.tensors[1:]
+                _is_made_without_hooks(p) or (not all_called and _came_past_its_hook(p)) for p in weight.tensors.stored
             )
         ]
         if found:
@@ -111,12 +111,12 @@ class GradientHooks:
         if self._see_gradients():
             yield
             return
-        triples = [w.triple for w in weights if w.ratio and w.triple.A.grad is None and w.triple.B.grad is None]
-        before = [(t, [factor.detach().clone() for factor in (t.A, t.B)]) for t in triples]
+        triples = [w.triple for w in weights if w.ratio and all(p.grad is None for p in w.triple.parameters)]
+        before = [(t, [parameter.detach().clone() for parameter in t.parameters]) for t in triples]
         yield
         if self._see_gradients():  # a closure has made them
             return
-        found = [t.label for t, factors in before if not all(map(torch.equal, factors, (t.A, t.B)))]
+        found = [t.label for t, values in before if not all(map(torch.equal, values, t.parameters))]
         if found:
             raise RuntimeError(
                 f"{names(found)}: the inner optimizer has changed its A and B, which got no gradients. One that "
@@ -130,7 +130,9 @@ class GradientHooks:
 
     def _attach(self, triples: Iterable[LoRATriple], claiming: bool) -> None:
         for triple in triples:
-            for letter, factor in (("A", triple.A), ("B", triple.B)):
+            for letter, source, factor in zip(
+                triple.parameter_names, triple.parameter_sources, triple.stored, strict=True
+            ):
                 divisor = _divisor_of(factor)
                 if divisor is None and not factor.requires_grad:
                     self._frozen = True  # torch refuses a hook until it requires grad
@@ -140,7 +142,7 @@ class GradientHooks:
                     _register_first(factor, divisor)
                 divisor.label = f"{triple.label}: {letter}"
                 if is_sharded(factor):
-                    _follow_into_forward(triple, letter, divisor)
+                    _follow_into_forward(triple, source, divisor)
                 if divisor.owner() is self:
                     self._own.add(divisor)
                     continue
@@ -207,30 +209,32 @@ def _divisor_of(factor: Tensor) -> _Divisor | None:
     return next((follower.divisor for follower in followers if isinstance(follower, _Follower)), None)
 
 
-def warn_of_folded(triples: Iterable[LoRATriple], stacklevel: int) -> None:
+def _divisor_of_any(parameters: Iterable[Tensor]) -> _Divisor | None:
+    """Return the first hook that one of these parameters has: a frozen one may have none."""
+    return next((divisor for divisor in map(_divisor_of, parameters) if divisor is not None), None)
+
+
+def warn_of_folded(triples: Iterable[LoRATriple]) -> None:
     """Warn of branches that an earlier optimizer has scaled: a new one would count from the larger scaling."""
     found = [
         f"{triple.label} ({triple.scaling / divisor.value:g}, now {triple.scaling:g})"
         for triple in triples
-        if (divisor := _divisor_of(triple.A)) is not None
+        if (divisor := _divisor_of_any(triple.parameters)) is not None
         and divisor.value != 1.0
         and math.isclose(triple.scaling, divisor.scaling, rel_tol=1e-9)
     ]
     if found:
-        warnings.warn(
+        warn_user(
             f"an earlier optimizer has folded its update_ratio into the scaling of {names(found)}, and this one "
-            "counts from the larger scaling, so that the ratios multiply. Put the scaling back first (with PEFT: load "
-            "the adapter onto a new model), or load that optimizer's state into this one, if that is not meant",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            "counts from the larger scaling, so that the ratios multiply. If that is not meant, load that optimizer's "
+            "state into this one, or put the scaling back first (with PEFT: load the adapter onto a new model)"
         )
 
 
 def leave_whole(triples: Iterable[LoRATriple], owner: object) -> None:
     """Leave the gradients of these triples as they are while `owner` lives, a rule that moves W in place."""
     for triple in triples:
-        for factor in (triple.A, triple.B):
-            divisor = _divisor_of(factor)
+        for divisor in map(_divisor_of, triple.parameters):
             if divisor is not None:
                 divisor.owner, divisor.value = weakref.ref(owner), 1.0
 
@@ -249,10 +253,9 @@ def _came_past_its_hook(factor: Tensor) -> bool:
 
 def is_in_use(triple: LoRATriple) -> bool:
     """Tell if the factors are known to be those that the model trains now."""
-    looked_up = not any(isinstance(triple.sources[letter], Tensor) for letter in "AB")
-    if looked_up or triple.A.grad is not None or triple.B.grad is not None:
+    if triple.is_looked_up or any(parameter.grad is not None for parameter in triple.parameters):
         return True
-    return any(divisor is not None and divisor.called for divisor in map(_divisor_of, (triple.A, triple.B)))
+    return any(divisor is not None and divisor.called for divisor in map(_divisor_of, triple.parameters))
 
 
 def _register_first(factor: Tensor, hook: _Divisor) -> None:
@@ -272,13 +275,13 @@ class _Follower:
     that holds the factor.
     """
 
-    def __init__(self, triple: LoRATriple, letter: str, path: str) -> None:
-        self._triple, self._letter, self.path = triple, letter, path
+    def __init__(self, triple: LoRATriple, source: tuple[nn.Module, str]) -> None:
+        self._label, self._source, self.path = triple.label, source, source[1]
         self.divisor = _Divisor()
         self._on: Callable[[], Tensor | None] = lambda: None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        factor = getattr(self._triple, self._letter)
+        factor = looked_up(self._source, self._label)
         if factor.requires_grad and factor is not self._on() and not is_sharded(factor):
             factor.register_hook(self._divide)
             self._on = weakref.ref(factor)
@@ -287,13 +290,12 @@ class _Follower:
         return self.divisor(grad)
 
 
-def _follow_into_forward(triple: LoRATriple, letter: str, divisor: _Divisor) -> None:
-    source = triple.sources[letter]
+def _follow_into_forward(triple: LoRATriple, source: TensorSource, divisor: _Divisor) -> None:
     assert not isinstance(source, Tensor)  # refused otherwise
     module, path = source
     part, _ = holder_of(module, path)
     hooks = [hook for m in (module, part) for hook in m._forward_pre_hooks.values()]
-    follower = next((h for h in hooks if isinstance(h, _Follower) and h.path == path), _Follower(triple, letter, path))
+    follower = next((h for h in hooks if isinstance(h, _Follower) and h.path == path), _Follower(triple, source))
     follower.divisor = divisor  # another one where the sharded parameter was replaced
     for place in dict.fromkeys((module, part)):
         if follower not in place._forward_pre_hooks.values():
@@ -312,7 +314,7 @@ def check_inner(inner: Optimizer) -> None:
 def evaluated_once(closure: Callable[[], float], triples: Iterable[LoRATriple]) -> Callable[[], float]:
     """Return the closure, which then may be called once only, with A and B as they are now: see `check_inner`."""
     calls = 0
-    before = [(triple, factor, factor._version) for triple in triples for factor in (triple.A, triple.B)]
+    before = [(triple, factor, factor._version) for triple in triples for factor in triple.parameters]
 
     def once() -> float:
         nonlocal calls

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from deltaopt.messages import names
 from deltaopt.plain import as_float, as_int, plain
 from deltaopt.scaling import checked_scaling
 from deltaopt.triple import LoRATriple
@@ -128,11 +129,12 @@ def parse_triples(
 
 
 def factor_params(triples: Iterable[LoRATriple]) -> dict[Tensor, str]:
-    """Return A and B of each triple in order, each once, with a name."""
+    """Return what trains of A and B of each triple in order, each parameter once, with a name."""
     named: dict[Tensor, str] = {}
     for triple in triples:
-        for letter, factor in (("A", triple.A), ("B", triple.B)):
-            named.setdefault(factor, f"{triple.label}.{letter}")
+        for name, parameter in zip(triple.parameter_names, triple.stored, strict=True):
+            if parameter.requires_grad:
+                named.setdefault(parameter, f"{triple.label}.{name}")
     return named
 
 
@@ -147,7 +149,12 @@ def inner_groups(
     """
     if isinstance(params, Tensor):
         raise TypeError("params is a list of tensors or of param groups, got a Tensor: write [it]")
-    others = list(params)
+    others = [entry for entry in map(_with_list, params) if not isinstance(entry, Mapping) or entry.get("params", True)]
+    if any(isinstance(entry, LoRATriple) for entry in others):
+        raise TypeError(
+            "params is a list of tensors or of param groups, got a LoRATriple: params is what trains besides the "
+            "factors, other_parameters(model, triples). Leave the triples out of it"
+        )
     if len({isinstance(entry, Mapping) for entry in others}) > 1:
         raise TypeError("params mixes tensors with param groups: put all of them into groups, or none")
     factors = factor_params(t for group in groups for t in group.triples)
@@ -161,6 +168,7 @@ def inner_groups(
         members = [(name, p) if named else p for p, name in own.items()]
         built.append({**plain(rest), "params": members + extra})
     if others and all(isinstance(entry, Mapping) for entry in others):
+        _refuse_factors(others, factors)
         return built + [plain(dict(entry)) for entry in others]
     rest_params = [p for p in others if _tensor(p) not in factors]
     if len(built) == 1:
@@ -168,6 +176,22 @@ def inner_groups(
     elif rest_params:
         built.append({"params": rest_params})
     return built
+
+
+def _with_list(entry: Any) -> Any:
+    """Return a param group with a list of parameters, which may be read more than once; other entries as they are."""
+    return {**entry, "params": as_list(entry["params"])} if isinstance(entry, Mapping) and "params" in entry else entry
+
+
+def _refuse_factors(param_groups: Iterable[Mapping[str, Any]], factors: Mapping[Tensor, str]) -> None:
+    """Raise ValueError for factors in param groups: it would not be clear whose options they take."""
+    given = [factors[p] for group in param_groups for p in map(_tensor, group["params"]) if p in factors]
+    if given:
+        raise ValueError(
+            f"params has {names(given)} in its param groups, which the triples bring: leave the factors out, as "
+            "other_parameters(model, triples) does. Their own options go with the triples, "
+            '{"triples": triples, "weight_decay": 0.1}'
+        )
 
 
 def as_list(params: Any) -> list[Any]:
@@ -217,6 +241,7 @@ def _as_triple(entry: object, scaling: float, number: int) -> LoRATriple:
     raise TypeError(
         f"triples[{number}] is a LoRATriple or a tuple (W, A, B), got {type(entry).__name__}"
         + (f" of length {len(entry)}" if isinstance(entry, tuple) else "")
+        + ": find_triples(model) returns the triples of a model; what else trains is given as params"
     )
 
 

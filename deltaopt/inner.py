@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -11,8 +13,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from deltaopt.messages import names
 from deltaopt.sharding import gathered
+
+OURS = ("update_ratio", "start_step", "scaling", "rounding", "rounding_seed", "weight_update", "keep_base")
+"""Keyword arguments of `DeltaLoRAOptimizer` that are no options of an inner optimizer."""
+LEAVE_FROZEN_ALONE = {("peft.optimizers.lorafa", "LoraFAOptimizer")}
+"""Module and class of optimizers that hold all parameters of a model, and do not touch those without a gradient."""
+
+
+def leaves_frozen_alone(inner: Optimizer) -> bool:
+    """Tell if an optimizer may hold a frozen W. Others may write it: Lookahead pulls it back to where it was."""
+    return (type(inner).__module__, type(inner).__qualname__) in LEAVE_FROZEN_ALONE
 
 
 def build_inner(
@@ -21,18 +35,29 @@ def build_inner(
     """Return the optimizer that a class or a factory makes, or raise an error that says what it was given."""
     name = getattr(inner, "__name__", repr(inner))
     if type(inner).__module__.startswith("deepspeed"):
-        raise TypeError(f"inner is a {type(inner).__name__}: DeepSpeed's optimizers step flattened copies of A and B")
+        raise TypeError(
+            f"inner is a {type(inner).__name__}: DeepSpeed's optimizers step flattened copies of A and B, "
+            "which W cannot follow. Train without ZeRO, for example with DDP or FSDP2"
+        )
     if not callable(inner):
         raise TypeError(f"inner is an optimizer class or a built torch.optim.Optimizer, got a {type(inner).__name__}")
     try:
         built = inner(param_groups, **kwargs)
     except TypeError as error:
+        near = {match for option in kwargs for match in get_close_matches(option, OURS, n=1)}
         raise TypeError(
-            f"{name} could not be built from the factors and {kwargs}: {error}. Its arguments are given as "
-            "keyword arguments of DeltaLoRAOptimizer"
+            f"{name} could not be built from the factors and {reprlib.repr(kwargs)}: {error}. Its arguments are given "
+            "as keyword arguments of DeltaLoRAOptimizer" + (f" (did you mean {names(sorted(near))}?)" if near else "")
         ) from error
+    if isinstance(built, LRScheduler):
+        raise TypeError(
+            f"{name} made a {type(built).__name__}, which is no torch.optim.Optimizer: build the scheduler of the "
+            f"DeltaLoRAOptimizer, {type(built).__name__}(optimizer, ...)"
+        )
     if not isinstance(built, Optimizer):
-        raise TypeError(f"{name} made a {type(built).__name__}, which is no torch.optim.Optimizer")
+        raise TypeError(
+            f"{name} made a {type(built).__name__}, which is no torch.optim.Optimizer: let it return the optimizer"
+        )
     return built
 
 
@@ -79,6 +104,19 @@ def is_in_mode(inner: Optimizer, mode: str) -> bool:
     return all(isinstance(trains, bool) and trains is (mode == "train") for trains in says)
 
 
+def check_no_schedule_free_around(inner: Optimizer) -> None:
+    """Raise RuntimeError if a schedule-free wrapper steps this optimizer: A and B are then not where gradients were.
+
+    Such a wrapper leaves its numbers in the param groups, where an inner optimizer with modes has its own.
+    """
+    if not hasattr(inner, "train") and any({"lr_max", "weight_sum"} <= group.keys() for group in inner.param_groups):
+        raise RuntimeError(
+            "a ScheduleFreeWrapper is around this optimizer: it puts other values into A and B for each step, and W "
+            "would belong to those. Take a schedule-free optimizer inside, such as schedulefree.AdamWScheduleFree: "
+            "DeltaLoRAOptimizer(AdamWScheduleFree, triples, lr=...)"
+        )
+
+
 def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
     """Drop what an optimizer, and each optimizer that it holds, keeps for these factors.
 
@@ -89,10 +127,14 @@ def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
     for optimizer in _nested(inner):
         if isinstance(optimizer, torch.optim.LBFGS):  # keeps all of its history under one parameter
             optimizer.state.clear()
+        is_lookahead = any("slow_params" in optimizer.state.get(factor, ()) for factor in factors)
         for value in [optimizer.state, *vars(optimizer).values()]:
             if isinstance(value, MutableMapping):
                 for factor in factors:
                     value.pop(factor, None)
+        if is_lookahead:  # notes where the factors are when it is built, and not in its first step
+            for group in optimizer.param_groups:
+                optimizer.init_group(group)  # type: ignore[attr-defined]
 
 
 def _nested(inner: Optimizer) -> list[Optimizer]:

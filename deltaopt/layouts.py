@@ -1,6 +1,7 @@
 """Views of stored tensors as the matrices W (c, d), A (c, r) and B (r, d) of the mathematics.
 
-GPT-2 keeps W as (d, c), a convolution as (c, d1, kh, kw), a mixture of experts as (e, c, d). The matrix of W is
+GPT-2 keeps W as (d, c), a convolution as (c, d1, kh, kw), a mixture of experts as (e, c, d). loralib views the product
+of its factors, (c k, d1 k), as a convolution's (c, d1, k, k), element by element in order. The matrix of W is
 always a *view*, because it is written in place: `view`, `mT`, `permute` and `narrow`, never `reshape`, which may copy.
 """
 
@@ -67,6 +68,10 @@ def _conv_columns(V: Tensor, W: Tensor) -> Tensor:
     return kernels.permute(_kernel_order(W)).flatten(1)
 
 
+def _conv_in_order(W: Tensor) -> Tensor:
+    return W.view(W.shape[0] * W.shape[-1], -1)
+
+
 def _experts_left(A: Tensor, W: Tensor) -> Tensor:
     return A if A.dim() == 3 else A.unflatten(1, (-1, W.shape[0])).permute(2, 0, 1)
 
@@ -80,6 +85,7 @@ LAYOUTS: dict[str, Layout] = {
     "transposed": Layout("(d, c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is, _as_it_is),
     "embedding": Layout("(rows d, width c)", (2,), lambda W: W.mT, _as_it_is, _as_it_is, _as_it_is),
     "conv": Layout("(c, d1, *kernel)", (3, 4, 5), _conv_weight, _conv_left, _conv_right, _conv_columns),
+    "conv_in_order": Layout("(c, d1, *kernel)", (3, 4, 5), _conv_in_order, _as_it_is, _as_it_is, _as_it_is),
     "experts": Layout("(e, c, d)", (3,), lambda W: W, _experts_left, _experts_right, _as_it_is),
     "transposed_experts": Layout("(e, d, c)", (3,), lambda W: W.mT, _experts_left, _experts_right, _as_it_is),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,6 +19,14 @@ AROUND = (PACKAGE, str(Path(torch.optim.__file__).parent), str(Path(torch.__file
 
 NAMED = 8
 """Layers that one sentence names; it counts the others."""
+
+NAMED_OF_SEVERAL = 3
+"""The same, where there are several sentences."""
+
+WRITTEN_OUT = 1000
+"""Characters of problems that one message writes out; it counts the others."""
+
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 class Problem(NamedTuple):
@@ -46,25 +56,43 @@ def raise_problems(error: type[Exception], headline: str, problems: Iterable[Pro
 
 
 def problem_lines(problems: Iterable[Problem]) -> list[str]:
-    """Return each distinct sentence once, with the layers it is about."""
-    by_sentence: dict[str, list[str]] = {}
-    for label, sentence in problems:
-        by_sentence.setdefault(sentence, []).append(label)
-    return [
-        f"{labels[0]}: {sentence}" if len(labels) == 1 else f"{sentence} ({layers(labels, ': ')})"
-        for sentence, labels in by_sentence.items()
-    ]
+    """Return each distinct problem once, with the layers it is about.
+
+    Sentences that differ only in numbers (shapes, numbers of layers) and in the layer's name are one problem, given in
+    the words of its first layer. Of many problems the first ones are written out and the others counted.
+    """
+    alike: dict[str, list[Problem]] = {}
+    for problem in dict.fromkeys(problems):
+        sentence = re.sub(rf"(?<!\w){re.escape(problem.label)}(?!\w)", "@", problem.sentence)
+        alike.setdefault(NUMBER.sub("#", sentence), []).append(problem)
+    named = NAMED if len(alike) == 1 else NAMED_OF_SEVERAL
+    lines = [_line(same, named) for same in alike.values()]
+    ends = itertools.accumulate(map(len, lines))
+    written = max(1, sum(end <= WRITTEN_OUT for end in ends))
+    if (more := len(lines) - written) > 0:
+        lines[written:] = [f"... and {more} more problem{'s' * (more != 1)}"]
+    return lines
 
 
-def layers(labels: Sequence[str], opening: str = " (") -> str:
+def _line(alike: Sequence[Problem], named: int) -> str:
+    label, sentence = alike[0]
+    if len(alike) == 1:
+        return f"{label}: {sentence}"
+    labels = [problem.label for problem in alike]
+    if all(problem.sentence == sentence for problem in alike):
+        return f"{sentence} ({layers(labels, ': ', named)})"
+    return f"{label}: {sentence} (and likewise in {layers(labels[1:], ': ', named)})"
+
+
+def layers(labels: Sequence[str], opening: str = " (", named: int = NAMED) -> str:
     """Return for example "3 layers (q, k, v)"; with the opening ": ", "3 layers: q, k, v"."""
     count = f"{len(labels)} layer{'s' * (len(labels) != 1)}"
-    return f"{count}{opening}{names(labels)}{')' * opening.endswith('(')}"
+    return f"{count}{opening}{names(labels, named)}{')' * opening.endswith('(')}"
 
 
-def names(labels: Sequence[str]) -> str:
+def names(labels: Sequence[str], named: int = NAMED) -> str:
     """Return the labels in a row; of many, the first ones and three dots."""
-    return ", ".join(labels[:NAMED]) + ", ..." * (len(labels) > NAMED)
+    return ", ".join(labels[:named]) + ", ..." * (len(labels) > named)
 
 
 def warn_user(text: str) -> None:

@@ -91,20 +91,20 @@ def has_moved(optimizer: DeltaLoRAOptimizer) -> bool:
         RuntimeError: as `movement_metrics`.
     """
     with outside_inference_mode():
-        products = (_product(weight.asked_terms()) for weight in unwrap(optimizer).weights())
-        return any(bool(_singular_values(D).any()) for D in products if D is not None)
+        products = (product_of(weight.asked_terms()) for weight in unwrap(optimizer).weights())
+        return any(bool(singular_values(D).any()) for D in products if D is not None)
 
 
 def _movement(weight: WeightState) -> Movement:
     held, asked = weight.displacement(), weight.asked_terms()
-    D = _product(asked)
-    sigma = None if D is None or weight.ledger.is_matrix else _singular_values(D)
-    displacement = 0.0 if D is None else _square(D) if sigma is None else float(sigma.square().sum())
-    rank = None if sigma is None or displacement == 0 else _effective_rank(sigma)
+    D = product_of(asked)
+    sigma = None if D is None or weight.ledger.is_matrix else singular_values(D)
+    displacement = 0.0 if D is None else square_of(D) if sigma is None else float(sigma.square().sum())
+    rank = None if sigma is None or displacement == 0 else effective_rank(sigma)
     if weight.weight_problems():
         return Movement(displacement, None, None, rank)
     base, end, both = 0.0, 0.0, 0.0
-    for W0, W1 in _rows(weight.matrix().detach(), _product(held), D):
+    for W0, W1 in rows_of(weight.matrix().detach(), product_of(held), D):
         base += float(W0.square().sum(dtype=_double(W0)))
         end += float(W1.square().sum(dtype=_double(W0)))
         both += float((W0 * W1).sum(dtype=_double(W0)))
@@ -112,13 +112,13 @@ def _movement(weight: WeightState) -> Movement:
     return Movement(displacement, base, cosine, rank)
 
 
-def _product(terms: list[Term]) -> LowRank | None:
+def product_of(terms: list[Term]) -> LowRank | None:
     """Return the sum of the terms as one product; None if it is zero. Terms that cancel leave nothing behind."""
     terms = [term for term in combined(terms) if not term.is_zero()]
     return joined(terms) if terms else None
 
 
-def _singular_values(D: LowRank) -> Tensor:
+def singular_values(D: LowRank) -> Tensor:
     """Return the singular values of each product of a stack, (..., R); what rounding alone has made is zero."""
     A, B = (factor.to(_double(factor)) for factor in (D.A, D.B))
     sigma = torch.linalg.svdvals(torch.linalg.qr(A).R @ torch.linalg.qr(B.mT).R.mT)
@@ -126,8 +126,8 @@ def _singular_values(D: LowRank) -> Tensor:
     return torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
 
 
-def _square(D: LowRank) -> float:
-    """Return ||D||^2 of a product with an identity as a factor, or of a large inner size, by rows."""
+def square_of(D: LowRank) -> float:
+    """Return ||D||^2 of a product, by rows: for one with an identity as a factor, or of a large inner size too."""
     return math.fsum(
         float(rows.square().sum(dtype=_double(rows)))
         for A, B in zip(_stacked(D.A), _stacked(D.B), strict=True)
@@ -135,20 +135,20 @@ def _square(D: LowRank) -> float:
     )
 
 
-def _effective_rank(sigma: Tensor) -> float:
+def effective_rank(sigma: Tensor) -> float:
     """Return the exponential of the entropy of the normalised singular values; of a stack, the mean of those not 0."""
     sigma = sigma[sigma.sum(-1) > 0]
     p = sigma / sigma.sum(-1, keepdim=True)
     return float(torch.special.entr(p).sum(-1).exp().mean())
 
 
-def _rows(W: Tensor, held: LowRank | None, asked: LowRank | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield W0 and W0 + D in blocks of rows, in the dtype of the computation.
+def rows_of(W: Tensor, held: LowRank | None, *ends: LowRank | None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield W0, and W0 + D for each D of `ends`, in blocks of rows, in the dtype of the computation.
 
     Args:
         W: (c, d) or (e, c, d), as it is now.
-        held: the product that W0 was changed by to become W.
-        asked: D.
+        held: the product that W0 was changed by to become W; None for none.
+        ends: products; None for zero.
     """
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
     for e, matrix in enumerate(_stacked(W)):
@@ -157,8 +157,12 @@ def _rows(W: Tensor, held: LowRank | None, asked: LowRank | None) -> Iterator[tu
             rows = slice(start, start + height)
             W0 = matrix[rows].to(dtype)
             if held is not None:
-                W0 = W0 - _stacked(held.A)[e][rows] @ _stacked(held.B)[e]
-            yield W0, W0 if asked is None else W0 + _stacked(asked.A)[e][rows] @ _stacked(asked.B)[e]
+                W0 = W0 - _block(held, e, rows)
+            yield W0, *(W0 if D is None else W0 + _block(D, e, rows) for D in ends)
+
+
+def _block(D: LowRank, e: int, rows: slice) -> Tensor:
+    return _stacked(D.A)[e][rows] @ _stacked(D.B)[e]
 
 
 def _stacked(matrices: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class RunningMovement:
             if self.state.ledger.end is None:
                 self._settle()
             end = self.state.ledger.end
-            if end is None or not (on_host or self._is_new(self.state.triple.A, self.state.triple.B, end[0])):
+            if end is None or not (on_host or self._is_new(*self.state.triple.parameters, end[0])):
                 return
             self._settle()
             self._watch.look(self.state)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deltaopt import base, claims, restarts
+from deltaopt import base, claims, restarts, usage
 from deltaopt.all_or_nothing import Events, note_result
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
@@ -20,6 +20,7 @@ from deltaopt.checkpoint.format import (
     add_record,
     check_record,
     inner_state,
+    own_form,
     present_names,
     repeats_of,
     restore_settings,
@@ -58,8 +59,16 @@ from deltaopt.groups import (
     inner_groups,
     parse_triples,
 )
+from deltaopt.in_backward import BackwardWatch, check_not_in_backward, check_outside_backward, check_steps_by_itself
 from deltaopt.in_place import InPlaceUpdate
-from deltaopt.inner import build_inner, forget_state, is_in_mode, is_state_initialisation, step_inner
+from deltaopt.inner import (
+    build_inner,
+    check_no_schedule_free_around,
+    forget_state,
+    is_in_mode,
+    is_state_initialisation,
+    step_inner,
+)
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
@@ -76,15 +85,9 @@ from deltaopt.save_watch import SaveWatch
 from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, off_base
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (InPlaceUpdate, FoldedUpdate)}
-
-
-FOR_TRAINER = (
-    "For Trainer's optimizer_cls_and_kwargs take (deltaopt.integrations.trainer.DeltaLoRAFactory, "
-    '{"inner": torch.optim.AdamW, "lr": 2e-4, ...}), which builds the optimizer for its model'
-)
 
 
 class Account(NamedTuple):
@@ -116,7 +119,8 @@ class DeltaLoRAOptimizer(Optimizer):
         triples: `LoRATriple`s, plain ``(W, A, B)`` tuples, or dicts ``{"triples": [...]}`` with their own
             ``update_ratio``, ``start_step``, ``scaling`` and inner options such as ``lr``.
         params: what else trains, as the inner optimizer takes it: tensors (they share the factors' options)
-            or param groups. Factors among plain tensors are not repeated. Only with an inner class.
+            or param groups, of which empty ones are left out. Factors among plain tensors are not repeated. A built
+            inner optimizer has to hold them already.
         update_ratio: lambda, at least 0; or a callable that gets the number of the step, counted from 0,
             and returns it. Default 2.0. With 0 the optimizer is its inner optimizer, bit for bit.
         start_step: K, the number of calls of `step()` that leave W alone. Default 0.
@@ -168,14 +172,7 @@ class DeltaLoRAOptimizer(Optimizer):
     _weights: list[WeightState]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DeltaLoRAOptimizer:  # noqa: D102
-        # Before Python complains about the arguments of `__init__`, with a message that leads nowhere.
-        if args and isinstance(args[0], (list, tuple, dict, Iterator)):
-            raise TypeError(
-                f"DeltaLoRAOptimizer: the first argument is an optimizer class or a built optimizer, got a "
-                f"{type(args[0]).__name__} (parameters, as for another optimizer). Write "
-                "DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=...), or "
-                f"DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=...). {FOR_TRAINER}"
-            )
+        usage.check_call(args, kwargs)
         return super().__new__(cls)
 
     def __init__(
@@ -193,11 +190,10 @@ class DeltaLoRAOptimizer(Optimizer):
         keep_base: str | None = None,
         **inner_kwargs: Any,
     ) -> None:
-        if isinstance(inner, DeltaLoRAOptimizer):
-            raise TypeError(
-                "inner is a DeltaLoRAOptimizer already, which would move W twice: wrap its `inner`, or use "
-                "add_param_group for more triples"
-            )
+        usage.check_inner(inner)
+        usage.check_triples(triples)
+        usage.check_params(params)
+        check_steps_by_itself(inner)
         settings = Settings(update_ratio, start_step, scaling)
         rounds = checked_rounding(rounding, rounding_seed)
         rule = _rule_of(weight_update)
@@ -209,12 +205,14 @@ class DeltaLoRAOptimizer(Optimizer):
             weight.resolve()
         check_weights(weights, rule, new=weights)
         if isinstance(inner, Optimizer):
-            check_nothing_unused(options, params, inner_kwargs)
+            check_nothing_unused(inner, options, params, inner_kwargs)
         else:
             with outside_inference_mode():
                 inner = build_inner(inner, inner_groups(groups, options, params), plain(inner_kwargs))
         check_not_differentiable(inner)
+        check_steps_by_itself(inner)
         check_membership(inner, weights)
+        check_not_in_backward(weights)
         check_not_capturing()
         rule.check_inner(inner)
         rule.check_groups(groups)
@@ -225,7 +223,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._keep_base = keep_base
         self._become(inner, groups, weights, rounds, rule, step_count=0)
         self._seen = True
-        warn_of_folded([weight.triple for weight in weights], stacklevel=2)
+        warn_of_folded([weight.triple for weight in weights])
         self._warn_of_bases(weights)
         self._take(weights)
 
@@ -244,7 +242,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
         Args:
             model: a model with LoRA layers of a library that `find_triples` knows.
-            inner: an optimizer class.
+            inner: an optimizer class; or a built optimizer that already holds everything that trains.
             adapter: the adapter's name.
             allow_dropout: see `find_triples`.
             allow_tied: see `find_triples`.
@@ -254,12 +252,9 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: as `find_triples` and `DeltaLoRAOptimizer` do.
             TypeError: without a model or an inner optimizer.
         """
-        if model is None or inner is None:
-            missing = [name for name, given in (("model", model), ("inner", inner)) if given is None]
-            raise TypeError(
-                f"for_model(model, inner, ...): {' and '.join(missing)} missing. The model is one with LoRA layers, "
-                f"`inner` an optimizer class such as torch.optim.AdamW. {FOR_TRAINER}"
-            )
+        usage.check_model(model, inner)
+        assert model is not None
+        assert inner is not None
         from deltaopt.integrations import find_triples, other_parameters
 
         triples = find_triples(model, adapter, allow_dropout=allow_dropout, allow_tied=allow_tied)
@@ -287,11 +282,16 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: if a factor or W was replaced by something that cannot be used, or a callable
                 `update_ratio` returns a value out of range.
             RuntimeError: if the branch was merged, rescaled or deleted, the step is being captured into a CUDA
-                graph, it is called in `base_weights`, or a folded ratio changes and a W cannot be written. In each
-                case nothing has changed.
+                graph, it is called in `base_weights` or within a backward pass, another optimizer trains A and B within
+                the backward pass, or a folded ratio changes and a W cannot be written. In each case nothing has
+                changed.
         """
+        check_outside_backward()
         with self._resolved("step()", waiting=False) as weights:
             check_training(weights)
+            check_no_schedule_free_around(self._inner)
+            if closure is None:
+                self._backward_watch.look(weights)
             if is_state_initialisation(self._inner):
                 return self._inner_step(weights, closure, [])
             self._set_ratios()  # lambda_t; 0 for t < K
@@ -502,6 +502,7 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if a branch is merged, a W cannot be written (quantized), or in `base_weights`.
         """
         with self._resolved("restart()") as weights:
+            self._backward_watch.forget()
             start = reinit if reinit is not None else lora_start(generator)
             restart, repeats = restarts.Restart(weights, self._writer("restart")), self._repeats
 
@@ -509,7 +510,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 if not restart.carry_out():
                     return
                 self._repeats = repeats + 1
-                factors = [factor for weight in weights for factor in weight.tensors[1:]]
+                factors = [parameter for weight in weights for parameter in weight.tensors.parameters]
                 for factor in factors:
                     factor.grad = None
                 forget_state(self._inner, factors)
@@ -574,6 +575,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._set_mode("eval")
 
     def _set_mode(self, mode: str) -> None:
+        self._backward_watch.forget()
         switch = getattr(self._inner, mode, None)
         if mode == "eval" and self._rule.watch is not None:
             self._rule.watch.look()
@@ -704,7 +706,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._groups, self._weights = all_groups, weights
                 self._take(added)
 
-        warn_of_folded([weight.triple for weight in added], stacklevel=3)
+        warn_of_folded([weight.triple for weight in added])
         for weight in added:
             weight.register()
         self._warn_of_bases(added)
@@ -721,8 +723,8 @@ class DeltaLoRAOptimizer(Optimizer):
         adapter; W can be rebuilt from the adapter and the base.
 
         Raises:
-            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has a form of its
-                own, which has no place for these entries.
+            RuntimeError: if a branch is merged, in `base_weights`, or if the inner optimizer's state has no place for
+                these entries: it holds other param groups than the optimizer.
         """
         with self._resolved("state_dict()", use="read") as weights:
             for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -770,6 +772,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         rescaled = self._rule.scales_branches
         # An event that was interrupted is not completed here: the weights were loaded just now.
+        self._backward_watch.forget()
         with self._resolved("load_state_dict()", rescaled, waiting=False, use=None) as weights:
             state_dict = state_dict.copy()
             for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -801,7 +804,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._hold(weights)
                 if not record["ledgers"]:
                     for weight, A in factors:
-                        put_whole_(weight.tensors.A, A)
+                        put_whole_(weight.tensors.stored[0], A)
                     for weight in weights:
                         weight.rebase()
                 uncompensated[:] = resume.carry_out(decided, writer)
@@ -814,7 +817,7 @@ class DeltaLoRAOptimizer(Optimizer):
             unfinished = partial(resume.unfinished, decided)
             with self._events.begin("load_state_dict()", finish, unfinished):
                 self._rule.restore(weights, saved)
-                note_result(loaded, partial(self._inner.load_state_dict, inner_state))
+                note_result(loaded, partial(self._inner.load_state_dict, own_form(inner_state)))
             resume.warn(decided, uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
@@ -848,7 +851,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._repeats = state["repeats"]
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
             self._hold(self._weights)
-            warn_of_folded([weight.triple for weight in self._weights], stacklevel=2)
+            warn_of_folded([weight.triple for weight in self._weights])
             self._rule.attach(self._weights)
 
     def __repr__(self) -> str:
@@ -876,6 +879,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rule = rule
         self._events = Events()
         self._claimant = Claimant()
+        self._backward_watch = BackwardWatch()
         self._seen = False  # no tensors yet: in a copy of a model that holds its optimizer, modules are not complete
         self._step_count = step_count
         self._repeats = 0  # restarts and resyncs since the last step
@@ -892,6 +896,9 @@ class DeltaLoRAOptimizer(Optimizer):
     def _warn_of_bases(self, weights: Sequence[WeightState]) -> None:
         if self._rule.moves_weights:
             warn_of_outputs(weights)
+        moved = claims.moved_by_others([weight.triple for weight in weights])
+        for weight in weights:
+            weight.rebased |= weight.triple in moved
         warn_of_moved(weights)
 
     def _hold(self, weights: Sequence[WeightState]) -> None:
@@ -901,7 +908,8 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in weights:
             weight.triple.saves = weight.triple.saves or saves
             weight.triple.count_movement(RunningMovement(weight, settle, self._rule.watch))
-            weight.claim = Claim(weight.triple, self._claimant, waits=not self._rule.moves_weights and not weight.moved)
+            waits = not self._rule.moves_weights and not weight.moved
+            weight.claim = Claim(weight.triple, self._claimant, waits, off_base(weight))
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 
     def _set_ratios(self) -> None:

@@ -159,12 +159,12 @@ def _is_left_behind(weight: WeightState) -> bool:
 def _is_elsewhere(weight: WeightState) -> bool:
     """Tell if A and B differ from those that the last move of W left, and W is not at its base."""
     ledger = weight.ledger
-    if not ledger.is_current() or weight.at_base:
+    if not ledger.is_current() or weight.at_base or weight.triple.follows_between_steps:
         return False
-    W, A, B = weight.tensors
-    if not all(map(is_plain, (W, A, B))) or A.is_meta or _is_traced():
+    tensors = weight.tensors
+    if not all(map(is_plain, (tensors.W, *tensors.stored))) or tensors.stored[0].is_meta or _is_traced():
         return False
-    end, now = ledger.end, weight.triple.view.factors(W, A, B)
+    end, now = ledger.end, weight.factors()
     assert end is not None
     if end[0].shape != now[0].shape:
         return end[0].shape[-1] != now[0].shape[-1] and weight.is_off_base()

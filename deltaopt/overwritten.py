@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaopt.checkpoint.fingerprint import sampled_positions
+from deltaopt.checkpoint.fingerprint import kept_positions
 from deltaopt.messages import layers, warn_user
 from deltaopt.rounding.blocks import lifted
 from deltaopt.tensors import FLOATS, is_plain
@@ -68,8 +68,10 @@ def overwriting(weight: WeightState) -> Difference | None:
     base = weight.base_sample
     if weight.claim is not None and weight.claim.base_overwritten:
         return None  # another optimizer has moved W
-    sample = _sample(weight) if weight.moved and weight.moves is not None and base is not None else None
-    if sample is None or base is None or weight.moves is None or base.shape != sample.rest.shape:
+    if base is None or weight.moves is None or not weight.moved or weight.triple.merge_problems():
+        return None  # a branch that is merged into W comes out again
+    sample = _sample(weight)
+    if sample is None is None or base.shape != sample.rest.shape:
         return None
     base = base.to(sample.rest.device)
     size = sample.size + base.abs()
@@ -139,7 +141,7 @@ def _sample(weight: WeightState) -> _Sample | None:
         return None
     matrix = view.part_matrix(part)
     *_, c, d = matrix.shape
-    places = sampled_positions([matrix.numel()], SAMPLES, W.device)
+    places = kept_positions((matrix.numel(),), SAMPLES, W.device)
     experts, i, j = places // (c * d), places // d % c, places % d
     index = (i, j) if matrix.dim() == 2 else (experts, i, j)
     there = matrix[index]

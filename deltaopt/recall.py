@@ -77,7 +77,7 @@ class Recall(Resync):
         self._restore()
         for weight, saved, terms, base, put, written, before in self._moves:
             if saved.bits is not None:
-                put_whole_(weight.tensors.A, saved.bits)
+                put_whole_(weight.tensors.stored[0], saved.bits)
             if terms or base is not None:
                 weight.note_base()
                 if base is not None and not put:

@@ -14,6 +14,7 @@ from deltaopt.base import base_by_compensation
 from deltaopt.groups import DeltaGroup
 from deltaopt.lowrank import LowRank, joined
 from deltaopt.messages import names
+from deltaopt.tables import table
 from deltaopt.weight import WeightState
 
 BLOCK_ELEMENTS = 1 << 20
@@ -88,10 +89,8 @@ class Report:
             f"asked to move: {moved} of {len(self.layers)}; skipped updates: {self.skipped_updates}"
         )
         rows = [("moves", "asked for", "of W", "kept", "next step", "layers"), *map(_row, _alike(self.layers))]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         notes = dict.fromkeys(layer.note for layer in self.layers if layer.note)
-        return "\n".join([headline, *table, *notes])
+        return "\n".join([headline, *table(rows), *notes])
 
 
 def report_of(

@@ -16,7 +16,7 @@ from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
 from deltaopt.rounding.writer import Writer, put_
-from deltaopt.sharding import gathered, local_part
+from deltaopt.sharding import local_part
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -50,7 +50,8 @@ class Restart:
     def make_start(self, reinit: Reinit) -> None:
         """Let `reinit` write the new A and B, and look at them."""
         for weight in self._weights:
-            reinit(weight.triple)
+            with weight.triple.written():
+                reinit(weight.triple)
         check_finite(self._weights)
         start = self._copies()
         self._put_back()
@@ -70,14 +71,13 @@ class Restart:
         for weight, branch, start, written, recorded in zip(
             self._weights, self._branches, self._start, self._written, self._recorded, strict=True
         ):
-            triple, (W, *_) = weight.triple, weight.tensors
+            triple = weight.triple
             given = []
             if triple.folded:
-                A, B = (factor.to(branch.A.dtype) for factor in triple.view.factors(W, *map(gathered, start)))
-                given = [Term(-triple.folded * triple.scaling, A, B)]
+                given = [weight.branch_of(start)._replace(coef=-triple.folded * triple.scaling)]
             weight.note_base()
             self._writer.add_terms_(weight, [branch, *given], written)
-            _put(weight.tensors[1:], start)
+            _put(weight.tensors.parameters, start)
             ledger = weight.placed_ledger()
             call_the_rest(
                 recorded,
@@ -93,11 +93,11 @@ class Restart:
         return [w.label for w, recorded in zip(self._weights, self._recorded, strict=True) if not recorded]
 
     def _copies(self) -> list[list[Tensor]]:
-        return [[factor.detach().clone() for factor in weight.tensors[1:]] for weight in self._weights]
+        return [[p.detach().clone() for p in weight.tensors.parameters] for weight in self._weights]
 
     def _put_back(self) -> None:
-        own = [factor for weight in self._weights for factor in weight.tensors[1:]]
-        _put(own, [factor for pair in self._before for factor in pair])
+        own = [parameter for weight in self._weights for parameter in weight.tensors.parameters]
+        _put(own, [value for values in self._before for value in values])
 
 
 class Resync:
@@ -255,13 +255,15 @@ def _put(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def lora_start(generator: torch.Generator | None = None) -> Reinit:
-    """Return LoRA's usual start, with a product of zero.
+    """Return LoRA's usual start, or that of the triple's library, with a product of zero.
 
     A is zero and B uniform in +- 1 / sqrt(d), as kaiming_uniform_(a=sqrt(5)) makes it; in embeddings B, of which rows
     are looked up, is zero and A standard normal.
     """
 
     def reinit(triple: LoRATriple) -> None:
+        if triple.start(generator):
+            return
         A, B = triple.A, triple.B
         if triple.layout == "embedding":
             A.normal_(generator=generator)

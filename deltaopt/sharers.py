@@ -30,7 +30,7 @@ def keep_base_of_sharers(model: nn.Module, triples: Iterable[LoRATriple]) -> Non
 
 def _has_others(triple: LoRATriple) -> bool:
     """Tell if something holds the Parameter of a triple in addition to its module."""
-    source = triple.sources["W"]
+    source = triple.W_source
     if not isinstance(source, tuple) or not is_plain(triple.W):
         return False
     owner, name = holder_of(*source)

@@ -16,13 +16,16 @@ WAY_OUT = (
 )
 
 
+NOT_LOADED = (
+    "is on the meta device (offloaded, or not loaded yet), where an in-place update would be lost: load the model onto "
+    "a real device first"
+)
+
+
 def tensor_problems(letter: str, tensor: Tensor) -> list[str]:
     """Say why this tensor, called `letter`, cannot be read and written as a matrix of numbers."""
     if tensor.is_meta:
-        return [
-            f"{letter} is on the meta device (offloaded, or not loaded yet), where an in-place update would be "
-            "lost: load the model onto a real device first"
-        ]
+        return [f"{letter} {NOT_LOADED}"]
     if hasattr(tensor, "ds_id"):
         return [f"{letter} is partitioned by DeepSpeed ZeRO-3, which this optimizer cannot move"]
     if not is_plain(tensor):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import reduce
-from operator import attrgetter
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deltaopt.base_hooks import TIED_WAY_OUT, WAYS_OUT, ModuleHook, OutputHook, hook_of
+from deltaopt.factors import (
+    Computed,
+    Factor,
+    FactorSource,
+    TensorSource,
+    checked_factor,
+    checked_source,
+    looked_up,
+    shown,
+)
 from deltaopt.layer_output import TIED
 from deltaopt.layouts import MatrixView, shape
 from deltaopt.movement import Movement
@@ -23,25 +32,68 @@ from deltaopt.tensors import FLOATS, is_plain
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-TensorSource: TypeAlias = "Tensor | tuple[nn.Module, str]"
-"""A tensor, or a module and the dotted name of an attribute that is looked up at every step."""
-
 
 class Tensors(NamedTuple):
-    """The tensors of a triple as they are stored at one moment."""
+    """The tensors of a triple as they are stored at one moment.
+
+    Attributes:
+        W: the frozen weight.
+        left: A, or what it is computed from.
+        right: B, or what it is computed from.
+    """
 
     W: Tensor
-    A: Tensor
-    B: Tensor
+    left: Tensor | Computed
+    right: Tensor | Computed
+
+    @property
+    def A(self) -> Tensor:
+        """The left factor; a computed one as the present values of its parameters make it."""
+        return self.left if isinstance(self.left, Tensor) else self.left.value()
+
+    @property
+    def B(self) -> Tensor:
+        """The right factor; a computed one as the present values of its parameters make it."""
+        return self.right if isinstance(self.right, Tensor) else self.right.value()
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that A is made of, then those of B, in the order of `LoRATriple.parameter_names`."""
+        if isinstance(self.left, Tensor) and isinstance(self.right, Tensor):
+            return self.left, self.right
+        return *_stored(self.left), *_stored(self.right)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that A and B are made of, each once."""
+        return tuple(dict.fromkeys(self.stored))
+
+    def at(self, values: Sequence[Tensor]) -> Tensors:
+        """Return these tensors with other ones in the place of `parameters`."""
+        placed = dict(zip(self.parameters, values, strict=True))
+        return self._replace(left=_replaced(self.left, placed), right=_replaced(self.right, placed))
 
     def signature(self) -> tuple[object, ...]:
         """Return a value that changes when a tensor is replaced or moved."""
-        W, A, B = self
-        return *_identity(W), *_identity(A), *_identity(B)
+        found = _identity(self.W)
+        for parameter in self.stored:
+            found += _identity(parameter)
+        return found
 
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype for products of the factors: float32, or float64 where one of the tensors is."""
-        return reduce(torch.promote_types, (t.dtype for t in self if t.dtype in FLOATS), torch.float32)
+        dtypes = (t.dtype for t in (self.W, *self.stored) if t.dtype in FLOATS)
+        return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def _stored(factor: Tensor | Computed) -> tuple[Tensor, ...]:
+    return (factor,) if isinstance(factor, Tensor) else factor.parameters
+
+
+def _replaced(factor: Tensor | Computed, placed: dict[Tensor, Tensor]) -> Tensor | Computed:
+    if isinstance(factor, Tensor):
+        return placed[factor]
+    return factor._replace(parameters=tuple(placed[parameter] for parameter in factor.parameters))
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -61,7 +113,8 @@ class LoRATriple:
     The branch computes ``scaling * A @ B`` next to W (with PEFT's names: A is ``lora_B``, B is
     ``lora_A``). Each of W, A and B is a tensor, or ``(module, "attribute.path")``: then it is looked
     up again at every step, which is right wherever a library may replace Parameter objects
-    (device moves, sharding, loading with ``assign=True``). `find_triples` always makes the latter.
+    (device moves, sharding, loading with ``assign=True``). `find_triples` always makes the latter. A and B may also be
+    computed from trained parameters, see `deltaopt.Factor`.
 
     Args:
         W: the frozen weight, float16, bfloat16, float32 or float64, ``requires_grad=False``,
@@ -78,8 +131,9 @@ class LoRATriple:
             list.
         layout: how W is stored: ``"linear"`` (c, d), the default; ``"transposed"`` (d, c), as in
             GPT-2's Conv1D; ``"embedding"`` (rows, width), where the branch is (A @ B) transposed;
-            ``"conv"`` (c, d1, *kernel) with groups=1; ``"experts"`` (e, c, d);
-            ``"transposed_experts"`` (e, d, c).
+            ``"conv"`` (c, d1, *kernel) with groups=1; ``"conv_in_order"`` the same with a square kernel k x k, where
+            the branch is (A @ B).view(W.shape) with A (c * k, r) and B (r, d1 * k), as in loralib; ``"experts"``
+            (e, c, d); ``"transposed_experts"`` (e, d, c).
         rows: ``(start, stop)``: the branch belongs to these rows of the (c, d) matrix alone, as the
             query part of a fused query-key-value weight.
         columns: the same for its columns.
@@ -98,7 +152,14 @@ class LoRATriple:
             `branch_scaling` = (1 + folded) * scaling; 0.0 where W itself moves.
         layout, rows, columns: as given.
         view: the same three, with what they make of tensors (a `MatrixView`).
-        sources: by letter, what W, A and B were registered as.
+        W_source: what W was registered as.
+        factor_sources: by letter, what A and B were registered as.
+        parameter_sources: what the parameters of A, then of B, were registered as: those themselves, or the parameters
+            of a `Factor`.
+        parameter_names: of these, for messages.
+        follows_between_steps: False as a rule: what somebody changes of A and B between two steps is no step, W stays,
+            and a warning says so. True where a library does so on purpose (AdaLoRA's budget): the next move of W then
+            counts from where the last one ended. May be set before the optimizer is built.
         branch: where the branch's scaling is.
         output_hook: what leaves the movement of W out where the branch takes no part; None if nothing does.
 
@@ -118,11 +179,13 @@ class LoRATriple:
         LoRATriple('unnamed': W (4, 6), A (4, 2), B (2, 6), scaling=0.5)
     """
 
+    follows_between_steps = False
+
     def __init__(
         self,
         W: TensorSource,
-        A: TensorSource,
-        B: TensorSource,
+        A: FactorSource,
+        B: FactorSource,
         scaling: ScalingSource = 1.0,
         name: str | None = None,
         layout: str = "linear",
@@ -131,8 +194,13 @@ class LoRATriple:
         set_scaling: SetScaling | None = None,
         is_active: Callable[[], bool] | None = None,
     ) -> None:
-        self.sources = {letter: _checked_source(s, letter) for letter, s in (("W", W), ("A", A), ("B", B))}
-        self._owners = list({id(s[0]): s[0] for s in (W, A, B) if isinstance(s, tuple)}.values())
+        self.W_source = checked_source(W, "W")
+        self.factor_sources = {letter: checked_factor(source, letter) for letter, source in (("A", A), ("B", B))}
+        self.parameter_sources = [place for letter in "AB" for place in _parameters_of(self.factor_sources[letter])]
+        self.parameter_names = tuple(name for letter in "AB" for name in _names(self.factor_sources[letter], letter))
+        places = (self.W_source, *self.parameter_sources)
+        self._owners = list({id(place[0]): place[0] for place in places if isinstance(place, tuple)}.values())
+        self._written: dict[str, Tensor] = {}  # while a restart writes computed factors
         self.name = None if name is None else _checked_name(name)
         self.branch = BranchScaling(_registered_buffer(scaling, self._owners), set_scaling, self.label)
         self.scaling = self.branch.first
@@ -153,21 +221,74 @@ class LoRATriple:
     @property
     def W(self) -> Tensor:
         """The frozen weight as it is stored now."""
-        return self._resolve("W")
+        return looked_up(self.W_source, self.label)
 
     @property
     def A(self) -> Tensor:
-        """The left factor as it is stored now."""
-        return self._resolve("A")
+        """The left factor as it is stored now, or as it is computed from what is."""
+        return self._factor("A")
 
     @property
     def B(self) -> Tensor:
-        """The right factor as it is stored now."""
-        return self._resolve("B")
+        """The right factor as it is stored now, or as it is computed from what is."""
+        return self._factor("B")
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that A and B are made of as they are stored now, each once: A and B themselves, as a rule."""
+        return tuple(dict.fromkeys(self.stored))
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that A is made of as they are stored now, then those of B, in the order of `parameter_names`."""
+        return tuple(looked_up(place, self.label) for place in self.parameter_sources)
+
+    @property
+    def is_looked_up(self) -> bool:
+        """True if all parameters of A and B were registered by their places."""
+        return not any(isinstance(place, Tensor) for place in self.parameter_sources)
 
     def tensors(self) -> Tensors:
-        """Look up W, A and B as they are stored now."""
-        return Tensors(self._resolve("W"), self._resolve("A"), self._resolve("B"))
+        """Look up W, and A and B or their parameters, as they are stored now."""
+        label = self.label
+        left, right = (
+            Computed(source, tuple(looked_up(place, label) for place in source.sources))
+            if isinstance(source, Factor)
+            else looked_up(source, label)
+            for source in self.factor_sources.values()
+        )
+        return Tensors(looked_up(self.W_source, label), left, right)
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Let A and B be written in place within it: what is written into a computed one is assigned at its end.
+
+        Raises:
+            ValueError: if it is not known how the parameters of a computed factor have to be written.
+        """
+        tensors = self.tensors()
+        computed = {
+            letter: factor
+            for letter, factor in (("A", tensors.left), ("B", tensors.right))
+            if isinstance(factor, Computed) and not factor.factor.is_view
+        }
+        before = {letter: factor.value().clone() for letter, factor in computed.items()}
+        self._written = {letter: value.clone() for letter, value in before.items()}
+        try:
+            yield
+            written = self._written
+        finally:
+            self._written = {}
+        for letter, factor in computed.items():
+            if torch.equal(written[letter], before[letter]):
+                continue  # nobody has, or the parameters themselves were written
+            if factor.factor.assign is None:
+                raise ValueError(
+                    f"{self.label}: its {letter} is computed from {', '.join(map(shown, factor.factor.sources))}, and "
+                    "how these have to be written for a new start is not known (nothing was changed): give the Factor "
+                    "a function assign=, or hand over a function `reinit` that writes the parameters themselves"
+                )
+            factor.factor.assign(written[letter], *factor.parameters)
 
     def named(self, name: str) -> LoRATriple:
         """Return the same triple with a name; this one keeps none."""
@@ -182,10 +303,9 @@ class LoRATriple:
 
     def weight_module(self) -> nn.Module | None:
         """Return the module whose attribute W is; None for a triple made of tensors."""
-        source = self.sources["W"]
-        if isinstance(source, Tensor):
+        if isinstance(self.W_source, Tensor):
             return None
-        holder, _ = holder_of(*source)
+        holder, _ = holder_of(*self.W_source)
         return holder  # type: ignore[no-any-return]
 
     def took_from_base(self, tensors: Tensors) -> bool:
@@ -315,8 +435,11 @@ class LoRATriple:
         return None if place is None else StoredFactor.on(*place)
 
     def _place_of_A(self) -> tuple[nn.Module, str] | None:
-        """Return the module that has A as a parameter, and its name there; None if it is not known."""
-        source = self.sources["A"]
+        """Return the module that has A as a parameter, and its name there; None if it is not known.
+
+        Of a computed A it is the place of its first parameter.
+        """
+        source = self.parameter_sources[0]
         if isinstance(source, tuple):
             with suppress(AttributeError):  # the adapter was deleted
                 module, name = holder_of(*source)
@@ -334,6 +457,25 @@ class LoRATriple:
         if (owner := self.branch.module()) is not None:
             yield owner
 
+    def start(self, generator: torch.Generator | None) -> bool:
+        """Write the start of a library's own into A and B; return False if LoRA's is meant."""
+        return False
+
+    def missing_problems(self) -> list[str]:
+        """Say if the layer multiplies by a parameter that is not registered: AdaLoRA's singular values."""
+        for owner in self._owners:
+            E = getattr(owner, "lora_E", None)
+            if not isinstance(E, nn.ParameterDict) or not len(E):
+                continue
+            if not any(value is parameter for value in E.values() for parameter in self.stored):
+                name = next(iter(E))
+                return [
+                    f"its branch multiplies by lora_E too (a {type(owner).__name__} of AdaLoRA), which is no part of A "
+                    f"or B: take find_triples(model), or B=Factor(torch.mul, (layer, 'lora_E.{name}'), "
+                    f"(layer, 'lora_A.{name}')) and what the layer divides by in scaling"
+                ]
+        return []
+
     def branch_problems(self) -> list[str]:
         """Say what is wrong now with the layer that holds the branch; asked at every step."""
         return self.merge_problems() or self.scaling_problems()
@@ -343,7 +485,8 @@ class LoRATriple:
         if any(getattr(owner, "merged", False) for owner in self._owners):
             return [
                 "the branch is merged into W, so that what trains is not what W holds: unmerge it first "
-                "(PEFT: unmerge_adapter(); loralib: train())"
+                "(PEFT: unmerge_adapter(); loralib: train()). PEFT's merge_and_unload() leaves no adapter to train: to "
+                "go on, load the base and the adapter of a checkpoint, build the optimizer, and load its state"
             ]
         return []
 
@@ -365,6 +508,12 @@ class LoRATriple:
         problem = self.branch.problem()
         if problem is not None:
             return [problem]
+        source = self.factor_sources["A"]
+        if isinstance(source, Factor) and not source.is_view:
+            return [
+                f"its A is computed from {', '.join(map(shown, source.sources))}, so that no parameter could stand for "
+                'it in a state_dict, which has to hold (1 + update_ratio) * A: use weight_update="in_place"'
+            ]
         before, now = self._registered_kinds, self._kinds()
         if before is None or now is None or before.factor == now.factor or before.scaling != now.scaling:
             return []
@@ -375,7 +524,7 @@ class LoRATriple:
         ]
 
     def __repr__(self) -> str:
-        W, A, B = self.tensors()
+        W, A, B = self.W, self.A, self.B
         return (
             f"{type(self).__name__}({self.label!r}: W {shape(W)}, A {shape(A)}, B {shape(B)}, scaling={self.scaling:g})"
         )
@@ -384,12 +533,12 @@ class LoRATriple:
         """Put a hook on the module of W, or find the one that an earlier triple of this branch has put there."""
         if not callable(is_active):
             raise TypeError(f"{self.label}: is_active is a function without arguments, got {is_active!r}")
-        if isinstance(self.sources["W"], Tensor):
+        if isinstance(self.W_source, Tensor):
             raise TypeError(
                 f"{self.label}: is_active needs the module whose output is to be corrected, and W is a tensor: "
                 'register ((module, "weight"), A, B)'
             )
-        owner, name = holder_of(*self.sources["W"])
+        owner, name = holder_of(*self.W_source)
         way_out = "use optimizer.base_weights() where the branch is off"
         if self.layout.endswith("experts") or (self.layout == "conv" and not self.view.moves_all):
             raise ValueError(
@@ -407,31 +556,28 @@ class LoRATriple:
                 f"{self.label}: is_active is not for an embedding with max_norm, which rewrites rows of W in each "
                 f"forward pass: {way_out}"
             )
-        hook = hook_of(owner, ModuleHook, self.sources["A"])
+        branch = self.factor_sources["A"]
+        hook = hook_of(owner, ModuleHook, branch)
         if hook is None:
-            hook = ModuleHook(owner, name, is_active, self.sources["A"], self.view, self.label)
+            hook = ModuleHook(owner, name, is_active, branch, self.view, self.label)
             hook.put_on()
         hook.is_active = is_active
         return hook
 
-    def _resolve(self, letter: str) -> Tensor:
-        source = self.sources[letter]
-        if isinstance(source, Tensor):
-            return source
-        module, path = source
-        try:
-            return attrgetter(path)(module)  # type: ignore[no-any-return]
-        except AttributeError as error:
-            raise RuntimeError(
-                f"{self.label}: {path} is not in its {type(module).__name__} ({error}): it is misspelt, or the adapter "
-                "was deleted or renamed, or the layer replaced. Register what is there now"
-            ) from error
+    def _factor(self, letter: str) -> Tensor:
+        source = self.factor_sources[letter]
+        if not isinstance(source, Factor):
+            return looked_up(source, self.label)
+        if letter in self._written:
+            return self._written[letter]
+        value: Tensor = source.compute(*(looked_up(place, self.label) for place in source.sources))
+        return value
 
     def _kinds(self) -> _Kinds | None:
         """Return the kinds of a scaling that was registered as a tensor, and of A."""
         scaling = self.branch.tensor()
         with suppress(RuntimeError):  # where A is missing, the checks of the optimizer say so
-            return None if scaling is None else _Kinds(_kind(scaling), _kind(self.A))
+            return None if scaling is None else _Kinds(_kind(scaling), _kind(self.parameters[0]))
         return None
 
 
@@ -477,11 +623,14 @@ def _checked_name(name: object) -> str:
     return name
 
 
-def _checked_source(source: object, letter: str) -> TensorSource:
-    if isinstance(source, Tensor):
-        return source
-    if isinstance(source, tuple) and len(source) == 2:
-        module, path = source
-        if isinstance(module, nn.Module) and isinstance(path, str):
-            return module, path
-    raise TypeError(f"{letter} is a tensor or (module, 'attribute.path'), got {type(source).__name__}")
+def _parameters_of(source: FactorSource) -> tuple[TensorSource, ...]:
+    return source.sources if isinstance(source, Factor) else (source,)
+
+
+def _names(source: FactorSource, letter: str) -> Iterator[str]:
+    """Yield what messages call the parameters of a factor: its letter, or their paths where it is computed."""
+    if not isinstance(source, Factor):
+        yield letter
+        return
+    for number, place in enumerate(source.sources):
+        yield f"parameter {number} of {letter}" if isinstance(place, Tensor) else f"{place[1]} (of {letter})"

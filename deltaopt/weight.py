@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,11 +88,11 @@ class WeightState:
 
     @property
     def tensors(self) -> Tensors:
-        """W, A and B as the event under way has looked them up, or else as they are stored now."""
+        """W and the parameters of A and B as the event under way has looked them up, or else as they are stored now."""
         return self.triple.tensors() if self._tensors is None else self._tensors
 
     def resolve(self) -> bool:
-        """Look W, A and B up for an event; return True if one of them is not what was checked last."""
+        """Look the tensors up for an event; return True if one of them is not what was checked last."""
         self._tensors = self.triple.tensors()
         if self.base is not None:
             self._is_base_again(self._tensors.W)  # before the event writes it
@@ -106,6 +108,12 @@ class WeightState:
             self._left, self._back = version, False
         self._tensors = None
 
+    def is_as_left(self) -> None:
+        """Note that W has the bits again that the last event left there."""
+        W = self.triple.W
+        if self.base is not None and is_plain(W) and not W.is_meta:
+            self._left = _version(W)
+
     @property
     def label(self) -> str:
         """The name of the triple, for messages."""
@@ -120,7 +128,10 @@ class WeightState:
         return self.triple.view.part(self.tensors.W)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """View A as (c, r) and B as (r, d), with a leading e for experts. To be read, not written."""
+        """View A as (c, r) and B as (r, d), with a leading e for experts. To be read, not written.
+
+        Computed factors are computed at each call.
+        """
         tensors = self.tensors
         return self.triple.view.factors(tensors.W, tensors.A, tensors.B)
 
@@ -142,10 +153,13 @@ class WeightState:
 
     def branch(self) -> Term:
         """Return what the branch adds now, branch_scaling * A @ B, in the dtype of the computation. Read only."""
-        tensors = self.tensors
-        tensors = tensors._replace(A=gathered(tensors.A), B=gathered(tensors.B))
+        return self.branch_of(self.tensors.parameters)
+
+    def branch_of(self, parameters: Sequence[Tensor]) -> Term:
+        """Return what `branch` would be with these values of the parameters of A and B."""
+        tensors = self.tensors.at([gathered(parameter) for parameter in parameters])
         dtype = tensors.compute_dtype()
-        A, B = (factor.detach().to(dtype) for factor in self.triple.view.factors(*tensors))
+        A, B = (f.detach().to(dtype) for f in self.triple.view.factors(tensors.W, tensors.A, tensors.B))
         return Term(self.triple.branch_scaling, A, B)
 
     def placed_ledger(self) -> Ledger:
@@ -320,6 +334,12 @@ class WeightState:
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
         return {**self.__dict__, "_tensors": None, "_checked": None, "_left": None, "claim": None}
+
+
+def off_base(weight: WeightState) -> Callable[[], bool]:
+    """Return a function that tells if this weight is off its base, and does not keep it alive."""
+    reference = weakref.ref(weight)
+    return lambda: (there := reference()) is not None and there.is_off_base()
 
 
 def _version(W: Tensor) -> tuple[int, int]:

@@ -7,18 +7,23 @@ hashed with the position. The hashes are summed, so that those of the shards of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import reduce
+from functools import cache, lru_cache, reduce
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from deltaopt.tensors import outside_inference_mode
 
 SAMPLES = 4096
 """How many elements are read, if there are not more rows. A tensor with no more elements is read as a whole."""
 
 BLOCK_ELEMENTS = 1 << 18
 """How many elements `whole_hash` reads at a time."""
+
+KEPT_PLACES = 1 << 15
+"""The places of a shape are kept if they are no more than that."""
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -74,23 +79,85 @@ def content_hash(
     shape = part.shape if shape is None else shape
     if part.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=part.device)
-    positions = sampled_positions(shape, samples, part.device)
-    # torch.unravel_index says the same, but copies the shape to the device, which waits for it.
-    index = tuple(positions // prod(shape[i + 1 :]) % n for i, n in enumerate(shape))
-    inside = torch.ones_like(positions, dtype=torch.bool)
+    words = part.view(_WORDS[part.element_size()])
     if start is not None:
-        index = tuple(i - first for i, first in zip(index, start, strict=True))
-        within = [(i >= 0) & (i < n) for i, n in zip(index, part.shape, strict=True)]
-        inside = reduce(torch.logical_and, within)
-        index = tuple(i.clamp(0, n - 1) for i, n in zip(index, part.shape, strict=True))
-    bits = part[index].view(_WORDS[part.element_size()]).to(torch.int64)
-    return (_mixed(_mixed(positions) ^ bits) * inside).sum()
+        return _piece_hash(words, start, shape, samples)
+    places = _places(tuple(shape), samples, part.device)
+    if places.positions is None:
+        words = words.reshape(-1)
+    elif words.is_contiguous():
+        words = words.view(-1).index_select(0, places.positions)
+    else:
+        words = words[_index(places.positions, shape)]
+    return _mixed_(words.to(torch.int64) ^ places.mixed).sum()
+
+
+def _piece_hash(words: Tensor, start: Sequence[int], shape: Sequence[int], samples: int | None) -> Tensor:
+    """Return what a piece that begins at `start` adds to the hash of a tensor of this shape."""
+    positions = sampled_positions(shape, samples, words.device)
+    index = tuple(i - first for i, first in zip(_index(positions, shape), start, strict=True))
+    within = [(i >= 0) & (i < n) for i, n in zip(index, words.shape, strict=True)]
+    inside = reduce(torch.logical_and, within)
+    index = tuple(i.clamp(0, n - 1) for i, n in zip(index, words.shape, strict=True))
+    return (_mixed_(_mixed(positions) ^ words[index].to(torch.int64)) * inside).sum()
+
+
+def _index(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return flat positions as an index in each dimension."""
+    # torch.unravel_index says the same, but copies the shape to the device, which waits for it.
+    return tuple(positions // prod(shape[i + 1 :]) % n for i, n in enumerate(shape))
+
+
+class _Places(NamedTuple):
+    """The places at which tensors of one shape are read.
+
+    Attributes:
+        positions: in the flattened tensor; None where all of it is read.
+        mixed: the positions, scrambled.
+    """
+
+    positions: Tensor | None
+    mixed: Tensor
+
+
+def _places(shape: tuple[int, ...], samples: int | None, device: torch.device) -> _Places:
+    """Return the places for a shape. On a CPU they are computed once: layers have few shapes."""
+    n = prod(shape)
+    whole = samples is None or n <= samples
+    # What is made in a mode of torch (fake tensors, transforms, a graph) must not be found outside it.
+    plain = (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+    )
+    many = n > BLOCK_ELEMENTS if whole else len(shape) > 1 and shape[0] > KEPT_PLACES
+    if device.type != "cpu" or not plain or many:
+        positions = sampled_positions(shape, samples, device)
+        return _Places(None if whole else positions, _mixed(positions))
+    if whole:
+        return _Places(None, _mixed_range(1 << max(n - 1, 0).bit_length())[:n])
+    return _sampled_places(shape, samples)
+
+
+@lru_cache(maxsize=64)
+def _sampled_places(shape: tuple[int, ...], samples: int) -> _Places:
+    with outside_inference_mode():
+        positions = sampled_positions(shape, samples, torch.device("cpu"))
+        return _Places(positions, _mixed(positions))
+
+
+@cache  # at most twice BLOCK_ELEMENTS in all
+def _mixed_range(n: int) -> Tensor:
+    with outside_inference_mode():
+        return _mixed(torch.arange(n, device="cpu"))
 
 
 def whole_hash(tensor: Tensor) -> int:
     """The hash of all elements, a block at a time. Waits for the device."""
-    hashes = [content_hash(block, samples=None) + number for number, block in enumerate(_blocks(tensor.detach()))]
-    return int(_mixed(torch.stack(hashes)).sum())
+    hashes = [content_hash(block, samples=None) for block in _blocks(tensor.detach())]
+    found = [int(hashes[0])] if len(hashes) == 1 else torch.stack(hashes).tolist()
+    total = sum(_mixed_int(number + place) for place, number in enumerate(found))
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
@@ -120,9 +187,32 @@ def sampled_positions(shape: Sequence[int], samples: int | None, device: torch.d
     return first + _mixed(i).remainder(width)
 
 
+def kept_positions(shape: tuple[int, ...], samples: int, device: torch.device) -> Tensor:
+    """Return `sampled_positions`, to be read only: on a CPU they are computed once."""
+    positions = _places(shape, samples, device).positions
+    return sampled_positions(shape, samples, device) if positions is None else positions
+
+
+_ROUNDS = ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD))
+"""Shifts and odd factors of the scrambling."""
+
+
 def _mixed(x: Tensor) -> Tensor:
-    """Each int64 scrambled, one-to-one: rounds of xor-shift and odd multiplication."""
-    for shift, factor in ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD)):
+    """Return each int64 scrambled, one-to-one."""
+    return _mixed_(x.clone())
+
+
+def _mixed_(x: Tensor) -> Tensor:
+    """Scramble each int64, one-to-one: rounds of xor-shift and odd multiplication."""
+    for shift, factor in _ROUNDS:
         # A right shift of a negative int64 drags its sign along; the mask takes it off.
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 32) & 0xFFFFFFFF)
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
+    return x.bitwise_xor_((x >> 32).bitwise_and_(0xFFFFFFFF))
+
+
+def _mixed_int(x: int) -> int:
+    """Do as `_mixed` with one number; return it without a sign."""
+    x %= 1 << 64
+    for shift, factor in _ROUNDS:
+        x = (x ^ (x >> shift)) * factor % (1 << 64)
+    return x ^ (x >> 32)

@@ -14,6 +14,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -36,38 +37,52 @@ LEDGER = f"{KEY}.ledger."
 """In the state of a parameter, followed by the name of the triple."""
 COMPENSATION = f"{KEY}.compensation."
 """In the state of a parameter, followed by the name of the triple."""
+INNER = f"{KEY}.inner"
+"""At the top: the state of an inner optimizer that has a form of its own, as Lookahead's."""
 
 
 def inner_state(inner: Optimizer) -> dict[str, Any]:
     """Return the state_dict of the inner optimizer, in torch's form and with plain numbers and strings.
 
+    One of another form is taken whole, under a key of its own, next to the places of our entries.
+
     numpy's scalars among the options of the param groups become plain numbers in the groups too: numpy computes
     ``lr * weight_decay`` of two float32 in float32, and the run that continues has to compute as the resumed one will.
 
     Raises:
-        RuntimeError: if it has not the form of `torch.optim.Optimizer.state_dict`, where this record has its place.
+        RuntimeError: if it is no dict, or its param groups are not those of the optimizer (shards, for example).
     """
     for group in inner.param_groups:
         group |= {key: plain(option) for key, option in group.items() if key != "params"}
     state_dict = inner.state_dict()
+    if isinstance(state_dict, Mapping) and not {"state", "param_groups"} <= state_dict.keys():
+        state_dict = _in_torchs_form(state_dict, inner)
     problem = _form_problem(state_dict, inner)
     if problem is not None:
         raise RuntimeError(
             f"the state of the inner {type(inner).__name__} cannot be saved: its state_dict() {problem}. Expected the "
             "form of torch.optim.Optimizer, {'state': {number: ...}, 'param_groups': [{'params': [numbers], ...}]}, in "
-            "which the ledgers have their place. If it wraps an optimizer, hand that one to DeltaLoRAOptimizer and "
-            "wrap the result"
+            "which the ledgers have their place"
         )
     return plain(state_dict)  # type: ignore[no-any-return]
 
 
+def own_form(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return what the inner optimizer saved, which `inner_state` may have put under a key of its own."""
+    return state_dict.get(INNER, state_dict)  # type: ignore[no-any-return]
+
+
+def _in_torchs_form(state_dict: Mapping[str, Any], inner: Optimizer) -> dict[str, Any]:
+    """Return a state of torch's form, with empty places for our entries, that holds a state of another form."""
+    sizes = [len(group["params"]) for group in inner.param_groups]
+    numbers = iter(range(sum(sizes)))
+    return {"state": {}, "param_groups": [{"params": list(islice(numbers, size))} for size in sizes], INNER: state_dict}
+
+
 def _form_problem(state_dict: Any, inner: Optimizer) -> str | None:
-    """Say what is missing for a state_dict of torch's form; None if nothing is."""
+    """Say why a state_dict has no places for our entries; None if it has."""
     if not isinstance(state_dict, Mapping):
         return f"is a {type(state_dict).__name__}"
-    missing = [repr(key) for key in ("state", "param_groups") if key not in state_dict]
-    if missing:
-        return f"has no {' and no '.join(missing)}, but {', '.join(map(repr, state_dict)) or 'nothing'}"
     saved = [
         len(group["params"]) if isinstance(group, Mapping) and "params" in group else None
         for group in state_dict["param_groups"]
@@ -141,9 +156,10 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     records = [group.pop(KEY, None) for group in param_groups]
     if not records or any(record is None for record in records):
         raise ValueError(
-            "this state was not saved by a DeltaLoRAOptimizer: it has no step count and no triples. Begin a new run "
-            "from the adapter that was saved with it; the moments of a plain optimizer cannot be taken over, as its "
-            "parameters are in another order"
+            "this state was not saved by a DeltaLoRAOptimizer: it has no step count and no triples. Load the "
+            "adapter that was saved with it and begin a new run. To keep the moments of a plain optimizer, build the "
+            "inner optimizer as that one was built, load its state into it, and hand it over: "
+            "DeltaLoRAOptimizer(inner, triples)"
         )
     schema = records[0].get("schema")
     if schema not in READ:
@@ -162,7 +178,8 @@ def add_ledgers(
 ) -> dict[str, Any]:
     """Return `state_dict` with each triple's ledger and compensation, under its name; the input is not changed.
 
-    They are kept in the state of a parameter, since some tools keep nothing else: in that of the triple's A.
+    They are kept in the state of a parameter, since some tools keep nothing else: in that of the triple's A, or of the
+    first parameter that trains where A does not.
     """
     numbers = {
         id(p): number
@@ -172,7 +189,7 @@ def add_ledgers(
     # torch.distributed.checkpoint wants state for all parameters or for none.
     state: dict[Any, dict[str, Any]] = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
     for weight in weights:
-        number = numbers[id(weight.tensors.A)]
+        number = next(numbers[id(parameter)] for parameter in weight.tensors.stored if id(parameter) in numbers)
         # The empty entry is the place of ledgers of schema 4, which a distributed checkpoint may bring.
         ledger = {LEDGER + weight.label: _sealed({weight.label: ledger_record(weight)})}
         state[number] = {KEY: "", **state[number], **ledger}

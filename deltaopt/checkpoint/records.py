@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash
+from deltaopt.factors import Computed
 from deltaopt.groups import checked_count
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
@@ -61,6 +62,7 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "coef": ledger.coef,
         "terms": [] if ledger.lost else [_term_record(term) for term in ledger.terms if not term.is_zero()],
         "end": _end_record(weight, ledger),
+        "current": ledger.is_current(),
         "origin": None if weight.origin is None else _term_record(weight.origin),
         "lost": ledger.lost,
         "rebased": weight.rebased,
@@ -70,11 +72,11 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "W": now,
         "overwritten": _difference_record(overwriting(weight)),
         "whole": whole_hash(weight.part()) if hides else None,
-        "A": factor_fingerprint(weight.tensors.A).record(),
+        "A": _factor_record(weight.tensors.left),
         # A state_dict of the model gives A multiplied and rounded.
-        "bits": _tensor_record(gathered(weight.tensors.A)) if weight.triple.stores_A else None,
+        "bits": _tensor_record(gathered(weight.tensors.stored[0])) if weight.triple.stores_A else None,
         "stored": weight.triple.stored_factor,
-        "B": factor_fingerprint(weight.tensors.B).record(),
+        "B": _factor_record(weight.tensors.right),
     }
 
 
@@ -86,6 +88,17 @@ def weight_record(weight: WeightState) -> dict[str, Any] | None:
 def factor_fingerprint(factor: Tensor) -> Fingerprint:
     """Take the fingerprint of a factor, of all of it."""
     return Fingerprint(gathered(factor), whole=True)
+
+
+def _factor_record(factor: Tensor | Computed) -> Any:
+    """Return the fingerprint of a factor; of a computed one those of its parameters, in a list."""
+    if isinstance(factor, Tensor):
+        return factor_fingerprint(factor).record()
+    return [factor_fingerprint(parameter).record() for parameter in factor.parameters]
+
+
+def _as_list(records: Any) -> list[Any]:
+    return records if isinstance(records, list) else [records]
 
 
 class SavedLedger:
@@ -101,8 +114,8 @@ class SavedLedger:
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
         overwritten: what somebody else had made of the base until then; None if nothing is known of that.
-        now: by letter, the record of each factor's fingerprint when it was saved.
-        bits: A as it was; None of a run whose state_dicts give it as it is.
+        now: the record of the fingerprint of each parameter of A, then of B, when it was saved.
+        bits: A, or the parameter whose rows it is, as it was; None of a run whose state_dicts give it as it is.
         stored: the factor of A in state_dicts of that moment.
     """
 
@@ -116,11 +129,12 @@ class SavedLedger:
         self.moves, self.folded_since = (_checked_count(record.get(key), key) for key in ("moves", "folded_since"))
         self.base = None if record["base"] is None else Fingerprint.of_record(record["base"])
         self._end_is_live = record["end"] == "live"
+        self._current = bool(record.get("current", self._end_is_live))
         if record["end"] is not None and not self._end_is_live:
             A, B = record["end"]
             self.ledger.end = _tensor_of(A), _tensor_of(B)
         self.whole = None if record["whole"] is None else int(record["whole"])
-        self.now = {letter: Fingerprint.of_record(record[letter]).record() for letter in "AB"}
+        self.now = [Fingerprint.of_record(one).record() for letter in "AB" for one in _as_list(record[letter])]
         self.bits = None if record.get("bits") is None else _tensor_of(record["bits"])
         self.stored = float(record.get("stored", 1.0))
         self.overwritten = _difference_of(record.get("overwritten"))
@@ -142,7 +156,7 @@ class SavedLedger:
     def give_to(self, weight: WeightState) -> None:
         """Copy this ledger into `weight`, whose A and B are those that were saved."""
         self.ledger_for(weight)
-        self.ledger.set_current(self._end_is_live)
+        self.ledger.set_current(self._current if weight.triple.follows_between_steps else self._end_is_live)
         weight.ledger, weight.base, weight.origin, weight.rebased = self.ledger, self.base, self.origin, self.rebased
         weight.compensation = None
         never_moved = self.base is None and not weight.triple.folded

@@ -60,7 +60,7 @@ class Resumption(NamedTuple):
         """
         weight = self.weight
         if self.saved.bits is not None:
-            put_whole_(weight.tensors.A, self.saved.bits)
+            put_whole_(weight.tensors.stored[0], self.saved.bits)
         calls: list[Callable[[], Any]] = [partial(self.saved.give_to, weight)]
         if self.rebuild and self.base is None:
             calls.insert(0, weight.copy_base)  # W is the base
@@ -176,7 +176,7 @@ def rescaled_factors(
         triple = weight.triple
         factor = triple.stored_factor / triple.stored_factor_at(branch["scaling"] * (1.0 + branch["folded"]))
         if factor != 1.0:
-            found.append((weight, stored_form(gathered(weight.tensors.A).detach(), factor)))
+            found.append((weight, stored_form(gathered(weight.tensors.stored[0]).detach(), factor)))
     return found
 
 
@@ -189,8 +189,9 @@ def warn(decided: Sequence[Resumption], uncompensated: list[str], writer: Writer
     """Warn of what is not as it was in the saved run; last, as a warning may be made an error."""
     if uncompensated:
         warnings.warn(
-            f"what rounding had cut off from the 16-bit W of {layers(uncompensated)} is not in the state, and without "
-            "a copy of the base (keep_base) it cannot be computed: it starts at zero, and W continues from its bits",
+            f"the state does not hold the part of the 16-bit W of {layers(uncompensated)} that compensated "
+            "rounding had cut off, and without a copy of the base (keep_base) that part cannot be computed: it starts "
+            "at zero, and W continues from its bits",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -297,13 +298,15 @@ def _checked_compensation(weight: WeightState, kept: Any) -> Tensor | None:
 
 @torch.no_grad()
 def factor_problems(weight: WeightState, saved: SavedLedger) -> list[str]:
-    """Say which of A and B are not those that were saved."""
-    found = []
-    for letter in "AB":
-        factor = _as_saved(gathered(getattr(weight.tensors, letter)).detach(), saved.now[letter]["dtype"])
-        here = factor_fingerprint(factor).record()
-        if here != saved.now[letter] and not (letter == "A" and _is_stored_form(factor, weight, saved)):
-            found.append(f"{letter} {_difference(here, saved.now[letter])}")
+    """Say which of A and B, or of their parameters, are not those that were saved."""
+    found, names, parameters = [], weight.triple.parameter_names, weight.tensors.stored
+    if len(parameters) != len(saved.now):
+        return [f"A and B are made of {len(parameters)} parameters, and were of {len(saved.now)} in the saved run"]
+    for place, (name, parameter, then) in enumerate(zip(names, parameters, saved.now, strict=True)):
+        parameter = _as_saved(gathered(parameter).detach(), then["dtype"])
+        here = factor_fingerprint(parameter).record()
+        if here != then and not (place == 0 and _is_stored_form(parameter, weight, saved)):
+            found.append(f"{name} {_difference(here, then)}")
     return found
 
 

@@ -13,13 +13,23 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from deltaopt.integrations import adapter_saves as adapter_saves
+from deltaopt.integrations import protocol
+from deltaopt.integrations.absence import why_none
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.sharers import keep_base_of_sharers
 from deltaopt.tensors import is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple
 
-LIBRARIES = {"peft": "deltaopt.integrations.peft"}
-"""The module of each LoRA library, and ours that reads its layers: ``find(model, adapter, allow_dropout)``."""
+LIBRARIES = {
+    "peft": "deltaopt.integrations.peft",
+    "loralib": "deltaopt.integrations.loralib",
+    "litgpt.lora": "deltaopt.integrations.litgpt",
+    "torchtune.modules.peft": "deltaopt.integrations.torchtune",
+}
+"""The module that has a library's LoRA layers, and ours that reads them: ``find(model, adapter, allow_dropout)``.
+
+Where nothing is found, a function ``why_none(model, adapter)`` of ours is asked for the reason.
+"""
 
 
 def find_triples(
@@ -29,35 +39,38 @@ def find_triples(
     allow_dropout: bool = False,
     allow_tied: bool = False,
 ) -> list[LoRATriple]:
-    """Return all LoRA layers of a model as triples, in the order of ``model.named_modules()``.
+    """Return all LoRA layers of a model as triples, library by library in the order of ``model.named_modules()``.
 
-    For PEFT: ``Linear`` (on ``nn.Linear`` and GPT-2's ``Conv1D``), ``Embedding``, ``Conv1d``/``2d``/``3d`` and
-    ``target_parameters``, with ``PeftModel``, transformers' ``add_adapter`` or diffusers. Layers on a quantized base
-    (bitsandbytes, torchao, GPTQ, AWQ, ...) are found too, for ``weight_update="folded"``.
+    - PEFT: ``Linear`` (on ``nn.Linear`` and GPT-2's ``Conv1D``), ``Embedding``, ``Conv1d``/``2d``/``3d`` and
+      ``target_parameters``, with ``PeftModel``, transformers' ``add_adapter`` or diffusers. Layers on a quantized base
+      (bitsandbytes, torchao, GPTQ, AWQ, ...) are found too, for ``weight_update="folded"``.
+    - loralib: ``Linear``, ``Embedding``, ``MergedLinear``, and ``Conv2d`` with groups=1.
+    - litgpt: ``LoRALinear`` and ``LoRAQKVLinear``.
+    - torchtune: ``LoRALinear``.
+    - Any class with a method ``lora_triples(self)``, which returns its triples; see docs/containers.md.
+
+    A layer with branches on several parts of one W, as a fused query, key and value, gives a triple for each part.
 
     Args:
         model: the model, with its adapters in place and initialised.
-        adapter: the adapter whose factors train.
+        adapter: the adapter of PEFT whose factors train. Layers of other libraries have one branch, without a name.
         allow_dropout: accept dropout in the low-rank branch. It makes the gradients of W and of A @ B differ,
             so that the method loses its ground (section 4.2 and Eq. 7 of the paper); for ablations.
         allow_tied: accept a W that another module uses too (tied embeddings). That module moves with it.
 
     Returns:
-        The triples, named as their modules.
+        The triples, named as their modules; those of parts as "module.q", or "module.0" where parts have no names.
 
     Raises:
         ValueError: if there is no LoRA layer, or for layers that cannot be moved, all in one message.
+        TypeError: if a method ``lora_triples`` returns something else.
     """
-    triples: list[LoRATriple] = []
+    triples = protocol.find(model)
     for library, integration in LIBRARIES.items():
         if library in sys.modules:
             triples += importlib.import_module(integration).find(model, adapter, allow_dropout)
     if not triples:
-        known = ", ".join(LIBRARIES)
-        raise ValueError(
-            f"no LoRA layer with an adapter {adapter!r} in this {type(model).__name__} (libraries known: {known}): "
-            "give the adapter's name, or register LoRATriple(W, A, B, scaling=alpha / r) by hand"
-        )
+        raise ValueError(why_none(model, adapter, LIBRARIES))
     if not allow_tied:
         _refuse_tied(model, triples)
     for triple, _ in tied_places(model, triples):
@@ -72,7 +85,7 @@ def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn
     Classifier heads, biases, norms, ``modules_to_save``: hand them to the optimizer as `params`, or they are
     left as they are.
     """
-    factors = {id(factor) for triple in triples for factor in (triple.A, triple.B)}
+    factors = {id(factor) for triple in triples for factor in triple.parameters}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
 
 
@@ -96,6 +109,6 @@ def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
     raise_problems(
         ValueError,
         "these weights are used in more than one place, and moving them for their LoRA branch would move the "
-        "others too. Leave them out of target_modules, or say allow_tied=True",
+        "others too. Leave them out of target_modules, or pass allow_tied=True",
         [Problem(triple.label, f"its W is {' and '.join(places)}") for triple, places in tied_places(model, triples)],
     )

@@ -12,6 +12,9 @@ from tests.support.compare import COPIES, assert_close, refused, same, through_a
 from tests.support.runs import LayerRun
 from tests.support.small import HandmadeLayer, random_steps, small_layer, small_triple
 
+EARLIER = "the weights of .* were moved by an earlier optimizer"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{EARLIER}:UserWarning")  # what these tests are about
+
 ANOTHER = "another optimizer was built on the W of "
 
 
@@ -108,7 +111,8 @@ def test_the_second_is_right_for_all_it_tells():
 def test_a_notebook_cell_can_run_twice():
     """Build the optimizer again on the same tensors, with the old one still in scope: the new one trains."""
     run = LayerRun(zero=False).train(3)
-    old, run.optimizer = run.optimizer, run.new_optimizer()
+    with pytest.warns(UserWarning, match=EARLIER):
+        old, run.optimizer = run.optimizer, run.new_optimizer()
     run.W0, run.start = run.stored.W.clone(), run.product()
     run.asked.zero_()
     run.train(3)

@@ -387,7 +387,8 @@ def test_another_optimizer_has_moved_it_since():
     W, A, B = small_layer()
     first = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], lr=0.1)
     first.step()
-    second = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], lr=0.1)
+    with pytest.warns(UserWarning, match="moved by an earlier optimizer"):
+        second = DeltaLoRAOptimizer(torch.optim.SGD, [(W, A, B)], lr=0.1)
     second.step()
     with pytest.raises(RuntimeError, match="report"):
         first.report()

@@ -57,3 +57,10 @@ def test_a_model_without_hooks_trains_as_the_one_with_hooks():
             optimizer.zero_grad()
     for one, other in zip(models[0][0].parameters(), models[1][0].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(base_output, "measure", None)
+    with pytest.raises(SystemExit, match="2"):
+        base_output.main(["--out", str(tmp_path)])
+    assert "is a folder, expected a file" in capsys.readouterr().err

@@ -156,3 +156,10 @@ def test_no_matplotlib_no_plot(tmp_path, capsys, monkeypatch):
     main(["--out", str(tmp_path / "drift.json")], {"reference": TWO_GROUPS["reference"][:1]})
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert not (tmp_path / "drift.png").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(drift, "train", None)
+    with pytest.raises(SystemExit, match="2"):
+        drift.main(["--out", str(tmp_path)])
+    assert "is a folder, expected a file" in capsys.readouterr().err

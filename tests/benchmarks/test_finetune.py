@@ -1,6 +1,7 @@
 """The fine-tuning demonstration on a tiny model: its data, its runs and its report."""
 
 import gzip
+import importlib.metadata
 import json
 import sys
 import types
@@ -11,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+import deltaopt
 from benchmarks import finetune, finetune_data, finetune_report
 from deltaopt import LoRATriple
 
@@ -125,11 +127,82 @@ def test_w_follows_only_after_start_step(demo, capsys):
     assert "From step 4 on" in capsys.readouterr().out
 
 
-def test_a_run_that_ends_before_start_step_is_plain_lora(demo, capsys):
-    lora, delta = demo("--start-step", "7")["runs"]
+def test_a_run_without_movement_says_so(demo, capsys):
+    lora, delta = demo("--update-ratio", "0")["runs"]
     assert lora["losses"] == delta["losses"]
     assert torch.all(layer_values(delta, "weight") == 0)
     assert "W did not move" in capsys.readouterr().out
+
+
+def test_it_runs_from_a_checkout_that_is_not_installed(demo, monkeypatch):
+    version = importlib.metadata.version
+
+    def unknown(name):
+        if name == "deltaopt":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    assert demo()["versions"]["deltaopt"] == deltaopt.__version__
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--start-step", "7"], "--start-step 7 is not within the 7 steps of a run"),
+        (["--target-modules", "nothing"], "No modules were targeted"),
+        (["--device", "abacus"], "--device abacus is no device"),
+        (["--out", "{file}"], "exists"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_run(demo, capsys, monkeypatch, tmp_path, options, message):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(finetune, "run_method", None)
+    with pytest.raises(SystemExit, match="2"):
+        demo(*[option.replace("{file}", str(tmp_path / "file")) for option in options])
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_was_interrupted_goes_on_after_the_last_finished_method(demo, capsys, monkeypatch, tmp_path):
+    whole = demo()["runs"]
+    run_method, calls = finetune.run_method, []
+
+    def interrupted(method, *others):
+        calls.append(method.name)
+        if calls == ["LoRA", "Delta-LoRA"]:
+            raise KeyboardInterrupt
+        return run_method(method, *others)
+
+    monkeypatch.setattr(finetune, "run_method", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo()
+    assert (tmp_path / "out" / "unfinished.json").exists()
+    runs = demo()["runs"]
+    assert calls == ["LoRA", "Delta-LoRA", "Delta-LoRA"]
+    assert "LoRA: finished by an earlier call" in capsys.readouterr().out
+    for run, expected in zip(runs, whole, strict=True):
+        assert {name: run[name] for name in ("losses", "accuracies", "layers", "method")} == {
+            name: expected[name] for name in ("losses", "accuracies", "layers", "method")
+        }
+    calls.clear()
+    demo()
+    assert calls == ["LoRA", "Delta-LoRA"]  # a finished comparison is made again when it is asked for
+
+
+def test_what_was_kept_under_other_settings_is_not_taken(demo, monkeypatch):
+    run_method, ranks = finetune.run_method, []
+
+    def interrupted(method, *others):
+        ranks.append(others[-1].rank)
+        if ranks == [3, 3]:
+            raise KeyboardInterrupt
+        return run_method(method, *others)
+
+    monkeypatch.setattr(finetune, "run_method", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo()
+    demo("--rank", "2")
+    assert ranks == [3, 3, 2, 2]
 
 
 def test_distance():

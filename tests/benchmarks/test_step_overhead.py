@@ -180,6 +180,32 @@ def test_measuring_memory_prints_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_measurements_before_an_interruption_are_kept(tmp_path, monkeypatch):
+    out, measured = tmp_path / "found.json", []
+
+    def interrupted(case, *others):
+        measured.append(case)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return {"case": str(case), "rows": {}, "ratios": {}}
+
+    monkeypatch.setattr(step_overhead, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--out", str(out)], TINY_CASES[:2])
+    assert not out.exists()
+    main(["--out", str(out)], TINY_CASES[:2])
+    assert measured == [TINY_CASES[0], TINY_CASES[1], TINY_CASES[1]]
+    assert [entry["case"] for entry in json.loads(out.read_text())["cases"]] == [str(case) for case in TINY_CASES[:2]]
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step_overhead, "measure", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path)])
+    assert "is a folder, expected a file" in capsys.readouterr().err
+
+
 def test_memory_columns(results):
     rows, case = results["cases"][0]["rows"], TINY_CASES[0]
     W_bytes = case.c * case.d * 4

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.support import reference, strategies
 from tests.support.compare import refused, relative
 from tests.support.runs import RATIO, SCALING, LayerRun
-from tests.support.strategies import INNERS, LAYOUTS, ROUNDINGS, RULES, SCHEDULES, fits
+from tests.support.strategies import COMPUTED, INNERS, LAYOUTS, ROUNDINGS, RULES, SCHEDULES, fits
 
 
 class Start(NamedTuple):
@@ -127,6 +127,21 @@ def test_follows_the_dense_loop_in_float64(rule, start, name, layout):
         run.train(by_closure=True)
         written = TABLE[rule].change(t, begin, product, run.product()) is not None
         assert torch.equal(run.stored.W, before) != written
+        assert_is(run, expected, t + 1, 1e-12)
+
+
+@pytest.mark.parametrize("start", ["random product", "step 3"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW_foreach"])
+@pytest.mark.parametrize("layout", COMPUTED)
+@pytest.mark.parametrize("rule", TABLE)
+def test_computed_factors_follow_the_dense_loop_in_float64(rule, layout, name, start):
+    """What trains are other tensors than A and B."""
+    (inner, options), begin = INNERS[name], BEGINNINGS[start]
+    run = conforming_run(rule, layout, begin, inner, options)
+    expected = reference_of(run, 60, begin)
+    assert relative(expected.W[60], expected.W[0]) > 1e-3
+    for t in range(60):
+        run.train(by_closure=True)
         assert_is(run, expected, t + 1, 1e-12)
 
 
@@ -262,7 +277,7 @@ def test_the_folded_rule_refuses_lbfgs():
     ("dtype", "rounding"),
     [(torch.float32, "auto"), *itertools.product((torch.bfloat16, torch.float16), ROUNDINGS)],
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *COMPUTED])
 @pytest.mark.parametrize(
     ("rule", "start"), [("in_place", Start(1, False)), ("folded", Start(1, False)), ("folded", Start(0, True))], ids=str
 )

@@ -1,94 +1,94 @@
-"""The code of the how-to pages runs as it is printed, top to bottom, without a warning."""
+"""The code of every page runs as it is printed: each block by itself, in an empty namespace, without a warning."""
 
 import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from deltaopt import DeltaLoRAOptimizer
+from tests.docs.pages import BLOCKS, PAGES, README, ROOT
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [
-    *("folded", "sixteen-bits", "resume", "reference-models", "base-weights", "export", "restart", "did-w-move"),
-    "averages",
-]
-SCRIPTS = {"reference-models": ["dpo.py"], "trainer": ["train.py"]}
-"""Blocks that have a title are files, which run by themselves."""
-
-
-def load_base():
-    """Build a pretrained model for the pages; the same bits at each call."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=20,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=16,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def train_for_a_page(model, optimizer, scheduler=None, steps=1):
-    for step in range(steps):
-        ids = torch.randint(0, 20, (4, 8), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
+SNIPPETS = [block for block in BLOCKS if block.info == "python"]
+SCRIPTS = [block for block in BLOCKS if block.title]
+"""Blocks that have a title are files: they run in a process of their own."""
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page(page, tmp_path):
-    names = {
-        "torch": torch,
-        "DeltaLoRAOptimizer": DeltaLoRAOptimizer,
-        "get_peft_model": get_peft_model,
-        "load_base": load_base,
-        "train": train_for_a_page,
-        "config": LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
-        "ids": torch.arange(12).view(2, 6),
-        "folder": tmp_path,
-    }
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text("utf8"), re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
-        exec(block, names)
-    assert names["optimizer"].step_count > 0
+@pytest.mark.parametrize("block", SNIPPETS, ids=str)
+def test_a_block_runs_by_itself(block, tmp_path, monkeypatch):
+    if missing := block.missing():
+        pytest.skip(f"runs where {' and '.join(missing)} is installed")
+    monkeypatch.chdir(tmp_path)
+    code = compile("\n" * block.line + block.code, str(block.page), "exec")  # so that an error has the line of the page
+    exec(code, {"__name__": "a_block_of_a_page"})
 
 
-@pytest.mark.skipif(find_spec("trl") is None, reason="runs where trl is installed")
-@pytest.mark.parametrize(("page", "title"), [(page, title) for page, titles in SCRIPTS.items() for title in titles])
-def test_a_script_runs_by_itself(page, title, tmp_path):
+@pytest.mark.extra
+@pytest.mark.parametrize("block", SCRIPTS, ids=str)
+def test_a_script_runs_by_itself(block, tmp_path):
     """In a folder and a process of its own, without a network. Warnings that the script causes are errors."""
-    (tmp_path / title).write_text(scripts_of(page)[title], "utf8")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(DOCS.parent)}
-    command = [sys.executable, "-W", "error:::__main__", title]
+    if missing := block.missing():
+        pytest.skip(f"runs where {' and '.join(missing)} is installed")
+    (tmp_path / block.title).write_text(block.code, "utf8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error:::__main__", block.title]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
-def scripts_of(page):
-    text = (DOCS / f"{page}.md").read_text("utf8")
-    return dict(re.findall(r'```python title="([^"]+)"\n(.*?)```', text, re.DOTALL))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_code_is_left_out(page):
+    """Every fence is a block that is run here, or says that it is a diff, a command or text. Python has a fence."""
+    text = page.read_text("utf8")
+    blocks = [block for block in BLOCKS if block.page == page]
+    assert len(re.findall(r"^\s*(```|~~~)", text, re.MULTILINE)) == 2 * len(blocks)
+    run = [*SNIPPETS, *SCRIPTS]
+    assert [str(block) for block in blocks if block not in run and block.info not in ("diff", "text", "sh")] == []
+    for block in blocks:
+        if block.info in ("text", "sh"):
+            assert not re.search(r"^\s*(import|from) \w", block.code, re.MULTILINE), f"{block} is Python"
+    assert not re.search(r"^ {4,}(import \w+|from [\w.]+ import .*)$", FENCED.sub("", text), re.MULTILINE)
 
 
-def test_every_page_is_named_and_linked():
-    """Every page and every script is run here, and the README links to the pages."""
-    pages = {path.stem for path in DOCS.glob("*.md")}
-    assert {page: [*scripts_of(page)] for page in pages if scripts_of(page)} == SCRIPTS
-    assert pages == {*PAGES, *SCRIPTS, "method", "architecture", "routes", "command-line"}
-    readme = (DOCS.parent / "README.md").read_text("utf8")
-    assert all(f"docs/{page}.md" in readme for page in pages)
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+
+
+def test_there_are_blocks_to_run():
+    """A change of the pattern of a fence must not leave these tests without cases."""
+    assert len(SNIPPETS) > 15
+    assert len(SCRIPTS) >= 2
+    assert any(block.page == README for block in SNIPPETS)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.info == "diff"], ids=str)
+def test_both_sides_of_a_diff_are_python(block):
+    for side in "-+":
+        lines = [line[1:] for line in block.code.splitlines() if line[:1] in (" ", side)]
+        compile("\n".join(lines), str(block), "exec")
+
+
+def test_the_readme_links_to_every_page():
+    readme = README.read_text("utf8")
+    pages = [page.relative_to(ROOT) for page in PAGES if page != README]
+    assert [str(page) for page in pages if f"]({page})" not in readme and f"]({page}#" not in readme] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_a_place(page):
+    """Every link within the project names a file that is there, and a heading that the file has."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text("utf8"))):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text("utf8"))):
+            broken.append(target)
+    assert broken == []
+
+
+def anchors(text):
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -40,6 +40,8 @@ def delta_lora(
     scaling: float,
     left: Callable[[Tensor], Tensor] = lambda A: A,
     right: Callable[[Tensor], Tensor] = lambda B: B,
+    factor_dtype: torch.dtype = torch.float64,
+    create_graph: bool = False,
 ) -> DenseRun:
     """Delta-LoRA on one layer.
 
@@ -55,10 +57,11 @@ def delta_lora(
         scaling: s.
         left: stored A -> its matrix.
         right: stored B -> its matrix.
+        factor_dtype: what A and B are trained in; their product is of float64 if `left` and `right` make it so.
+        create_graph: of the backward pass, for optimizers that take second derivatives.
     """
-    W, A, B = (t.detach().to(torch.float64).clone() for t in (W, A, B))
-    A.requires_grad_()
-    B.requires_grad_()
+    W = W.detach().to(torch.float64).clone()
+    A, B = (nn.Parameter(t.detach().to(factor_dtype, copy=True)) for t in (A, B))
     optimizer = make_optimizer([A, B])
     run = DenseRun([W.clone()], [A.detach().clone()], [B.detach().clone()])
     for t in range(steps):
@@ -67,7 +70,7 @@ def delta_lora(
         def closure(W: Tensor = W, step: int = t) -> Tensor:
             optimizer.zero_grad()
             value = loss(W + scaling * product(left(A), right(B)), step)
-            value.backward()
+            value.backward(create_graph=create_graph)
             return value
 
         optimizer.step(closure)

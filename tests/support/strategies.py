@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltaopt import LoRATriple
+from deltaopt import Factor, LoRATriple
 
 C, D, R = 5, 7, 3
 E = 2
@@ -33,9 +33,11 @@ class Stored:
     right: Callable[[Tensor], Tensor]
     options: dict
     layout: str = ""
+    factors: Callable[[Tensor, Tensor], tuple] = lambda A, B: (A, B)
+    """What A and B are registered as."""
 
     def triple(self, scaling: float | Tensor = 1.0, name: str | None = None) -> LoRATriple:
-        return LoRATriple(self.W, self.A, self.B, scaling=scaling, name=name, **self.options)
+        return LoRATriple(self.W, *self.factors(self.A, self.B), scaling=scaling, name=name, **self.options)
 
     def twin(self) -> "Stored":
         """Copy the tensors, without their hooks and gradients."""
@@ -106,6 +108,19 @@ def _conv(kernel, channels_last=False):
     return build
 
 
+def _conv_in_order(new):
+    # loralib: (B @ A).view(W.shape), with factors of (c * k, r) and (r, d1 * k).
+    return Stored(
+        new(C, 4, 2, 2),
+        new(C * 2, R),
+        new(R, 4 * 2),
+        lambda W: W.reshape(C * 2, 4 * 2),
+        _same,
+        _same,
+        {"layout": "conv_in_order"},
+    )
+
+
 def _experts(new):
     return Stored(new(E, C, D), new(E, C, R), new(E, R, D), _same, _same, _same, {"layout": "experts"})
 
@@ -150,6 +165,34 @@ LAYOUTS: dict[str, Callable[..., Stored]] = {
 }
 
 
+MORE_LAYOUTS = {"conv_in_order": _conv_in_order}
+"""Layouts that differ from one of the others in their views alone, so that not every property has to run over them."""
+
+
+def scaled_rows(B: Tensor) -> Tensor:
+    """diag(E) Q, with E in the last column."""
+    return B[:, -1:] * B[:, :-1]
+
+
+def put_scaled_rows(value: Tensor, B: Tensor) -> None:
+    B[:, :-1].copy_(value)
+    B[:, -1:].fill_(1.0)
+
+
+def _rows_of_parameters(new):
+    return replace(_linear(new), factors=lambda A, B: (Factor.rows(A, 0, C), Factor.rows(B, 0, R)))
+
+
+def _diagonal(new):
+    right = lambda B: torch.diag(B[:, D]) @ B[:, :D]  # noqa: E731
+    factors = lambda A, B: (A, Factor(scaled_rows, B, assign=put_scaled_rows))  # noqa: E731
+    return Stored(new(C, D), new(C, R), new(R, D + 1), _same, _same, right, {}, factors=factors)
+
+
+COMPUTED: dict[str, Callable[..., Stored]] = {"rows_of_parameters": _rows_of_parameters, "diagonal": _diagonal}
+"""Layers whose factors are views or functions of what trains."""
+
+
 def make(
     layout: str,
     seed: int = 0,
@@ -164,7 +207,7 @@ def make(
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    stored = LAYOUTS[layout](new)
+    stored = (LAYOUTS | MORE_LAYOUTS | COMPUTED)[layout](new)
     stored.layout = layout
     factors = factor_dtype or dtype
     if zero_A:

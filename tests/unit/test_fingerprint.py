@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import peak_allocation
 from deltaopt.checkpoint.fingerprint import (
@@ -136,3 +137,44 @@ def test_the_whole_hash_sees_every_element_in_its_place(shape):
 def test_the_whole_hash_takes_bounded_memory():
     W = random_weight(3000, 1000)
     assert peak_allocation(lambda: whole_hash(W)) < 30 * 8 * BLOCK_ELEMENTS
+
+
+def mixed(x):
+    """Scramble a number of 64 bits, in Python's integers."""
+    for shift, factor in ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD)):
+        x = (x ^ (x >> shift)) * factor % 2**64
+    return x ^ (x >> 32)
+
+
+def signed(x):
+    return x % 2**64 - (2**64 if x % 2**64 >= 2**63 else 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(3, 5), (64, 65), (5000,), (4200, 2), (3, 70, 41)])
+def test_the_hash_is_the_sum_over_the_sample_of_mixed_places_and_bits(shape, dtype):
+    W = random_weight(*shape, dtype=dtype)
+    bits = W.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]).flatten().tolist()
+    places = sampled_positions(shape, SAMPLES, torch.device("cpu")).tolist()
+    expected = signed(sum(mixed(mixed(place) ^ bits[place] % 2**64) for place in places))
+    assert int(content_hash(W)) == expected
+    assert int(content_hash(W.mT.contiguous().mT if W.dim() > 1 else torch.stack([W, W], 1)[:, 0])) == expected
+
+
+def test_hashes_are_those_that_states_hold():
+    """Saved by earlier versions: the numbers must stay."""
+    ramp = torch.arange(70 * 90, dtype=torch.float32).view(70, 90)
+    assert Fingerprint(ramp).record() == {"shape": [70, 90], "dtype": "float32", "hash": -2720959091383727769}
+    assert Fingerprint(ramp.T[:, :50].to(torch.bfloat16), whole=True).record()["hash"] == -6089412971051960110
+
+
+def test_places_that_were_kept_in_a_mode_of_torch_serve_outside_it():
+    shape = (83, 97)  # of no other test
+    with torch.inference_mode():
+        inside = int(content_hash(torch.ones(shape)))
+    with FakeTensorMode():
+        content_hash(torch.ones(89, 97))
+    W = torch.ones(shape)
+    assert int(content_hash(W)) == inside
+    assert int(content_hash(torch.ones(89, 97))) == int(content_hash(torch.ones(97, 89).T))
+    assert whole_hash(W) == whole_hash(torch.ones(97, 83).T)

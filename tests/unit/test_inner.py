@@ -62,7 +62,7 @@ def test_refuses_options_that_a_built_optimizer_would_not_see():
         DeltaLoRAOptimizer(inner, [(W, A, B)], lr=0.1)
     with pytest.raises(TypeError, match="lr: no effect"):
         DeltaLoRAOptimizer(inner, [{"triples": [(W, A, B)], "lr": 0.1}])
-    with pytest.raises(TypeError, match="params: no effect"):
+    with pytest.raises(TypeError, match="is already built and does not hold 1 of the 1 other parameters"):
         DeltaLoRAOptimizer(inner, [(W, A, B)], [torch.ones(2, requires_grad=True)])
 
 
@@ -242,6 +242,38 @@ def test_a_step_after_a_restart_is_a_first_step():
     assert torch.equal(B, fresh[1])
 
 
+@pytest.mark.extra
+@pytest.mark.parametrize("rule", RULES)
+def test_a_lookahead_inside_restarts_from_the_new_factors(rule):
+    """Restart half way to its next interpolation, which then is between the new factors and what follows."""
+    library = pytest.importorskip("pytorch_optimizer", reason="runs where pytorch_optimizer is installed")
+    run = LayerRun(rule, inner=lambda params, lr: library.Lookahead(torch.optim.SGD(params, lr), k=3)).train(2)
+    run.optimizer.restart(generator=torch.Generator().manual_seed(0))
+    start = run.stored.B.detach().clone()
+    run.train(1)  # the third step of its count
+    gradient = run.gradients[-1][1]
+    assert torch.allclose(run.stored.B, start - 0.5 * 0.02 * gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("library", ["schedulefree", "pytorch_optimizer"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_schedule_free_wrapper_around_is_refused_in_the_second_step(rule, library):
+    """In the first one its two points are the same."""
+    wrapper = pytest.importorskip(library, reason=f"runs where {library} is installed").ScheduleFreeWrapper
+    run = LayerRun(rule, inner=torch.optim.SGD)
+    around = wrapper(run.optimizer)
+    around.train()
+    run.backward()
+    around.step()
+    run.backward()
+    with pytest.raises(
+        RuntimeError, match=r"a ScheduleFreeWrapper is around .*DeltaLoRAOptimizer\(AdamWScheduleFree, triples"
+    ):
+        around.step()
+    assert run.optimizer.step_count == 1
+
+
 # Making the inner state exist, as torch.distributed.checkpoint does.
 
 
@@ -290,17 +322,6 @@ def test_an_inner_optimizer_without_a_learning_rate_steps():
     optimizer.step()
     assert torch.equal(A, expected)
     assert optimizer.step_count == 1
-
-
-@pytest.mark.extra
-def test_adafactor_as_documented():
-    """Step transformers' Adafactor with its defaults, lr=None and relative_step."""
-    transformers = pytest.importorskip("transformers", reason="runs where transformers is installed")
-    W, A, B = small_layer()
-    optimizer, before = DeltaLoRAOptimizer(transformers.Adafactor, [(W, A, B)], lr=None), W.clone()
-    random_steps(optimizer, 2)
-    assert not torch.equal(W, before)
-    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_lists_and_dicts_of_the_inner_optimizer_are_shared():

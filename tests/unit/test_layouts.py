@@ -7,8 +7,10 @@ from deltaopt import LoRATriple
 from tests.support import strategies
 from tests.support.small import refuses_triples, small_layer, small_triple
 
+ALL = strategies.LAYOUTS | strategies.MORE_LAYOUTS
 
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+
+@pytest.mark.parametrize("layout", ALL)
 def test_the_matrix_of_W_is_a_view(layout):
     stored = strategies.make(layout)
     view = stored.triple().view.weight(stored.W)
@@ -17,7 +19,7 @@ def test_the_matrix_of_W_is_a_view(layout):
     assert bool((stored.matrix(stored.W) == 42.0).all())
 
 
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_the_factors_multiply_in_the_order_of_the_weight(layout):
     """Hold also where the columns of the matrix of W stand in another order than in storage."""
     stored = strategies.make(layout)
@@ -73,7 +75,7 @@ def test_refuses_columns_of_a_convolution():
         LoRATriple(W, A, B, layout="conv", columns=(0, 6), name="q")
 
 
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_a_matrix_like_that_of_W_is_put_in_the_order_of_the_factors(layout):
     stored = strategies.make(layout)
     view = stored.triple().view

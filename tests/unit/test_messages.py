@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltaopt.messages import NAMED, Problem, layers, names, problem_lines, problems_of, raise_problems
+from deltaopt.messages import NAMED, WRITTEN_OUT, Problem, layers, names, problem_lines, problems_of, raise_problems
 
 MANY = [f"layers.{i}.q" for i in range(224)]
 
@@ -50,3 +50,31 @@ def test_all_problems_are_raised_at_once_with_what_to_do():
         "  q: B is wrong",
         "Mend them",
     ]
+
+
+def test_sentences_that_differ_in_numbers_are_one_problem():
+    problems = [
+        Problem(f"layers.{i}.q", f"A has the shape ({i}, 3), and W {i / 4}e-3 of layers.{i}.k") for i in range(224)
+    ]
+    (line,) = problem_lines(problems)
+    assert line.startswith("layers.0.q: A has the shape (0, 3), and W 0.0e-3 of layers.0.k (and likewise in 223 ")
+    assert line.endswith(f"layers.1.q, layers.2.q, {', '.join(MANY[3 : NAMED + 1])}, ...)")
+
+
+def test_of_many_problems_the_first_are_written_out_and_the_rest_counted():
+    problems = [Problem(name, f"it is {kind}") for kind in "abcdefghij" for name in MANY]
+    lines = problem_lines(problems)
+    assert lines[0] == "it is a (224 layers: layers.0.q, layers.1.q, layers.2.q, ...)"
+    assert len(lines) == 10  # they are short
+    lines = problem_lines([Problem(name, f"{'it is ' * 50}{kind}") for kind in "abcdefghij" for name in MANY])
+    assert lines[-1] == "... and 8 more problems"
+    assert sum(map(len, lines[:-1])) <= WRITTEN_OUT
+
+
+def test_a_problem_that_is_found_twice_is_written_once():
+    assert problem_lines([Problem("q", "it is tied")] * 3) == ["q: it is tied"]
+
+
+def test_a_layers_own_name_in_its_sentence_is_not_another_problem():
+    (line,) = problem_lines([Problem(name, f"saved {name}, registered {name}") for name in ("q", "layer.k", "v")])
+    assert line == "q: saved q, registered q (and likewise in 2 layers: layer.k, v)"

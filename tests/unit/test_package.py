@@ -21,8 +21,11 @@ MODULES = [
 # A module may import from those that stand after it.
 ORDER = [
     "__main__",
+    *("cli.doctor", "cli.folders"),
     *("cli.export", "cli.inspect", "cli.base_model", "cli.movement", "cli.checkpoint", "cli.adapters", "cli.files"),
     "cli.outcome",
+    "describe",
+    "analysis",
     "integrations",
     "sharers",
     "export",
@@ -30,22 +33,24 @@ ORDER = [
     "metrics",
     "wrappers",
     "optimizer",
-    *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks"),
+    *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks", "usage"),
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
-    *("weight", "claims", "groups", "inner", "triple", "base_hooks", "movement", "layer_output"),
+    *("weight", "claims", "groups", "inner", "in_backward", "triple", "base_hooks", "movement", "layer_output"),
     *("stored_factors", "averaged", "save_watch"),
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "compiled", "tensors", "sharding"),
-    *("all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
+    *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
+    *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
 ]
+FOLDERS = ("analysis", "integrations")
+"""Folders whose modules may import each other."""
 
 
 def name_of(path):
-    """Return the name of a module in the package; all integrations are one."""
+    """Return the name of a module in the package; each of `FOLDERS` is one."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return "integrations" if parts[0] == "integrations" else ".".join(parts)
+    return parts[0] if parts[0] in FOLDERS else ".".join(parts)
 
 
 def imported(path):
@@ -76,11 +81,11 @@ def test_the_order_names_every_module():
 
 @pytest.mark.parametrize("path", [p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem != "__init__"], ids=str)
 def test_imports_run_one_way(path):
-    if path.name == "__init__.py" and name_of(path) != "integrations":
+    if path.name == "__init__.py" and name_of(path) not in FOLDERS:
         assert list(imported(path)) == []
         return
     own = name_of(path)
-    allowed = ORDER[ORDER.index(own) + (own != "integrations") :]  # those may import each other
+    allowed = ORDER[ORDER.index(own) + (own not in FOLDERS) :]  # those may import each other
     for other in imported(path):
         assert other in allowed, f"{own} imports {other}"
 

@@ -15,10 +15,15 @@ from torch import nn
 from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
+from deltaopt.integrations.peft import adalora
+from deltaopt.integrations.peft.absence import frozen_adapter, lora_adapters
+from deltaopt.integrations.peft.absence import why_none as why_none
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
 from deltaopt.integrations.peft.moved_config import configs_by_layer
 from deltaopt.integrations.peft.saved_adapter import SavedAdapter
 from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
+from deltaopt.integrations.protocol import describes_itself
+from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
@@ -27,7 +32,7 @@ from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 from deltaopt.wrappers import unwrap
 
-SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper)
+SUPPORTED = (lora.Linear, lora.Embedding, *CONVOLUTIONS, lora.ParamWrapper, *adalora.LAYERS)
 QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "awq", "eetq", "hqq", "aqlm", "inc")]
 """PEFT's modules of layers on a quantized base, with the branch of lora.Linear."""
 
@@ -38,28 +43,53 @@ def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple
     Raises:
         ValueError: for layers that Delta-LoRA cannot move, all in one message.
     """
-    found = {
+    found = survey(model, adapter, allow_dropout, attach=True)
+    raise_problems(ValueError, "these PEFT layers cannot be used", found.refused)
+    return found.triples
+
+
+def survey(model: nn.Module, adapter: str, allow_dropout: bool = False, attach: bool = False) -> Survey:
+    """Return the layers of `model` that hold `adapter`, those that cannot be used, and the others.
+
+    Args:
+        model: with layers of PEFT.
+        adapter: the adapter's name.
+        allow_dropout: see `find_triples`.
+        attach: let the triples put their hooks on the model, as an optimizer needs them, if no layer is refused.
+    """
+    tuned = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter in _adapters(module)
+        if isinstance(module, BaseTunerLayer) and not describes_itself(module) and adalora.has_rank(module, adapter)
     }
-    names_of = names_without_wrappers(model, found)
-    holders = [(names_of[name], module) for name, module in found.items()]
-    raise_problems(
-        ValueError,
-        "these PEFT layers cannot be used",
-        [
-            Problem(name, reason)
-            for name, layer in holders
-            if (reason := _refusal(layer, adapter, allow_dropout)) is not None
-        ],
-    )
-    start = _start(model, adapter)
-    saves, configs = SaveWatch.of(model), configs_by_layer(model.modules(), adapter)
-    return [
-        PeftTriple(layer, adapter, _label(name, layer), allow_dropout, start, saves, configs.get(id(layer), []))
-        for name, layer in holders
+    names_of = names_without_wrappers(model, tuned)
+    holders = [(names_of[name], module) for name, module in tuned.items() if adapter in lora_adapters(module)]
+    reasons = [_refusal(layer, adapter, allow_dropout) for _, layer in holders]
+    if not any(reasons):
+        reasons = [frozen_adapter(model, [layer for _, layer in holders], adapter)] * len(holders)
+    refused = [Problem(name, why) for (name, _), why in zip(holders, reasons, strict=True) if why is not None]
+    elsewhere = [
+        Problem(names_of[name], _other_content(module))
+        for name, module in tuned.items()
+        if adapter not in lora_adapters(module)
     ]
+    attach = attach and not refused
+    start = _start(model, adapter)
+    saves, configs = SaveWatch.of(model) if attach else None, configs_by_layer(model.modules(), adapter)
+    triples: list[LoRATriple] = [
+        kind_of(layer)(
+            layer, adapter, _label(name, layer), allow_dropout, start, saves, configs.get(id(layer), []), attach=attach
+        )
+        for (name, layer), why in zip(holders, reasons, strict=True)
+        if why is None
+    ]
+    bad = [layer for (_, layer), why in zip(holders, reasons, strict=True) if why is not None]
+    return Survey(triples, refused, elsewhere, list(tuned.values()), bad)
+
+
+def kind_of(layer: lora.LoraLayer) -> type[PeftTriple]:
+    """Return the class of a layer's triples."""
+    return adalora.AdaLoraTriple if adalora.is_adalora(layer) else PeftTriple
 
 
 def save_adapter(
@@ -163,6 +193,16 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
     modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple in weights}
     problems: list[Problem] = []
     for triple, weight in weights.items():
+        if adalora.is_adalora(triple.layer):
+            problems.append(
+                Problem(
+                    triple.label,
+                    "it is a layer of AdaLoRA, which has no form for the change of W: take the factors of a plain LoRA "
+                    "from deltaopt.export_adapter(optimizer), or save all weights, "
+                    "merge_and_unload().save_pretrained(directory)",
+                )
+            )
+            continue
         found = triple.change_problems() + triple.pristine_problems(origin_known=weight.origin is not None)
         found += [weight.ledger.lost] if weight.ledger.lost is not None else []
         if id(triple.layer) not in modules:
@@ -178,7 +218,7 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
             '{"triples": [...], "update_ratio": 0.0}, it is plain LoRA',
         )
         for name, layer in model.named_modules()
-        if isinstance(layer, lora.LoraLayer) and adapter in _adapters(layer) and id(layer) not in saved
+        if isinstance(layer, lora.LoraLayer) and adapter in lora_adapters(layer) and id(layer) not in saved
     ]
     problems += [
         Problem(
@@ -202,11 +242,6 @@ def _warn_of_other_bases(weights: Iterable[WeightState]) -> None:
         )
 
 
-def _adapters(module: BaseTunerLayer) -> set[str]:
-    held = ("lora_A", "lora_embedding_A")
-    return {adapter for attribute in held for adapter in getattr(module, attribute, {})}
-
-
 def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | None:
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     if type(layer) not in SUPPORTED and type(layer).__module__ not in QUANTIZED:
@@ -227,6 +262,13 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
         )
     problems = [] if allow_dropout else dropout_problems(layer, adapter)
     return problems[0] if problems else None
+
+
+def _other_content(layer: BaseTunerLayer) -> str:
+    """Say what a layer holds that does not hold the adapter."""
+    if others := sorted(lora_adapters(layer)):
+        return f"it holds {', '.join(map(repr, others))} only"
+    return f"it is a {type(layer).__module__}.{type(layer).__qualname__}, which is another method than LoRA"
 
 
 def _label(name: str, layer: lora.LoraLayer) -> str:

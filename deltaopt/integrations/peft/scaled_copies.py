@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
+from torch import nn
 
 from deltaopt.scaling import holder_of
 from deltaopt.stored_factors import StoredFactor
@@ -50,6 +51,8 @@ def factor_paths(layer: lora.LoraLayer, adapter: str) -> tuple[str, str]:
     """Return where A and B of an adapter are in its layer."""
     if isinstance(layer, lora.Embedding):
         return f"lora_embedding_B.{adapter}", f"lora_embedding_A.{adapter}"
+    if isinstance(layer.lora_A, nn.ParameterDict):  # AdaLoRA
+        return f"lora_B.{adapter}", f"lora_A.{adapter}"
     return f"lora_B.{adapter}.weight", f"lora_A.{adapter}.weight"
 
 

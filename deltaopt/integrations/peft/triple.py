@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
+from deltaopt.factors import FactorSource
 from deltaopt.integrations.peft.moved_config import Configs, note_moved, prepare
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
@@ -37,7 +38,11 @@ class PeftTriple(LoRATriple):
         start: ``init_lora_weights`` of the adapter's config.
         saves: watches the model for saves of the adapter alone.
         configs: the dicts with the adapter's config that are above the layer.
+        attach: put the hook on the layer that an optimizer needs, and prepare the configs for a move. Without, the
+            triple tells of the layer and leaves it as it is.
     """
+
+    _tolerance = 1e-9  # of the scaling
 
     def __init__(
         self,
@@ -48,29 +53,43 @@ class PeftTriple(LoRATriple):
         start: bool | str = True,
         saves: SaveWatch | None = None,
         configs: Sequence[Configs] = (),
+        attach: bool = True,
     ) -> None:
         self.layer = layer
         self.adapter = adapter
         self._allow_dropout = allow_dropout
         self._start = start
         self._configs = configs
-        for each in configs:
-            prepare(each, adapter)
         self._alpha = layer.lora_alpha[adapter]
-        A, B = factor_paths(layer, adapter)
         super().__init__(
             (layer, _weight_path(layer)),
-            (layer, A),
-            (layer, B),
-            scaling=layer.scaling[adapter],
+            *self._sources_of_factors(),
+            scaling=self._present_scaling(),
             name=name,
             layout=_layout(layer),
         )
-        self._set_scaling = partial(set_scaling, adapter, self._alpha / self.scaling)
+        self._set_scaling = self._setter()
         self.saves = saves
-        self.layer_hook = hook_for(layer, adapter, holder_of(*self.sources["W"])[1], self.view, name)
+        if not attach:
+            return
+        for each in configs:
+            prepare(each, adapter)
+        self.layer_hook = hook_for(layer, adapter, holder_of(*self.W_source)[1], self.view, name)
         self.output_hook = self.layer_hook
         self.layer_hook.scale_copies()
+
+    def _sources_of_factors(self) -> tuple[FactorSource, FactorSource]:
+        """Return where A and B are in the layer."""
+        A, B = factor_paths(self.layer, self.adapter)
+        return (self.layer, A), (self.layer, B)
+
+    def _present_scaling(self) -> Any:
+        """Return what the layer multiplies the branch by; None where the adapter was deleted."""
+        return self.layer.scaling.get(self.adapter)
+
+    def _setter(self) -> Callable[[Any, float], None]:
+        """Return a function of a layer and a scaling that lets this layer, or a copy, multiply the branch by that."""
+        return partial(set_scaling, self.adapter, self._alpha / self.scaling)
 
     @property
     def longer_name(self) -> str:
@@ -117,8 +136,10 @@ class PeftTriple(LoRATriple):
 
     def scaling_problems(self) -> list[str]:
         """Say if the layer's scaling is another one than `branch_scaling`."""
-        now = self.layer.scaling.get(self.adapter)
-        if now is not None and math.isclose(now, self.branch_scaling, rel_tol=1e-9):  # PEFT recomputes it from alpha
+        now = self._present_scaling()
+        if now is not None and math.isclose(
+            now, self.branch_scaling, rel_tol=self._tolerance
+        ):  # PEFT recomputes it from alpha
             return []
         when = "folded" if self.folded else "registered"
         return [
@@ -195,13 +216,14 @@ class PeftTriple(LoRATriple):
 
         Those of a trained adapter that was loaded are not. PEFT then takes its own new start out of W, or none.
         """
-        A = self.view.factors(*tensors)[0].float()
+        A = self.view.factors(tensors.W, tensors.A, tensors.B)[0].float()
         if A.shape[-1] == 1:
             return False
         lengths = A.norm(dim=-2)
         cosines = A.mT @ A / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp_min(1e-30)
         cosines.diagonal(dim1=-2, dim2=-1).zero_()
-        coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)  # PEFT computes the start in W's dtype
+        dtypes = [tensor.dtype for tensor in (tensors.W, *tensors.stored)]  # PEFT computes the start in W's dtype
+        coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
         return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
 
 
@@ -216,7 +238,7 @@ def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
         return []
     return [
         f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set lora_dropout=0, or say allow_dropout=True for an ablation"
+        "(section 4.2 of the paper): set lora_dropout=0, or pass allow_dropout=True for an ablation"
     ]
 
 

@@ -20,7 +20,7 @@ class Reasons:
             lr = group.get("lr")
             self._largest_lr = max(self._largest_lr, 1.0 if lr is None or isinstance(lr, Tensor) else abs(lr))
         if not self._gradients:
-            self._gradients = any(f.grad is not None for triple in optimizer.triples for f in (triple.A, triple.B))
+            self._gradients = any(f.grad is not None for triple in optimizer.triples for f in triple.parameters)
 
     def of(self, optimizer: DeltaLoRAOptimizer) -> str:
         """Return the reason, as a sentence with what to do."""

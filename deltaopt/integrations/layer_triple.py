@@ -1,0 +1,144 @@
+"""One layer of a LoRA library as a triple: what the layer itself says of dropout, merging and its own weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from deltaopt.factors import FactorSource
+from deltaopt.integrations.protocol import describes_itself
+from deltaopt.integrations.survey import Survey
+from deltaopt.messages import Problem, raise_problems
+from deltaopt.naming import names_without_wrappers
+from deltaopt.scaling import ScalingSource, SetScaling
+from deltaopt.triple import LoRATriple
+
+OWN_PROTOCOL = "register LoRATriple(W, A, B, scaling=alpha / r) by hand, or give the class a method lora_triples(self)"
+"""The way out for a class that is not known, or computes in a way of its own."""
+
+
+class LayerTriple(LoRATriple):
+    """A triple of one layer, which is asked for dropout and for merging at every step.
+
+    Args:
+        layer: that has the branch.
+        A: see `LoRATriple`.
+        B: see `LoRATriple`.
+        weight: the path of W in the layer.
+        name: of the triple.
+        dropout: the name of the attribute that is applied to the branch's input.
+        unmerge: what to do where the branch is merged into W.
+        allow_dropout: see `find_triples`.
+        scaling: see `LoRATriple`.
+        layout: see `LoRATriple`.
+        rows: see `LoRATriple`.
+        set_scaling: see `LoRATriple`.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        A: FactorSource,
+        B: FactorSource,
+        *,
+        weight: str = "weight",
+        name: str,
+        dropout: str,
+        unmerge: str,
+        allow_dropout: bool,
+        scaling: ScalingSource,
+        layout: str = "linear",
+        rows: tuple[int, int] | None = None,
+        set_scaling: SetScaling | None = None,
+    ) -> None:
+        self.layer: Any = layer
+        self._dropout, self._unmerge, self._allow_dropout = dropout, unmerge, allow_dropout
+        super().__init__(
+            (layer, weight), A, B, scaling=scaling, name=name, layout=layout, rows=rows, set_scaling=set_scaling
+        )
+
+    def merge_problems(self) -> list[str]:
+        """Say if the branch is in W already."""
+        if not getattr(self.layer, "merged", False):
+            return []
+        return [f"the branch is merged into W, so that what trains is not what W holds: {self._unmerge}"]
+
+    def branch_problems(self) -> list[str]:
+        """Say if the branch was merged, rescaled or given dropout since it was registered."""
+        allowed = self._allow_dropout and not self.folded
+        return super().branch_problems() or ([] if allowed else dropout_problems(self.layer, self._dropout))
+
+    def folding_problems(self) -> list[str]:
+        """Say what W would do and a folded branch does not, or the other way round."""
+        found = super().folding_problems()
+        if self.tied:
+            found.append(
+                "its W is used in another place too, which would move with it and has no branch: use "
+                'weight_update="in_place"'
+            )
+        if dropout_problems(self.layer, self._dropout):
+            found.append(
+                f'it has {self._dropout}, which weight_update="folded" would apply to what W moves by too: set it to '
+                '0, or use weight_update="in_place" with allow_dropout=True'
+            )
+        return found
+
+
+def dropout_problems(layer: nn.Module, attribute: str) -> list[str]:
+    """Say that a branch has dropout; empty if it has none."""
+    dropout = getattr(layer, attribute, None)
+    if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
+        return []
+    return [
+        f"it has {attribute}={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
+        "(section 4.2 of the paper): set it to 0, or say allow_dropout=True for an ablation"
+    ]
+
+
+def raise_refusals(library: str, refusals: dict[str, str | None]) -> None:
+    """Raise ValueError for the layers of a library that cannot be used.
+
+    Args:
+        library: its name.
+        refusals: by name of a layer, why it cannot be used; None if it can.
+    """
+    raise_problems(
+        ValueError,
+        f"these {library} layers cannot be used",
+        [Problem(name, reason) for name, reason in refusals.items() if reason is not None],
+    )
+
+
+def surveyed(
+    layers: Mapping[str, Any], refusal: Callable[[Any, bool], str | None], triples: Callable[..., Iterable[LoRATriple]]
+) -> Survey:
+    """Return what the layers of a library are, for a description.
+
+    Args:
+        layers: by name.
+        refusal: ``refusal(layer, allow_dropout)`` says why a layer cannot be used.
+        triples: ``triples(name, layer, allow_dropout)`` gives those of a layer that can.
+    """
+    reasons = {name: refusal(layer, False) for name, layer in layers.items()}
+    found = [t for name, layer in layers.items() if reasons[name] is None for t in triples(name, layer, False)]
+    refused = {name: why for name, why in reasons.items() if why is not None}
+    problems = [Problem(name, why) for name, why in refused.items()]
+    return Survey(found, problems, [], list(layers.values()), [layers[name] for name in refused])
+
+
+def first_of(*problems: list[str]) -> str | None:
+    """Return the first sentence of these lists; None if all are empty."""
+    return next((sentence for found in problems for sentence in found), None)
+
+
+def named_layers(model: nn.Module, kinds: Any) -> dict[str, nn.Module]:
+    """Return by name the modules of these classes that do not describe themselves; the model itself by its class."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not describes_itself(module)
+    }
+    names = names_without_wrappers(model, found)
+    return {names[name] or type(module).__name__: module for name, module in found.items()}

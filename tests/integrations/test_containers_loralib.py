@@ -1,0 +1,298 @@
+"""loralib's layers: found, followed, saved, exported; and their merging in evaluation."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import deltaopt
+from deltaopt import export_adapter, find_triples
+from tests.support import containers
+from tests.support.compare import assert_same_bits, bits, relative, same, through_a_file
+from tests.support.containers import Case, each_rule, optimizer_for, train
+
+loralib = pytest.importorskip("loralib", reason="runs where loralib is installed")
+pytestmark = pytest.mark.extra
+
+images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def linear_delta(layer):
+    product = layer.scaling * layer.lora_B @ layer.lora_A
+    return layer.weight, product.T if layer.fan_in_fan_out else product
+
+
+def two_layers(**options):
+    return nn.Sequential(
+        loralib.Linear(7, 5, r=3, lora_alpha=2, **options), nn.Tanh(), loralib.Linear(5, 4, r=2, **options)
+    )
+
+
+def linear_case(fan_in_fan_out):
+    def add(W, product):
+        return product.T if fan_in_fan_out else product
+
+    def deltas(model):
+        return {name: linear_delta(model[int(name)]) for name in "02"}
+
+    return Case(lambda: two_layers(fan_in_fan_out=fan_in_fan_out), rows, ["0", "2"], deltas, add)
+
+
+def embedding_case():
+    def deltas(model):
+        layer = model[0]
+        return {"0": (layer.weight, (layer.scaling * layer.lora_B @ layer.lora_A).T)}
+
+    return Case(
+        lambda: nn.Sequential(loralib.Embedding(9, 5, r=3, lora_alpha=2, padding_idx=2)),
+        torch.arange(9).repeat(2),
+        ["0"],
+        deltas,
+        lambda W, product: product.T,
+    )
+
+
+def conv_case(kind, kernel, x, **options):
+    def deltas(model):
+        conv = model[0]
+        delta = (conv.lora_B @ conv.lora_A).view(conv.conv.weight.shape) * conv.scaling
+        return {"0": (conv.conv.weight, delta)}
+
+    return Case(
+        lambda: nn.Sequential(getattr(loralib, kind)(4, 5, kernel, r=2, lora_alpha=3, **options)), x, ["0"], deltas
+    )
+
+
+def merged_case(enable_lora, fan_in_fan_out=False):
+    parts = [part for part, enabled in enumerate(enable_lora) if enabled]
+
+    def part_of(W, part):
+        return (W.T if fan_in_fan_out else W)[4 * part : 4 * part + 4]
+
+    def deltas(model):
+        layer = model[0]
+        factors = zip(parts, layer.lora_B.split(4), layer.lora_A.split(2), strict=True)
+        return {f"0.{part}": (part_of(layer.weight.data, part), layer.scaling * B @ A) for part, B, A in factors}
+
+    def build():
+        options = {"enable_lora": enable_lora, "fan_in_fan_out": fan_in_fan_out}
+        model = nn.Sequential(loralib.MergedLinear(7, 4 * len(enable_lora), r=2, lora_alpha=3, **options))
+        loralib.mark_only_lora_as_trainable(model)
+        return model
+
+    return Case(build, rows, [f"0.{part}" for part in parts], deltas)
+
+
+MERGED_LINEARS = {
+    "q": [True, False, False],
+    "q_v": [True, False, True],
+    "k_v": [False, True, True],
+    "q_k_v": [True, True, True],
+    "two_of_four": [False, True, False, True],
+}
+CASES = {
+    "linear": linear_case(False),
+    "linear_fan_in_fan_out": linear_case(True),
+    "embedding": embedding_case(),
+    "conv2d_3x3": conv_case("Conv2d", 3, images, stride=2, padding=1, padding_mode="circular"),
+    "conv2d_1x1": conv_case("Conv2d", 1, images),
+    "conv1d_1": conv_case("Conv1d", 1, images[:, :, 0]),
+    "conv3d_1": conv_case("Conv3d", 1, images.unsqueeze(-1)),
+    **{f"merged_{name}": merged_case(enabled) for name, enabled in MERGED_LINEARS.items()},
+    "merged_q_v_fan_in_fan_out": merged_case([True, False, True], fan_in_fan_out=True),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@each_case
+@each_rule
+def test_follows_the_dense_loop(case, rule):
+    containers.check_follows(case, rule)
+
+
+@each_case
+def test_moves_a_16_bit_weight(case):
+    containers.check_16_bits(case)
+
+
+@each_case
+@each_rule
+def test_resumes_bit_for_bit(case, rule):
+    containers.check_resumes(case, rule)
+
+
+@each_case
+@each_rule
+def test_exports(case, rule):
+    containers.check_exports(case, rule)
+
+
+@each_rule
+def test_refuses_dropout(rule):
+    def set_dropout(model):
+        model[0].lora_dropout = nn.Dropout(0.25)
+
+    match = r"0: it has lora_dropout=0\.25, .*section 4\.2.*set it to 0, or say allow_dropout=True"
+    containers.check_dropout(CASES["linear"], rule, set_dropout, match)
+
+
+def evaluate(model, x):
+    """What training loops do between steps: loralib merges the branches, and takes them out again."""
+    model.eval()
+    with torch.no_grad():
+        output = model(x)
+    model.train()
+    return output
+
+
+@each_case
+@each_rule
+def test_evaluation_between_steps_changes_nothing_but_rounding(case, rule):
+    """Merging in float64 rounds W to 1e-16: before the first move of W, between moves, and after them."""
+    plain, model = case.model(), case.model()
+    expected, optimizer = optimizer_for(plain, rule), optimizer_for(model, rule)
+    for t in range(8):
+        train(case, plain, expected, range(t, t + 1))
+        train(case, model, optimizer, range(t, t + 1))
+        assert relative(evaluate(model, case.x), plain(case.x)) <= 1e-12
+    assert relative(model(case.x), plain(case.x)) <= 1e-12
+    for name in case.names:
+        assert relative(optimizer.displacement(name).product(), expected.displacement(name).product()) <= 1e-12
+    pristine = case.model()
+    with optimizer.base_weights():
+        for name, (W, _) in case.deltas(model).items():
+            assert relative(W, case.deltas(pristine)[name][0]) <= 1e-12
+
+
+@each_rule
+def test_a_run_that_was_evaluated_resumes_with_its_bits(rule):
+    case = CASES["linear"]
+    whole, second = case.model(), case.model()
+    optimizer = optimizer_for(whole, rule)
+    for t in range(5):
+        train(case, whole, optimizer, range(t, t + 1))
+        evaluate(whole, case.x)
+    second.load_state_dict(whole.state_dict())
+    resumed = optimizer_for(second, rule)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(case, whole, optimizer, range(5, 8))
+    train(case, second, resumed, range(5, 8))
+    assert same(dict(whole.named_parameters()), dict(second.named_parameters()))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_run_resumes_from_the_factors_unless_it_was_evaluated_before_its_first_move(first):
+    case = CASES["linear"]
+    model, second = case.model(), case.model()
+    optimizer = optimizer_for(model, start_step=first)
+    for t in range(6):
+        train(case, model, optimizer, range(t, t + 1))
+        evaluate(model, case.x)
+    factors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    second.load_state_dict(factors, strict=False)
+    resumed, state = optimizer_for(second, start_step=first), through_a_file(optimizer.state_dict())
+    if first == 0:
+        resumed.load_state_dict(state)
+        assert relative(second(case.x), model(case.x)) <= 1e-12
+    else:
+        with pytest.raises(deltaopt.WeightMismatchError, match="Load the model's weights"):
+            resumed.load_state_dict(state)
+        second.load_state_dict(model.state_dict())  # the way out
+        resumed.load_state_dict(state)
+        assert torch.equal(second(case.x), model(case.x))
+
+
+MERGED = r"(?s)the branch is merged into W, .*: loralib's eval\(\) did that, .* call model\.train\(\)"
+
+
+@each_rule
+def test_while_it_is_merged_steps_and_saving_are_refused(rule):
+    case = CASES["linear"]
+    model = case.model()
+    optimizer = optimizer_for(model, rule)
+    train(case, model, optimizer, range(4))
+    model.eval()
+    before = bits(model)
+    for action in (optimizer.step, optimizer.state_dict, lambda: optimizer.base_weights().__enter__()):
+        with pytest.raises(RuntimeError, match=MERGED):
+            action()
+    with pytest.raises(ValueError, match=MERGED):
+        optimizer_for(model, rule)
+    assert_same_bits(model, before)
+    model.train()  # the way out
+    train(case, model, optimizer, range(4, 6))
+
+
+@each_case
+def test_what_is_read_while_it_is_merged_is_right_or_refused(case):
+    model = case.model()
+    optimizer = optimizer_for(model)
+    train(case, model, optimizer, range(4))
+    exported, merged = export_adapter(optimizer), deltaopt.merged_weights(optimizer)
+    model.eval()
+    again = export_adapter(optimizer)
+    for triple in optimizer.triples:
+        name = triple.label
+        assert relative(again[name].product(), exported[name].product()) <= 1e-12
+        assert relative(triple.W, merged[name]) <= 1e-12
+    with pytest.raises(RuntimeError, match=MERGED):
+        deltaopt.merged_weights(optimizer)
+
+
+def test_a_16_bit_weight_that_evaluation_rounds_is_named():
+    model = CASES["linear"].model().to(torch.bfloat16)
+    advice = r"2 layers \(0, 2\) merge .* in evaluation .* 16 bits .* layer\.merge_weights = False"
+    with pytest.warns(UserWarning, match=advice):
+        find_triples(model)
+    for layer in model.modules():
+        layer.merge_weights = False
+    find_triples(model)
+    before = bits(model)
+    evaluate(model, rows.to(torch.bfloat16))
+    assert_same_bits(model, before)
+
+
+def test_unknown_layers_are_refused_together():
+    class Mine(nn.Module, loralib.LoRALayer):
+        def __init__(self):
+            super().__init__()
+            loralib.LoRALayer.__init__(self, 2, 2, 0.0, True)
+            self.lora_A = nn.Parameter(torch.zeros(2, 3))
+
+    model = nn.Sequential(
+        loralib.Conv2d(4, 4, 3, r=2, groups=2),
+        loralib.Conv1d(4, 5, 3, r=2),
+        loralib.Embedding(4, 5, r=2, max_norm=1.0),
+        Mine(),
+        loralib.Conv2d(4, 4, 3, r=2).to(memory_format=torch.channels_last),
+        loralib.Linear(4, 4, r=2),
+        loralib.Linear(4, 4),
+    )
+    with pytest.raises(ValueError, match="these loralib layers cannot be used") as refused:
+        find_triples(model)
+    expected = {
+        "0": "it is a Conv2d with groups=2",
+        "1": r"it is a Conv1d with kernel_size=\(3,\): .* so its own forward pass fails too",
+        "2": "it has max_norm, with which loralib's forward pass rewrites lora_A",
+        "3": r"Mine is no class of loralib itself: .* lora_triples\(self\)",
+        "4": r"stored in channels_last.*model\.to\(memory_format=torch\.contiguous_format\)",
+    }
+    lines = str(refused.value).splitlines()[1:]
+    assert len(lines) == len(expected)
+    for line, (name, sentence) in zip(lines, expected.items(), strict=True):
+        assert re.search(rf"^  {name}: .*{sentence}", line), line
+    with pytest.raises(RuntimeError, match="shape"):
+        model[1](images[:, :, 0].float())
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_layer_without_a_branch_is_left_out(count):
+    model = nn.Sequential(loralib.Linear(4, 4), *[loralib.Linear(4, 4, r=2)] * count)
+    if count:
+        assert [triple.label for triple in find_triples(model)] == ["1"]
+        assert [triple.label for triple in find_triples(model[1])] == ["Linear"]
+    else:
+        with pytest.raises(ValueError, match="no LoRA layer in this Sequential"):
+            find_triples(model)
