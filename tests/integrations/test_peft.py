@@ -14,7 +14,7 @@ pytest.importorskip("peft", reason="runs where peft is installed")
 pytest.importorskip("transformers", reason="runs where transformers is installed")
 
 import transformers
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers.pytorch_utils import Conv1D
 
 from tests.support import strategies
@@ -455,6 +455,14 @@ def test_dropout_is_accepted_when_asked_for():
 def test_dora_is_refused():
     model = with_adapters(mlp(7, 5), "0", use_dora=True)
     search_refused(model, "base_model.model.0: its branch is a LoRA variant (DoraLinearVariant)", "use plain LoRA")
+
+
+def test_adalora_on_a_convolution_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    model = get_peft_model(model, AdaLoraConfig(target_modules=["0"], init_r=3, target_r=2, total_step=10))
+    search_refused(
+        model, "base_model.model.0: it is a peft.tuners.adalora.layer.SVDConv2d", "W can be moved in lora.Linear"
+    )
 
 
 class Attention(nn.Module):
