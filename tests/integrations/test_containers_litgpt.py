@@ -200,6 +200,13 @@ def test_a_gpt_trains_and_merges(rule):
         torch.testing.assert_close(merged, weights[attention[2 * i]], rtol=0, atol=1e-12)
 
 
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = build(lora.LoRAQKVLinear(7, 24, head_size=3, n_head=4, n_query_groups=2, r=2, enable_lora=True))
+    with pytest.raises(ValueError, match=r"0: its weight is on the meta device, .*: load the weights first"):
+        find_triples(model)
+
+
 ALONE = r"{} the adapter alone, but Delta-LoRA has moved the weights .* Save all weights with model\.state_dict\(\)"
 
 
