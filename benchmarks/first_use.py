@@ -64,7 +64,7 @@ ROWS = {
 
 
 class Times:
-    """Seconds of the processor by row; the last of several is the median's business."""
+    """Seconds of the processor, by row."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
@@ -225,14 +225,14 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "first_use.json")
     parser.add_argument("--once", action="store_true", help="measure in this process and print the numbers alone")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.once:
         print(json.dumps(measure()))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks import drift
+from benchmarks import drift, first_use
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -129,6 +129,39 @@ def costs_in_short() -> str:
     return table(("layers", "W", "AdamW, ms", "in place", "folded", "dense", "MiB"), rows)
 
 
+def around_the_steps() -> str:
+    """Return the times of `first_use`, with the lowest and the highest of all runs."""
+    found = _results("first_use")
+    if found is None:
+        return "Not measured yet."
+    s, mebibytes = found["settings"], {name: row["median"] / 2**20 for name, row in found["bytes"].items()}
+    told = (
+        f"{s['device_name']}, {s['threads']} thread{'s' * (s['threads'] != 1)}, {s['runs']} processes, torch "
+        f"{s['torch']}, Python {s['python']}, load {s['load_average']:.1f} at the start. Milliseconds of the processor."
+    )
+    rows = [
+        (text, f"{1e3 * row['median']:.0f}", f"{1e3 * row['low']:.0f} .. {1e3 * row['high']:.0f}")
+        for text, row in ((text, found["seconds"][name]) for name, text in first_use.ROWS.items())
+    ]
+    small = {name: f"{row['median']:.0f}" for name, row in found["small"].items()}
+    memory = [
+        ("every W", mebibytes["W"]),
+        ("A and B", mebibytes["factors"]),
+        ("AdamW's state", mebibytes["AdamW"]),
+        ("`optimizer.buffer_bytes`", mebibytes["buffers"]),
+        ("ledgers in a saved state", mebibytes["state"]),
+    ]
+    return "\n\n".join(
+        [
+            told,
+            table(("event", "median", "lowest .. highest"), rows),
+            f"{first_use.SMALL_TRIPLES} triples of {first_use.SMALL_SIDE} x {first_use.SMALL_SIDE}: a step takes "
+            f"{small['wrapped']} microseconds a triple, one of AdamW alone {small['inner']}.",
+            table(("memory", "MiB"), [(text, f"{size:.1f}") for text, size in memory]),
+        ]
+    )
+
+
 def kept(device: str) -> str:
     """Return every row of `drift`."""
     found = _drifts(device)
@@ -190,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_overhead, CUDA": partial(overhead, "cuda"),
     "memory": partial(memory, "cpu"),
     "memory, CUDA": partial(memory, "cuda"),
+    "first_use": around_the_steps,
     "drift": partial(kept, "cpu"),
     "drift, CUDA": partial(kept, "cuda"),
 }

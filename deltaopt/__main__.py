@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ COMMANDS = {
 
 HIDDEN = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning)
 """Warnings for programmers, which a user of the command line can do nothing about."""
+
+WIDTH = 88
+"""Characters in a line of a description."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         importlib.import_module(f"deltaopt.cli.{name}").add_arguments(command)
+        if command.description is not None:  # examples keep their lines, so nothing else wraps it
+            command.description = textwrap.fill(command.description, WIDTH)
         command.add_argument("--json", action="store_true", help='print JSON; an error too, as {"error": ...}')
     return whole
 

@@ -17,8 +17,10 @@ from deltaopt.base_hooks import subtract_always
 from deltaopt.checkpoint.files import load
 from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.layer_output import output_problem
+from deltaopt.lowrank import Term, change_of
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.overwritten import BY_SOMEBODY_ELSE, overwriting
+from deltaopt.rounding.blocks import add_product_, full_precision
 from deltaopt.rounding.writer import add_terms_, put_
 from deltaopt.weight import WeightState
 
@@ -72,7 +74,12 @@ class Visit:
             )
         pristine = Pristine(source) if source is not None else None
         self._weights = weights
-        self._ways = {weight: _way_to_base(weight, pristine, method) for weight in weights if weight.base is not None}
+        self._terms = {
+            weight: [] if weight.ledger.lost is not None else weight.displacement()
+            for weight in weights
+            if weight.base is not None
+        }
+        self._ways = {weight: _way_to_base(weight, terms, pristine, method) for weight, terms in self._terms.items()}
         self._moved: dict[WeightState, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         raise_problems(
@@ -84,7 +91,7 @@ class Visit:
     def enter(self) -> None:
         """Bring the base back, after a copy of the bits that each W has now."""
         for weight, way in self._ways.items():
-            terms = [] if isinstance(way, Tensor) else weight.displacement()
+            terms = [] if isinstance(way, Tensor) else self._terms[weight]
             if way == "hooks" and terms:
                 owner = weight.triple.weight_module()
                 assert owner is not None
@@ -94,7 +101,7 @@ class Visit:
                 if isinstance(way, Tensor):
                     put_(weight, way)
                 else:
-                    add_terms_(weight, weight.part(), terms, -1.0)
+                    _take_off_(weight, terms)
         for weight in self._weights:
             weight.forget()  # the model may be moved or cast meanwhile
 
@@ -104,10 +111,23 @@ class Visit:
             handle.remove()
         for weight, bits in self._moved.items():
             put_(weight, bits)
+            weight.is_as_left()
 
     def unfinished(self) -> list[str]:
         """Return the labels of the weights that may be at their base."""
         return [weight.label for weight in self._moved]
+
+
+@torch.no_grad()
+def _take_off_(weight: WeightState, terms: Sequence[Term]) -> None:
+    """Subtract the displacement from W: in one pass where nothing large cancels in it, else in float64."""
+    part, total = weight.part(), change_of(terms)
+    if total is None or part.dtype != total.A.dtype:
+        add_terms_(weight, part, terms, -1.0)
+        return
+    view = weight.triple.view
+    with full_precision(part.device):
+        add_product_(view.part_matrix(part), total.A, view.ordered(total.B, weight.tensors.W), -1.0)
 
 
 @torch.no_grad()
@@ -162,12 +182,13 @@ def put_back(weight: WeightState) -> str | None:
         return problems[0]
     if weight.base is None:
         return None
-    way = _way_to_base(weight, None, "copy")
+    terms = [] if weight.ledger.lost is not None else weight.displacement()
+    way = _way_to_base(weight, terms, None, "copy")
     if isinstance(way, _NoWay):
         return way.reason
     weight.note_write()
     if not isinstance(way, Tensor):
-        way, terms = weight.part().detach().clone(), weight.displacement()
+        way = weight.part().detach().clone()
         add_terms_(weight, way, terms, -1.0)
     bits = way
 
@@ -191,12 +212,21 @@ class _NoWay:
         self.sentence = f"{reason}{ways}"
 
 
-def _way_to_base(weight: WeightState, pristine: Pristine | None, method: str | None) -> Tensor | str | _NoWay:
-    """Return the exact base, or "computed" or "hooks", or why none of them will do."""
+def _way_to_base(
+    weight: WeightState, terms: Sequence[Term], pristine: Pristine | None, method: str | None
+) -> Tensor | str | _NoWay:
+    """Return the exact base, or "computed" or "hooks", or why none of them will do.
+
+    Args:
+        weight: that has moved.
+        terms: its displacement; none where that is lost.
+        pristine: weights from elsewhere.
+        method: of `METHODS`.
+    """
     assert weight.base is not None
     ways = 'hand in the pristine weights, base_weights(source=...), or build the optimizer with keep_base="cpu"'
     lost = weight.ledger.lost
-    nothing_asked = lost is None and not weight.displacement()
+    nothing_asked = lost is None and not terms
     if method != "hooks":
         if pristine is not None:
             found = pristine.find(weight)

@@ -21,6 +21,7 @@ from deltaopt.description import (
     FactorParameter,
     LeftOut,
     TakenLayer,
+    short_name,
 )
 from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings, parse_triples
@@ -222,13 +223,13 @@ def _shared(weights: Sequence[WeightState], loaded: bool, known: Mapping[int, st
             own = _own_name(weight.triple, p)
             names_of.setdefault(id(p), f"{weight.label}.{own}")
             if users[id(p)] > 1:
-                sentences[weight].append(f"{names_of[id(p)]} is in {users[id(p)]} triples")
+                sentences[weight].append(f"{short_name(own)} is in {users[id(p)]} triples")
         if (count := scalings[weight.triple.branch.place()]) > 1:
             sentences[weight].append(f"one number is the scaling of {count} triples")
         if weight.triple.tied:
             sentences[weight].append("W is used in another place too, which moves with it")
-    for weight, other in _pairs_on_one_weight(weights) if loaded else ():
-        sentences[weight].append(f"W is that of {other.label}")
+    for weight, count in _on_one_weight(weights).items() if loaded else ():
+        sentences[weight].append(f"one W is in {count} triples")
     return {
         weight: Shared(
             tuple(_factor_parameter(weight.triple, p, names_of[id(p)]) for p in held), tuple(sentences[weight])
@@ -237,10 +238,11 @@ def _shared(weights: Sequence[WeightState], loaded: bool, known: Mapping[int, st
     }
 
 
-def _pairs_on_one_weight(weights: Sequence[WeightState]) -> list[tuple[WeightState, WeightState]]:
+def _on_one_weight(weights: Sequence[WeightState]) -> dict[WeightState, int]:
+    """Return the weights that share the memory of their W with others, and with how many, themselves included."""
     readable = [weight for weight in weights if is_plain(weight.tensors.W)]
     pairs = overlapping_pairs([weight.tensors.W for weight in readable])
-    return [(readable[a], readable[b]) for i, j in pairs for a, b in ((i, j), (j, i))]
+    return {readable[i]: count + 1 for i, count in Counter(i for pair in pairs for i in pair).items()}
 
 
 def _parameters(triple: LoRATriple) -> tuple[Tensor, ...]:

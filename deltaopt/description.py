@@ -221,7 +221,7 @@ def _left_out_sentence(kind: str, alike: Sequence[LeftOut], where: str) -> str:
 
 
 def _facts(row: TakenLayer) -> tuple[Any, ...]:
-    parameters = tuple((p.factor or _short(p.name), p.shape, p.trains) for p in row.parameters)
+    parameters = tuple((p.factor or short_name(p.name), p.shape, p.trains) for p in row.parameters)
     where = row.layout, row.rows, row.columns
     return (row.shape, row.dtype, row.device, row.r, row.scaling, where, parameters, row.rule, row.why, row.sharing)
 
@@ -242,8 +242,8 @@ def _row_cells(rows: Sequence[TakenLayer], devices: bool) -> tuple[str, ...]:
 
 def _trained_cell(rows: Sequence[TakenLayer]) -> str:
     parameters = rows[0].parameters
-    frozen = [p.factor or _short(p.name) for p in parameters if not p.trains]
-    trained = [p.factor or _short(p.name) for p in parameters if p.trains]
+    frozen = [p.factor or short_name(p.name) for p in parameters if not p.trains]
+    trained = [p.factor or short_name(p.name) for p in parameters if p.trains]
     return f"{_trained(rows):,}: {', '.join(trained)}" + f"; {', '.join(frozen)} frozen" * bool(frozen)
 
 
@@ -251,7 +251,7 @@ def _trained(rows: Iterable[TakenLayer]) -> int:
     return sum({p.name: p.count for row in rows for p in row.parameters if p.trains}.values())
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Return the part of a parameter's name that says what it is: "lora_E" of "h.0.q.lora_E.default"."""
     parts = name.split(".")
     return next((part for part in parts if part.startswith("lora_")), parts[-1])

@@ -104,6 +104,19 @@ def is_in_mode(inner: Optimizer, mode: str) -> bool:
     return all(isinstance(trains, bool) and trains is (mode == "train") for trains in says)
 
 
+def check_no_schedule_free_around(inner: Optimizer) -> None:
+    """Raise RuntimeError if a schedule-free wrapper steps this optimizer: A and B are then not where gradients were.
+
+    Such a wrapper leaves its numbers in the param groups, where an inner optimizer with modes has its own.
+    """
+    if not hasattr(inner, "train") and any({"lr_max", "weight_sum"} <= group.keys() for group in inner.param_groups):
+        raise RuntimeError(
+            "a ScheduleFreeWrapper is around this optimizer: it puts other values into A and B for each step, and W "
+            "would belong to those. Take a schedule-free optimizer inside, such as schedulefree.AdamWScheduleFree: "
+            "DeltaLoRAOptimizer(AdamWScheduleFree, triples, lr=...)"
+        )
+
+
 def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
     """Drop what an optimizer, and each optimizer that it holds, keeps for these factors.
 

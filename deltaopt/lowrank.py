@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +95,23 @@ def joined(terms: Iterable[Term]) -> LowRank:
     A = torch.cat([term.A * term.coef for term in terms], dim=-1)
     B = torch.cat([term.B for term in terms], dim=-2)
     return LowRank(A, B)
+
+
+def change_of(terms: Sequence[Term]) -> LowRank | None:
+    """Return the sum as a product in which nothing large cancels: of one term, or of the change of a product.
+
+    The change coef (A'B' - AB) is coef [A' - A | A] @ [B' ; B' - B], as in a step. None for other sums, which have to
+    be formed in float64.
+    """
+    if not terms or len(terms) > 2 or (len(terms) == 2 and terms[0].coef != -terms[1].coef):
+        return None
+    coef, A, B = terms[-1]
+    if len(terms) == 1:
+        return LowRank(A * coef, B)
+    _, A0, B0 = terms[0]
+    if A0.shape != A.shape:
+        return None
+    return LowRank(torch.cat([A - A0, A0], dim=-1) * coef, torch.cat([B, B - B0], dim=-2))
 
 
 def matrix_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

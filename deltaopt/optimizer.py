@@ -61,7 +61,14 @@ from deltaopt.groups import (
 )
 from deltaopt.in_backward import BackwardWatch, check_not_in_backward, check_outside_backward, check_steps_by_itself
 from deltaopt.in_place import InPlaceUpdate
-from deltaopt.inner import build_inner, forget_state, is_in_mode, is_state_initialisation, step_inner
+from deltaopt.inner import (
+    build_inner,
+    check_no_schedule_free_around,
+    forget_state,
+    is_in_mode,
+    is_state_initialisation,
+    step_inner,
+)
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
 from deltaopt.messages import names
@@ -282,6 +289,7 @@ class DeltaLoRAOptimizer(Optimizer):
         check_outside_backward()
         with self._resolved("step()", waiting=False) as weights:
             check_training(weights)
+            check_no_schedule_free_around(self._inner)
             if closure is None:
                 self._backward_watch.look(weights)
             if is_state_initialisation(self._inner):

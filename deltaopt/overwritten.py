@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaopt.checkpoint.fingerprint import sampled_positions
+from deltaopt.checkpoint.fingerprint import kept_positions
 from deltaopt.messages import layers, warn_user
 from deltaopt.rounding.blocks import lifted
 from deltaopt.tensors import FLOATS, is_plain
@@ -141,7 +141,7 @@ def _sample(weight: WeightState) -> _Sample | None:
         return None
     matrix = view.part_matrix(part)
     *_, c, d = matrix.shape
-    places = sampled_positions([matrix.numel()], SAMPLES, W.device)
+    places = kept_positions((matrix.numel(),), SAMPLES, W.device)
     experts, i, j = places // (c * d), places // d % c, places % d
     index = (i, j) if matrix.dim() == 2 else (experts, i, j)
     there = matrix[index]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ WIDTH = 118
 GAP = "  "
 
 LISTED = 4
-"""Numbers that a pattern lists where they are no range."""
+"""Numbers and ranges that a pattern lists."""
 
 
 def table(rows: Sequence[Sequence[str]], wrapped: int | None = None) -> list[str]:
@@ -78,14 +77,21 @@ def _filled(template: str, numbers: frozenset[tuple[int, ...]], count: int) -> s
 
 
 def _range(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    steps = {b - a for a, b in itertools.pairwise(numbers)}
-    if len(numbers) > 2 and steps == {1}:
-        return f"{{{numbers[0]}..{numbers[-1]}}}"
-    if len(numbers) <= LISTED:
-        return f"{{{','.join(map(str, numbers))}}}"
-    return f"{{{','.join(map(str, numbers[: LISTED - 1]))},...,{numbers[-1]}}}"
+    """Return numbers in order as "3", "{0..11}" or "{0..2,4..11}"; of many runs, the first ones and the last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    pieces = [
+        piece
+        for run in runs
+        for piece in ([f"{run[0]}..{run[-1]}"] if len(run) > 2 else [str(number) for number in run])
+    ]
+    if len(pieces) > LISTED:
+        pieces = [*pieces[: LISTED - 1], "...", pieces[-1]]
+    return pieces[0] if len(numbers) == 1 else f"{{{','.join(pieces)}}}"
 
 
 def _is_number(part: str) -> bool:

@@ -154,8 +154,10 @@ def _mixed_range(n: int) -> Tensor:
 
 def whole_hash(tensor: Tensor) -> int:
     """The hash of all elements, a block at a time. Waits for the device."""
-    hashes = [content_hash(block, samples=None) + number for number, block in enumerate(_blocks(tensor.detach()))]
-    return int(_mixed(torch.stack(hashes)).sum())
+    hashes = [content_hash(block, samples=None) for block in _blocks(tensor.detach())]
+    found = [int(hashes[0])] if len(hashes) == 1 else torch.stack(hashes).tolist()
+    total = sum(_mixed_int(number + place) for place, number in enumerate(found))
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
@@ -185,6 +187,16 @@ def sampled_positions(shape: Sequence[int], samples: int | None, device: torch.d
     return first + _mixed(i).remainder(width)
 
 
+def kept_positions(shape: tuple[int, ...], samples: int, device: torch.device) -> Tensor:
+    """Return `sampled_positions`, to be read only: on a CPU they are computed once."""
+    positions = _places(shape, samples, device).positions
+    return sampled_positions(shape, samples, device) if positions is None else positions
+
+
+_ROUNDS = ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD))
+"""Shifts and odd factors of the scrambling."""
+
+
 def _mixed(x: Tensor) -> Tensor:
     """Return each int64 scrambled, one-to-one."""
     return _mixed_(x.clone())
@@ -192,7 +204,15 @@ def _mixed(x: Tensor) -> Tensor:
 
 def _mixed_(x: Tensor) -> Tensor:
     """Scramble each int64, one-to-one: rounds of xor-shift and odd multiplication."""
-    for shift, factor in ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD)):
+    for shift, factor in _ROUNDS:
         # A right shift of a negative int64 drags its sign along; the mask takes it off.
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
     return x.bitwise_xor_((x >> 32).bitwise_and_(0xFFFFFFFF))
+
+
+def _mixed_int(x: int) -> int:
+    """Do as `_mixed` with one number; return it without a sign."""
+    x %= 1 << 64
+    for shift, factor in _ROUNDS:
+        x = (x ^ (x >> shift)) * factor % (1 << 64)
+    return x ^ (x >> 32)

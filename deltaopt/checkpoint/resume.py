@@ -189,8 +189,9 @@ def warn(decided: Sequence[Resumption], uncompensated: list[str], writer: Writer
     """Warn of what is not as it was in the saved run; last, as a warning may be made an error."""
     if uncompensated:
         warnings.warn(
-            f"what rounding had cut off from the 16-bit W of {layers(uncompensated)} is not in the state, and without "
-            "a copy of the base (keep_base) it cannot be computed: it starts at zero, and W continues from its bits",
+            f"the state does not hold the part of the 16-bit W of {layers(uncompensated)} that compensated "
+            "rounding had cut off, and without a copy of the base (keep_base) that part cannot be computed: it starts "
+            "at zero, and W continues from its bits",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -87,14 +87,22 @@ def check_fits(base: nn.Module, saved: Mapping[str, SavedWeight], name: str) -> 
     modules = dict(base.named_modules())
     problems = []
     for label, (ledger, _) in saved.items():
-        module = modules.get(label.removeprefix(PREFIX))
-        shape = None if module is None else getattr(getattr(module, "weight", None), "shape", None)
-        if module is None and "experts" not in label:  # whose parameters are targets
+        W = _weight(modules, label.removeprefix(PREFIX))
+        if W is None:
             problems.append(Problem(label, "it has no such layer"))
-        elif shape is not None and ledger.W is not None and list(shape) != ledger.W["shape"]:
-            problems.append(Problem(label, f"its W is {tuple(shape)}, and was {tuple(ledger.W['shape'])} in training"))
+        elif ledger.W is not None and list(W.shape) != ledger.W["shape"]:
+            problems.append(
+                Problem(label, f"its W is {tuple(W.shape)}, and was {tuple(ledger.W['shape'])} in training")
+            )
     if problems:
         raise UserError(f"--base {name} is not the model that was fine-tuned: " + "; ".join(problem_lines(problems)))
+
+
+def _weight(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
+    """Return the weight of the module of this name, or the parameter (``target_parameters``); None if there is none."""
+    owner, _, attribute = name.rpartition(".")
+    found = modules[name].weight if name in modules else getattr(modules.get(owner), attribute, None)
+    return found if isinstance(found, Tensor) else None
 
 
 @torch.no_grad()

@@ -25,8 +25,6 @@ EXAMPLES = """examples:
   deltaopt doctor my-adapter --base models/llama          an adapter, or an adapter_config.json alone
 """
 
-GROWN_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq", "eva", "gaussian_both")
-
 
 class Advice(NamedTuple):
     """The rule that fits, and why.
@@ -241,10 +239,11 @@ def _advice(case: _Case, told: Description | None, start_step: int) -> Advice | 
     if only_in_place:
         return Advice("in_place", f"{len(only_in_place)} layers cannot be folded: {only_in_place[0].why}", memory)
     if not grown and not start_step:
-        why = "A @ B is zero at the start and start_step is 0: W is never written, nothing is rounded, and PEFT's own "
-        return Advice(
-            "folded", why + "save is right. Both rules train the same; update_ratio should be constant", memory
+        why = (
+            "A @ B is zero at the start and start_step is 0: with a constant update_ratio W is never written, nothing "
+            "is rounded, and PEFT's own save is right. Both rules train the same"
         )
+        return Advice("folded", why, memory)
     why = f"{grown or f'start_step is {start_step}, when A @ B has grown'}, so both rules write W"
     if sixteen:
         why += '; in 16 bits take rounding="stochastic" (the default) or "compensated"'
@@ -254,12 +253,11 @@ def _advice(case: _Case, told: Description | None, start_step: int) -> Advice | 
 def _grown(case: _Case) -> str:
     """Say that A @ B is not zero at the start; empty if it is, or if it is a new adapter."""
     if case.tensors is not None:
-        lefts = [t for name, t in case.tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
-        return "the product A @ B of this adapter has grown" if any(bool(t.any()) for t in lefts) else ""
+        zero = "lora_E" if case.config.peft_type.value == "ADALORA" else "lora_B", "lora_embedding_B"
+        grown = any(bool(tensor.any()) for name, tensor in case.tensors.items() if any(part in name for part in zero))
+        return "the product A @ B of this adapter has grown" if grown else ""
     start = getattr(case.config, "init_lora_weights", True)
-    if start is False or (isinstance(start, str) and start.lower().startswith(GROWN_STARTS)):
-        return f"with init_lora_weights={start!r} A @ B is not zero at the start"
-    return ""
+    return "" if folders.starts_at_zero(start) else f"with init_lora_weights={start!r} A @ B is not zero at the start"
 
 
 def _memory(told: Description, sixteen: float) -> list[str]:

@@ -169,6 +169,18 @@ def with_adapter(model: nn.Module, config: Any, what: str) -> nn.Module:
             raise UserError(f"{what} does not fit this model: {_reason(error)}") from error
 
 
+def starts_at_zero(start: bool | str) -> bool:
+    """Tell if LoRA's branch adds nothing at the start with this ``init_lora_weights``, as PEFT does it on one layer."""
+    peft = needed("peft")
+    with quiet():
+        try:
+            config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)
+            layer = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).base_model.model[0]
+        except Exception:  # a start that needs data or another library: those are taken out of W
+            return False
+        return not bool(layer.get_delta_weight("default").any())
+
+
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise UserError if an adapter's tensors are not those of the adapter that was put on the model.
 

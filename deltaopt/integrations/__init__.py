@@ -109,6 +109,6 @@ def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
     raise_problems(
         ValueError,
         "these weights are used in more than one place, and moving them for their LoRA branch would move the "
-        "others too. Leave them out of target_modules, or say allow_tied=True",
+        "others too. Leave them out of target_modules, or pass allow_tied=True",
         [Problem(triple.label, f"its W is {' and '.join(places)}") for triple, places in tied_places(model, triples)],
     )

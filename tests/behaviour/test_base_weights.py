@@ -522,3 +522,35 @@ def test_hooks_are_refused_for_a_layout_that_the_class_does_not_have(module, lay
         optimizer.base_weights(method="hooks"),
     ):
         pass
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_a_base_computed_in_one_pass_is_the_base_to_rounding_after_large_products(layout):
+    """The products are much larger than their change, and than W."""
+    tensors = strategies.make(layout, dtype=torch.float32)
+    with torch.no_grad():
+        tensors.A.mul_(300.0)
+        tensors.B.mul_(300.0)
+    optimizer, W0 = DeltaLoRAOptimizer(torch.optim.SGD, [tensors.triple()], lr=1e-4), tensors.W.clone()
+    noisy_training(optimizer, tensors, 3)
+    moved = (tensors.W - W0).abs().max()
+    with optimizer.base_weights():
+        assert float((tensors.W - W0).abs().max()) < 1e-5 * float(W0.abs().max() + moved)
+    assert moved > 0
+
+
+def test_W_is_not_read_to_see_if_it_came_back_from_its_base(monkeypatch):
+    layer = HandmadeLayer()
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [layer.triple()], lr=0.1)
+    noisy_training(optimizer, layer, 2)
+    with optimizer.base_weights():
+        pass
+    taken = internals.fingerprints_of_weights(monkeypatch)
+    noisy_training(optimizer, layer, 1)
+    with optimizer.base_weights():
+        pass
+    assert taken == []
+    with torch.no_grad():
+        layer.weight.mul_(1.0)
+    noisy_training(optimizer, layer, 1)
+    assert len(taken) == 1  # somebody else has written W

@@ -195,7 +195,7 @@ def test_a_state_without_compensation():
         twin.optimizer.load_state_dict(through_a_file(small))
         return twin
 
-    with pytest.warns(RuntimeWarning, match=r"cut off from the 16-bit .* of 1 layer \(q0\) is not in the state"):
+    with pytest.warns(RuntimeWarning, match=r"the state does not hold .* of 1 layer \(q0\) that compensated"):
         twin = loaded()
     assert torch.equal(full(twin), run.stored.W.float())
     twin = loaded(keep_base="cpu")  # keeps W when it is built, which was the base then

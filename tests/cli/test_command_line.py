@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,6 +136,27 @@ def test_an_edited_ledger(call, checkpoint):
 
     rewritten(checkpoint, edit)
     assert "a saved ledger was edited or cut off: its checksum differs" in call("inspect", checkpoint, code=1)
+
+
+def test_weights_that_were_quantized(call, runs, base, tmp_path):
+    """They have no fingerprint and do not move: the adapter of the checkpoint is right on them."""
+    checkpoint = shutil.copytree(runs["folded"].checkpoint, tmp_path / "checkpoint")
+
+    def quantize(state):
+        for entries in state["state"].values():
+            for key in [key for key in entries if key.startswith("deltaopt.ledger.")]:
+                ledgers = json.loads(entries[key].partition(" ")[2])
+                text = json.dumps({name: {**ledger, "W": None, "base": None} for name, ledger in ledgers.items()})
+                entries[key] = f"{zlib.crc32(text.encode()):08x} {text}"
+
+    rewritten(checkpoint, quantize)
+    message = call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1)
+    assert message.startswith("the W of 10 layers (base_model.model.model.layers.0.self_attn.q_proj, ")
+    assert message.endswith(
+        f"could not be read in training (quantized), and so did not move: use the adapter in {checkpoint} as it is, on "
+        "the base"
+    )
+    assert f"use: {checkpoint}, on the base as it is (its factors hold the folded ratio)" in call("inspect", checkpoint)
 
 
 def test_a_state_of_another_optimizer(call, checkpoint):

@@ -114,6 +114,17 @@ def test_which_rule_fits(seen, tmp_path, grown, start_step, dtype, rule, why):
     assert {row["dtype"] for row in data["description"]["rows"]} == {dtype}
 
 
+@pytest.mark.parametrize(
+    ("start", "rule"),
+    [(True, "folded"), ("gaussian", "folded"), (False, "in_place"), ("pissa", "in_place"), ("corda", "in_place")],
+)
+def test_the_start_of_a_new_adapter(seen, tmp_path, start, rule):
+    fields = lora_fields(init_lora_weights=start)
+    _, data = seen(config_alone(tmp_path / "a", fields), "--base", llama(tmp_path / "m"))
+    assert data["rule"]["weight_update"] == rule
+    assert (f"with init_lora_weights={start!r} A @ B is not zero" in data["rule"]["why"]) == (rule == "in_place")
+
+
 @pytest.mark.parametrize(("grown", "says"), [(False, "cannot be written"), (True, "it would have to be written once")])
 def test_a_quantized_base_is_folded(seen, tmp_path, grown, says):
     pytest.importorskip("bitsandbytes", reason="runs where bitsandbytes is installed")

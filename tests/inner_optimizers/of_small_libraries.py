@@ -13,8 +13,8 @@ from tests.inner_optimizers.layers import Layer
 from tests.inner_optimizers.row import Row, row
 
 NO_OPTIMIZER = {
-    "follows": "It is no `torch.optim.Optimizer`. Around a DeltaLoRAOptimizer it is wrong without a word, as that one "
-    "then steps z, where no gradient was taken: take `AdamWScheduleFree` or another class of the library."
+    "follows": "It is no `torch.optim.Optimizer`, and steps z, where no gradient was taken: around a "
+    "DeltaLoRAOptimizer it is refused in the second step. Take `AdamWScheduleFree` or another class of the library."
 }
 
 PICKLED = {"resumes": "The optimizer keeps an object of its own in its state, which `weights_only=True` refuses."}

@@ -12,6 +12,9 @@ from tests.inner_optimizers.table import ROWS
 
 PAGE = Path(__file__).parents[2] / "docs" / "inner-optimizers.md"
 
+NARROW = ", float32"
+HEADS = ("follows", "resumes", "state format")
+
 Found = Mapping[tuple[str, str], Mapping[str, str]]
 """What the checks found, by row and rule, and then by column."""
 
@@ -22,8 +25,8 @@ TITLE = """\
 rules. The tests in `tests/inner_optimizers` run every row and write this page (`python -m tests.inner_optimizers`).
 
 - **follows:** A, B, W and the effective weight are in every step those of the paper's loop with the bare optimizer and
-  dense products, to 1e-12 relative. The optimizers with the mark ' train A and B in float32, as they take or compute in
-  no more than that, and the loop does so too; the others train them in float64.
+  dense products, to 1e-12 relative. A and B are in float64, or in float32 in both where the row says so, as the
+  optimizer takes or computes in no more than that.
 - **resumes:** the model and the state go through `torch.save` and `torch.load(weights_only=True)` into a new model and
   a new optimizer, and all that follows is bit for bit what it is without the interruption.
 - **state format:** the saved state, without the keys that begin with `deltaopt`, is what the bare optimizer saves, and
@@ -32,6 +35,20 @@ rules. The tests in `tests/inner_optimizers` run every row and write this page (
 A rule that looks at the size of a parameter (Adafactor's `scale_parameter`, LAMB, LARS, weight decay) sees the same A
 and B in both rules, and gradients of the same size, so the rules agree there as well. Schedule-free is compared where
 gradients are taken, and after `eval()`. SAM's W moves by the net step, and rests where the second gradient is taken.
+"""
+
+IN_BACKWARD = """
+## Optimizers that step within the backward pass
+
+A and B then change where no `step()` sees it, so that W could not follow. All of these are refused, by name as far as
+they have one (`tests/unit/test_in_backward.py`):
+
+- LOMO and AdaLOMO, the layerwise optimizers of transformers (`optim="galore_adamw_layerwise"`) and torchtune's
+  `OptimizerInBackwardWrapper`, when the optimizer is built.
+- Factors with `torch.distributed.optim._apply_optimizer_in_backward`, then or in the first step.
+- Optimizers in hooks (`register_post_accumulate_grad_hook`), in the second step: no factor has a gradient, and some
+  have changed.
+- A `DeltaLoRAOptimizer` in such a hook: `step()` raises within a backward pass.
 """
 
 
@@ -43,15 +60,17 @@ def rendered(found: Found, versions: Mapping[str, str]) -> str:
         versions: of the libraries, by name.
     """
     notes: dict[str, int] = {}
-    lines = [TITLE, _line("library", "optimizer", "rule", *COLUMNS), _line(*["---"] * (3 + len(COLUMNS)))]
+    lines = [TITLE, _line("library", "optimizer", "rule", *HEADS), _line(*["---"] * (3 + len(COLUMNS)))]
     for row in ROWS:
         by_rule = {rule: _cells(row, rule, found[row.key, rule], notes) for rule in RULES}
-        name = row.name + (" '" if row.is_narrow else "")
+        name = row.name + (NARROW if row.is_narrow else "")
         same = by_rule["in_place"] == by_rule["folded"]
         for rule in RULES[:1] if same else RULES:
             said = "both" if same else rule.replace("_", " ")
             lines.append(_line(f"{row.library} {versions[row.library]}", name, said, *by_rule[rule]))
-    return "\n".join([*lines, "", "## Notes", "", *(f"{number}. {note}" for note, number in notes.items()), ""])
+    return "\n".join(
+        [*lines, IN_BACKWARD, "## Notes", "", *(f"{number}. {note}" for note, number in notes.items()), ""]
+    )
 
 
 def read(text: str) -> tuple[dict[tuple[str, str], dict[str, str]], dict[str, str]]:
@@ -63,7 +82,7 @@ def read(text: str) -> tuple[dict[tuple[str, str], dict[str, str]], dict[str, st
         if re.match(r"\| [\w-]+ \d", line):
             library_and_version, name, said, *cells = line.removeprefix("| ").removesuffix(" |").split(" | ")
             library, versions[library] = library_and_version.split(" ")[0], library_and_version.split(" ")[1]
-            row = by_name.get((library, name.removesuffix(" '")))
+            row = by_name.get((library, name.removesuffix(NARROW)))
             for rule in RULES if said == "both" else [said.replace(" ", "_")]:
                 if row is not None:
                     cells = [re.sub(r" \(note \d+\)$", "", cell) for cell in cells]

@@ -182,6 +182,28 @@ def test_a_run_that_was_evaluated_resumes_with_its_bits(rule):
     assert same(dict(whole.named_parameters()), dict(second.named_parameters()))
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_run_resumes_from_the_factors_unless_it_was_evaluated_before_its_first_move(first):
+    case = CASES["linear"]
+    model, second = case.model(), case.model()
+    optimizer = optimizer_for(model, start_step=first)
+    for t in range(6):
+        train(case, model, optimizer, range(t, t + 1))
+        evaluate(model, case.x)
+    factors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    second.load_state_dict(factors, strict=False)
+    resumed, state = optimizer_for(second, start_step=first), through_a_file(optimizer.state_dict())
+    if first == 0:
+        resumed.load_state_dict(state)
+        assert relative(second(case.x), model(case.x)) <= 1e-12
+    else:
+        with pytest.raises(deltaopt.WeightMismatchError, match="Load the model's weights"):
+            resumed.load_state_dict(state)
+        second.load_state_dict(model.state_dict())  # the way out
+        resumed.load_state_dict(state)
+        assert torch.equal(second(case.x), model(case.x))
+
+
 MERGED = r"(?s)the branch is merged into W, .*: loralib's eval\(\) did that, .* call model\.train\(\)"
 
 

@@ -54,6 +54,19 @@ def test_loralib():
     assert bad.why in str(raised.value)
 
 
+def test_fused_layers_share_rows():
+    """Parts of one W share parameters; layers that are alike still share a row of the table."""
+    loralib = pytest.importorskip("loralib", reason="runs where loralib is installed")
+    model = nn.Sequential(*(loralib.MergedLinear(6, 9, r=2, enable_lora=[True, False, True]) for _ in range(30)))
+    loralib.mark_only_lora_as_trainable(model)
+    told = describe(model)
+    assert len(told.rows) == 60
+    assert told.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert told.rows[0].sharing[-1] == "one W is in 2 triples"
+    assert "{0..29}.2  30 x (9, 6) float32" in str(told)
+    assert len(str(told).splitlines()) < 12
+
+
 def test_litgpt():
     lora = pytest.importorskip("litgpt.lora", reason="runs where litgpt is installed")
     model = nn.Sequential(lora.LoRALinear(4, 6, r=2), lora.LoRALinear(6, 4, r=2, lora_dropout=0.1))

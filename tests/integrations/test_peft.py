@@ -592,7 +592,7 @@ def test_a_tied_lm_head_is_refused():
     model = with_adapters(tiny_llama(tie_word_embeddings=True), "lm_head")
     search_refused(
         model,
-        "Leave them out of target_modules, or say allow_tied=True",
+        "Leave them out of target_modules, or pass allow_tied=True",
         "base_model.model.lm_head: its W is ",
         "embed_tokens.weight and ",
         "lm_head.base_layer.weight",

@@ -176,3 +176,13 @@ def test_what_is_no_factory_is_refused_with_the_factorys_name(optimizer, match, 
     with pytest.raises(TypeError, match=rf"(?s){match}.*optimizer_cls_and_kwargs take \(deltaopt.*DeltaLoRAFactory"):
         trainer.train()
     assert same(bits(model), before)
+    trainer_of(arguments(tmp_path), (DeltaLoRAFactory, OPTIONS), model).train()  # as the message says
+    moved = [not same(W, before[name]) for name, W in bits(model).items() if "base_layer" in name]
+    assert moved
+    assert all(moved)
+
+
+def test_a_factory_that_was_made_already_is_refused_with_what_to_write(accelerator_of, tmp_path):
+    trainer = trainer_of(arguments(tmp_path), (DeltaLoRAFactory(), OPTIONS), causal_lm())
+    with pytest.raises(TypeError, match=r"made already\. Give it the class: .*=\(DeltaLoRAFactory, "):
+        trainer.train()

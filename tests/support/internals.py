@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, factor_buffers, gradient_hooks, ledger
+from deltaopt import weight as weight_module
+from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
 from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings
@@ -168,6 +170,18 @@ def note_products(patch: pytest.MonkeyPatch, note: Callable[[float, Tensor, Tens
 def use_blocks_of(patch: pytest.MonkeyPatch, elements: int) -> None:
     """Lift 16-bit weights to 32 bits in blocks of this many elements."""
     patch.setattr(blocks, "BLOCK_ELEMENTS", elements)
+
+
+def fingerprints_of_weights(patch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return a list that gets each W whose fingerprint is taken from now on."""
+    taken: list[Tensor] = []
+
+    def noted(tensor: Tensor, whole: bool = False) -> Fingerprint:
+        taken.append(tensor)
+        return Fingerprint(tensor, whole)
+
+    patch.setattr(weight_module, "Fingerprint", noted)
+    return taken
 
 
 def buffer_addresses(optimizer: DeltaLoRAOptimizer) -> list[int]:

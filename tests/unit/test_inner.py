@@ -255,6 +255,25 @@ def test_a_lookahead_inside_restarts_from_the_new_factors(rule):
     assert torch.allclose(run.stored.B, start - 0.5 * 0.02 * gradient, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.extra
+@pytest.mark.parametrize("library", ["schedulefree", "pytorch_optimizer"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_schedule_free_wrapper_around_is_refused_in_the_second_step(rule, library):
+    """In the first one its two points are the same."""
+    wrapper = pytest.importorskip(library, reason=f"runs where {library} is installed").ScheduleFreeWrapper
+    run = LayerRun(rule, inner=torch.optim.SGD)
+    around = wrapper(run.optimizer)
+    around.train()
+    run.backward()
+    around.step()
+    run.backward()
+    with pytest.raises(
+        RuntimeError, match=r"a ScheduleFreeWrapper is around .*DeltaLoRAOptimizer\(AdamWScheduleFree, triples"
+    ):
+        around.step()
+    assert run.optimizer.step_count == 1
+
+
 # Making the inner state exist, as torch.distributed.checkpoint does.
 
 
@@ -303,17 +322,6 @@ def test_an_inner_optimizer_without_a_learning_rate_steps():
     optimizer.step()
     assert torch.equal(A, expected)
     assert optimizer.step_count == 1
-
-
-@pytest.mark.extra
-def test_adafactor_as_documented():
-    """Step transformers' Adafactor with its defaults, lr=None and relative_step."""
-    transformers = pytest.importorskip("transformers", reason="runs where transformers is installed")
-    W, A, B = small_layer()
-    optimizer, before = DeltaLoRAOptimizer(transformers.Adafactor, [(W, A, B)], lr=None), W.clone()
-    random_steps(optimizer, 2)
-    assert not torch.equal(W, before)
-    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_lists_and_dicts_of_the_inner_optimizer_are_shared():

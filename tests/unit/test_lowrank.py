@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.lowrank import LowRank, Term, change_of, joined
 from tests.support import strategies
+from tests.support.compare import relative
 
 
 def random_terms(ranks, shape=(9, 6), lead=(), seed=0):
@@ -96,3 +97,23 @@ def test_a_sum_has_an_identity_on_its_shorter_side(shape, lead):
     assert torch.allclose(found.product(), dense_sum(some), atol=1e-12)
     identity = found.B if shape[1] <= shape[0] else found.A
     assert torch.equal(identity, torch.eye(6, dtype=torch.float64).expand(*lead, 6, 6))
+
+
+@given(lead=st.sampled_from([(), (3,)]), seed=strategies.seeds, coef=st.sampled_from([2.0, -0.7]))
+def test_the_change_of_a_product_loses_nothing_by_cancellation_in_float32(lead, seed, coef):
+    """The two products are 10^6 times as large as their difference, which float32 alone would lose."""
+    A, B, A_step, B_step = (t for term in random_terms([4, 4], lead=lead, seed=seed) for t in term[1:])
+    before = Term(-coef, A.float(), B.float())
+    after = Term(coef, (A + 1e-6 * A_step).float(), (B + 1e-6 * B_step).float())
+    expected = dense_sum([term.to(A.device, torch.float64) for term in (before, after)])
+    found = change_of([before, after])
+    assert found.A.dtype == torch.float32
+    assert relative(found.A.double() @ found.B.double(), expected) < 1e-4
+
+
+def test_a_single_term_is_its_own_change_and_other_sums_are_none():
+    one, other, third = random_terms([2, 2, 2])
+    assert torch.allclose(change_of([one]).product(), dense_sum([one]))
+    wider = random_terms([3])[0]
+    assert change_of([]) is change_of([one, other]) is change_of([one, other, third]) is None
+    assert change_of([one._replace(coef=-wider.coef), wider]) is None

@@ -238,7 +238,7 @@ def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
         return []
     return [
         f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set lora_dropout=0, or say allow_dropout=True for an ablation"
+        "(section 4.2 of the paper): set lora_dropout=0, or pass allow_dropout=True for an ablation"
     ]
 
 

@@ -39,7 +39,7 @@ class DeltaLoRAFactory:
 
     def __call__(
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         *,
         inner: type[Optimizer] | Callable[..., Optimizer] = AdamW,
         args: Any = None,
@@ -59,9 +59,16 @@ class DeltaLoRAFactory:
                 and the options of `inner`.
 
         Raises:
-            TypeError: for an option that neither knows, or an `inner` that is no class, or a missing learning rate.
+            TypeError: without a model, for an option that neither knows, or an `inner` that is no class, or a missing
+                learning rate.
             ValueError: as `for_model`, for a model without LoRA layers among others. Nothing is changed then.
         """
+        if model is None:
+            raise TypeError(
+                "DeltaLoRAFactory: the model is missing, as Trainer was given a DeltaLoRAFactory that was made "
+                "already. Give it the class: "
+                'optimizer_cls_and_kwargs=(DeltaLoRAFactory, {"inner": torch.optim.AdamW, "lr": 2e-4})'
+            )
         if not callable(inner):
             raise TypeError(
                 f"DeltaLoRAFactory: `inner` is {inner!r}, expected the class of the optimizer that trains A and B: "
