@@ -29,7 +29,6 @@ from torch import nn
 
 from benchmarks.machine import cpu_name
 from deltaopt import DeltaLoRAOptimizer, find_triples
-from deltaopt.integrations.peft import save_adapter
 
 RANK = 8
 LAYERS = 16
@@ -113,6 +112,8 @@ def give_gradients(optimizer: torch.optim.Optimizer) -> None:
 def measure() -> dict[str, Any]:
     """Meet the optimizer as a user does, once; return seconds by row, and bytes."""
     from accelerate import Accelerator
+
+    from deltaopt.integrations.peft import save_adapter
 
     times, model = Times(), llama()
     accelerator = Accelerator(cpu=True)

@@ -101,7 +101,8 @@ def _of_adapter(place: Path, arguments: argparse.Namespace) -> Outcome:
             "too; or, to look at a config before training, name the model with --base"
         )
     state = "its config alone, no weights" if tensors is None else f"{len(tensors)} tensors"
-    opening = f"{place}: a {config.peft_type.value} adapter of rank {config.r} ({state})"
+    rank = getattr(config, "init_r", config.r)
+    opening = f"{place}: an adapter of type {config.peft_type.value} and rank {rank} ({state})"
     case = _Case(place, opening, config, tensors, NEEDS_MOVED in fields)
     return _outcome(case, base, arguments)
 

@@ -203,14 +203,15 @@ def test_an_adapter_of_another_step(call, runs, base, tmp_path):
             {"num_hidden_layers": 1},
             "it has no such layer (5 layers: base_model.model.model.layers.1.self_attn.q_proj, ",
         ),
-        ({"intermediate_size": 32}, "its W is (32, 16), and was (20, 16) in training (2 layers: base_model.model."),
+        ({"intermediate_size": 32}, "its W is (32, 16), and was (20, 16) in training (and likewise in 3 layers: "),
     ],
     ids=["missing", "shapes"],
 )
 def test_a_base_without_the_layers(sizes, sentence, call, checkpoint, tmp_path):
     base = llama(tmp_path / "base", **sizes)
     message = call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1)
-    assert message.startswith(f"--base {base} is not the model that was fine-tuned: {sentence}")
+    assert message.startswith(f"--base {base} is not the model that was fine-tuned: ")
+    assert sentence in message
 
 
 @pytest.mark.parametrize("count", [0, 400], ids=["missing", "shapes"])
@@ -333,12 +334,9 @@ def test_refusals_are_errors_of_the_user():
     assert one_line("cannot be used:\n  q: why\n  k: why\nDo that") == "cannot be used: q: why; k: why; Do that"
 
 
-def test_as_a_module(runs, tmp_path):
-    command = [sys.executable, "-m", "deltaopt", "inspect", str(runs["in place"].checkpoint), "--json"]
+def test_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "deltaopt", "inspect", "no"]
     environment = {**os.environ, "PYTHONPATH": str(Path(deltaopt.__file__).parents[1])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["states"][0]["step"] == 4
-    done = subprocess.run([*command[:4], "no"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "deltaopt inspect: error: no: there is no such file or folder\n"

@@ -158,6 +158,20 @@ def test_what_to_change(seen, tmp_path, field, change):
     assert mended["description"]["rows"] == data["after_changes"]["rows"]
 
 
+def test_adalora(seen, tmp_path):
+    """Its orthogonality loss keeps it from being folded; without that loss both rules take it."""
+    fields = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"]}
+    base = llama(tmp_path / "m")
+    _, data = seen(config_alone(tmp_path / "a", {**fields, "orth_reg_weight": 0.5}), "--base", base)
+    assert data["changes"][0].startswith("orth_reg_weight: 0.5 -> 0")
+    assert {row["rule"] for row in data["description"]["rows"]} == {"in_place"}
+    assert data["rule"]["weight_update"] == "in_place"
+    assert "orth_reg_weight" in data["rule"]["why"]
+    _, data = seen(config_alone(tmp_path / "b", {**fields, "orth_reg_weight": 0}), "--base", base)
+    assert data["changes"] == []
+    assert {row["rule"] for row in data["description"]["rows"]} == {"either"}
+
+
 def test_tied_embeddings_are_refused_by_name(seen, tmp_path):
     base = llama(tmp_path / "m", tie_word_embeddings=True)
     fields = lora_fields(target_modules=["embed_tokens", "q_proj"])

@@ -12,8 +12,8 @@ from tests.inner_optimizers.row import Row, row
 LARGE = {"dtype": torch.float32, "shape": (256, 272, 16)}
 
 HOST_COPIES = {
-    "follows": "It needs a GPU. There it steps copies of A and B in the host's memory, and is refused: the inner "
-    "optimizer has to hold A and B themselves."
+    "follows": "It needs a GPU, and this table was made on a CPU. By its source it holds copies of A and B in the "
+    "host's memory; such an optimizer is refused, as the inner one has to hold A and B themselves."
 }
 
 BITSANDBYTES = {

@@ -17,8 +17,8 @@ SEVERAL_PLACES = {
 }
 NO_GRAPH = {"follows": "W is moved without a graph."}
 ON_A_GPU = {
-    "follows": "torch takes `capturable=True` on a GPU alone. There it steps; the capture of a whole step into a CUDA "
-    "graph is refused, since the ratio and the count of steps would be frozen in it."
+    "follows": "torch takes `capturable=True` on a GPU alone, and this table was made on a CPU. The capture of a "
+    "whole step into a CUDA graph is refused, since the ratio and the count of steps would be frozen in it."
 }
 DENSE = {"follows": "The gradients of A and B are dense. Made sparse by the loop, they train as in the row below."}
 

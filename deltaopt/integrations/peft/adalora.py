@@ -99,7 +99,10 @@ def put_scaled_rows(value: Tensor, E: Tensor, Q: Tensor) -> None:
 
 def divisor_of(layer: Any, adapter: str) -> float:
     """Return what a layer divides its branch by."""
-    return float(layer.ranknum[adapter].detach() + 1e-5)
+    rank = layer.ranknum[adapter].detach()
+    if rank.is_meta:  # no weights are loaded yet: the budget is whole
+        return float(layer.r[adapter]) + 1e-5
+    return float(rank + 1e-5)
 
 
 def set_divided_scaling(adapter: str, layer: Any, value: float) -> None:
