@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def load_base(base: str, adapter: AdapterFolder, dtype: torch.dtype) -> nn.Modul
         import transformers
         from safetensors import SafetensorError
 
-    with quiet(), _short(base, OSError, ValueError, RuntimeError, KeyError, SafetensorError):
+    unknown = "" if Path(base).exists() else "there is no such folder here, and as a name on the Hub: "
+    with quiet(), _short(base, OSError, ValueError, RuntimeError, KeyError, SafetensorError, reason=unknown):
         config = transformers.AutoConfig.from_pretrained(base)
         kind = getattr(transformers, _class_name(adapter, config), None)
         if kind is None:
@@ -142,13 +144,13 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _short(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn what another library says of an input into a UserError of one line that is not long."""
+def _short(what: str, *kinds: type[Exception], reason: str = "") -> Iterator[None]:
+    """Turn what another library says of an input, after a reason of ours, into a UserError of one short line."""
     try:
         yield
     except kinds as error:
         text = one_line(str(error)) or type(error).__name__
-        raise UserError(f"{what} cannot be loaded: {text[:SHOWN]}{' ...' * (len(text) > SHOWN)}") from error
+        raise UserError(f"{what} cannot be loaded: {reason}{text[:SHOWN]}{' ...' * (len(text) > SHOWN)}") from error
 
 
 def _class_name(adapter: AdapterFolder, config: Any) -> str:

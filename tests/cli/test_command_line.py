@@ -58,6 +58,13 @@ def test_truncated_safetensors(call, checkpoint, base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_a_file_of_something_else_in_place_of_the_state(call, checkpoint):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), checkpoint / "optimizer.pt")
+    says = f"{checkpoint / 'optimizer.pt'} holds no state of an optimizer, as optimizer.state_dict() returns it"
+    assert call("inspect", checkpoint, code=1) == says
+    assert call("inspect", checkpoint / "optimizer.pt", code=1) == f"{says}: give its folder, {checkpoint}"
+
+
 @pytest.mark.parametrize("part", [0.0, 0.6])
 def test_a_truncated_file_of_torch(part, call, checkpoint):
     file = cut(checkpoint / "optimizer.pt", checkpoint / "optimizer.pt", part)
@@ -230,6 +237,7 @@ def test_a_base_that_is_none(base, call, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1)
     assert message.startswith(f"{base} cannot be loaded: ")
+    assert ("there is no such folder here, and as a name on the Hub: " in message) is (base != ".")
     assert len(message) < 500
 
 
