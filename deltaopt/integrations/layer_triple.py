@@ -93,7 +93,7 @@ def dropout_problems(layer: nn.Module, attribute: str) -> list[str]:
         return []
     return [
         f"it has {attribute}={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set it to 0, or say allow_dropout=True for an ablation"
+        "(section 4.2 of the paper): set it to 0, or pass allow_dropout=True for an ablation"
     ]
 
 
