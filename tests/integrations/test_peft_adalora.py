@@ -191,6 +191,26 @@ def test_a_run_resumes(rule, whole):
         assert torch.equal(p, other) if whole else relative(other, p) < 1e-12, name
 
 
+@pytest.mark.parametrize("step", [1, 5, 8])
+@each_rule
+def test_a_run_resumes_in_the_middle_of_the_budget(rule, step):
+    """Before and after start_step, with the averages of PEFT's allocator, which are in no state_dict."""
+    orth = 0.0 if rule == "folded" else 0.5
+    model, optimizer = trained(rule, step)
+    fresh = adalora_model(orth)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    fresh.base_model.rankallocator = copy.deepcopy(model.base_model.rankallocator)
+    resumed = DeltaLoRAOptimizer.for_model(
+        fresh, torch.optim.AdamW, update_ratio=0.7, start_step=3, weight_update=rule, **ADAMW
+    )
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (fresh, resumed)):
+        train(each, its, range(step, STEPS), orth)
+        assert masked(each) == 4
+    for name, p in model.named_parameters():
+        assert torch.equal(p, fresh.get_parameter(name)), name
+
+
 @each_rule
 def test_an_export_is_a_plain_adapter_on_the_base(rule):
     model, optimizer = trained(rule)
