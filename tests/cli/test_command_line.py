@@ -340,3 +340,39 @@ def test_as_a_module(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "deltaopt inspect: error: no: there is no such file or folder\n"
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_an_output_that_is_closed_early_or_full_leaves_no_traceback(extra, monkeypatch, capfd):
+    """As with ``| head``, and on a full disk."""
+    from deltaopt import __main__
+
+    monkeypatch.setattr(inspect, "run", lambda arguments: Outcome("x" * 100_000, {"x": "x" * 100_000}))
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(__main__.sys, "stdout", closed)
+        assert main(["inspect", "x", *extra]) == 1
+    assert capfd.readouterr() == ("", "")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(__main__.sys, "stdout", full)
+            assert main(["inspect", "x", *extra]) == 1
+        expected = "deltaopt: error: the result cannot be printed: No space left on device\n"
+        assert capfd.readouterr() == ("", expected)
+
+
+def test_an_interruption_is_quiet(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "run", interrupted)
+    assert main(["inspect", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_has_null_for_what_is_no_number(monkeypatch, capsys):
+    data = {"a": float("nan"), "b": [float("inf"), 1.5, ("c",)], "d": {"e": -float("inf")}}
+    monkeypatch.setattr(inspect, "run", lambda arguments: Outcome("", data))
+    assert main(["inspect", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5, ["c"]], "d": {"e": None}}
