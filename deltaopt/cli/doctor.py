@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltaopt.cli import folders
 from deltaopt.cli.adapters import CONFIG, NEEDS_MOVED, WEIGHTS
+from deltaopt.cli.files import read_json
 from deltaopt.cli.outcome import Outcome, UserError
 from deltaopt.describe import describe
 from deltaopt.description import Description, in_bytes
@@ -90,7 +91,7 @@ def _of_model(place: Path, arguments: argparse.Namespace) -> Outcome:
 def _of_adapter(place: Path, arguments: argparse.Namespace) -> Outcome:
     if arguments.targets is not None:
         raise UserError(f"--targets is for a model without an adapter, and {place} has {CONFIG}")
-    fields = folders.read_config(place, CONFIG)
+    fields = read_json(place / CONFIG)
     config = folders.lora_config(fields, place)
     tensors = folders.adapter_tensors(place)
     base = _base_of(place, fields, arguments.base)
@@ -113,7 +114,8 @@ def _base_of(place: Path, fields: Mapping[str, Any], named: str | None) -> Path 
     if (place / folders.MODEL_CONFIG).exists():
         return place
     said = fields.get("base_model_name_or_path")
-    return Path(said) if said and (Path(said) / folders.MODEL_CONFIG).exists() else None
+    here = isinstance(said, str) and said and (Path(said) / folders.MODEL_CONFIG).exists()
+    return Path(said) if here else None  # type: ignore[arg-type]
 
 
 class _Case(NamedTuple):

@@ -49,6 +49,42 @@ def test_an_adapter_folder_without_weights(call, checkpoint):
     assert re.match(match, call("inspect", checkpoint, code=1))
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is no JSON (Expecting"),
+        ("[]", "is no JSON object"),
+        ("[" * 100_000, "is no JSON (maximum recursion"),
+        ("{}", "has no peft_type"),
+        ('{"peft_type": ["LORA"]}', "has no peft_type"),
+    ],
+)
+def test_a_config_of_something_else(text, says, call, checkpoint):
+    (checkpoint / "adapter_config.json").write_text(text, "utf8")
+    assert f"{checkpoint}/adapter_config.json {says}" in call("inspect", checkpoint, code=1)
+
+
+def test_an_adapter_without_names(call, checkpoint, base, tmp_path):
+    (checkpoint / "adapter_model.safetensors").unlink()
+    torch.save([torch.zeros(3)], checkpoint / "adapter_model.bin")
+    expected = f"{checkpoint}/adapter_model.bin holds a list, expected the tensors of an adapter by their names"
+    assert call("inspect", checkpoint, code=1) == expected
+    assert call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1) == expected
+
+
+@pytest.mark.parametrize("pattern", [[1], {"a": "b"}, {"q_proj": 7}])
+def test_the_rank_of_a_config_with_other_fields(pattern, data_of, checkpoint):
+    config = json.loads((checkpoint / "adapter_config.json").read_text("utf8"))
+    (checkpoint / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": pattern}), "utf8")
+    assert data_of("inspect", checkpoint)["adapter"]["rank"] == (7 if pattern == {"q_proj": 7} else config["r"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"global_step": "x"}'])
+def test_a_state_of_trainer_that_is_none(text, call, checkpoint):
+    (checkpoint / "trainer_state.json").write_text(text, "utf8")
+    assert f"{checkpoint}/trainer_state.json is no" in call("inspect", checkpoint, code=1)
+
+
 def test_truncated_safetensors(call, checkpoint, base, tmp_path):
     file = checkpoint / "adapter_model.safetensors"
     cut(file, file)

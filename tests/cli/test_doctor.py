@@ -234,6 +234,12 @@ def of_another_model(tmp_path):
     return str(path)
 
 
+def list_of_tensors(tmp_path):
+    path = config_alone(tmp_path / "a", lora_fields())
+    torch.save([torch.zeros(3)], tmp_path / "a" / "adapter_model.bin")
+    return path
+
+
 def file_with(tmp_path, name, text):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / name).write_text(text, "utf8")
@@ -249,6 +255,9 @@ BAD = {
     "cut off": (lambda p: [cut_off(p)], "adapter_model.safetensors cannot be read: it was cut off"),
     "no json": (lambda p: [file_with(p, "adapter_config.json", "{")], "is no JSON"),
     "a list": (lambda p: [file_with(p, "adapter_config.json", "[]")], "is no JSON object"),
+    "very deep": (lambda p: [file_with(p, "adapter_config.json", "[" * 100_000)], "is no JSON (maximum recursion"),
+    "a list as type": (lambda p: [file_with(p, "adapter_config.json", '{"peft_type": ["LORA"]}')], "has no peft_type"),
+    "a list of tensors": (lambda p: [list_of_tensors(p)], "adapter_model.bin holds a list, expected the tensors of an"),
     "no type": (lambda p: [file_with(p, "adapter_config.json", "{}")], "has no peft_type"),
     "no model type": (lambda p: [file_with(p, "config.json", "{}")], "cannot be built as a model"),
     "own code": (lambda p: [file_with(p, "config.json", '{"auto_map": {}}')], "has code of its own (auto_map)"),
@@ -261,7 +270,7 @@ BAD = {
     "base of a model": (lambda p: [llama(p / "m"), "--base", "x"], "so it is no adapter for --base x"),
     "targets of an adapter": (lambda p: [adapter(p / "a"), "--targets", "x"], "--targets is for a model without"),
     **{
-        method: (lambda p, method=method: [config_alone(p / "a", {"peft_type": method})], f"holds a {method} adapter")
+        method: (lambda p, method=method: [config_alone(p / "a", {"peft_type": method})], f"holds an adapter of {method}")
         for method in ("LOHA", "OFT", "IA3", "VERA")
     },
 }
