@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,15 @@ def needed(module: str) -> Any:
     Raises:
         UserError: if it is not installed.
     """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what they say of optional parts of theirs
     try:
         return importlib.import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
         raise UserError(f"{library} is needed for this folder and cannot be imported ({error})") from error
+    finally:
+        logging.disable(disabled)
 
 
 def empty_model(place: Path) -> nn.Module:
@@ -69,7 +74,7 @@ def empty_model(place: Path) -> nn.Module:
         hint = f": it is a pipeline, give {place / inside[0]}" if inside else ", so it is no model of transformers"
         raise UserError(f"{place} has no {MODEL_CONFIG}{hint}")
     fields = read_json(place / MODEL_CONFIG)
-    if "auto_map" in fields:
+    if "auto_map" in fields and fields.get("model_type") not in needed("transformers").CONFIG_MAPPING:
         raise UserError(f"{place} has code of its own (auto_map), which is not run here: call deltaopt.describe(model)")
     with quiet():
         try:
@@ -91,7 +96,7 @@ def _of_diffusers(fields: Mapping[str, Any]) -> nn.Module:
 
 def _of_transformers(place: Path) -> nn.Module:
     transformers = needed("transformers")
-    config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     kinds = [getattr(transformers, name, None) for name in config.architectures or ()]
     kind = next((kind for kind in kinds if kind is not None), None)
     with torch.device("meta"):
@@ -133,6 +138,9 @@ def lora_config(fields: Mapping[str, Any], place: Path) -> Any:
             config = kinds[method](**{k: v for k, v in fields.items() if k in known and k != "peft_type"})
         except (TypeError, ValueError) as error:
             raise UserError(f"{place / CONFIG} is refused by PEFT: {_reason(error)}") from error
+    for name in ("r", "lora_alpha", "lora_dropout", "orth_reg_weight"):
+        if not isinstance(getattr(config, name, 0), int | float):
+            raise UserError(f"{place / CONFIG}: {name} is {getattr(config, name)!r}, expected a number")
     config.inference_mode = False
     return config
 
