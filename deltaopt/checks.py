@@ -164,8 +164,20 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
             and not _same_factors(weight, other)
         )
         if not (shared_factor or shared_weight):
-            found.append(Problem(weight.label, _sharing_sentence(letter, other.label, other_letter)))
+            sentence = _sharing_sentence(letter, other.label, other_letter)
+            if letter == other_letter == "W" and rule.moves_weights and not _share_a_parameter(weight, other):
+                sentence += (
+                    '. Two adapters of one layer train together with weight_update="folded" from LoRA\'s start, '
+                    "start_step=0 and a product A @ B of zero"
+                )
+            found.append(Problem(weight.label, sentence))
     return found
+
+
+def _share_a_parameter(weight: WeightState, other: WeightState) -> bool:
+    """Tell if two triples have trained parameters in common."""
+    held = {id(parameter) for parameter in weight.triple.parameters}
+    return any(id(parameter) in held for parameter in other.triple.parameters)
 
 
 def _same_factors(weight: WeightState, other: WeightState) -> bool:

@@ -62,7 +62,7 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "coef": ledger.coef,
         "terms": [] if ledger.lost else [_term_record(term) for term in ledger.terms if not term.is_zero()],
         "end": _end_record(weight, ledger),
-        "current": ledger.is_current(),
+        **({"current": ledger.is_current()} if weight.triple.follows_between_steps else {}),
         "origin": None if weight.origin is None else _term_record(weight.origin),
         "lost": ledger.lost,
         "rebased": weight.rebased,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltaopt.cli import folders
 from deltaopt.cli.adapters import CONFIG, NEEDS_MOVED, WEIGHTS
+from deltaopt.cli.base_model import AUTO
 from deltaopt.cli.files import read_json
 from deltaopt.cli.outcome import Outcome, UserError
 from deltaopt.describe import describe
@@ -175,11 +176,15 @@ def _outcome(case: _Case, base: Path | None, arguments: argparse.Namespace) -> O
     changes = _changes(case.config)
     told = mended = None
     if base is not None:
-        adapted = folders.with_adapter(folders.empty_model(base), _buildable(case.config), str(case.place))
+        adapted = folders.with_adapter(
+            folders.empty_model(base, _trained_class(case.config)), _buildable(case.config), str(case.place)
+        )
         folders.check_fit(adapted, case.tensors or {}, str(case.place))
         told = describe(adapted)
         if changes:
-            model = folders.with_adapter(folders.empty_model(base), _mended(case.config), str(case.place))
+            model = folders.with_adapter(
+                folders.empty_model(base, _trained_class(case.config)), _mended(case.config), str(case.place)
+            )
             mended = describe(model)
     seen = mended if mended is not None and told is not None and len(mended.rows) > len(told.rows) else told
     lines = paragraph(case.opening)
@@ -212,6 +217,13 @@ def _outcome(case: _Case, base: Path | None, arguments: argparse.Namespace) -> O
             "rule": None if advice is None else advice._asdict(),
         },
     )
+
+
+def _trained_class(config: Any) -> str | None:
+    """Return the name of the class that an adapter was trained on where the base's own config may name another one."""
+    if mapping := getattr(config, "auto_mapping", None):
+        return str(mapping.get("base_model_class"))
+    return AUTO[config.task_type] if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
 
 
 def _refused(told: Description) -> str:

@@ -63,8 +63,13 @@ def needed(module: str) -> Any:
         logging.disable(disabled)
 
 
-def empty_model(place: Path) -> nn.Module:
+def empty_model(place: Path, kind: str | None = None) -> nn.Module:
     """Build the model of a folder on the meta device, with the layers of its quantization.
+
+    Args:
+        place: the folder.
+        kind: the name of the class of transformers that an adapter was trained on. None, or a name that transformers
+            has not, takes the class that the model's config says.
 
     Raises:
         UserError: if the folder has no model, or one that cannot be built without running code of its own.
@@ -78,7 +83,7 @@ def empty_model(place: Path) -> nn.Module:
         raise UserError(f"{place} has code of its own (auto_map), which is not run here: call deltaopt.describe(model)")
     with quiet():
         try:
-            return _of_diffusers(fields) if "_class_name" in fields else _of_transformers(place)
+            return _of_diffusers(fields) if "_class_name" in fields else _of_transformers(place, kind)
         except UserError:
             raise
         except Exception as error:
@@ -94,13 +99,13 @@ def _of_diffusers(fields: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _of_transformers(place: Path) -> nn.Module:
+def _of_transformers(place: Path, name: str | None) -> nn.Module:
     transformers = needed("transformers")
     config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    kinds = [getattr(transformers, name, None) for name in config.architectures or ()]
-    kind = next((kind for kind in kinds if kind is not None), None)
+    kinds = [getattr(transformers, kind, None) for kind in (name or "", *(config.architectures or ()))]
+    kind = next((kind for kind in kinds if kind is not None), transformers.AutoModel)
     with torch.device("meta"):
-        model: Any = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+        model: Any = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     if isinstance(dtype := getattr(config, "dtype", None), torch.dtype):
         model = model.to(dtype)
     model.tie_weights()

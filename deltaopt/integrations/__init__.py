@@ -42,8 +42,9 @@ def find_triples(
     """Return all LoRA layers of a model as triples, library by library in the order of ``model.named_modules()``.
 
     - PEFT: ``Linear`` (on ``nn.Linear`` and GPT-2's ``Conv1D``), ``Embedding``, ``Conv1d``/``2d``/``3d`` and
-      ``target_parameters``, with ``PeftModel``, transformers' ``add_adapter`` or diffusers. Layers on a quantized base
-      (bitsandbytes, torchao, GPTQ, AWQ, ...) are found too, for ``weight_update="folded"``.
+      ``target_parameters``, and AdaLoRA's ``SVDLinear``; with ``PeftModel``, transformers' ``add_adapter`` or
+      diffusers. Layers on a quantized base (bitsandbytes, torchao, GPTQ, AWQ, ...) are found too, for
+      ``weight_update="folded"``.
     - loralib: ``Linear``, ``Embedding``, ``MergedLinear``, and ``Conv2d`` with groups=1.
     - litgpt: ``LoRALinear`` and ``LoRAQKVLinear``.
     - torchtune: ``LoRALinear``.

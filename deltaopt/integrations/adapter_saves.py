@@ -17,7 +17,7 @@ _DIFFUSERS = (
     "Write an adapter that does with deltaopt.integrations.peft.save_adapter(model, optimizer, directory), which "
     "pipeline.load_lora_weights(directory) reads"
 )
-_LORALIB = (
+_WHOLE = (
     "Save all weights with model.state_dict(), or the factors that hold the whole change with "
     "deltaopt.export_adapter(optimizer)"
 )
@@ -49,7 +49,8 @@ ADAPTER_SAVES.update(
         ("diffusers", "save_lora_adapter"): AdapterSave("writes", _DIFFUSERS, takes_notes=False),
         # Of its training scripts.
         ("diffusers", "_collate_lora_metadata"): AdapterSave("describes", _DIFFUSERS, takes_notes=False),
-        ("loralib", "lora_state_dict"): AdapterSave("returns", _LORALIB),
+        ("loralib", "lora_state_dict"): AdapterSave("returns", _WHOLE),
+        ("litgpt", "save_lora_checkpoint"): AdapterSave("writes", _WHOLE),  # of its fine-tuning scripts
     }
 )
 RESUMABLE_SAVES.update(

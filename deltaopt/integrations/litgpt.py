@@ -86,6 +86,8 @@ def _runs(rows: list[int]) -> list[tuple[int, int]]:
 def _refusal(layer: Any, allow_dropout: bool) -> str | None:
     if not isinstance(layer, lora.LoRALinear):
         return f"{type(layer).__name__} is no class of litgpt itself: {OWN_PROTOCOL}"
+    if layer.linear.weight.is_meta:
+        return "its weight is on the meta device, without values: load the weights first"
     if layer.linear.weight.requires_grad:
         return "its weight still requires grad: call litgpt.lora.mark_only_lora_as_trainable(model) first"
     return first_of([] if allow_dropout else dropout_problems(layer, "lora_dropout"))

@@ -206,6 +206,16 @@ def test_where_the_base_is_found(seen, tmp_path):
     assert len(data["description"]["rows"]) == 2
 
 
+def test_an_adapter_for_a_task_whose_head_is_new(seen, tmp_path):
+    """The base's config names the class without a head. The adapter was trained on the class of its task."""
+    base = llama(tmp_path / "m", architectures=["LlamaModel"])
+    _, data = seen(adapter(tmp_path / "a", task_type="SEQ_CLS", base_model_name_or_path=base))
+    assert taken(data) == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}
+    _, data = seen(adapter(tmp_path / "b", auto_mapping=mapping, base_model_name_or_path=base))
+    assert taken(data) == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
+
+
 def test_other_models(seen, tmp_path):
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20}

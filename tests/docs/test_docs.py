@@ -12,6 +12,8 @@ from tests.docs.pages import BLOCKS, PAGES, README, ROOT
 SNIPPETS = [block for block in BLOCKS if block.info == "python"]
 SCRIPTS = [block for block in BLOCKS if block.title]
 """Blocks that have a title are files: they run in a process of their own."""
+COMMANDS = ("text", "sh", "console")
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -44,14 +46,11 @@ def test_no_code_is_left_out(page):
     blocks = [block for block in BLOCKS if block.page == page]
     assert len(re.findall(r"^\s*(```|~~~)", text, re.MULTILINE)) == 2 * len(blocks)
     run = [*SNIPPETS, *SCRIPTS]
-    assert [str(block) for block in blocks if block not in run and block.info not in ("diff", "text", "sh")] == []
+    assert [str(block) for block in blocks if block not in run and block.info not in ("diff", *COMMANDS)] == []
     for block in blocks:
-        if block.info in ("text", "sh"):
+        if block.info in COMMANDS:
             assert not re.search(r"^\s*(import|from) \w", block.code, re.MULTILINE), f"{block} is Python"
     assert not re.search(r"^ {4,}(import \w+|from [\w.]+ import .*)$", FENCED.sub("", text), re.MULTILINE)
-
-
-FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 
 
 def test_there_are_blocks_to_run():

@@ -90,6 +90,12 @@ def test_resumes_bit_for_bit(case, rule):
 
 @some_cases
 @each_rule
+def test_copies_and_states_are_the_trained_model(case, rule):
+    containers.check_leaves(case, rule)
+
+
+@some_cases
+@each_rule
 def test_exports(case, rule):
     containers.check_exports(case, rule)
 
@@ -192,3 +198,27 @@ def test_a_gpt_trains_and_merges(rule):
     for i in range(2):
         merged = model.transformer.h[i].attn.qkv.linear.weight
         torch.testing.assert_close(merged, weights[attention[2 * i]], rtol=0, atol=1e-12)
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = build(lora.LoRAQKVLinear(7, 24, head_size=3, n_head=4, n_query_groups=2, r=2, enable_lora=True))
+    with pytest.raises(ValueError, match=r"0: its weight is on the meta device, .*: load the weights first"):
+        find_triples(model)
+
+
+ALONE = r"{} the adapter alone, but Delta-LoRA has moved the weights .* Save all weights with model\.state_dict\(\)"
+
+
+@pytest.mark.parametrize("name", ["linear", "qv_of_2"])
+def test_a_checkpoint_of_the_factors_alone_says_so(name, tmp_path):
+    lightning = pytest.importorskip("lightning", reason="runs where lightning is installed")
+    scripts = pytest.importorskip("litgpt.finetune.lora", reason="runs where litgpt is installed")
+    fabric, case = lightning.Fabric(accelerator="cpu", devices=1), FEW[name]
+    model = case.model()
+    optimizer = optimizer_for(model)
+    scripts.save_lora_checkpoint(fabric, model, tmp_path / "before")
+    train(case, model, optimizer, range(4))
+    fabric.save(tmp_path / "whole", {"model": model})
+    with pytest.warns(UserWarning, match=ALONE.format("save_lora_checkpoint writes")):
+        scripts.save_lora_checkpoint(fabric, model, tmp_path / "factors")

@@ -99,6 +99,11 @@ def test_resumes_bit_for_bit(case, rule):
 
 
 @each_rule
+def test_copies_and_states_are_the_trained_model(case, rule):
+    containers.check_leaves(case, rule)
+
+
+@each_rule
 def test_exports(case, rule):
     containers.check_exports(case, rule)
 
@@ -117,11 +122,14 @@ def test_two_adapters_move_the_weight_together():
 
     case = Case(build, rows, [], deltas)
     model, dense = case.model(), case.model()
+    in_place = r"(?s)0 \(other\): its W shares memory .* train together with weight_update=\"folded\""
+    triples = [*find_triples(model), *find_triples(model, "other")]
+    with pytest.raises(ValueError, match=in_place):
+        DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=0.02)
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *dense.named_parameters()]:
             if "lora_B" in name:
                 parameter.zero_()
-    triples = [*find_triples(model), *find_triples(model, "other")]
     options = {"update_ratio": RATIO, "start_step": 0, "weight_update": "folded", "lr": 0.02}
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, **options)
     inner = torch.optim.AdamW([p for p in dense.parameters() if p.requires_grad], lr=0.02)

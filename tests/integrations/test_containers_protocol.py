@@ -90,6 +90,11 @@ def test_resumes_bit_for_bit(rule):
 
 
 @each_rule
+def test_copies_and_states_are_the_trained_model(rule):
+    containers.check_leaves(kv_case(), rule)
+
+
+@each_rule
 def test_exports(rule):
     containers.check_exports(kv_case(), rule)
 

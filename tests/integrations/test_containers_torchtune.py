@@ -51,6 +51,11 @@ def test_resumes_bit_for_bit(case, rule):
 
 
 @each_rule
+def test_copies_and_states_are_the_trained_model(case, rule):
+    containers.check_leaves(case, rule)
+
+
+@each_rule
 def test_exports(case, rule):
     containers.check_exports(case, rule)
 

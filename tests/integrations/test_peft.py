@@ -457,10 +457,11 @@ def test_dora_is_refused():
     search_refused(model, "base_model.model.0: its branch is a LoRA variant (DoraLinearVariant)", "use plain LoRA")
 
 
-def test_adalora_is_refused():
-    model = get_peft_model(mlp(7, 5), AdaLoraConfig(target_modules=["0"], init_r=3, target_r=2, total_step=10))
+def test_adalora_on_a_convolution_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    model = get_peft_model(model, AdaLoraConfig(target_modules=["0"], init_r=3, target_r=2, total_step=10))
     search_refused(
-        model, "base_model.model.0: it is a peft.tuners.adalora.layer.SVDLinear", "W can be moved in lora.Linear"
+        model, "base_model.model.0: it is a peft.tuners.adalora.layer.SVDConv2d", "W can be moved in lora.Linear"
     )
 
 

@@ -169,3 +169,18 @@ def check_dropout(case: Case, rule: str, set_dropout: Callable[[nn.Module], None
             optimizer_for(model, rule, allow_dropout=True)
     else:
         train(case, model, optimizer_for(model, rule, allow_dropout=True), range(3))
+
+
+def check_leaves(case: Case, rule: str) -> None:
+    """A state_dict gives a fresh model the trained output; a copy of model and optimizer goes on with the same bits."""
+    model, fresh = case.model(), case.model()
+    optimizer = optimizer_for(model, rule, adapter=case.adapter)
+    train(case, model, optimizer, range(5))
+    fresh.load_state_dict(through_a_file(model.state_dict()))
+    with torch.no_grad():
+        assert relative(case.forward(fresh, case.x), case.forward(model, case.x)) <= 1e-12
+        assert same(case.forward(copy.deepcopy(model), case.x), case.forward(model, case.x))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    train(case, model, optimizer, range(5, 8))
+    train(case, twin, twin_optimizer, range(5, 8))
+    assert same(dict(twin.named_parameters()), dict(model.named_parameters()))
