@@ -261,7 +261,7 @@ class HostBuffers(FactorBuffers):
         """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""
         if not finite:
             for slot in self.slots:
-                if slot not in self._following:
+                if not slot.weight.triple.follows_between_steps:
                     slot.ledger.set_current(False)
             return []
         assert self._start is not None
