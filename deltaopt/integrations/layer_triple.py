@@ -73,11 +73,6 @@ class LayerTriple(LoRATriple):
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
         found = super().folding_problems()
-        if self.tied:
-            found.append(
-                "its W is used in another place too, which would move with it and has no branch: use "
-                'weight_update="in_place"'
-            )
         if dropout_problems(self.layer, self._dropout):
             found.append(
                 f'it has {self._dropout}, which weight_update="folded" would apply to what W moves by too: set it to '

@@ -156,11 +156,6 @@ class PeftTriple(LoRATriple):
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
         found = []
-        if self.tied:
-            found.append(
-                "its W is used in another place too, which would move with it and has no branch: use "
-                'weight_update="in_place"'
-            )
         if getattr(self.layer.get_base_layer(), "max_norm", None) is not None:
             found.append(
                 "its embedding has max_norm, which rewrites the rows of W in each forward pass, but not the branch's: "
