@@ -14,6 +14,7 @@ from functools import reduce
 from torch import nn
 
 from deltaopt.integrations import adapter_saves as adapter_saves
+from deltaopt.integrations import inner_optimizers as inner_optimizers
 from deltaopt.integrations import protocol
 from deltaopt.integrations.absence import why_none
 from deltaopt.integrations.survey import Survey
