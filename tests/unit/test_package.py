@@ -38,7 +38,7 @@ ORDER = [
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "in_backward", "triple", "base_hooks", "movement", "layer_output"),
     *("stored_factors", "averaged", "save_watch"),
-    *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
+    *("norms", "upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
     *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
