@@ -8,8 +8,6 @@ from tests.inner_optimizers.row import Row
 
 ADAMW = torch.optim.AdamW
 
-FROZEN = {"follows": "LoRA-FA freezes B (PEFT's `lora_A`), and a frozen factor is not accepted."}
-
 
 def loraplus(layer: PeftLayer) -> torch.optim.Optimizer:
     return create_loraplus_optimizer(layer.model, ADAMW, lr=0.01, loraplus_lr_ratio=4)
@@ -26,5 +24,5 @@ def lorafa(layer: PeftLayer) -> torch.optim.Optimizer:
 ROWS: list[Row] = [
     Row("peft", "`create_loraplus_optimizer`", loraplus, layer=PeftLayer),
     Row("peft", "`create_riemannian_optimizer`", riemannian, layer=PeftLayer),
-    Row("peft", "`create_lorafa_optimizer`", lorafa, layer=PeftLayer, notes=FROZEN),
+    Row("peft", "`create_lorafa_optimizer`", lorafa, layer=PeftLayer),
 ]
