@@ -23,12 +23,10 @@ from deltaopt.description import (
     TakenLayer,
     short_name,
 )
-from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings, parse_triples
-from deltaopt.in_place import InPlaceUpdate
 from deltaopt.integrations import surveyed, tied_places
 from deltaopt.naming import names_without_wrappers
-from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.optimizer import RULES, DeltaLoRAOptimizer
 from deltaopt.tensors import FLOATS, NOT_LOADED, is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple, named_apart
 from deltaopt.weight import WeightState
@@ -36,8 +34,6 @@ from deltaopt.wrappers import unwrap
 
 SETTINGS = Settings(update_ratio=2.0, start_step=0, scaling=1.0)
 """Of the optimizer, where none is given."""
-
-RULES = {"in_place": InPlaceUpdate, "folded": FoldedUpdate}
 
 TIED = "leave it out of target_modules, or say allow_tied=True"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -249,14 +249,3 @@ def _saved(record: Any, name: str, where: str) -> SavedWeight:
 
 def _key(record: dict[str, Any]) -> Key:
     return tuple(record["shape"]), record["dtype"], record["hash"]
-
-
-def grouped(found: list[Layer], limit: int) -> Iterator[tuple[str, list[Layer]]]:
-    """Yield rows for a table: each layer by itself, or, of more than `limit`, those of one last name together."""
-    if len(found) <= limit:
-        yield from ((layer.name, [layer]) for layer in found)
-        return
-    rows: dict[str, list[Layer]] = {}
-    for layer in found:
-        rows.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    yield from ((f"{len(row)}: ...{name}" if len(row) > 1 else row[0].name, row) for name, row in rows.items())
