@@ -64,15 +64,17 @@ def check_outside_backward() -> None:
 class BackwardWatch:
     """Tells by what they do optimizers that step within the backward pass.
 
-    Where a step finds no gradient at all, the factors that have hooks are kept until the next one.
+    Where a step finds no gradient at all, the factors that have hooks are kept, as the step leaves them, until the next
+    one. An inner optimizer may change them without gradients: it evaluates the loss, or has the gradients elsewhere.
     """
 
     def __init__(self) -> None:
         self._kept: dict[WeightState, list[Tensor]] = {}
+        self._bare: list[WeightState] = []  # weights of a step that found no gradient
 
     def forget(self) -> None:
         """Forget the factors: an event of the optimizer changes them."""
-        self._kept = {}
+        self._kept, self._bare = {}, []
 
     def look(self, weights: Sequence[WeightState]) -> None:
         """Look at the factors before a step without a closure.
@@ -97,11 +99,16 @@ class BackwardWatch:
                 "(register_post_accumulate_grad_hook, for example), where W cannot follow. Remove that hook, and let "
                 f"this optimizer alone train A and B. {INSTEAD}"
             )
+        self._kept = {}
+        self._bare = [weight for weight, parameters in factors.items() if any(map(_has_hooks, parameters))]
+
+    def note(self) -> None:
+        """Keep the factors after a step that `look` has found without gradients."""
         self._kept = {
-            weight: [local_part(factor).detach().clone() for factor in pair]
-            for weight, pair in factors.items()
-            if any(map(_has_hooks, pair))
+            weight: [local_part(factor).detach().clone() for factor in weight.tensors.parameters]
+            for weight in self._bare
         }
+        self._bare = []
 
 
 def _own_optimizers(factor: Tensor) -> bool:

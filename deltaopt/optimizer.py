@@ -301,6 +301,7 @@ class DeltaLoRAOptimizer(Optimizer):
             follow = partial(self._follow, weights, writer, losses, self._step_count)
             with self._events.begin("step()", follow, self._rule.unwritten, losses):
                 loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}; then `follow`: W_{t+1}
+            self._backward_watch.note()
             self._rule.warn(stacklevel=3)  # torch wraps `step`
             return loss
 

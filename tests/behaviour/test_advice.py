@@ -191,6 +191,7 @@ def frozen():
     triples = many_triples()
     for triple in triples:
         triple.A.requires_grad_(False)
+        triple.B.requires_grad_(False)
     return optimizer_of(triples)
 
 
@@ -238,7 +239,7 @@ def not_through_backward():
     ("provoke", "says"),
     [
         (misshapen, r"\(3, 3\).*likewise in 223 layers"),
-        (frozen, "A does not require grad.*224 layers"),
+        (frozen, "neither A nor B requires grad.*224 layers"),
         (tied, "its W shares memory.*likewise in 31 layers"),
         (lambda: optimizer_of([t.named("q") for t in many_triples()]), "q: two triples have this name"),
         (lambda: DeltaLoRAOptimizer(SGD([torch.ones(1, requires_grad=True)]), many_triples()), "224 layers"),

@@ -95,10 +95,31 @@ def test_without_hooks_nothing_is_kept():
     for weight in optimizer.weights():
         weight.resolve()
     watch.look(optimizer.weights())
+    watch.note()
     with torch.no_grad():
         A.add_(1)
     watch.look(optimizer.weights())
     assert not watch._kept
+
+
+def test_an_inner_optimizer_may_change_factors_without_gradients():
+    """One that has its gradients elsewhere, as `main_grad` of an engine, or that evaluates the loss alone."""
+
+    class Elsewhere(ADAMW):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.add_(0.1)
+
+    W, A, B = small_layer()
+    A.grad = B.grad = None
+    A.register_post_accumulate_grad_hook(lambda p: None)
+    optimizer = DeltaLoRAOptimizer(Elsewhere, [(W, A, B)], lr=0.01)
+    before, start = W.clone(), (A @ B).detach()
+    for _ in range(3):
+        optimizer.step()
+    torch.testing.assert_close(W, before + 2.0 * ((A @ B).detach() - start))
 
 
 @each_rule
