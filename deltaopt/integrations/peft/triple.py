@@ -18,7 +18,8 @@ from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
 from deltaopt.movement import Movement
 from deltaopt.save_watch import SaveWatch, is_watched, leave
 from deltaopt.scaling import holder_of
-from deltaopt.triple import LoRATriple, Tensors
+from deltaopt.triple import LoRATriple
+from deltaopt.triple_tensors import Tensors
 
 CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
 
