@@ -27,28 +27,27 @@ def product_of(terms: Iterable[Term]) -> LowRank | None:
 def norm_of(D: LowRank | None, is_matrix: bool = False, eps: float | None = None) -> float:
     """Return the Frobenius norm of a product, or of a stack of them as one vector; 0.0 for None.
 
+    What rounding alone has made is zero; NaN stays NaN.
+
     Args:
         D: the product.
         is_matrix: it is kept as a matrix and an identity, which has no smaller core.
-        eps: see `singular_values`.
+        eps: the spacing at 1 of the numbers that the factors were computed in. Default: that of the computation here.
     """
     if D is None:
         return 0.0
-    return math.sqrt(_square_by_rows(D) if is_matrix else float(singular_values(D, eps).square().sum()))
+    if is_matrix:
+        return math.sqrt(_square_by_rows(D))
+    core, noise = _core(D, eps)
+    norms = core.norm(dim=(-2, -1))
+    return float(torch.where(norms <= noise, torch.zeros_like(norms), norms).norm())
 
 
-def singular_values(D: LowRank, eps: float | None = None) -> Tensor:
-    """Return the singular values of each product of a stack, (..., R); what rounding alone has made is zero.
-
-    Args:
-        D: the product.
-        eps: the spacing at 1 of the numbers that the factors were computed in. Default: that of the computation here.
-    """
-    A, B = (factor.to(_double(factor)) for factor in (D.A, D.B))
-    sigma = torch.linalg.svdvals(torch.linalg.qr(A).R @ torch.linalg.qr(B.mT).R.mT)
-    spacing = torch.finfo(A.dtype).eps if eps is None else eps
-    noise = (A.norm(dim=-2) * B.norm(dim=-1)).sum(-1, keepdim=True) * spacing
-    return torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
+def singular_values(D: LowRank) -> Tensor:
+    """Return the singular values of each product of a stack, (..., R); what rounding alone has made is zero."""
+    core, noise = _core(D)
+    sigma = torch.linalg.svdvals(core)
+    return torch.where(sigma > noise.unsqueeze(-1), sigma, torch.zeros_like(sigma))
 
 
 def effective_rank(sigma: Tensor) -> float:
@@ -78,6 +77,14 @@ def cosines_to_base(W: Tensor, held: LowRank | None, *ends: LowRank | None) -> t
         for product, square in zip(inner, squares, strict=True)
     ]
     return math.sqrt(base), found
+
+
+def _core(D: LowRank, eps: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return a small matrix with the singular values of D, and the size of what rounding makes; of a stack, of each."""
+    A, B = (factor.to(_double(factor)) for factor in (D.A, D.B))
+    spacing = torch.finfo(A.dtype).eps if eps is None else eps
+    noise = (A.norm(dim=-2) * B.norm(dim=-1)).sum(-1) * spacing
+    return torch.linalg.qr(A).R @ torch.linalg.qr(B.mT).R.mT, noise
 
 
 def _rows_of(W: Tensor, held: LowRank | None, ends: Iterable[LowRank | None]) -> Iterator[tuple[Tensor, ...]]:
