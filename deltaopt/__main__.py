@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
+import os
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import deltaopt
 from deltaopt.cli.outcome import UserError, one_line
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments. Default: those of the process.
 
     Returns:
-        The exit code: 0, or 1 if something is wrong with what was given.
+        The exit code: 0; 1 if something is wrong with what was given, or the output has no place; 130 after Ctrl-C.
 
     Raises:
         SystemExit: with code 2 for a wrong usage, and with 0 for ``--help`` and ``--version``.
@@ -47,15 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore", category)
             warnings.showwarning = _show_warning
             outcome = importlib.import_module(f"deltaopt.cli.{arguments.command}").run(arguments)
+    except KeyboardInterrupt:
+        return 130
     except (UserError, OSError) as error:
         message = one_line(_described(error))
         if arguments.json:
-            print(json.dumps({"error": message}))
+            _print(json.dumps({"error": message}))
         else:
             print(f"deltaopt {arguments.command}: error: {message}", file=sys.stderr)
         return 1
-    print(json.dumps(outcome.data, indent=2) if arguments.json else outcome.text)
-    return 0
+    return _print(json.dumps(_finite(outcome.data), indent=2) if arguments.json else outcome.text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +79,28 @@ def parser() -> argparse.ArgumentParser:
             command.description = textwrap.fill(command.description, WIDTH)
         command.add_argument("--json", action="store_true", help='print JSON; an error too, as {"error": ...}')
     return whole
+
+
+def _print(text: str) -> int:
+    """Print to the standard output; return 1 if it is closed, as by ``| head``, or cannot be written."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is left in the buffer would be written again at exit, with a message of Python's own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"deltaopt: error: the result cannot be printed: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _finite(value: Any) -> Any:
+    """Return data with None for NaN and infinite numbers, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from deltaopt.cli.files import read
+from deltaopt.cli.files import read_json, read_tensors
 from deltaopt.cli.outcome import UserError
 
 CONFIG = "adapter_config.json"
@@ -29,15 +28,14 @@ class AdapterFolder:
         config: what that file says.
 
     Raises:
-        UserError: if the config cannot be read, or the weights are missing or cut off.
+        UserError: if the config cannot be read, or the weights are missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.config: dict[str, Any] = dict(json.loads((path / CONFIG).read_text("utf8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path / CONFIG} is no JSON of a PEFT config: {error}") from error
+        self.config = read_json(path / CONFIG)
+        if not isinstance(self.config.get("peft_type"), str):
+            raise UserError(f"{path / CONFIG} has no peft_type, so it is no config of a PEFT adapter")
         weights = [path / name for name in WEIGHTS if (path / name).is_file()]
         if not weights:
             raise UserError(
@@ -49,7 +47,7 @@ class AdapterFolder:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the adapter by their names in the file."""
-        return {name: tensor for name, tensor in read(self._weights).items() if isinstance(tensor, Tensor)}
+        return read_tensors(self._weights)
 
     def check(self) -> None:
         """Raise UserError if the weights cannot be read."""
@@ -63,10 +61,12 @@ class AdapterFolder:
     def summary(self) -> dict[str, Any]:
         """Return what a reader wants to know of it, as plain data."""
         config = self.config
+        pattern = config.get("rank_pattern")
+        ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
         return {
             "path": str(self.path),
             "method": config.get("peft_type"),
-            "rank": max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]) or None,
+            "rank": max((rank for rank in ranks if isinstance(rank, int)), default=None),
             "alpha": config.get("lora_alpha"),
             "base_model": config.get("base_model_name_or_path"),
             "tensors": len(self.tensors),

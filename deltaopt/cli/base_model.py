@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,11 +52,15 @@ def load_base(base: str, adapter: AdapterFolder, dtype: torch.dtype) -> nn.Modul
         import transformers
         from safetensors import SafetensorError
 
-    with quiet(), _short(base, OSError, ValueError, RuntimeError, KeyError, SafetensorError):
-        config = transformers.AutoConfig.from_pretrained(base)
-        kind = getattr(transformers, _class_name(adapter, config), None)
-        if kind is None:
-            raise ValueError(f"transformers has no {_class_name(adapter, config)}, which the adapter was trained on")
+    if Path(base).is_file():
+        raise UserError(f"--base {base} is a file: give the folder of the pretrained model")
+    what = base if Path(base).is_dir() else f"--base {base} is no folder on this machine, and as a model of the Hub it"
+    with quiet(), _short(what, OSError, ValueError, RuntimeError, KeyError, SafetensorError):
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        name = _class_name(adapter, config)
+        kind: Any = getattr(transformers, name, None)
+        if name not in ("AutoModel", *AUTO.values()) and not _is_model(kind):
+            raise ValueError(f"transformers has no model {name}, which the adapter was trained on")
         labels = _labels(adapter)
         if labels is not None:
             config.num_labels = labels
@@ -151,9 +156,13 @@ def _short(what: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {text[:SHOWN]}{' ...' * (len(text) > SHOWN)}") from error
 
 
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained")
+
+
 def _class_name(adapter: AdapterFolder, config: Any) -> str:
-    mapping = adapter.config.get("auto_mapping") or {}
-    if mapping.get("base_model_class"):
+    mapping = adapter.config.get("auto_mapping")
+    if isinstance(mapping, dict) and mapping.get("base_model_class"):
         return str(mapping["base_model_class"])
     task = adapter.config.get("task_type")
     return AUTO.get(str(task)) or next(iter(config.architectures or []), "AutoModel")

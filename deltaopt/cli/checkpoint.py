@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from deltaopt.checkpoint.format import KEY
 from deltaopt.cli.adapters import CONFIG, AdapterFolder, adapter_in
-from deltaopt.cli.files import read, states_in, tensors_in, tensors_of_model
+from deltaopt.cli.files import read, read_json, states_in, tensors_in, tensors_of_model
 from deltaopt.cli.outcome import UserError
 
 TRAINER = "a checkpoint of transformers' Trainer"
@@ -106,10 +105,9 @@ def _folder(path: Path, adapter: AdapterFolder | None) -> Checkpoint:
     trainer = path / "trainer_state.json"
     kind, step = _kind(path, files), None
     if trainer.is_file():
-        try:
-            step = int(json.loads(trainer.read_text("utf8"))["global_step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{trainer} is no state of Trainer: {error!r}") from error
+        step = read_json(trainer).get("global_step")
+        if not isinstance(step, int):
+            raise UserError(f"{trainer} is no state of Trainer: its global_step is {step!r}, expected a whole number")
     adapter = adapter if adapter is not None else adapter_in(path)
     export = path / "export"
     has_export = (export / CONFIG).is_file()

@@ -14,6 +14,7 @@ from torch import Tensor
 from deltaopt.cli import folders
 from deltaopt.cli.adapters import CONFIG, NEEDS_MOVED, WEIGHTS
 from deltaopt.cli.base_model import AUTO
+from deltaopt.cli.files import read_json
 from deltaopt.cli.outcome import Outcome, UserError
 from deltaopt.describe import describe
 from deltaopt.description import Description, in_bytes
@@ -47,8 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("path", metavar="MODEL_OR_ADAPTER", help="folder of a model, of a PEFT adapter, or of both")
     parser.add_argument("--base", metavar="MODEL", help="folder of the model that the adapter is for")
-    parser.add_argument("--targets", metavar="NAMES", help="target_modules for a model without an adapter, by commas")
-    parser.add_argument("--start-step", type=int, default=0, metavar="K", help="steps before W moves (default: 0)")
+    parser.add_argument(
+        "--targets",
+        metavar="NAMES",
+        help='target_modules for a model without an adapter: names by commas, or "all-linear"',
+    )
+    parser.add_argument("--start-step", type=steps, default=0, metavar="K", help="steps before W moves (default: 0)")
+
+
+def steps(text: str) -> int:
+    """Return a number of steps that was given on the command line."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"a number of steps, 0 or more, got {text!r}")
+    return count
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
@@ -75,7 +91,7 @@ def _of_model(place: Path, arguments: argparse.Namespace) -> Outcome:
     peft = folders.needed("peft")
     model: Any = folders.empty_model(place)
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    targets = [name.strip() for name in arguments.targets.split(",")] if arguments.targets else None
+    targets = None if arguments.targets is None else _targets(arguments.targets, model, place)
     chosen = "--targets" if targets else "the targets that PEFT takes by default"
     targets = targets or peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     if targets is None:
@@ -85,13 +101,33 @@ def _of_model(place: Path, arguments: argparse.Namespace) -> Outcome:
         )
     config = peft.LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
     opening = f"{place}: a model without an adapter, looked at with a new LoRA of rank {config.r} on {chosen}: "
-    return _outcome(_Case(place, opening + ", ".join(sorted(config.target_modules)), config), place, arguments)
+    shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    return _outcome(_Case(place, opening + shown, config), place, arguments)
+
+
+def _targets(text: str, model: Any, place: Path) -> list[str] | str:
+    """Return the names that were given, or "all-linear".
+
+    Raises:
+        UserError: if no layer has one of the names. PEFT leaves that one out without a word.
+    """
+    if text.strip() == "all-linear":
+        return "all-linear"
+    wanted = [name.strip() for name in text.split(",") if name.strip()]
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    unknown = [name for name in wanted if not any(module.endswith(f".{name}") for module in modules)]
+    if unknown or not wanted:
+        named = f"{place} has no layer named {' or '.join(unknown)}" if wanted else "no name"
+        raise UserError(
+            f"--targets: {named}. It takes names by commas, for example {_a_few_targets(model)}, or all-linear"
+        )
+    return wanted
 
 
 def _of_adapter(place: Path, arguments: argparse.Namespace) -> Outcome:
     if arguments.targets is not None:
         raise UserError(f"--targets is for a model without an adapter, and {place} has {CONFIG}")
-    fields = folders.read_config(place, CONFIG)
+    fields = read_json(place / CONFIG)
     config = folders.lora_config(fields, place)
     tensors = folders.adapter_tensors(place)
     base = _base_of(place, fields, arguments.base)
@@ -114,7 +150,8 @@ def _base_of(place: Path, fields: Mapping[str, Any], named: str | None) -> Path 
     if (place / folders.MODEL_CONFIG).exists():
         return place
     said = fields.get("base_model_name_or_path")
-    return Path(said) if said and (Path(said) / folders.MODEL_CONFIG).exists() else None
+    here = isinstance(said, str) and said and (Path(said) / folders.MODEL_CONFIG).exists()
+    return Path(said) if here else None  # type: ignore[arg-type]
 
 
 class _Case(NamedTuple):

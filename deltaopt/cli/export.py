@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -86,6 +87,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     fresh = with_adapter(load_base(arguments.base, adapter, getattr(torch, dtype)), AdapterFolder(out))
     difference = None if trained is None else _relative(logits_of(fresh), trained)
     same = "" if difference is None else f"; its output differs from the trained model's by {difference:.2g} (relative)"
+    if trained is not None and difference is None:
+        same = "; the trained model's output is NaN or infinite, so it was not compared"
     text = [
         f"{out}: {saved!r}",
         f"of step {record['step_count']}, {len(saved)} layers, for {arguments.base} as it is ({kind}, {dtype})",
@@ -117,12 +120,20 @@ def _rank(text: str) -> int:
 
 
 def _check_out(out: Path, arguments: argparse.Namespace) -> None:
-    """Raise UserError if the folder is a file, one of those that are read, or not empty."""
+    """Raise UserError if the folder is a file, one of those that are read, or not empty, or cannot be made."""
+    place = Path(os.path.realpath(out))
+    there = next(parent for parent in (place, *place.parents) if parent.exists() or parent.is_symlink())
+    if not there.is_dir() and there != place:
+        raise UserError(f"--out {out} cannot be made: {there} is a file")
+    if there.is_symlink():
+        raise UserError(f"--out {out} cannot be made: {there} is a link to itself")
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be written: no permission for {there}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
     read = {"checkpoint": arguments.checkpoint, "--adapter": arguments.adapter, "--base": arguments.base}
     for what, path in read.items():
-        if path is not None and out.resolve() == Path(path).resolve():
+        if path is not None and place == Path(os.path.realpath(path)):
             raise UserError(f"--out {out} is the folder of the {what}, which would be overwritten: name another one")
     if out.is_dir() and any(out.iterdir()) and not arguments.force:
         raise UserError(f"--out {out} is not empty: name another folder, or say --force to replace what is written")
@@ -149,7 +160,10 @@ def _parts(checkpoint: Checkpoint) -> tuple[dict[str, Any], AdapterFolder]:
         places = ", ".join(f"{state.file.name}{state.place}" for state in checkpoint.states)
         raise UserError(f"{path} holds {len(checkpoint.states)} states ({places}): save one in a file of its own")
     if checkpoint.adapter is None:
-        raise UserError(f"{path} holds no adapter: name the folder of the one that was saved with it, --adapter DIR")
+        raise UserError(
+            f"{path} holds no adapter: name the folder of the one that was saved with it, --adapter DIR. A run without "
+            "PEFT has none: load its state in its script, and take deltaopt.export_adapter(optimizer)"
+        )
     checkpoint.adapter.check()
     return checkpoint.states[0].content, checkpoint.adapter
 
@@ -251,7 +265,8 @@ def _is_ledger(key: object) -> bool:
 
 
 def _relative(one: torch.Tensor | None, other: torch.Tensor) -> float | None:
-    if one is None:
+    """Return the distance of an output to another one, relative to it; None where that one is not finite."""
+    if one is None or not bool(other.isfinite().all()):
         return None
     one, other = one.to(torch.float64), other.to(torch.float64)
-    return float((one - other).norm() / other.norm())
+    return float((one - other).norm() / max(float(other.norm()), torch.finfo(torch.float64).tiny))

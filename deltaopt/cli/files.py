@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,33 @@ def read(path: Path) -> Any:
             ) from error
         expected = "safetensors' format" if path.suffix == ".safetensors" else "what torch.save writes"
         raise UserError(f"{path} cannot be read: it was cut off, or is not {expected}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a JSON object.
+
+    Raises:
+        UserError: if it is something else.
+    """
+    try:
+        fields = json.loads(path.read_text("utf8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}): it is cut off, or something else") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is no JSON object, so it is no config")
+    return fields
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter by their names.
+
+    Raises:
+        UserError: if the file cannot be read, or holds no tensors with names.
+    """
+    content = read(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected the tensors of an adapter by their names")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
 def tensors_of_model(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltaopt.cli.adapters import CONFIG, WEIGHTS
 from deltaopt.cli.base_model import quiet
-from deltaopt.cli.files import read
+from deltaopt.cli.files import read_json, read_tensors
 from deltaopt.cli.outcome import UserError, one_line
 
 MODEL_CONFIG = "config.json"
@@ -36,21 +36,6 @@ def folder(path: str) -> Path:
     raise UserError(f"there is no folder {path}: nothing is downloaded, so give a folder on this machine")
 
 
-def read_config(place: Path, name: str) -> dict[str, Any]:
-    """Return a config file as a dict.
-
-    Raises:
-        UserError: if it is no JSON, or no object.
-    """
-    try:
-        fields = json.loads((place / name).read_text("utf8"))
-    except ValueError as error:
-        raise UserError(f"{place / name} is no JSON ({error}): it is cut off, or something else") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{place / name} is no JSON object, so it is no config")
-    return fields
-
-
 def adapter_tensors(place: Path) -> dict[str, Tensor] | None:
     """Return the tensors of an adapter; None if the folder has none.
 
@@ -58,9 +43,7 @@ def adapter_tensors(place: Path) -> dict[str, Tensor] | None:
         UserError: if they cannot be read.
     """
     file = next((place / name for name in WEIGHTS if (place / name).is_file()), None)
-    if file is None:
-        return None
-    return {name: tensor for name, tensor in read(file).items() if isinstance(tensor, Tensor)}
+    return None if file is None else read_tensors(file)
 
 
 def needed(module: str) -> Any:
@@ -69,11 +52,15 @@ def needed(module: str) -> Any:
     Raises:
         UserError: if it is not installed.
     """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what they say of optional parts of theirs
     try:
         return importlib.import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
         raise UserError(f"{library} is needed for this folder and cannot be imported ({error})") from error
+    finally:
+        logging.disable(disabled)
 
 
 def empty_model(place: Path, kind: str | None = None) -> nn.Module:
@@ -91,8 +78,8 @@ def empty_model(place: Path, kind: str | None = None) -> nn.Module:
         inside = [name for name in ("unet", "transformer") if (place / name / MODEL_CONFIG).exists()]
         hint = f": it is a pipeline, give {place / inside[0]}" if inside else ", so it is no model of transformers"
         raise UserError(f"{place} has no {MODEL_CONFIG}{hint}")
-    fields = read_config(place, MODEL_CONFIG)
-    if "auto_map" in fields:
+    fields = read_json(place / MODEL_CONFIG)
+    if "auto_map" in fields and fields.get("model_type") not in needed("transformers").CONFIG_MAPPING:
         raise UserError(f"{place} has code of its own (auto_map), which is not run here: call deltaopt.describe(model)")
     with quiet():
         try:
@@ -114,7 +101,7 @@ def _of_diffusers(fields: Mapping[str, Any]) -> nn.Module:
 
 def _of_transformers(place: Path, name: str | None) -> nn.Module:
     transformers = needed("transformers")
-    config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     kinds = [getattr(transformers, kind, None) for kind in (name or "", *(config.architectures or ()))]
     kind = next((kind for kind in kinds if kind is not None), transformers.AutoModel)
     with torch.device("meta"):
@@ -142,12 +129,12 @@ def lora_config(fields: Mapping[str, Any], place: Path) -> Any:
     """
     peft = needed("peft")
     method = fields.get("peft_type")
-    if method is None:
+    if not isinstance(method, str):
         raise UserError(f"{place / CONFIG} has no peft_type, so it is no config of a PEFT adapter")
     kinds = {"LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig}
     if method not in kinds:
         raise UserError(
-            f"{place} holds a {method} adapter, which is another method than LoRA: it has no branch A @ B for W to "
+            f"{place} holds an adapter of {method}, which is another method than LoRA: it has no branch A @ B for W to "
             "follow. Train with a LoraConfig"
         )
     known = {field.name for field in dataclasses.fields(kinds[method])}
@@ -156,6 +143,9 @@ def lora_config(fields: Mapping[str, Any], place: Path) -> Any:
             config = kinds[method](**{k: v for k, v in fields.items() if k in known and k != "peft_type"})
         except (TypeError, ValueError) as error:
             raise UserError(f"{place / CONFIG} is refused by PEFT: {_reason(error)}") from error
+    for name in ("r", "lora_alpha", "lora_dropout", "orth_reg_weight"):
+        if not isinstance(getattr(config, name, 0), int | float):
+            raise UserError(f"{place / CONFIG}: {name} is {getattr(config, name)!r}, expected a number")
     config.inference_mode = False
     return config
 

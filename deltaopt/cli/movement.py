@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import Fingerprint
-from deltaopt.checkpoint.format import split_ledgers, split_record
+from deltaopt.checkpoint.format import KEY, split_ledgers, split_record
 from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint
 from deltaopt.cli.outcome import UserError, refusals
 from deltaopt.layouts import LAYOUTS
@@ -20,6 +20,19 @@ from deltaopt.norms import norm_of, product_of
 
 Key = tuple[tuple[int, ...], str, int]
 """Shape, dtype and hash of a tensor."""
+
+
+OF_RECORD = {
+    "ledgers": object,
+    "weight_update": str,
+    "step_count": int,
+    "skipped_updates": int,
+    "rounding_seed": int,
+    "groups": list,
+}
+OF_GROUP = {"start_step": int, "update_ratio": float | int | None, "triples": list}
+OF_TRIPLE = {"name": str, "scaling": float | int, "folded": float | int, "A": list, "B": list}
+"""The entries of a state's record that are read, of its groups and of their triples, and their types."""
 
 
 class Layer(NamedTuple):
@@ -76,10 +89,12 @@ def record_of(state: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
     Raises:
         UserError: for another schema, and where a ledger is missing or damaged.
     """
+    for group in state["param_groups"]:
+        _checked(group.get(KEY, {"schema": None}), {"schema": object}, where)
     with refusals(ValueError, prefix=f"{where}: "):
         record, inner = split_record(state)
         found, *_ = split_ledgers(inner, record["schema"])
-    names = [triple["name"] for group in record["groups"] for triple in group["triples"]]
+    names = _checked_names(record, where)
     if not record["ledgers"]:
         return record, {}
     missing = [name for name in names if name not in found]
@@ -89,6 +104,37 @@ def record_of(state: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[s
             "optimizer's `state`. Take another checkpoint"
         )
     return record, {name: _saved(found[name], name, where) for name in names}
+
+
+def _checked_names(record: Any, where: str) -> list[str]:
+    """Return the names of the triples.
+
+    Raises:
+        UserError: if an entry of the record that is read is missing, or something else than it was.
+    """
+    names = []
+    for group in _checked(record, OF_RECORD, where)["groups"]:
+        for triple in _checked(group, OF_GROUP, where)["triples"]:
+            names.append(_checked(triple, OF_TRIPLE, where)["name"])
+            for letter in "AB":
+                if len(triple[letter]) < 2:
+                    raise _damaged(where, f"shape of {letter}", triple[letter])
+    return names
+
+
+def _checked(entry: Any, kinds: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise _damaged(where, next(iter(kinds)), entry)
+    for key, kind in kinds.items():
+        if key not in entry or not isinstance(entry[key], kind):
+            raise _damaged(where, key, entry.get(key))
+    return entry
+
+
+def _damaged(where: str, what: str, found: object) -> UserError:
+    return UserError(
+        f"{where}: the record of the run was edited or damaged: its {what} is {found!r}. Take another checkpoint"
+    )
 
 
 def layers_of(

@@ -49,6 +49,42 @@ def test_an_adapter_folder_without_weights(call, checkpoint):
     assert re.match(match, call("inspect", checkpoint, code=1))
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is no JSON (Expecting"),
+        ("[]", "is no JSON object"),
+        ("[" * 100_000, "is no JSON (maximum recursion"),
+        ("{}", "has no peft_type"),
+        ('{"peft_type": ["LORA"]}', "has no peft_type"),
+    ],
+)
+def test_a_config_of_something_else(text, says, call, checkpoint):
+    (checkpoint / "adapter_config.json").write_text(text, "utf8")
+    assert f"{checkpoint}/adapter_config.json {says}" in call("inspect", checkpoint, code=1)
+
+
+def test_an_adapter_without_names(call, checkpoint, base, tmp_path):
+    (checkpoint / "adapter_model.safetensors").unlink()
+    torch.save([torch.zeros(3)], checkpoint / "adapter_model.bin")
+    expected = f"{checkpoint}/adapter_model.bin holds a list, expected the tensors of an adapter by their names"
+    assert call("inspect", checkpoint, code=1) == expected
+    assert call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1) == expected
+
+
+@pytest.mark.parametrize("pattern", [[1], {"a": "b"}, {"q_proj": 7}])
+def test_the_rank_of_a_config_with_other_fields(pattern, data_of, checkpoint):
+    config = json.loads((checkpoint / "adapter_config.json").read_text("utf8"))
+    (checkpoint / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": pattern}), "utf8")
+    assert data_of("inspect", checkpoint)["adapter"]["rank"] == (7 if pattern == {"q_proj": 7} else config["r"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"global_step": "x"}'])
+def test_a_state_of_trainer_that_is_none(text, call, checkpoint):
+    (checkpoint / "trainer_state.json").write_text(text, "utf8")
+    assert f"{checkpoint}/trainer_state.json is no" in call("inspect", checkpoint, code=1)
+
+
 def test_truncated_safetensors(call, checkpoint, base, tmp_path):
     file = checkpoint / "adapter_model.safetensors"
     cut(file, file)
@@ -112,6 +148,26 @@ def rewritten(checkpoint, change):
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     change(state)
     torch.save(state, checkpoint / "optimizer.pt")
+
+
+@pytest.mark.parametrize("key", ["step_count", "rounding_seed", "groups", "start_step", "triples", "name", "B"])
+@pytest.mark.parametrize("value", ["gone", [1], None])
+def test_a_damaged_record(key, value, call, checkpoint):
+    def damaged(state):
+        record = state["param_groups"][0]["deltaopt"]
+        for entry in (record, record["groups"][0], record["groups"][0]["triples"][0]):
+            if key in entry:
+                entry.pop(key) if value == "gone" else entry.update({key: value})
+                return
+
+    rewritten(checkpoint, damaged)
+    message = call("inspect", checkpoint, code=1)
+    assert message.startswith(f"{checkpoint}/optimizer.pt: the record of the run was edited or damaged: its ")
+
+
+def test_a_record_of_something_else(call, checkpoint):
+    rewritten(checkpoint, lambda state: [group.update(deltaopt="x") for group in state["param_groups"]])
+    assert "the record of the run was edited or damaged: its schema is 'x'" in call("inspect", checkpoint, code=1)
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])
@@ -225,12 +281,30 @@ def test_four_hundred_layers_that_do_not_fit_are_one_sentence(count):
         check_fits(base, saved, "llama")
 
 
-@pytest.mark.parametrize("base", ["no/such-model", "."])
-def test_a_base_that_is_none(base, call, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ("no/such-model", "--base no/such-model is no folder on this machine, and as a model of the Hub it cannot be"),
+        (".", ". cannot be loaded: "),
+        ("file", "--base file is a file: give the folder of the pretrained model"),
+    ],
+)
+def test_a_base_that_is_none(base, says, call, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     message = call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1)
-    assert message.startswith(f"{base} cannot be loaded: ")
+    assert message.startswith(says)
     assert len(message) < 500
+
+
+@pytest.mark.parametrize("named", ["logging", "LlamaConfig", "nn", 3])
+def test_an_adapter_of_no_class_of_a_model(named, call, checkpoint, base, tmp_path):
+    """Any name of the library could be in that field."""
+    config = json.loads((checkpoint / "adapter_config.json").read_text("utf8"))
+    mapping = {"auto_mapping": {"base_model_class": named}, "task_type": None}
+    (checkpoint / "adapter_config.json").write_text(json.dumps({**config, **mapping}), "utf8")
+    message = call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1)
+    assert message == f"{base} cannot be loaded: transformers has no model {named}, which the adapter was trained on"
 
 
 def test_a_base_that_is_cut_off(call, checkpoint, base, tmp_path):
@@ -248,6 +322,21 @@ def test_an_output_that_is_a_file(call, checkpoint, base, tmp_path):
     assert (tmp_path / "out").read_text("utf8") == "mine"
 
 
+def test_an_output_that_cannot_be_made(call, checkpoint, base, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    cases = {
+        "file/sub/out": f"cannot be made: {tmp_path}/file is a file",
+        "loop": f"cannot be made: {tmp_path}/loop is a link to itself",
+    }
+    for out, says in cases.items():
+        message = call("export", checkpoint, "--base", base, "--out", tmp_path / out, code=1)
+        assert message == f"--out {tmp_path}/{out} {says}"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    message = call("export", checkpoint, "--base", base, "--out", tmp_path / "a" / "b", code=1)
+    assert message == f"--out {tmp_path}/a/b cannot be written: no permission for {tmp_path}"
+
+
 def test_an_adapter_alone_cannot_be_exported(call, checkpoint, base, tmp_path):
     (checkpoint / "optimizer.pt").unlink()
     message = call("export", checkpoint, "--base", base, "--out", tmp_path / "out", code=1)
@@ -259,7 +348,9 @@ def test_an_adapter_alone_cannot_be_exported(call, checkpoint, base, tmp_path):
 def test_a_file_without_an_adapter(call, checkpoint, base, tmp_path):
     file = shutil.copy(checkpoint / "optimizer.pt", tmp_path)
     message = call("export", file, "--base", base, "--out", tmp_path / "out", code=1)
-    assert message == f"{file} holds no adapter: name the folder of the one that was saved with it, --adapter DIR"
+    expected = f"{file} holds no adapter: name the folder of the one that was saved with it, --adapter DIR. "
+    assert message.startswith(expected)
+    assert "deltaopt.export_adapter(optimizer)" in message
     message = call("export", file, "--adapter", tmp_path, "--base", base, "--out", tmp_path / "out", code=1)
     assert message == f"--adapter {tmp_path} is no folder of an adapter: it has no adapter_config.json"
 
@@ -340,3 +431,39 @@ def test_as_a_module(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "deltaopt inspect: error: no: there is no such file or folder\n"
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_an_output_that_is_closed_early_or_full_leaves_no_traceback(extra, monkeypatch, capfd):
+    """As with ``| head``, and on a full disk."""
+    from deltaopt import __main__
+
+    monkeypatch.setattr(inspect, "run", lambda arguments: Outcome("x" * 100_000, {"x": "x" * 100_000}))
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(__main__.sys, "stdout", closed)
+        assert main(["inspect", "x", *extra]) == 1
+    assert capfd.readouterr() == ("", "")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(__main__.sys, "stdout", full)
+            assert main(["inspect", "x", *extra]) == 1
+        expected = "deltaopt: error: the result cannot be printed: No space left on device\n"
+        assert capfd.readouterr() == ("", expected)
+
+
+def test_an_interruption_is_quiet(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect, "run", interrupted)
+    assert main(["inspect", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_has_null_for_what_is_no_number(monkeypatch, capsys):
+    data = {"a": float("nan"), "b": [float("inf"), 1.5, ("c",)], "d": {"e": -float("inf")}}
+    monkeypatch.setattr(inspect, "run", lambda arguments: Outcome("", data))
+    assert main(["inspect", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5, ["c"]], "d": {"e": None}}

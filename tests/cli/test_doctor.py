@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,6 +245,12 @@ def of_another_model(tmp_path):
     return str(path)
 
 
+def list_of_tensors(tmp_path):
+    path = config_alone(tmp_path / "a", lora_fields())
+    torch.save([torch.zeros(3)], tmp_path / "a" / "adapter_model.bin")
+    return path
+
+
 def file_with(tmp_path, name, text):
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / name).write_text(text, "utf8")
@@ -259,6 +266,9 @@ BAD = {
     "cut off": (lambda p: [cut_off(p)], "adapter_model.safetensors cannot be read: it was cut off"),
     "no json": (lambda p: [file_with(p, "adapter_config.json", "{")], "is no JSON"),
     "a list": (lambda p: [file_with(p, "adapter_config.json", "[]")], "is no JSON object"),
+    "very deep": (lambda p: [file_with(p, "adapter_config.json", "[" * 100_000)], "is no JSON (maximum recursion"),
+    "a list as type": (lambda p: [file_with(p, "adapter_config.json", '{"peft_type": ["LORA"]}')], "has no peft_type"),
+    "a list of tensors": (lambda p: [list_of_tensors(p)], "adapter_model.bin holds a list, expected the tensors of an"),
     "no type": (lambda p: [file_with(p, "adapter_config.json", "{}")], "has no peft_type"),
     "no model type": (lambda p: [file_with(p, "config.json", "{}")], "cannot be built as a model"),
     "own code": (lambda p: [file_with(p, "config.json", '{"auto_map": {}}')], "has code of its own (auto_map)"),
@@ -268,10 +278,22 @@ BAD = {
         "does not fit this model: Target modules",
     ),
     "no lora": (lambda p: [vit_of(p)], "holds no LoRA, and PEFT has no default targets for a vit: name them with"),
+    "no number": (
+        lambda p: [config_alone(p / "a", lora_fields(lora_dropout="x"))],
+        "lora_dropout is 'x', expected a number",
+    ),
+    "an unknown target": (
+        lambda p: [llama(p / "m"), "--targets", "q_proj,nope"],
+        "has no layer named nope. It takes names by commas, for example q_proj,k_proj, or all-linear",
+    ),
+    "no target": (lambda p: [llama(p / "m"), "--targets", " ,"], "--targets: no name. It takes names by commas"),
     "base of a model": (lambda p: [llama(p / "m"), "--base", "x"], "so it is no adapter for --base x"),
     "targets of an adapter": (lambda p: [adapter(p / "a"), "--targets", "x"], "--targets is for a model without"),
     **{
-        method: (lambda p, method=method: [config_alone(p / "a", {"peft_type": method})], f"holds a {method} adapter")
+        method: (
+            lambda p, method=method: [config_alone(p / "a", {"peft_type": method})],
+            f"holds an adapter of {method}",
+        )
         for method in ("LOHA", "OFT", "IA3", "VERA")
     },
 }
@@ -287,3 +309,25 @@ def vit_of(tmp_path):
 def test_bad_input_is_one_line_and_exit_code_1(refused, tmp_path, case):
     arguments, says = BAD[case]
     assert says in refused(*arguments(tmp_path))
+
+
+def test_all_linear_layers_as_targets(seen, tmp_path):
+    text, data = seen(llama(tmp_path / "m"), "--targets", "all-linear")
+    assert "on --targets: all-linear" in text
+    assert {row["name"].rpartition(".")[2] for row in data["description"]["rows"]} >= {"q_proj", "o_proj", "down_proj"}
+
+
+def test_a_model_of_transformers_that_brings_code_too(seen, tmp_path):
+    """Models that transformers took in have kept their auto_map; its own class needs none of that code."""
+    place = Path(llama(tmp_path / "m"))
+    config = json.loads((place / "config.json").read_text("utf8"))
+    (place / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}), "utf8"
+    )
+    assert len(taken(seen(str(place))[1])) > 0
+
+
+def test_a_start_step_is_not_negative(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", str(tmp_path), "--start-step", "-1"])
+    assert "argument --start-step: a number of steps, 0 or more, got '-1'" in capsys.readouterr().err

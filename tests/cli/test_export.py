@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.compare import relative
 from tests.support.models import TARGETS, batches, causal_lm, deltas, optimizer_for, peft, plain_loop, weights
@@ -155,3 +155,16 @@ def test_what_is_read_is_not_overwritten(what, runs, base, call, tmp_path):
     out = checkpoint if what == "checkpoint" else base
     message = call("export", checkpoint, "--base", base, "--out", out, "--force", code=1)
     assert message == f"--out {out} is the folder of the {what}, which would be overwritten: name another one"
+
+
+@pytest.mark.parametrize(("fill", "difference"), [(float("nan"), None), (0.0, 0.0)])
+def test_an_output_that_cannot_be_compared(fill, difference, runs, base, call, data_of, tmp_path):
+    """The head is no part of the run, so its contents are the base's own affair."""
+    copied = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(copied / "model.safetensors")
+    tensors["lm_head.weight"].fill_(fill)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    checkpoint = runs["in place"].checkpoint
+    text = call("export", checkpoint, "--base", copied, "--out", tmp_path / "a")
+    assert ("the trained model's output is NaN or infinite, so it was not compared" in text) == (difference is None)
+    assert data_of("export", checkpoint, "--base", copied, "--out", tmp_path / "b")["output_difference"] == difference
