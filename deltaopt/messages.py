@@ -71,7 +71,7 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
     ends = itertools.accumulate(map(len, lines))
     written = max(1, sum(end <= WRITTEN_OUT for end in ends))
     if (more := len(lines) - written) > 0:
-        lines[written:] = [f"... and {more} more problem{'s' * (more != 1)}"]
+        lines[written:] = [f"... and {counted(more, 'more problem')}"]
     return lines
 
 
@@ -94,8 +94,12 @@ def _line(alike: Sequence[Problem], named: int) -> str:
 
 def layers(labels: Sequence[str], opening: str = " (", named: int = NAMED) -> str:
     """Return for example "3 layers (q, k, v)"; with the opening ": ", "3 layers: q, k, v"."""
-    count = f"{len(labels)} layer{'s' * (len(labels) != 1)}"
-    return f"{count}{opening}{names(labels, named)}{')' * opening.endswith('(')}"
+    return f"{counted(len(labels), 'layer')}{opening}{names(labels, named)}{')' * opening.endswith('(')}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return for example "1 layer" or "3 layers"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def names(labels: Sequence[str], named: int = NAMED) -> str:

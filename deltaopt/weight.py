@@ -18,7 +18,8 @@ from deltaopt.overwritten import base_sample
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import gathered
 from deltaopt.tensors import is_plain, offload_problems, tensor_problems
-from deltaopt.triple import LoRATriple, Tensors
+from deltaopt.triple import LoRATriple
+from deltaopt.triple_tensors import Tensors
 
 
 class Compensation(NamedTuple):

@@ -17,8 +17,7 @@ from deltaopt.integrations.layer_triple import (
     dropout_problems,
     first_of,
     named_layers,
-    raise_refusals,
-    surveyed,
+    survey_of,
 )
 from deltaopt.integrations.survey import Survey
 from deltaopt.triple import LoRATriple
@@ -28,21 +27,12 @@ UNMERGE = (
     "merge a copy"
 )
 
-
-def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
-    """Return the triples of every layer of litgpt with a branch.
-
-    Raises:
-        ValueError: for layers that Delta-LoRA cannot move, all in one message.
-    """
-    layers = _layers(model)
-    raise_refusals("litgpt", {name: _refusal(layer, allow_dropout) for name, layer in layers.items()})
-    return [triple for name, layer in layers.items() for triple in _triples(name, layer, allow_dropout)]
+HEADLINE = "these litgpt layers cannot be used"
 
 
-def survey(model: nn.Module, adapter: str) -> Survey:
-    """Return every layer of litgpt with a branch, good and bad ones."""
-    return surveyed(_layers(model), _refusal, _triples)
+def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
+    """Return every layer of litgpt with a branch; see `deltaopt.integrations.LIBRARIES`."""
+    return survey_of(_layers(model), _refusal, _triples, allow_dropout)
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

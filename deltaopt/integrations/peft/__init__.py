@@ -37,26 +37,11 @@ QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "
 """PEFT's modules of layers on a quantized base, with the branch of lora.Linear."""
 
 
-def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
-    """Return the triples of every PEFT LoRA layer of `model` that holds `adapter`.
-
-    Raises:
-        ValueError: for layers that Delta-LoRA cannot move, all in one message.
-    """
-    found = survey(model, adapter, allow_dropout, attach=True)
-    raise_problems(ValueError, "these PEFT layers cannot be used", found.refused)
-    return found.triples
+HEADLINE = "these PEFT layers cannot be used"
 
 
-def survey(model: nn.Module, adapter: str, allow_dropout: bool = False, attach: bool = False) -> Survey:
-    """Return the layers of `model` that hold `adapter`, those that cannot be used, and the others.
-
-    Args:
-        model: with layers of PEFT.
-        adapter: the adapter's name.
-        allow_dropout: see `find_triples`.
-        attach: let the triples put their hooks on the model, as an optimizer needs them, if no layer is refused.
-    """
+def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
+    """Return the layers of PEFT that hold `adapter`, and what the others are; see `deltaopt.integrations.LIBRARIES`."""
     tuned = {
         name: module
         for name, module in model.named_modules()

@@ -18,7 +18,8 @@ from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
 from deltaopt.movement import Movement
 from deltaopt.save_watch import SaveWatch, is_watched, leave
 from deltaopt.scaling import holder_of
-from deltaopt.triple import LoRATriple, Tensors
+from deltaopt.triple import LoRATriple
+from deltaopt.triple_tensors import Tensors
 
 CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
 
@@ -156,11 +157,6 @@ class PeftTriple(LoRATriple):
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
         found = []
-        if self.tied:
-            found.append(
-                "its W is used in another place too, which would move with it and has no branch: use "
-                'weight_update="in_place"'
-            )
         if getattr(self.layer.get_base_layer(), "max_norm", None) is not None:
             found.append(
                 "its embedding has max_norm, which rewrites the rows of W in each forward pass, but not the branch's: "
