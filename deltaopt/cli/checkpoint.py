@@ -109,15 +109,16 @@ def _folder(path: Path, adapter: AdapterFolder | None) -> Checkpoint:
         if not isinstance(step, int):
             raise UserError(f"{trainer} is no state of Trainer: its global_step is {step!r}, expected a whole number")
     adapter = adapter if adapter is not None else adapter_in(path)
-    export = path / "export"
-    has_export = (export / CONFIG).is_file()
-    return Checkpoint(path, kind, states, adapter, export if has_export else None, step, lambda: tensors_of_model(path))
+    exports = [folder for folder in (path / "export", path / "export" / "lora") if (folder / CONFIG).is_file()]
+    export = exports[0] if exports else None
+    return Checkpoint(path, kind, states, adapter, export, step, lambda: tensors_of_model(path))
 
 
 def _kind(path: Path, files: list[Path]) -> str:
     if files:
         return ACCELERATE if files[0].suffix == ".bin" else TRAINER
-    is_export = path.name == "export" and (path.parent / "trainer_state.json").is_file()
+    export = path.parent if path.parts[-2:] == ("export", "lora") else path
+    is_export = export.name == "export" and (export.parent / "trainer_state.json").is_file()
     return EXPORT if is_export else ADAPTER
 
 
