@@ -79,9 +79,9 @@ def describe(model_or_triples: Any, adapter: str = "default") -> Description:
 
 def _of_model(model: nn.Module, adapter: str) -> Description:
     found = surveyed(model, adapter)
-    loaded = not all(parameter.is_meta for parameter in model.parameters())
-    tied = {id(triple): places for triple, places in _tied(model, found.triples, loaded)}
     parameters = dict(model.named_parameters())
+    loaded = not parameters or not all(parameter.is_meta for parameter in parameters.values())
+    tied = {id(triple): places for triple, places in _tied(model, found.triples, loaded)}
     names_of = names_without_wrappers(model, parameters)
     free = [triple for triple in found.triples if id(triple) not in tied]
     rows, bad = _sorted_out(free, tuple(RULES), loaded, {id(p): names_of[name] for name, p in parameters.items()})
@@ -302,4 +302,4 @@ def _unbranched(model: nn.Module, triples: Iterable[LoRATriple], lora_layers: It
         if all(id(parameter) not in taken for parameter in module._parameters.values()):
             found[name] = type(module).__name__
     names_of = names_without_wrappers(model, found)
-    return [LeftOut(UNBRANCHED, names_of[name], kind) for name, kind in found.items()]
+    return [LeftOut(UNBRANCHED, names_of[name] or "the model itself", kind) for name, kind in found.items()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from deltaopt.cli.adapters import AdapterFolder
 from deltaopt.cli.checkpoint import Checkpoint, SavedState, opened
 from deltaopt.cli.files import tensors_of_model
-from deltaopt.cli.movement import Layer, layers_of, record_of
+from deltaopt.cli.movement import Layer, SavedWeight, are_factors_of, layers_of, record_of
 from deltaopt.cli.outcome import Outcome, UserError
 from deltaopt.tables import grouped, span, table
 
@@ -64,13 +66,16 @@ def run(arguments: argparse.Namespace) -> Outcome:
     checkpoint = opened(arguments.checkpoint, arguments.adapter)
     if not checkpoint.states:
         return _adapter_alone(checkpoint)
+    records = [record_of(state.content, f"{state.file}{state.place}") for state in checkpoint.states]
+    checkpoint = _with_own_adapter(checkpoint, [saved for _, saved in records], arguments.adapter)
     base = [] if arguments.base is None else _base(Path(arguments.base))
-    parts = [_state(checkpoint, state, base) for state in checkpoint.states]
+    pairs = zip(checkpoint.states, records, strict=True)
+    parts = [_state(checkpoint, state, record, saved, base) for state, (record, saved) in pairs]
     _check_base(arguments.base, parts)
     moved = any(layer["moved"] for part in parts for layer in part.data["layers"])
     whole = all(layer["weight"] == "moved" for part in parts for layer in part.data["layers"] if layer["moved"])
     folded = any(layer["folded"] for part in parts for layer in part.data["layers"])
-    use = _use(checkpoint, moved, moved and whole, folded)
+    use = _use(checkpoint, moved, moved and whole, folded, arguments.base or "MODEL")
     step = "" if checkpoint.trainer_step is None else f", global step {checkpoint.trainer_step}"
     text = [f"{checkpoint.path}: {checkpoint.kind}{step}", *(part.text for part in parts)]
     data: dict[str, Any] = {
@@ -84,6 +89,37 @@ def run(arguments: argparse.Namespace) -> Outcome:
         **use.data,
     }
     return Outcome("\n".join([*text, use.text]), data)
+
+
+def _with_own_adapter(
+    checkpoint: Checkpoint, saved: Sequence[Mapping[str, SavedWeight]], named: str | None
+) -> Checkpoint:
+    """Return the checkpoint, without an adapter in its folder that is of another step or run.
+
+    Args:
+        checkpoint: as opened.
+        saved: the weights of its states.
+        named: the adapter that the user has named.
+
+    Raises:
+        UserError: if that is the one.
+    """
+    adapter = checkpoint.adapter
+    if adapter is None or are_factors_of(
+        [weight for each in saved for weight in each.values()], adapter.tensors.values()
+    ):
+        return checkpoint
+    if named is not None:
+        raise UserError(
+            f"--adapter {named} is not the adapter of this state: none of its tensors is an A or B as they were. Take "
+            "the one that was saved at the same moment"
+        )
+    warnings.warn(
+        f"the adapter in {adapter.path} was left out: none of its tensors is an A or B of the state next to it, so it "
+        "is of another step, or an export",
+        stacklevel=2,
+    )
+    return checkpoint._replace(adapter=None)
 
 
 def _base(folder: Path) -> list[tuple[str, Tensor]]:
@@ -100,9 +136,14 @@ def _check_base(base: str | None, parts: Sequence[Outcome]) -> None:
         raise UserError(f"--base {base} is not the model that was fine-tuned: no tensor in it is a W of this state")
 
 
-def _state(checkpoint: Checkpoint, state: SavedState, base: list[tuple[str, Tensor]]) -> Outcome:
+def _state(
+    checkpoint: Checkpoint,
+    state: SavedState,
+    record: dict[str, Any],
+    saved: Mapping[str, SavedWeight],
+    base: list[tuple[str, Tensor]],
+) -> Outcome:
     where = f"{state.file.name}{state.place}"
-    record, saved = record_of(state.content, f"{state.file}{state.place}")
     factors = [] if checkpoint.adapter is None else list(checkpoint.adapter.tensors.items())
     layers = layers_of(record, saved, checkpoint.weights(), factors, base)
     groups = [
@@ -186,10 +227,11 @@ def _places(layers: Sequence[Layer]) -> str:
     return "and in this checkpoint as it had moved" if "moved" in found else "and in this checkpoint as its base"
 
 
-def _use(checkpoint: Checkpoint, moved: bool, whole: bool, folded: bool) -> Outcome:
+def _use(checkpoint: Checkpoint, moved: bool, whole: bool, folded: bool, base: str) -> Outcome:
     """Say which adapter gives the trained model, and on which weights."""
     own = None if checkpoint.adapter is None else str(checkpoint.adapter.path)
-    command = f"deltaopt export {checkpoint.path}{_adapter_option(checkpoint)} --base MODEL --out DIR"
+    options = [*_adapter_option(checkpoint), "--base", base, "--out", "DIR"]
+    command = shlex.join(["deltaopt", "export", str(checkpoint.path), *options])
     if not moved:
         note = "its factors hold the folded ratio" if folded else "no W has moved"
         text = f"use: {own or 'the adapter that was saved with it'}, on the base as it is ({note})"
@@ -202,14 +244,21 @@ def _use(checkpoint: Checkpoint, moved: bool, whole: bool, folded: bool) -> Outc
         text = f"use: all weights of this checkpoint together; {alone} without this W {are} another model. "
     else:
         text = f"use: none of these files by itself; {alone} {are} right only next to the moved W. "
+    if checkpoint.adapter is not None and checkpoint.adapter.config["peft_type"] != "LORA":
+        text += (
+            "For plain LoRA factors on the pristine base, resume the run and take deltaopt.export_adapter(optimizer): "
+            f"PEFT's files of {checkpoint.adapter.config['peft_type']} cannot hold the change of W"
+        )
+        return Outcome(text, {"use": None, "use_on": "moved weights", "command": None})
     text += f"For an adapter on the pristine base: {command}"
     return Outcome(text, {"use": None, "use_on": "moved weights", "command": command})
 
 
-def _adapter_option(checkpoint: Checkpoint) -> str:
+def _adapter_option(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.adapter is None:
-        return " --adapter DIR"
-    return "" if checkpoint.adapter.path.is_relative_to(checkpoint.path) else f" --adapter {checkpoint.adapter.path}"
+        return ["--adapter", "DIR"]
+    inside = checkpoint.adapter.path.is_relative_to(checkpoint.path)
+    return [] if inside else ["--adapter", str(checkpoint.adapter.path)]
 
 
 def _adapter_alone(checkpoint: Checkpoint) -> Outcome:
@@ -244,5 +293,5 @@ def _use_of(adapter: AdapterFolder) -> str:
     return (
         "use: not by itself. It was saved alone after Delta-LoRA had moved W, and on the pristine base it is another "
         "model. With the optimizer's state of the same moment: deltaopt export STATE.pt "
-        f"--adapter {adapter.path} --base MODEL --out DIR"
+        f"--adapter {shlex.quote(str(adapter.path))} --base MODEL --out DIR"
     )

@@ -137,6 +137,19 @@ def _damaged(where: str, what: str, found: object) -> UserError:
     )
 
 
+def are_factors_of(saved: Iterable[SavedWeight], tensors: Iterable[Tensor]) -> bool:
+    """Tell if A and B of a weight, as saved, are among the tensors; True where the state does not say what they were.
+
+    An export may hold the same B with another A. Of a folded weight the checkpoint holds A multiplied, so B decides.
+    """
+    known = [(weight.ledger.bits is not None, weight.factors) for weight in saved if weight.factors is not None]
+    pairs = [(folded, _key(A), _key(B)) for folded, (A, B) in known]
+    forms = {key[:2] for _, A, B in pairs for key in (A, B)}
+    candidates = (each for each in tensors if (tuple(each.shape), str(each.dtype).removeprefix("torch.")) in forms)
+    found = {_key(factor_fingerprint(tensor).record()) for tensor in candidates}
+    return not pairs or any(B in found and (folded or A in found) for folded, A, B in pairs)
+
+
 def layers_of(
     record: dict[str, Any],
     saved: Mapping[str, SavedWeight],

@@ -219,5 +219,11 @@ def test_a_model_without_lora():
     ]
 
 
+def test_a_model_of_one_layer_and_one_of_none():
+    alone = str(deltaopt.describe(nn.Linear(2, 3).requires_grad_(False)))
+    assert "1 layer without a LoRA branch, Linear: the model itself" in alone
+    assert "weights are not loaded" not in str(deltaopt.describe(nn.Sequential()))
+
+
 def test_it_is_public():
     assert deltaopt.describe is describe

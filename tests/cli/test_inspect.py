@@ -1,5 +1,7 @@
 """``deltaopt inspect``: the step, the rule, how far each W moved and which adapter is right, of what users have."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -7,9 +9,10 @@ import pytest
 import torch
 
 import deltaopt
+from deltaopt.__main__ import main
 from deltaopt.cli.inspect import by_last_name
 from deltaopt.cli.movement import Layer
-from tests.support.models import RATIO, batches, causal_lm, deltas, optimizer_for, plain_loop, weights
+from tests.support.models import RATIO, batches, causal_lm, deltas, optimizer_for, peft, plain_loop, weights
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
 pytestmark = [pytest.mark.extra, peft_asks_by_an_old_name]
@@ -86,6 +89,41 @@ def trained(dtype=torch.float32, steps=3, **options):
     optimizer = optimizer_for(model, start_step=1, **options)
     plain_loop(model, optimizer, batches(steps))
     return model, optimizer
+
+
+def test_the_command_can_be_pasted(runs, base, data_of, tmp_path):
+    source = runs["in place"].checkpoint
+    copied = shutil.copytree(source, tmp_path / "my run ü", ignore=shutil.ignore_patterns("export"))
+    command = data_of("inspect", copied, "--base", base)["command"]
+    assert shlex.split(command) == ["deltaopt", "export", str(copied), "--base", str(base), "--out", "DIR"]
+
+
+def test_an_adapter_of_another_moment(runs, call, capsys, tmp_path):
+    run = runs["in place"].checkpoint.parent
+    message = call("inspect", run / "checkpoint-4" / "optimizer.pt", "--adapter", run / "checkpoint-2", code=1)
+    assert message.startswith(f"--adapter {run}/checkpoint-2 is not the adapter of this state: none of its tensors is")
+
+    # A folder with the state and what save_adapter has written.
+    exported = shutil.copytree(run / "checkpoint-4" / "export", tmp_path / "c")
+    shutil.copy(run / "checkpoint-4" / "optimizer.pt", exported)
+    assert main(["inspect", str(exported), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith(f"warning: the adapter in {exported} was left out: none of its tensors is an A or B of")
+    assert json.loads(out)["adapter"] is None
+    assert "--adapter DIR" in json.loads(out)["command"]
+
+
+def test_adalora_has_no_form_for_an_export(data_of, call, tmp_path):
+    fields = {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(causal_lm(torch.float32).unload(), peft.AdaLoraConfig(**fields))
+    optimizer = optimizer_for(model, start_step=1)
+    plain_loop(model, optimizer, batches(3))
+    with pytest.warns(UserWarning, match="save_pretrained writes the adapter alone"):
+        model.save_pretrained(tmp_path / "c")
+    torch.save(optimizer.state_dict(), tmp_path / "c" / "optimizer.pt")
+    assert data_of("inspect", tmp_path / "c")["command"] is None
+    text = call("inspect", tmp_path / "c")
+    assert "take deltaopt.export_adapter(optimizer): PEFT's files of ADALORA cannot hold the change of W" in text
 
 
 def test_a_folder_of_accelerate(accelerator_of, data_of, call, tmp_path):
