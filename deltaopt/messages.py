@@ -62,9 +62,10 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
     the words of its first layer. Of many problems the first ones are written out and the others counted.
     """
     alike: dict[str, list[Problem]] = {}
+    kinds: dict[str, str] = {}  # by sentence: a layer's name may be a word or a number in it by chance
     for problem in dict.fromkeys(problems):
-        sentence = re.sub(rf"(?<!\w){re.escape(problem.label)}(?!\w)", "@", problem.sentence)
-        alike.setdefault(NUMBER.sub("#", sentence), []).append(problem)
+        kind = kinds.setdefault(problem.sentence, _without_name_and_numbers(problem))
+        alike.setdefault(kind, []).append(problem)
     named = NAMED if len(alike) == 1 else NAMED_OF_SEVERAL
     lines = [_line(same, named) for same in alike.values()]
     ends = itertools.accumulate(map(len, lines))
@@ -72,6 +73,13 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
     if (more := len(lines) - written) > 0:
         lines[written:] = [f"... and {counted(more, 'more problem')}"]
     return lines
+
+
+def _without_name_and_numbers(problem: Problem) -> str:
+    sentence = problem.sentence
+    if any(map(str.isalpha, problem.label)):
+        sentence = re.sub(rf"(?<!\w){re.escape(problem.label)}(?!\w)", "@", sentence)
+    return NUMBER.sub("#", sentence)
 
 
 def _line(alike: Sequence[Problem], named: int) -> str:

@@ -148,7 +148,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _short(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn what another library says of an input into a UserError of one line that is not long."""
+    """Turn what another library says of an input into a UserError of one short line."""
     try:
         yield
     except kinds as error:

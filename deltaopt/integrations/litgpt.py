@@ -76,6 +76,8 @@ def _runs(rows: list[int]) -> list[tuple[int, int]]:
 def _refusal(layer: Any, allow_dropout: bool) -> str | None:
     if not isinstance(layer, lora.LoRALinear):
         return f"{type(layer).__name__} is no class of litgpt itself: {OWN_PROTOCOL}"
+    if type(layer).forward not in (lora.LoRALinear.forward, lora.LoRAQKVLinear.forward):
+        return f"{type(layer).__name__} has a forward pass of its own: {OWN_PROTOCOL}"
     if layer.linear.weight.is_meta:
         return "its weight is on the meta device, without values: load the weights first"
     if layer.linear.weight.requires_grad:

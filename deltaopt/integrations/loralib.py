@@ -80,6 +80,8 @@ def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]
 def _refusal(layer: Any, allow_dropout: bool) -> str | None:
     if not isinstance(layer, KNOWN):
         return f"{type(layer).__name__} is no class of loralib itself: {OWN_PROTOCOL}"
+    if type(layer).forward not in {kind.forward for kind in KNOWN}:
+        return f"{type(layer).__name__} has a forward pass of its own: {OWN_PROTOCOL}"
     found = _conv_problems(layer) if isinstance(layer, loralib.ConvLoRA) else []
     if getattr(layer, "max_norm", None) is not None:
         found.append(

@@ -124,6 +124,15 @@ def test_a_merged_model_is_refused_with_the_way_out(rule):
         optimizer_for(model, rule)
 
 
+def test_a_forward_pass_of_ones_own_is_refused():
+    class Twice(lora.LoRALinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match=r"0: Twice has a forward pass of its own.*lora_triples"):
+        find_triples(build(Twice(7, 5, r=2)))
+
+
 def test_a_model_whose_weights_still_train_is_refused():
     model = nn.Sequential(*[lora.LoRALinear(7, 7, r=3) for _ in range(400)])
     with pytest.raises(ValueError, match=r"litgpt\.lora\.mark_only_lora_as_trainable\(model\) first") as refused:

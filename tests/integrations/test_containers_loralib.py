@@ -205,6 +205,19 @@ def test_unknown_layers_are_refused_together():
         model[1](images[:, :, 0].float())
 
 
+def test_a_forward_pass_of_ones_own_is_refused_and_a_subclass_without_one_is_taken():
+    class Twice(loralib.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Named(loralib.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"0: Twice has a forward pass of its own.*lora_triples"):
+        find_triples(nn.Sequential(Twice(7, 5, r=2)))
+    assert len(find_triples(nn.Sequential(Named(7, 5, r=2)))) == 1
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_layer_without_a_branch_is_left_out(count):
     model = nn.Sequential(loralib.Linear(4, 4), *[loralib.Linear(4, 4, r=2)] * count)

@@ -104,11 +104,7 @@ class PeftTriple(LoRATriple):
 
     def has_moved(self) -> bool:
         """Tell if W has moved for this adapter, or for one whose movement the layer does not leave out by itself."""
-        hooks = [hook for hook in hooks_on(self.layer) if hook.movement is not None]
-        own = [hook.movement for hook in hooks if hook.adapter == self.adapter and not hook.is_replaced(self.layer)]
-        if hooks:
-            return any(movement is not None and movement.moved() for movement in own)
-        return is_watched(self.layer)
+        return has_moved(self.layer, self.adapter)
 
     def count_movement(self, movement: Movement) -> None:
         """Leave this movement of W out of the layer's output from now on, where this very adapter takes no part."""
@@ -223,6 +219,15 @@ class PeftTriple(LoRATriple):
         dtypes = [tensor.dtype for tensor in (tensors.W, *tensors.stored)]  # PEFT computes the start in W's dtype
         coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
         return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
+
+
+def has_moved(layer: lora.LoraLayer, adapter: str) -> bool:
+    """Tell if W has moved for an adapter, or for one whose movement the layer does not leave out by itself."""
+    hooks = [hook for hook in hooks_on(layer) if hook.movement is not None]
+    own = [hook.movement for hook in hooks if hook.adapter == adapter and not hook.is_replaced(layer)]
+    if hooks:
+        return any(movement is not None and movement.moved() for movement in own)
+    return is_watched(layer)
 
 
 def _rescale(adapter: str, set_scaling: Callable[[Any, float], None], layer: Any, ratio: float) -> None:
