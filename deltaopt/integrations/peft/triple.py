@@ -126,9 +126,7 @@ class PeftTriple(LoRATriple):
     def branch_problems(self) -> list[str]:
         """Say if the branch was merged, rescaled or given dropout since it was registered."""
         allowed = self._allow_dropout and not self.folded
-        return self.change_problems() or (
-            [] if allowed else dropout_problems(self.layer.lora_dropout[self.adapter], "lora_dropout")
-        )
+        return self.change_problems() or ([] if allowed else dropout_problems(*self._dropout()))
 
     def _dropout(self) -> tuple[object, str]:
         return self.layer.lora_dropout[self.adapter], "lora_dropout"
