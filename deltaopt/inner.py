@@ -38,13 +38,6 @@ def build_inner(
 ) -> Optimizer:
     """Return the optimizer that a class or a factory makes, or raise an error that says what it was given."""
     name = getattr(inner, "__name__", repr(inner))
-    if type(inner).__module__.startswith("deepspeed"):
-        raise TypeError(
-            f"inner is a {type(inner).__name__}: DeepSpeed's optimizers step flattened copies of A and B, "
-            "which W cannot follow. Train without ZeRO, for example with DDP or FSDP2"
-        )
-    if not callable(inner):
-        raise TypeError(f"inner is an optimizer class or a built torch.optim.Optimizer, got a {type(inner).__name__}")
     try:
         built = inner(param_groups, **kwargs)
     except TypeError as error:

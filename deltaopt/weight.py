@@ -109,7 +109,7 @@ class WeightState:
             self._left, self._back = version, False
         self._tensors = None
 
-    def is_as_left(self) -> None:
+    def note_restored(self) -> None:
         """Note that W has the bits again that the last event left there."""
         W = self.triple.W
         if self.base is not None and is_plain(W) and not W.is_meta:

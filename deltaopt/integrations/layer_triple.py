@@ -54,7 +54,7 @@ class LayerTriple(LoRATriple):
         set_scaling: SetScaling | None = None,
     ) -> None:
         self.layer: Any = layer
-        self._dropout, self._unmerge, self._allow_dropout = dropout, unmerge, allow_dropout
+        self._dropout_name, self._unmerge, self._allow_dropout = dropout, unmerge, allow_dropout
         super().__init__(
             (layer, weight), A, B, scaling=scaling, name=name, layout=layout, rows=rows, set_scaling=set_scaling
         )
@@ -68,27 +68,39 @@ class LayerTriple(LoRATriple):
     def branch_problems(self) -> list[str]:
         """Say if the branch was merged, rescaled or given dropout since it was registered."""
         allowed = self._allow_dropout and not self.folded
-        return super().branch_problems() or ([] if allowed else dropout_problems(self.layer, self._dropout))
+        found = super().branch_problems()
+        return found or ([] if allowed else dropout_problems(*self._dropout()))
 
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
-        found = super().folding_problems()
-        if dropout_problems(self.layer, self._dropout):
-            found.append(
-                f'it has {self._dropout}, which weight_update="folded" would apply to what W moves by too: set it to '
-                '0, or use weight_update="in_place" with allow_dropout=True'
-            )
-        return found
+        return [*super().folding_problems(), *folded_dropout_problems(*self._dropout())]
+
+    def _dropout(self) -> tuple[object, str]:
+        return getattr(self.layer, self._dropout_name, None), self._dropout_name
 
 
-def dropout_problems(layer: nn.Module, attribute: str) -> list[str]:
-    """Say that a branch has dropout; empty if it has none."""
-    dropout = getattr(layer, attribute, None)
+def dropout_problems(dropout: object, attribute: str) -> list[str]:
+    """Say that a branch has dropout; empty if it has none.
+
+    Args:
+        dropout: what is applied to the branch's input.
+        attribute: what its library calls it.
+    """
     if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
         return []
     return [
         f"it has {attribute}={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set it to 0, or pass allow_dropout=True for an ablation"
+        f"(section 4.2 of the paper): set {attribute}=0, or pass allow_dropout=True for an ablation"
+    ]
+
+
+def folded_dropout_problems(dropout: object, attribute: str) -> list[str]:
+    """Say that a branch has dropout, which cannot be folded even for an ablation; arguments as `dropout_problems`."""
+    if not dropout_problems(dropout, attribute):
+        return []
+    return [
+        f'it has {attribute}, which weight_update="folded" would apply to what W moves by too: set {attribute}=0, or '
+        'use weight_update="in_place" with allow_dropout=True'
     ]
 
 

@@ -82,4 +82,4 @@ def _refusal(layer: Any, allow_dropout: bool) -> str | None:
         return "its weight is on the meta device, without values: load the weights first"
     if layer.linear.weight.requires_grad:
         return "its weight still requires grad: call litgpt.lora.mark_only_lora_as_trainable(model) first"
-    return first_of([] if allow_dropout else dropout_problems(layer, "lora_dropout"))
+    return first_of([] if allow_dropout else dropout_problems(layer.lora_dropout, "lora_dropout"))

@@ -87,7 +87,7 @@ def _refusal(layer: Any, allow_dropout: bool) -> str | None:
         found.append(
             "it has max_norm, with which loralib's forward pass rewrites lora_A as well as W: build it without max_norm"
         )
-    return first_of(found, [] if allow_dropout else dropout_problems(layer, "lora_dropout"))
+    return first_of(found, [] if allow_dropout else dropout_problems(layer.lora_dropout, "lora_dropout"))
 
 
 def _warn_of_rounding(found: Mapping[str, Any]) -> None:

@@ -129,4 +129,4 @@ def _refusal(layer: Any, allow_dropout: bool) -> str | None:
             "its weight still requires grad: call torchtune.modules.peft.set_trainable_params(model, "
             "get_adapter_params(model)) first"
         )
-    return first_of([] if allow_dropout else dropout_problems(layer, "dropout"))
+    return first_of([] if allow_dropout else dropout_problems(layer.dropout, "dropout"))

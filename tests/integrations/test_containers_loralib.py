@@ -52,7 +52,7 @@ def test_refuses_dropout(rule):
     def set_dropout(model):
         model[0].lora_dropout = nn.Dropout(0.25)
 
-    match = r"0: it has lora_dropout=0\.25, .*section 4\.2.*set it to 0, or pass allow_dropout=True"
+    match = r"0: it has lora_dropout=0\.25, .*section 4\.2.*set lora_dropout=0, or pass allow_dropout=True"
     containers.check_dropout(CASES["linear"], rule, set_dropout, match)
 
 

@@ -15,13 +15,14 @@ from torch import nn
 from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
+from deltaopt.integrations.layer_triple import dropout_problems, first_of
 from deltaopt.integrations.peft import adalora
 from deltaopt.integrations.peft.absence import frozen_adapter, lora_adapters
 from deltaopt.integrations.peft.absence import why_none as why_none
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
 from deltaopt.integrations.peft.moved_config import configs_by_layer
 from deltaopt.integrations.peft.saved_adapter import SavedAdapter
-from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems, has_moved
+from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, has_moved
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
@@ -261,8 +262,7 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
             f"its convolution has padding_mode={layer.get_base_layer().padding_mode!r} and PEFT's branch pads with "
             "zeros, so that scaling * B @ A is no change of W: leave it out of target_modules"
         )
-    problems = [] if allow_dropout else dropout_problems(layer, adapter)
-    return problems[0] if problems else None
+    return first_of([] if allow_dropout else dropout_problems(layer.lora_dropout[adapter], "lora_dropout"))
 
 
 def _other_content(layer: BaseTunerLayer) -> str:

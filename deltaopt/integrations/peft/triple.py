@@ -12,6 +12,7 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from deltaopt.factors import FactorSource
+from deltaopt.integrations.layer_triple import dropout_problems, folded_dropout_problems
 from deltaopt.integrations.peft.moved_config import Configs, note_moved, prepare
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
@@ -125,7 +126,10 @@ class PeftTriple(LoRATriple):
     def branch_problems(self) -> list[str]:
         """Say if the branch was merged, rescaled or given dropout since it was registered."""
         allowed = self._allow_dropout and not self.folded
-        return self.change_problems() or ([] if allowed else dropout_problems(self.layer, self.adapter))
+        return self.change_problems() or ([] if allowed else dropout_problems(*self._dropout()))
+
+    def _dropout(self) -> tuple[object, str]:
+        return self.layer.lora_dropout[self.adapter], "lora_dropout"
 
     def change_problems(self) -> list[str]:
         """Say why W and branch_scaling * A @ B are not what the layer computes with."""
@@ -158,11 +162,7 @@ class PeftTriple(LoRATriple):
                 "its embedding has max_norm, which rewrites the rows of W in each forward pass, but not the branch's: "
                 'use weight_update="in_place"'
             )
-        if dropout_problems(self.layer, self.adapter):
-            found.append(
-                'it has lora_dropout, which weight_update="folded" would apply to what W moves by too: set '
-                'lora_dropout=0, or use weight_update="in_place" with allow_dropout=True'
-            )
+        found += folded_dropout_problems(*self._dropout())
         if self.layer.lora_bias.get(self.adapter, False):
             found.append(
                 'its branch has a bias (lora_bias=True), which weight_update="folded" would scale as well: use '
@@ -230,17 +230,6 @@ def has_moved(layer: lora.LoraLayer, adapter: str) -> bool:
 
 def _rescale(adapter: str, set_scaling: Callable[[Any, float], None], layer: Any, ratio: float) -> None:
     set_scaling(layer, layer.scaling[adapter] * ratio)
-
-
-def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
-    """Say that the branch has dropout; empty if it has none."""
-    dropout = layer.lora_dropout[adapter]
-    if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
-        return []
-    return [
-        f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set lora_dropout=0, or pass allow_dropout=True for an ablation"
-    ]
 
 
 def _weight_path(layer: lora.LoraLayer) -> str:
