@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.modules import modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.triple import LoRATriple
 
@@ -55,7 +56,7 @@ def ask_all(model: nn.Module, errors: tuple[type[Exception], ...] = (ValueError,
         model: with such modules.
         errors: those that are the answer of a module; others are raised.
     """
-    found = {name: module for name, module in model.named_modules() if describes_itself(module)}
+    found = {name: module for name, module in modules_of(model).items() if describes_itself(module)}
     names = names_without_wrappers(model, found)
     asked = Asked([], [], list(found.values()), [])
     for name, module in found.items():
