@@ -28,7 +28,7 @@ from deltaopt.movement import Movement
 from deltaopt.save_watch import SaveWatch, leave
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
 from deltaopt.stored_factors import Load, StoredFactor
-from deltaopt.tensors import FLOATS, is_plain
+from deltaopt.tensors import FLOATS, PLAIN
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -75,10 +75,12 @@ class Tensors(NamedTuple):
 
     def signature(self) -> tuple[object, ...]:
         """Return a value that changes when a tensor is replaced or moved."""
-        found = _identity(self.W)
-        for parameter in self.stored:
-            found += _identity(parameter)
-        return found
+        return tuple(
+            [
+                (id(tensor), tensor.data_ptr() if type(tensor) in PLAIN else None, tensor.shape, tensor.dtype)
+                for tensor in (self.W, *self.stored)
+            ]
+        )
 
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype for products of the factors: float32, or float64 where one of the tensors is."""
@@ -96,8 +98,10 @@ def _replaced(factor: Tensor | Computed, placed: dict[Tensor, Tensor]) -> Tensor
     return factor._replace(parameters=tuple(placed[parameter] for parameter in factor.parameters))
 
 
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return id(tensor), tensor.data_ptr() if is_plain(tensor) else None, tensor.shape, tensor.dtype
+def _read(source: FactorSource, label: str) -> Tensor | Computed:
+    if isinstance(source, Factor):
+        return Computed(source, tuple(looked_up(place, label) for place in source.sources))
+    return looked_up(source, label)
 
 
 class _Kinds(NamedTuple):
@@ -251,13 +255,8 @@ class LoRATriple:
     def tensors(self) -> Tensors:
         """Look up W, and A and B or their parameters, as they are stored now."""
         label = self.label
-        left, right = (
-            Computed(source, tuple(looked_up(place, label) for place in source.sources))
-            if isinstance(source, Factor)
-            else looked_up(source, label)
-            for source in self.factor_sources.values()
-        )
-        return Tensors(looked_up(self.W_source, label), left, right)
+        left, right = self.factor_sources.values()
+        return Tensors(looked_up(self.W_source, label), _read(left, label), _read(right, label))
 
     @contextmanager
     def written(self) -> Iterator[None]:
