@@ -9,6 +9,7 @@ A host that cannot read its device without waiting does not know whether they we
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -196,6 +197,7 @@ class HostBuffers(FactorBuffers):
         count = max(1, CHUNK_ELEMENTS // (2 * prod(self._lead) * self._r * (self._c + self._d)))
         self._chunks = [slice(start, start + count) for start in range(0, len(members), count)]
         self._continues: list[bool] = []
+        self._parameters: list[Tensor] = []
         self._start: Factors | None = None
         self._delta: tuple[slice, Tensor, Tensor, Tensor] | None = None
         self._chunks_written = 0
@@ -205,7 +207,11 @@ class HostBuffers(FactorBuffers):
     def snapshot(self) -> None:
         """Keep lambda times s; and a copy of A and B, if they are not what the last move left."""
         super().snapshot()
+        self._parameters = []
         n, factors = len(self.slots), self._factors()
+        parameters = [slot.weight.tensors for slot in self.slots]
+        if all(map(operator.is_, factors, [*(t.left for t in parameters), *(t.right for t in parameters)])):
+            self._parameters = factors  # which the step changes in place: they need not be viewed again
         A = torch.stack(factors[:n], out=torch.empty_like(self._A_end))
         B = torch.stack(factors[n:], out=torch.empty_like(self._B_end))
         for slot in self._following:
@@ -228,7 +234,7 @@ class HostBuffers(FactorBuffers):
 
     def marks(self) -> list[Tensor]:
         """Make the delta, and return its sizes; if it takes several chunks, which are made later, look at A' and B'."""
-        self._now = self._now or self._factors()
+        self._now = self._now or self._parameters or self._factors()
         assert self._start is not None
         if len(self._chunks) > 1:
             tensors = self._now if all(self._continues) else [*self._now, *self._start]
@@ -284,6 +290,7 @@ class HostBuffers(FactorBuffers):
     def release(self) -> None:
         """Let go of what only a step needs."""
         super().release()
+        self._parameters = []
         self._start = self._delta = self._due = None
 
     def _delta_of(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,10 +82,10 @@ class BackwardWatch:
         Raises:
             RuntimeError: if no factor has a gradient, as before the last step, and some have changed since.
         """
-        factors = {weight: weight.tensors.parameters for weight in weights}
-        if any(factor.grad is not None for pair in factors.values() for factor in pair):
+        if any(factor.grad is not None for weight in weights for factor in weight.tensors.stored):
             self.forget()
             return
+        factors = {weight: weight.tensors.parameters for weight in weights}
         check_not_in_backward(weights)
         labels = [
             weight.label

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import note
-from deltaopt.lowrank import Term, joined, matrix_factors
+from deltaopt.lowrank import Term, is_zero, joined, matrix_factors
 from deltaopt.rounding.blocks import full_precision
 
 Factors: TypeAlias = "tuple[Tensor, Tensor]"
@@ -64,7 +64,7 @@ class _State(NamedTuple):
     def closed(self, coef: float, factors: Factors) -> _State:
         """Return the same with one more term, of tensors of its own."""
         A, B = factors
-        known_zero = coef == 0 or (A.device.type == "cpu" and not all(factor.any() for factor in factors))
+        known_zero = coef == 0 or (A.device.type == "cpu" and any(map(is_zero, factors)))
         if self.lost is not None or known_zero:
             return self
         term = Term(coef, A.detach().clone(), B.detach().clone())

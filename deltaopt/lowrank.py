@@ -23,7 +23,7 @@ class Term(NamedTuple):
 
     def is_zero(self) -> bool:
         """Tell if the product is known to be zero, by its coefficient or a factor. Waits for the device."""
-        return self.coef == 0 or not bool(self.A.any()) or not bool(self.B.any())
+        return self.coef == 0 or is_zero(self.A) or is_zero(self.B)
 
     def cloned(self) -> Term:
         """Return the same term with tensors of its own."""
@@ -32,6 +32,11 @@ class Term(NamedTuple):
     def to(self, device: torch.device, dtype: torch.dtype) -> Term:
         """Return the same term on another device and in another dtype."""
         return Term(self.coef, self.A.to(device, dtype), self.B.to(device, dtype))
+
+
+def is_zero(factor: Tensor) -> bool:
+    """Tell if all numbers are zero; one column tells of most factors that they are not. Waits for the device."""
+    return not (bool(factor[..., :1].any()) or bool(factor.any()))
 
 
 class LowRank(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -22,6 +22,8 @@ Nobody else uses these names, so they tell of a wrapper by themselves.
 HOLD_MODULE = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 """Wrappers that hold what they wrap as `module`, a name that any model may use for a layer of its own."""
 
+_PLACES = (*WRAPPED, "module")
+
 
 def names_without_wrappers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Return by name the same name without the steps from a wrapper to what it wraps.
@@ -32,7 +34,7 @@ def names_without_wrappers(model: nn.Module, names: Iterable[str]) -> dict[str, 
         model: that has modules of these names.
         names: as in ``model.named_modules()``.
     """
-    short = {name: name_without_wrappers(model, name) for name in names}
+    short = short_names(model, names)
     count = Counter(short.values())
     found = {name: shorter if count[shorter] == 1 else name for name, shorter in short.items()}
     return found if len(set(found.values())) == len(found) else {name: name for name in found}
@@ -61,24 +63,44 @@ def name_without_wrappers(model: nn.Module, name: str) -> str:
 
     Some wrappers leave themselves out of the keys of their state dicts.
     """
-    module: nn.Module | None = model
-    kept, parts = [], name.split(".") if name else []
-    while parts:
-        part = parts[0]
-        inside = _wrapped_by(module)
-        if inside is not None:
-            module = inside[1]
-            if part == inside[0]:
-                parts.pop(0)
-            continue
-        module = None if module is None else module._modules.get(part)
-        kept.append(parts.pop(0))
-    return ".".join(kept)
+    return short_names(model, [name])[name]
+
+
+def short_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return by name what `name_without_wrappers` makes of it; what they begin with alike is looked up once."""
+    known: dict[str, _Place] = {"": _Place("", model)}
+    return {name: _place(name, known).name for name in names}
+
+
+class _Place(NamedTuple):
+    """The name of a module without wrappers, and the module; None behind a key of a state dict."""
+
+    name: str
+    module: nn.Module | None
+
+
+def _place(name: str, known: dict[str, _Place]) -> _Place:
+    """Return the place of a module or a key, which `known` remembers by name, as all places on the way to it."""
+    found = known.get(name)
+    if found is None:
+        above, _, part = name.rpartition(".")
+        found = known[name] = _step(_place(above, known), part)
+    return found
+
+
+def _step(above: _Place, part: str) -> _Place:
+    """Return the place of a part of `above`; it is `above` itself where the part is a step into a wrapper."""
+    name, module = above
+    while (inside := _wrapped_by(module)) is not None:
+        module = inside[1]
+        if part == inside[0]:
+            return _Place(name, module)
+    return _Place(f"{name}.{part}" if name else part, None if module is None else module._modules.get(part))
 
 
 def _wrapped_by(module: nn.Module | None) -> tuple[str, nn.Module] | None:
     """Return the attribute and the module that a wrapper holds; None of a module that is no wrapper."""
-    if module is None:
+    if module is None or module._modules.keys().isdisjoint(_PLACES):
         return None
     places = ("module",) if isinstance(module, HOLD_MODULE) else WRAPPED
     return next(((name, inside) for name in places if (inside := module._modules.get(name)) is not None), None)

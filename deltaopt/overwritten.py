@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaopt.checkpoint.fingerprint import kept_positions
+from deltaopt.checkpoint.fingerprint import kept_index
 from deltaopt.messages import layers, warn_user
 from deltaopt.rounding.blocks import lifted
 from deltaopt.tensors import FLOATS, is_plain
@@ -140,10 +140,8 @@ def _sample(weight: WeightState) -> _Sample | None:
     if W.dtype.itemsize == 2 and compensation is None and weight.moved:
         return None
     matrix = view.part_matrix(part)
-    *_, c, d = matrix.shape
-    places = kept_positions((matrix.numel(),), SAMPLES, W.device)
-    experts, i, j = places // (c * d), places // d % c, places % d
-    index = (i, j) if matrix.dim() == 2 else (experts, i, j)
+    index = kept_index(tuple(matrix.shape), SAMPLES, W.device)
+    *experts, i, j = index
     there = matrix[index]
     reliable = there.abs() < torch.finfo(W.dtype).max  # a sum that saturated is another one
     if compensation is not None:
@@ -152,7 +150,7 @@ def _sample(weight: WeightState) -> _Sample | None:
     displacement, size = torch.zeros_like(W_there), W_there.abs()
     for coef, A, B in weight.placed_ledger().displacement():
         B = view.ordered(B, W)
-        rows, columns = (A[i], B[:, j].mT) if matrix.dim() == 2 else (A[experts, i], B[experts, :, j])
+        rows, columns = (A[i], B[:, j].mT) if not experts else (A[experts[0], i], B[experts[0], :, j])
         products = coef * rows.double() * columns.double()
         displacement = displacement + products.sum(-1)
         size = size + products.abs().sum(-1)

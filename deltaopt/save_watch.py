@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from deltaopt.modules import modules_of
 from deltaopt.pickled import IfInstalled
 
 
@@ -59,7 +60,7 @@ class SaveWatch:
     @classmethod
     def of(cls, model: nn.Module) -> SaveWatch:
         """Return the one of a model: that of its modules, if a W has moved, or of an earlier call."""
-        there = next((guard.watch for module in model.modules() for guard in _guards_on(module)), None)
+        there = next((guard.watch for module in modules_of(model).values() for guard in _guards_on(module)), None)
         return there or _of_models.setdefault(model, cls())
 
     def watch(self, module: nn.Module, branch: str) -> SaveWatch:

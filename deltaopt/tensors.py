@@ -115,8 +115,10 @@ def memory_overlaps(first: Tensor, second: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First element in the storage, and the one behind the last."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
+    if tensor.is_contiguous() and tensor.numel():
+        return start, start + tensor.numel()
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + last + 1
 
 

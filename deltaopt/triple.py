@@ -181,13 +181,8 @@ class LoRATriple:
     def tensors(self) -> Tensors:
         """Look up W, and A and B or their parameters, as they are stored now."""
         label = self.label
-        left, right = (
-            Computed(source, tuple(looked_up(place, label) for place in source.sources))
-            if isinstance(source, Factor)
-            else looked_up(source, label)
-            for source in self.factor_sources.values()
-        )
-        return Tensors(looked_up(self.W_source, label), left, right)
+        left, right = self.factor_sources.values()
+        return Tensors(looked_up(self.W_source, label), _read(left, label), _read(right, label))
 
     @contextmanager
     def written(self) -> Iterator[None]:
@@ -529,3 +524,9 @@ def _names(source: FactorSource, letter: str) -> Iterator[str]:
         return
     for number, place in enumerate(source.sources):
         yield f"parameter {number} of {letter}" if isinstance(place, Tensor) else f"{place[1]} (of {letter})"
+
+
+def _read(source: FactorSource, label: str) -> Tensor | Computed:
+    if isinstance(source, Factor):
+        return Computed(source, tuple(looked_up(place, label) for place in source.sources))
+    return looked_up(source, label)

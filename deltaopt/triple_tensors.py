@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.factors import Computed
-from deltaopt.tensors import FLOATS, is_plain
+from deltaopt.tensors import FLOATS, PLAIN
 
 
 class Tensors(NamedTuple):
@@ -55,10 +55,12 @@ class Tensors(NamedTuple):
 
     def signature(self) -> tuple[object, ...]:
         """Return a value that changes when a tensor is replaced or moved."""
-        found = _identity(self.W)
-        for parameter in self.stored:
-            found += _identity(parameter)
-        return found
+        return tuple(
+            [
+                (id(tensor), tensor.data_ptr() if type(tensor) in PLAIN else None, tensor.shape, tensor.dtype)
+                for tensor in (self.W, *self.stored)
+            ]
+        )
 
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype for products of the factors: float32, or float64 where one of the tensors is."""
@@ -74,7 +76,3 @@ def _replaced(factor: Tensor | Computed, placed: dict[Tensor, Tensor]) -> Tensor
     if isinstance(factor, Tensor):
         return placed[factor]
     return factor._replace(parameters=tuple(placed[parameter] for parameter in factor.parameters))
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return id(tensor), tensor.data_ptr() if is_plain(tensor) else None, tensor.shape, tensor.dtype

@@ -124,14 +124,8 @@ def _places(shape: tuple[int, ...], samples: int | None, device: torch.device) -
     """Return the places for a shape. On a CPU they are computed once: layers have few shapes."""
     n = prod(shape)
     whole = samples is None or n <= samples
-    # What is made in a mode of torch (fake tensors, transforms, a graph) must not be found outside it.
-    plain = (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-    )
     many = n > BLOCK_ELEMENTS if whole else len(shape) > 1 and shape[0] > KEPT_PLACES
-    if device.type != "cpu" or not plain or many:
+    if device.type != "cpu" or many or not _is_plain_mode():
         positions = sampled_positions(shape, samples, device)
         return _Places(None if whole else positions, _mixed(positions))
     if whole:
@@ -187,10 +181,33 @@ def sampled_positions(shape: Sequence[int], samples: int | None, device: torch.d
     return first + _mixed(i).remainder(width)
 
 
-def kept_positions(shape: tuple[int, ...], samples: int, device: torch.device) -> Tensor:
-    """Return `sampled_positions`, to be read only: on a CPU they are computed once."""
-    positions = _places(shape, samples, device).positions
-    return sampled_positions(shape, samples, device) if positions is None else positions
+def kept_index(shape: tuple[int, ...], samples: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return sampled places of a flattened tensor as an index in each dimension, to be read only.
+
+    On a CPU they are computed once: layers have few shapes.
+    """
+    if device.type != "cpu" or not _is_plain_mode():
+        return _sampled_index(shape, samples, device)
+    return _known_index(shape, samples)
+
+
+@lru_cache(maxsize=64)
+def _known_index(shape: tuple[int, ...], samples: int) -> tuple[Tensor, ...]:
+    with outside_inference_mode():
+        return _sampled_index(shape, samples, torch.device("cpu"))
+
+
+def _sampled_index(shape: tuple[int, ...], samples: int, device: torch.device) -> tuple[Tensor, ...]:
+    return _index(sampled_positions((prod(shape),), samples, device), shape)
+
+
+def _is_plain_mode() -> bool:
+    """Tell if tensors may be kept: what is made of fakes, in transforms or in a graph must not be found outside."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+    )
 
 
 _ROUNDS = ((32, 0x2545F4914F6CDD1D), (29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD))

@@ -19,6 +19,7 @@ from deltaopt.integrations import protocol
 from deltaopt.integrations.absence import why_none
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, raise_problems
+from deltaopt.modules import modules_of
 from deltaopt.sharers import keep_base_of_sharers
 from deltaopt.tensors import is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple
@@ -78,9 +79,10 @@ def find_triples(
         triples += found.triples
     if not triples:
         raise ValueError(why_none(model, adapter, LIBRARIES))
+    tied = tied_places(model, triples)
     if not allow_tied:
-        _refuse_tied(model, triples)
-    for triple, _ in tied_places(model, triples):
+        _refuse_tied(tied)
+    for triple, _ in tied:
         triple.tie()
     keep_base_of_sharers(model, triples)
     return triples
@@ -108,7 +110,8 @@ def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[L
     """Return each triple whose W is in more than one place of `model`, with the names of the places."""
     places = [
         (f"{module_name}.{name}".lstrip("."), parameter)
-        for module_name, module in model.named_modules()  # a module under two names is one place
+        for module_name, module in modules_of(model).items()  # a module under two names is one place
+        if module._parameters
         for name, parameter in module.named_parameters(recurse=False)
         if is_plain(parameter) and not parameter.is_meta
     ]
@@ -132,10 +135,10 @@ def _surveys(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) 
             yield integration.HEADLINE, integration.survey(model, adapter, allow_dropout, attach)
 
 
-def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:
+def _refuse_tied(tied: Sequence[tuple[LoRATriple, list[str]]]) -> None:
     raise_problems(
         ValueError,
         "these weights are used in more than one place, and moving them for their LoRA branch would move the "
         "others too. Leave them out of target_modules, or pass allow_tied=True",
-        [Problem(triple.label, f"its W is {' and '.join(places)}") for triple, places in tied_places(model, triples)],
+        [Problem(triple.label, f"its W is {' and '.join(places)}") for triple, places in tied],
     )

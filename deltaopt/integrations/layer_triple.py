@@ -11,6 +11,7 @@ from deltaopt.factors import FactorSource
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem
+from deltaopt.modules import modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.scaling import ScalingSource, SetScaling
 from deltaopt.triple import LoRATriple
@@ -140,7 +141,7 @@ def named_layers(model: nn.Module, kinds: Any) -> dict[str, nn.Module]:
     """Return by name the modules of these classes that do not describe themselves; the model itself by its class."""
     found = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules_of(model).items()
         if isinstance(module, kinds) and not describes_itself(module)
     }
     names = names_without_wrappers(model, found)

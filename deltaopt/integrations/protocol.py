@@ -10,6 +10,7 @@ from torch import nn
 
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem
+from deltaopt.modules import modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.triple import LoRATriple
 
@@ -30,7 +31,7 @@ def survey(model: nn.Module, errors: tuple[type[Exception], ...]) -> Survey:
         errors: those that are the answer of a module; others are raised, as TypeError for a method that returns
             something else than triples.
     """
-    found = {name: module for name, module in model.named_modules() if describes_itself(module)}
+    found = {name: module for name, module in modules_of(model).items() if describes_itself(module)}
     names = names_without_wrappers(model, found)
     asked = Survey([], [], [], list(found.values()), [])
     for name, module in found.items():

@@ -26,6 +26,7 @@ from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, has_move
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
+from deltaopt.modules import modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.save_watch import SaveWatch
@@ -45,7 +46,7 @@ def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) ->
     """Return the layers of PEFT that hold `adapter`, and what the others are; see `deltaopt.integrations.LIBRARIES`."""
     tuned = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules_of(model).items()
         if isinstance(module, BaseTunerLayer) and not describes_itself(module) and adalora.has_rank(module, adapter)
     }
     names_of = names_without_wrappers(model, tuned)
@@ -61,7 +62,7 @@ def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) ->
     ]
     attach = attach and not refused
     start = _start(model, adapter)
-    saves, configs = SaveWatch.of(model) if attach else None, configs_by_layer(model.modules(), adapter)
+    saves, configs = SaveWatch.of(model) if attach else None, configs_by_layer(modules_of(model).values(), adapter)
     triples: list[LoRATriple] = [
         kind_of(layer)(
             layer, adapter, _label(name, layer), allow_dropout, start, saves, configs.get(id(layer), []), attach=attach
@@ -190,7 +191,7 @@ def _without_rank(model: nn.Module, adapter: str, weights: Iterable[PeftTriple])
 
 def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], adapter: str) -> None:
     """Raise ValueError if the change of a layer is not known, or not expressible as an adapter of this model."""
-    modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple in weights}
+    modules, saved = {id(module) for module in modules_of(model).values()}, {id(triple.layer) for triple in weights}
     without_rank = _without_rank(model, adapter, weights)
     saved |= {id(layer) for _, layer in without_rank}
     problems: list[Problem] = []
@@ -209,7 +210,7 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
             f"it holds {adapter!r} and is no triple of the optimizer: register it too; in a group of its own, "
             '{"triples": [...], "update_ratio": 0.0}, it is plain LoRA',
         )
-        for name, layer in model.named_modules()
+        for name, layer in modules_of(model).items()
         if isinstance(layer, lora.LoraLayer) and adapter in lora_adapters(layer) and id(layer) not in saved
     ]
     problems += [

@@ -24,7 +24,8 @@ from deltaopt.integrations.diffusers import LORA_FILE, component_of, lora_file
 from deltaopt.integrations.peft.adalora import as_lora, is_adalora, is_adalora_config
 from deltaopt.integrations.peft.moved_config import plain
 from deltaopt.lowrank import LowRank
-from deltaopt.naming import name_without_wrappers, names_without_wrappers
+from deltaopt.modules import modules_of
+from deltaopt.naming import names_without_wrappers, short_names
 
 PREFIX = "base_model.model."
 """The prefix of the names of the base model's modules in a PeftModel, and in every adapter file."""
@@ -75,7 +76,7 @@ def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> 
     """Return the factors, and whatever else PEFT saves: biases, modules_to_save, trainable tokens."""
     # PEFT itself picks from the state_dict and names what it picks, so the factors are exchanged before.
     state = model.state_dict()
-    names, keys = _names(model), {name_without_wrappers(model, key): key for key in state}
+    names, keys = _names(model), {short: key for key, short in short_names(model, state).items()}
     factors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     for layer, change, scaling in changes:
@@ -97,7 +98,8 @@ def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> 
         )
     prefix = "" if isinstance(model, PeftModel) else PREFIX
     # PEFT misses layers within modules that leave a wrapper out of their state_dict, as checkpoint wrappers do.
-    picked = {name_without_wrappers(model, key): tensor for key, tensor in picked.items()}
+    short = short_names(model, picked)
+    picked = {short[key]: tensor for key, tensor in picked.items()}
     picked = {key: tensor for key, tensor in picked.items() if key not in replaced} | factors
     return _separate({prefix + key: tensor.detach().contiguous() for key, tensor in picked.items()})
 
@@ -230,7 +232,7 @@ def name_in_base(model: nn.Module, name: str) -> str:
 
 def _names(model: nn.Module) -> dict[int, str]:
     """Return by id the name of each module, as an unwrapped model has it."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     names = names_without_wrappers(model, modules)
     return {id(module): names[name] for name, module in modules.items()}
 

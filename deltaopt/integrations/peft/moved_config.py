@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from torch import nn
 
+from deltaopt.modules import modules_of
 from deltaopt.pickled import IfInstalled
 from deltaopt.save_watch import SaveWatch, is_saving
 
@@ -108,13 +109,16 @@ def note_moved(configs: Configs, adapter: str, saves: SaveWatch) -> None:
 def configs_by_layer(modules: Iterable[nn.Module], adapter: str) -> dict[int, list[Configs]]:
     """Return, by the id of each LoRA layer within these modules, every dict of configs above it with this adapter."""
     found: dict[int, list[Configs]] = {}
+    seen: set[tuple[int, int]] = set()
     for module in modules:
         configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict) and adapter in configs:
-            for layer in [inner for inner in module.modules() if isinstance(inner, lora.LoraLayer)]:
-                held = found.setdefault(id(layer), [])
-                if all(other is not configs for other in held):  # a PeftModel, its tuner and its model share one
-                    held.append(configs)
+        if not isinstance(configs, dict) or adapter not in configs or (id(configs), id(module)) in seen:
+            continue  # a PeftModel, its tuner and its model share one
+        for inner in modules_of(module).values():
+            if (id(configs), id(inner)) not in seen:
+                seen.add((id(configs), id(inner)))
+                if isinstance(inner, lora.LoraLayer):
+                    found.setdefault(id(inner), []).append(configs)
     return found
 
 

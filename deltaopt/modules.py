@@ -1,0 +1,27 @@
+"""All modules of a model in one walk without recursion: torch's own hands each module through a generator a level."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what ``dict(model.named_modules())`` is, in the same order, several times as fast.
+
+    Args:
+        model: a deep model has thousands of modules, ten levels down.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[name] = module
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+            waiting += reversed(children)
+    return found
