@@ -41,7 +41,7 @@ ORDER = [
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
-    *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "schedules"),
+    *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "modules", "schedules"),
 ]
 FOLDERS = ("analysis", "integrations")
 """Folders whose modules may import each other."""
