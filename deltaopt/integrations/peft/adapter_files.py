@@ -60,8 +60,9 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
         The rank that was written for each change.
     """
     changes = [_without_zeros(change) for change in _parameters_padded(changes)]
-    tensors = _tensors(model, adapter, changes)
-    config = _config(model, adapter, changes)
+    names = _names(model)
+    tensors = _tensors(model, adapter, changes, names)
+    config = _config(model, adapter, changes, names)
     with replacing_together(directory, last=CONFIG_NAME) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         component = component_of(_base_model(model))
@@ -72,11 +73,13 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
     return [change.rank for _, change, _ in changes]
 
 
-def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> dict[str, Tensor]:
+def _tensors(
+    model: nn.Module, adapter: str, changes: Sequence[LayerChange], names: dict[int, str]
+) -> dict[str, Tensor]:
     """Return the factors, and whatever else PEFT saves: biases, modules_to_save, trainable tokens."""
     # PEFT itself picks from the state_dict and names what it picks, so the factors are exchanged before.
     state = model.state_dict()
-    names, keys = _names(model), {short: key for key, short in short_names(model, state).items()}
+    keys = {short: key for key, short in short_names(model, state).items()}
     factors: dict[str, Tensor] = {}
     replaced: set[str] = set()
     for layer, change, scaling in changes:
@@ -166,11 +169,10 @@ def _without_zeros(whole: LayerChange) -> LayerChange:
     return whole._replace(change=LowRank(change.A[:, kept], change.B[kept], change.error))
 
 
-def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> LoraConfig:
+def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange], names: dict[int, str]) -> LoraConfig:
     """Return the adapter's config with the ranks of these factors, a scaling of 1, and a start that leaves the base."""
     config = copy.deepcopy(plain(configs_of(model)[adapter]))
     config = as_lora(config) if is_adalora_config(config) else config
-    names = _names(model)
     parameters = [change.rank for layer, change, _ in changes if isinstance(layer, lora.ParamWrapper)]
     ranks = {
         name_in_base(model, names[id(layer)]): change.rank
