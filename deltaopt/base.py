@@ -111,7 +111,7 @@ class Visit:
             handle.remove()
         for weight, bits in self._moved.items():
             put_(weight, bits)
-            weight.is_as_left()
+            weight.note_restored()
 
     def unfinished(self) -> list[str]:
         """Return the labels of the weights that may be at their base."""

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaopt import compiled
-from deltaopt.factors import Factor
+from deltaopt.factors import Factor, FactorSource, TensorSource
 from deltaopt.layer_output import TIED, Further, forward_of, forward_with, output_problem, product_on, stood_in_for
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import Term
 from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, RunningMovement, copied, is_shared
 from deltaopt.pickled import IfInstalled
+from deltaopt.scaling import holder_of
 
 Absence: TypeAlias = "bool | list[int]"
 """Where a branch takes no part: nowhere (False), in all rows of the batch (True), or in these rows."""
@@ -45,6 +46,8 @@ WAYS_OUT = (
 )
 
 TIED_WAY_OUT = "leave this layer out of target_modules"
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Hook = TypeVar("Hook", bound="OutputHook")
 
@@ -299,6 +302,55 @@ class ModuleHook(OutputHook):
         super().__init__(owner, branch, view, label)
         self._name = name
         self.is_active = is_active
+
+    @classmethod
+    def on(
+        cls, W: TensorSource, is_active: Callable[[], bool], branch: FactorSource, view: MatrixView, label: str
+    ) -> ModuleHook:
+        """Put a hook on the module of W, or return the one that an earlier triple of this branch has put there.
+
+        Args:
+            W: what the triple's W was registered as.
+            is_active: tells if the branch takes part in the forward pass that has just run.
+            branch: what the triple's A was registered as.
+            view: of W.
+            label: names the layer in messages.
+
+        Raises:
+            ValueError: if a product of W and x is not all of the output, or the module rewrites W.
+            TypeError: if `is_active` is no function, or W a tensor.
+        """
+        if not callable(is_active):
+            raise TypeError(f"{label}: is_active is a function without arguments, got {is_active!r}")
+        if isinstance(W, Tensor):
+            raise TypeError(
+                f"{label}: is_active needs the module whose output is to be corrected, and W is a tensor: "
+                'register ((module, "weight"), A, B)'
+            )
+        owner, name = holder_of(*W)
+        way_out = "use optimizer.base_weights() where the branch is off"
+        if view.layout.endswith("experts") or (view.layout == "conv" and not view.moves_all):
+            raise ValueError(
+                f"{label}: is_active is not for the layout {view.layout!r}"
+                f"{' with rows' if view.layout == 'conv' else ''}, whose output is no product of W and x alone: "
+                f"{way_out}"
+            )
+        if view.layout == "conv" and not isinstance(owner, CONVOLUTIONS):
+            raise ValueError(
+                f"{label}: is_active is not for the layout 'conv' of a {type(owner).__name__}, whose stride and "
+                f"padding are not known: derive it from nn.Conv1d, nn.Conv2d or nn.Conv3d, or {way_out}"
+            )
+        if getattr(owner, "max_norm", None) is not None:
+            raise ValueError(
+                f"{label}: is_active is not for an embedding with max_norm, which rewrites rows of W in each "
+                f"forward pass: {way_out}"
+            )
+        hook = hook_of(owner, cls, branch)
+        if hook is None:
+            hook = cls(owner, name, is_active, branch, view, label)
+            hook.put_on()
+        hook.is_active = is_active
+        return hook
 
     def absence(self, module: nn.Module, arguments: Mapping[str, Any]) -> Absence:
         """Ask the user's function."""

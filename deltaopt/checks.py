@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt.claims import Use
-from deltaopt.factors import Computed
+from deltaopt.factors import INSTEAD_OF_VIEWS, Computed
 from deltaopt.groups import ParamsInput, as_list
 from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
@@ -76,6 +76,13 @@ def check_training(weights: Iterable[WeightState]) -> None:
 def frozen_problems(weight: WeightState) -> list[str]:
     """Say if nothing of A and B trains, and whether W does. One of them may be frozen on purpose, as in LoRA-FA."""
     found = []
+    named = zip(weight.triple.parameter_names, weight.tensors.stored, strict=True)
+    computed = {name: parameter.grad_fn.name() for name, parameter in named if parameter.grad_fn is not None}
+    if computed:
+        found.append(
+            f"{' and '.join(computed)} {'are' if len(computed) > 1 else 'is'} computed from other tensors "
+            f"({', '.join(sorted(set(computed.values())))}), and an optimizer trains parameters: {INSTEAD_OF_VIEWS}"
+        )
     if not any(parameter.requires_grad for parameter in weight.tensors.stored):
         *first, last = weight.triple.parameter_names
         found.append(

@@ -23,13 +23,10 @@ from deltaopt.description import (
     TakenLayer,
     short_name,
 )
-from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings, parse_triples
-from deltaopt.in_place import InPlaceUpdate
-from deltaopt.integrations import tied_places
-from deltaopt.integrations.survey import survey
+from deltaopt.integrations import surveyed, tied_places
 from deltaopt.naming import names_without_wrappers
-from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.optimizer import RULES, DeltaLoRAOptimizer
 from deltaopt.tensors import FLOATS, NOT_LOADED, is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple, named_apart
 from deltaopt.weight import WeightState
@@ -38,8 +35,6 @@ from deltaopt.wrappers import unwrap
 SETTINGS = Settings(update_ratio=2.0, start_step=0, scaling=1.0)
 """Of the optimizer, where none is given."""
 
-RULES = {"in_place": InPlaceUpdate, "folded": FoldedUpdate}
-
 TIED = "leave it out of target_modules, or say allow_tied=True"
 
 
@@ -47,7 +42,7 @@ def describe(model_or_triples: Any, adapter: str = "default") -> Description:
     """Tell which parameters an optimizer takes, and what it leaves out and why.
 
     Layers that `find_triples` or the optimizer would refuse are listed with their reasons; nothing is raised for them,
-    and the model stays as it is. Layers of PEFT get no hooks by it. Of a model on the meta device shapes and settings
+    and the layers of libraries stay as they are. Of a model on the meta device shapes and settings
     are described, as if its weights were loaded.
 
     Args:
@@ -83,7 +78,7 @@ def describe(model_or_triples: Any, adapter: str = "default") -> Description:
 
 
 def _of_model(model: nn.Module, adapter: str) -> Description:
-    found = survey(model, adapter)
+    found = surveyed(model, adapter)
     parameters = dict(model.named_parameters())
     loaded = not parameters or not all(parameter.is_meta for parameter in parameters.values())
     tied = {id(triple): places for triple, places in _tied(model, found.triples, loaded)}

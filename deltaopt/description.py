@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from deltaopt.messages import names
-from deltaopt.tables import paragraph, patterns, table
-
-Item = TypeVar("Item")
+from deltaopt.messages import counted, names
+from deltaopt.tables import grouped, paragraph, patterns, table
 
 REFUSED, OTHER, UNBRANCHED, NO_WEIGHT = "refused", "other adapter or method", "no branch", "trains without a W"
 """The kinds of what is left out, in the order in which they are printed."""
@@ -152,7 +150,7 @@ class Description:
     __repr__ = __str__
 
     def _headline(self, start: str) -> str:
-        taken = f"{_counted(len(self.rows), 'LoRA layer')} taken of {self.subject}"
+        taken = f"{counted(len(self.rows), 'LoRA layer')} taken of {self.subject}"
         if not self.rows:
             taken = f"no LoRA layer can be taken of {self.subject}"
             if not any(entry.kind in (REFUSED, OTHER) for entry in self.left_out):
@@ -174,7 +172,7 @@ class Description:
         if any(row.rule != "folded" for row in self.rows):
             kept = f'; "in_place" keeps {in_bytes(self.kept_bytes)} from step to step'
         return (
-            f"in total: {_counted(len(self.rows), 'layer')}; trained: {self.trained:,} numbers; W that moves: "
+            f"in total: {counted(len(self.rows), 'layer')}; trained: {self.trained:,} numbers; W that moves: "
             f"{self.moves:,} numbers{kept}"
         )
 
@@ -197,14 +195,6 @@ class Description:
         return lines
 
 
-def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
-    """Return the items with equal keys as lists, in the order of the first ones."""
-    found: dict[Hashable, list[Item]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return list(found.values())
-
-
 def names_of(labels: Sequence[str]) -> str:
     """Return the patterns of some names; of many patterns, the first ones."""
     return names(list(patterns(labels)))
@@ -214,10 +204,10 @@ def _left_out_sentence(kind: str, alike: Sequence[LeftOut], where: str) -> str:
     why, count = alike[0].why, len(alike)
     if kind == NO_WEIGHT:
         total = sum(entry.count for entry in alike)
-        return f"{_counted(count, 'parameter')} ({total:,} numbers): {why}: {where}"
+        return f"{counted(count, 'parameter')} ({total:,} numbers): {why}: {where}"
     if kind == UNBRANCHED:
-        return f"{_counted(count, 'layer')} without a LoRA branch, {why}: {where}"
-    return f"{_counted(count, 'layer')} {'refused' if kind == REFUSED else 'left alone'}: {why}: {where}"
+        return f"{counted(count, 'layer')} without a LoRA branch, {why}: {where}"
+    return f"{counted(count, 'layer')} {'refused' if kind == REFUSED else 'left alone'}: {why}: {where}"
 
 
 def _facts(row: TakenLayer) -> tuple[Any, ...]:
@@ -268,10 +258,6 @@ def _common_start(taken: Sequence[str], others: Iterable[str]) -> str:
             break
         common.append(parts[0])
     return "".join(f"{part}." for part in common)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def in_bytes(count: float) -> str:

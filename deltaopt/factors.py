@@ -110,6 +110,12 @@ class Factor:
         return f"Factor({getattr(self.compute, '__name__', self.compute)!s}, {paths})"
 
 
+INSTEAD_OF_VIEWS = (
+    "register Factor.rows(parameter, start, stop) for rows of a parameter, or Factor(function, parameter, ...). "
+    "find_triples(model) does so for the libraries that it knows"
+)
+"""What to do with several branches in one parameter, and with factors that are no parameters."""
+
 FactorSource: TypeAlias = "TensorSource | Factor"
 """What a factor of a triple is registered as."""
 

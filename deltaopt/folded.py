@@ -71,7 +71,7 @@ class FoldedUpdate(UpdateRule):
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
         """Say why the branch cannot be scaled, or why W would have to be written and cannot be."""
-        found = weight.triple.folding_problems()
+        found = _folding_problems(weight.triple)
         if unwritable and callable(weight.group.update_ratio):
             found.append(_varying_sentence(unwritable))
         return found
@@ -393,9 +393,20 @@ def _check_foldable(due: Iterable[WeightState]) -> None:
         [
             problem
             for weight in due
-            for problem in problems_of(weight.label, [*weight.triple.folding_problems(), *_precision_problems(weight)])
+            for problem in problems_of(weight.label, [*_folding_problems(weight.triple), *_precision_problems(weight)])
         ],
     )
+
+
+def _folding_problems(triple: LoRATriple) -> list[str]:
+    """Say why update_ratio cannot be folded into a branch: by what its W and its layer are."""
+    found = triple.folding_problems()
+    if triple.tied:
+        found.append(
+            "its W is used in another place too, which would move with it and has no branch: use "
+            'weight_update="in_place"'
+        )
+    return found
 
 
 def _precision_problems(weight: WeightState) -> list[str]:

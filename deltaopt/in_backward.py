@@ -18,12 +18,11 @@ from deltaopt.sharding import local_part
 if TYPE_CHECKING:
     from deltaopt.weight import WeightState
 
-KINDS = {
-    "fused_backward": "LOMO and AdaLOMO",
-    "optimizer_dict": 'the layerwise optimizers of transformers (optim="galore_adamw_layerwise")',
-    "optim_map": "torchtune's optimizer_in_bwd",
-}
-"""By an attribute that such an optimizer has and others have not: what it is."""
+STEPS_IN_BACKWARD: dict[str, str] = {}
+"""By an attribute that such an optimizer has and others have not: what it is.
+
+`deltaopt.integrations.inner_optimizers` fills it.
+"""
 
 INSTEAD = (
     "Take an optimizer that changes A and B in step(), such as torch.optim.AdamW: the gradients of LoRA's factors are "
@@ -33,7 +32,7 @@ INSTEAD = (
 
 def check_steps_by_itself(inner: Any) -> None:
     """Raise TypeError for an optimizer, or a class, that steps each parameter within the backward pass."""
-    found = [kind for attribute, kind in KINDS.items() if hasattr(inner, attribute)]
+    found = [kind for attribute, kind in STEPS_IN_BACKWARD.items() if hasattr(inner, attribute)]
     if found:
         name = inner.__name__ if isinstance(inner, type) else type(inner).__name__
         raise TypeError(

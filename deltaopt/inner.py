@@ -20,13 +20,17 @@ from deltaopt.sharding import gathered
 
 OURS = ("update_ratio", "start_step", "scaling", "rounding", "rounding_seed", "weight_update", "keep_base")
 """Keyword arguments of `DeltaLoRAOptimizer` that are no options of an inner optimizer."""
-LEAVE_FROZEN_ALONE = {("peft.optimizers.lorafa", "LoraFAOptimizer")}
-"""Module and class of optimizers that hold all parameters of a model, and do not touch those without a gradient."""
+
+LEAVES_FROZEN_ALONE: set[tuple[str, str]] = set()
+"""Module and class of optimizers that may hold a frozen W: they do not touch parameters without a gradient.
+
+`deltaopt.integrations.inner_optimizers` fills it.
+"""
 
 
 def leaves_frozen_alone(inner: Optimizer) -> bool:
     """Tell if an optimizer may hold a frozen W. Others may write it: Lookahead pulls it back to where it was."""
-    return (type(inner).__module__, type(inner).__qualname__) in LEAVE_FROZEN_ALONE
+    return (type(inner).__module__, type(inner).__qualname__) in LEAVES_FROZEN_ALONE
 
 
 def build_inner(
@@ -34,13 +38,6 @@ def build_inner(
 ) -> Optimizer:
     """Return the optimizer that a class or a factory makes, or raise an error that says what it was given."""
     name = getattr(inner, "__name__", repr(inner))
-    if type(inner).__module__.startswith("deepspeed"):
-        raise TypeError(
-            f"inner is a {type(inner).__name__}: DeepSpeed's optimizers step flattened copies of A and B, "
-            "which W cannot follow. Train without ZeRO, for example with DDP or FSDP2"
-        )
-    if not callable(inner):
-        raise TypeError(f"inner is an optimizer class or a built torch.optim.Optimizer, got a {type(inner).__name__}")
     try:
         built = inner(param_groups, **kwargs)
     except TypeError as error:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deltaopt.factors import INSTEAD_OF_VIEWS
 from deltaopt.plain import as_int
 
 
@@ -190,9 +191,11 @@ class MatrixView(NamedTuple):
                 "(c, r) and B is (r, d). PEFT's lora_B is A here, and its lora_A is B"
             ]
         c, d = matrix.shape[-2:]
+        several = A.dim() == B.dim() == 2 and A.shape[1] and B.shape[0] > A.shape[1] and not B.shape[0] % A.shape[1]
         return [
             f"A {shape(A)} and B {shape(B)} do not fit W {shape(W)} (layout {self.layout!r}, matrix "
             f"{shape(matrix)}): expected A of shape ({c}, r) and B of shape (r, {d})"
+            + (f". If they hold several branches, each is a triple: {INSTEAD_OF_VIEWS}" if several else "")
         ]
 
     def product_problems(self, W: Tensor, A: Tensor, B: Tensor) -> list[str]:

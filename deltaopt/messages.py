@@ -62,16 +62,24 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
     the words of its first layer. Of many problems the first ones are written out and the others counted.
     """
     alike: dict[str, list[Problem]] = {}
+    kinds: dict[str, str] = {}  # by sentence: a layer's name may be a word or a number in it by chance
     for problem in dict.fromkeys(problems):
-        sentence = re.sub(rf"(?<!\w){re.escape(problem.label)}(?!\w)", "@", problem.sentence)
-        alike.setdefault(NUMBER.sub("#", sentence), []).append(problem)
+        kind = kinds.setdefault(problem.sentence, _without_name_and_numbers(problem))
+        alike.setdefault(kind, []).append(problem)
     named = NAMED if len(alike) == 1 else NAMED_OF_SEVERAL
     lines = [_line(same, named) for same in alike.values()]
     ends = itertools.accumulate(map(len, lines))
     written = max(1, sum(end <= WRITTEN_OUT for end in ends))
     if (more := len(lines) - written) > 0:
-        lines[written:] = [f"... and {more} more problem{'s' * (more != 1)}"]
+        lines[written:] = [f"... and {counted(more, 'more problem')}"]
     return lines
+
+
+def _without_name_and_numbers(problem: Problem) -> str:
+    sentence = problem.sentence
+    if any(map(str.isalpha, problem.label)):
+        sentence = re.sub(rf"(?<!\w){re.escape(problem.label)}(?!\w)", "@", sentence)
+    return NUMBER.sub("#", sentence)
 
 
 def _line(alike: Sequence[Problem], named: int) -> str:
@@ -86,8 +94,12 @@ def _line(alike: Sequence[Problem], named: int) -> str:
 
 def layers(labels: Sequence[str], opening: str = " (", named: int = NAMED) -> str:
     """Return for example "3 layers (q, k, v)"; with the opening ": ", "3 layers: q, k, v"."""
-    count = f"{len(labels)} layer{'s' * (len(labels) != 1)}"
-    return f"{count}{opening}{names(labels, named)}{')' * opening.endswith('(')}"
+    return f"{counted(len(labels), 'layer')}{opening}{names(labels, named)}{')' * opening.endswith('(')}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return for example "1 layer" or "3 layers"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def names(labels: Sequence[str], named: int = NAMED) -> str:

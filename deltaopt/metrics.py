@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from deltaopt.ledger import combined
-from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.norms import cosines_to_base, effective_rank, norm_of, product_of, singular_values
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.weight import WeightState
 from deltaopt.wrappers import unwrap
 
-ELEMENTS = 1 << 20
-"""Elements of W that are looked at at a time."""
 
-
-class Movement(NamedTuple):
-    """Figures of one matrix W0 that was asked to move by D; sums over the matrices of a stack, where there is one.
+class Figures(NamedTuple):
+    """Figures of one matrix W0 that was asked to move by D; of a stack of them as one vector.
 
     Attributes:
-        displacement: ||D||^2.
-        base: ||W0||^2; None if W cannot be read.
+        displacement: ||D||.
+        base: ||W0||; None if W cannot be read.
         cosine: of W0 and W0 + D; None if W cannot be read or is zero.
         rank: the effective rank of D; None if D is zero or kept as a dense matrix.
     """
@@ -65,20 +59,19 @@ def movement_metrics(optimizer: DeltaLoRAOptimizer) -> dict[str, float]:
     """
     optimizer = unwrap(optimizer)
     with outside_inference_mode():
-        moved = [_movement(weight) for weight in optimizer.weights()]
-    displacement = math.fsum(each.displacement for each in moved)
-    metrics = {"displacement_norm": math.sqrt(displacement)}
-    read = [each for each in moved if each.base is not None]
-    base = math.fsum(each.base for each in read if each.base is not None)
+        layers = [_figures(weight) for weight in optimizer.weights()]
+    metrics = {"displacement_norm": math.hypot(*(layer.displacement for layer in layers))}
+    read = [layer for layer in layers if layer.base is not None]
+    base = math.hypot(*(layer.base for layer in read if layer.base is not None))
     if base > 0:
-        metrics["relative_displacement"] = math.sqrt(math.fsum(each.displacement for each in read) / base)
-    cosines = [each.cosine for each in moved if each.cosine is not None]
+        metrics["relative_displacement"] = math.hypot(*(layer.displacement for layer in read)) / base
+    cosines = [layer.cosine for layer in layers if layer.cosine is not None]
     if cosines:
         metrics["cosine_to_base"] = math.fsum(cosines) / len(cosines)
-    ranks = [each.rank for each in moved if each.rank is not None]
+    ranks = [layer.rank for layer in layers if layer.rank is not None]
     if ranks:
         metrics["effective_rank"] = math.fsum(ranks) / len(ranks)
-    metrics["moved_weights"] = float(sum(each.displacement > 0 for each in moved))
+    metrics["moved_weights"] = float(sum(layer.displacement > 0 for layer in layers))
     metrics["skipped_updates"] = float(optimizer.skipped_updates)
     return metrics
 
@@ -95,84 +88,12 @@ def has_moved(optimizer: DeltaLoRAOptimizer) -> bool:
         return any(bool(singular_values(D).any()) for D in products if D is not None)
 
 
-def _movement(weight: WeightState) -> Movement:
-    held, asked = weight.displacement(), weight.asked_terms()
-    D = product_of(asked)
-    sigma = None if D is None or weight.ledger.is_matrix else singular_values(D)
-    displacement = 0.0 if D is None else square_of(D) if sigma is None else float(sigma.square().sum())
-    rank = None if sigma is None or displacement == 0 else effective_rank(sigma)
+def _figures(weight: WeightState) -> Figures:
+    asked, is_matrix = product_of(weight.asked_terms()), weight.ledger.is_matrix
+    sigma = None if asked is None or is_matrix else singular_values(asked)
+    norm = norm_of(asked, is_matrix) if sigma is None else float(sigma.norm())
+    rank = None if sigma is None or norm == 0 else effective_rank(sigma)
     if weight.weight_problems():
-        return Movement(displacement, None, None, rank)
-    base, end, both = 0.0, 0.0, 0.0
-    for W0, W1 in rows_of(weight.matrix().detach(), product_of(held), D):
-        base += float(W0.square().sum(dtype=_double(W0)))
-        end += float(W1.square().sum(dtype=_double(W0)))
-        both += float((W0 * W1).sum(dtype=_double(W0)))
-    cosine = both / math.sqrt(base * end) if base > 0 and end > 0 else None
-    return Movement(displacement, base, cosine, rank)
-
-
-def product_of(terms: list[Term]) -> LowRank | None:
-    """Return the sum of the terms as one product; None if it is zero. Terms that cancel leave nothing behind."""
-    terms = [term for term in combined(terms) if not term.is_zero()]
-    return joined(terms) if terms else None
-
-
-def singular_values(D: LowRank) -> Tensor:
-    """Return the singular values of each product of a stack, (..., R); what rounding alone has made is zero."""
-    A, B = (factor.to(_double(factor)) for factor in (D.A, D.B))
-    sigma = torch.linalg.svdvals(torch.linalg.qr(A).R @ torch.linalg.qr(B.mT).R.mT)
-    noise = (A.norm(dim=-2) * B.norm(dim=-1)).sum(-1, keepdim=True) * torch.finfo(A.dtype).eps
-    return torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
-
-
-def square_of(D: LowRank) -> float:
-    """Return ||D||^2 of a product, by rows: for one with an identity as a factor, or of a large inner size too."""
-    return math.fsum(
-        float(rows.square().sum(dtype=_double(rows)))
-        for A, B in zip(_stacked(D.A), _stacked(D.B), strict=True)
-        for rows in (block @ B for block in A.split(_height(B.shape[-1])))
-    )
-
-
-def effective_rank(sigma: Tensor) -> float:
-    """Return the exponential of the entropy of the normalised singular values; of a stack, the mean of those not 0."""
-    sigma = sigma[sigma.sum(-1) > 0]
-    p = sigma / sigma.sum(-1, keepdim=True)
-    return float(torch.special.entr(p).sum(-1).exp().mean())
-
-
-def rows_of(W: Tensor, held: LowRank | None, *ends: LowRank | None) -> Iterator[tuple[Tensor, ...]]:
-    """Yield W0, and W0 + D for each D of `ends`, in blocks of rows, in the dtype of the computation.
-
-    Args:
-        W: (c, d) or (e, c, d), as it is now.
-        held: the product that W0 was changed by to become W; None for none.
-        ends: products; None for zero.
-    """
-    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    for e, matrix in enumerate(_stacked(W)):
-        height = _height(matrix.shape[-1])
-        for start in range(0, matrix.shape[0], height):
-            rows = slice(start, start + height)
-            W0 = matrix[rows].to(dtype)
-            if held is not None:
-                W0 = W0 - _block(held, e, rows)
-            yield W0, *(W0 if D is None else W0 + _block(D, e, rows) for D in ends)
-
-
-def _block(D: LowRank, e: int, rows: slice) -> Tensor:
-    return _stacked(D.A)[e][rows] @ _stacked(D.B)[e]
-
-
-def _stacked(matrices: Tensor) -> Tensor:
-    return matrices if matrices.dim() == 3 else matrices.unsqueeze(0)
-
-
-def _height(columns: int) -> int:
-    return max(1, ELEMENTS // max(1, columns))
-
-
-def _double(tensor: Tensor) -> torch.dtype:
-    """Return the widest dtype that the tensor's device has."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+        return Figures(norm, None, None, rank)
+    base, (cosine,) = cosines_to_base(weight.matrix().detach(), product_of(weight.displacement()), asked)
+    return Figures(norm, base, cosine, rank)

@@ -190,10 +190,10 @@ class DeltaLoRAOptimizer(Optimizer):
         keep_base: str | None = None,
         **inner_kwargs: Any,
     ) -> None:
+        check_steps_by_itself(inner)
         usage.check_inner(inner)
         usage.check_triples(triples)
         usage.check_params(params)
-        check_steps_by_itself(inner)
         settings = Settings(update_ratio, start_step, scaling)
         rounds = checked_rounding(rounding, rounding_seed)
         rule = _rule_of(weight_update)

@@ -13,8 +13,8 @@ from torch import Tensor
 from deltaopt.base import base_by_compensation
 from deltaopt.groups import DeltaGroup
 from deltaopt.lowrank import LowRank, joined
-from deltaopt.messages import names
-from deltaopt.tables import table
+from deltaopt.messages import counted, names
+from deltaopt.tables import grouped, span, table
 from deltaopt.weight import WeightState
 
 BLOCK_ELEMENTS = 1 << 20
@@ -88,7 +88,7 @@ class Report:
             f"steps: {self.step_count} ({self.weight_update}); layers whose {'effective ' * self._folds}W was "
             f"asked to move: {moved} of {len(self.layers)}; skipped updates: {self.skipped_updates}"
         )
-        rows = [("moves", "asked for", "of W", "kept", "next step", "layers"), *map(_row, _alike(self.layers))]
+        rows = [("moves", "asked for", "of W", "kept", "next step", "layers"), *map(_row, grouped(self.layers, _facts))]
         notes = dict.fromkeys(layer.note for layer in self.layers if layer.note)
         return "\n".join([headline, *table(rows), *notes])
 
@@ -124,7 +124,7 @@ def at_a_glance(weights: Sequence[WeightState], step_count: int, skipped: str) -
 
 
 def _moves_in(weights: Sequence[WeightState], step_count: int) -> str:
-    total, steps = len(weights), _counted(step_count, "step")
+    total, steps = len(weights), counted(step_count, "step")
     moved = [weight for weight in weights if weight.moves or weight.moved]
     folded = [weight for weight in weights if weight.triple.folded]
     if not moved and not folded:
@@ -145,11 +145,7 @@ def _times(counts: Sequence[int | None]) -> str:
     if not any(known):
         return "no move by a step reported yet"
     low, high = min(known), max(known)
-    return _counted(high, "move") if low == high else f"{low} to {high} moves"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return counted(high, "move") if low == high else f"{low} to {high} moves"
 
 
 def _waiting(weights: Sequence[WeightState], step_count: int) -> list[str]:
@@ -162,7 +158,7 @@ def _waiting(weights: Sequence[WeightState], step_count: int) -> list[str]:
 
 def _rests(group: DeltaGroup, step_count: int) -> str:
     if step_count < group.start_step:
-        more = _counted(group.start_step - step_count, "more step")
+        more = counted(group.start_step - step_count, "more step")
         return f"waits for start_step={group.start_step}, {more} before W moves"
     return "ratio 0: W rests" if group.update_ratio == 0 else ""
 
@@ -322,22 +318,19 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=dtype))
 
 
-def _alike(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
-    """Return the layers that differ in sizes only as lists."""
-    alike: dict[tuple[Any, ...], list[LayerReport]] = {}
-    for layer in layers:
-        key = (layer.moves, layer.moved, layer.asked is None, layer.asked_relative is None, layer.kept in (None, 1.0))
-        alike.setdefault((*key, layer.kept is None, layer.next_step, layer.note), []).append(layer)
-    return list(alike.values())
+def _facts(layer: LayerReport) -> tuple[Any, ...]:
+    """Return all of a layer apart from sizes: layers with equal facts share a row."""
+    known = layer.asked is None, layer.asked_relative is None, layer.kept is None, layer.kept in (None, 1.0)
+    return (layer.moves, layer.moved, *known, layer.next_step, layer.note)
 
 
 def _row(layers: Sequence[LayerReport]) -> tuple[str, ...]:
     first = layers[0]
-    labels = names([layer.name for layer in layers][:2]) + ", ..." * (len(layers) > 2)
+    labels = names([layer.name for layer in layers], 2)
     return (
         "unknown" if first.moves is None else str(first.moves),
-        _span([layer.asked for layer in layers], "{:.3g}".format),
-        _span([layer.asked_relative and 100 * layer.asked_relative for layer in layers], "{:.3g} %".format),
+        span([layer.asked for layer in layers], "{:.3g}".format),
+        span([layer.asked_relative and 100 * layer.asked_relative for layer in layers], "{:.3g} %".format),
         _kept(layers),
         first.next_step,
         labels if len(layers) == 1 else f"{len(layers)}: {labels}",
@@ -349,12 +342,4 @@ def _kept(layers: Sequence[LayerReport]) -> str:
         return "unknown" if layers[0].moved else "-"
     if layers[0].kept == 1.0:
         return "all"
-    return _span([layer.kept and 100 * layer.kept for layer in layers], "{:.1f} %".format)
-
-
-def _span(numbers: Sequence[Any], shown: Any) -> str:
-    """Return the smallest and the largest number; one of them if they look alike."""
-    if not numbers or numbers[0] is None:
-        return "unknown"
-    low, high = shown(min(numbers)), shown(max(numbers))
-    return low if low == high else f"{low} to {high}"
+    return span([layer.kept and 100 * layer.kept for layer in layers], "{:.1f} %".format)

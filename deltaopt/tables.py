@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 WIDTH = 118
 """The characters of the widest line."""
@@ -38,6 +41,29 @@ def table(rows: Sequence[Sequence[str]], wrapped: int | None = None) -> list[str
 def paragraph(text: str, indent: str = "") -> list[str]:
     """Return a sentence as lines that are not wider than `WIDTH`, those after the first one indented further."""
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + GAP, break_on_hyphens=False)
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
+    """Return the items with equal keys as lists, in the order of the first ones."""
+    found: dict[Hashable, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return list(found.values())
+
+
+def span(numbers: Iterable[float | None], shown: Callable[[float], str], unknown: str = "unknown") -> str:
+    """Return the smallest and the largest number as text; one of them if they look alike.
+
+    Args:
+        numbers: None for those that are not known.
+        shown: writes a number.
+        unknown: is returned if none is known.
+    """
+    known = [number for number in numbers if number is not None]
+    if not known:
+        return unknown
+    low, high = shown(min(known)), shown(max(known))
+    return low if low == high else f"{low} to {high}"
 
 
 def patterns(names: Iterable[str]) -> dict[str, list[str]]:

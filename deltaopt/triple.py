@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
-from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deltaopt.base_hooks import TIED_WAY_OUT, WAYS_OUT, ModuleHook, OutputHook, hook_of
+from deltaopt.base_hooks import TIED_WAY_OUT, WAYS_OUT, ModuleHook, OutputHook
 from deltaopt.factors import (
     Computed,
     Factor,
@@ -28,76 +27,7 @@ from deltaopt.movement import Movement
 from deltaopt.save_watch import SaveWatch, leave
 from deltaopt.scaling import BranchScaling, ScalingSource, SetScaling, holder_of
 from deltaopt.stored_factors import Load, StoredFactor
-from deltaopt.tensors import FLOATS, is_plain
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class Tensors(NamedTuple):
-    """The tensors of a triple as they are stored at one moment.
-
-    Attributes:
-        W: the frozen weight.
-        left: A, or what it is computed from.
-        right: B, or what it is computed from.
-    """
-
-    W: Tensor
-    left: Tensor | Computed
-    right: Tensor | Computed
-
-    @property
-    def A(self) -> Tensor:
-        """The left factor; a computed one as the present values of its parameters make it."""
-        return self.left if isinstance(self.left, Tensor) else self.left.value()
-
-    @property
-    def B(self) -> Tensor:
-        """The right factor; a computed one as the present values of its parameters make it."""
-        return self.right if isinstance(self.right, Tensor) else self.right.value()
-
-    @property
-    def stored(self) -> tuple[Tensor, ...]:
-        """The tensors that A is made of, then those of B, in the order of `LoRATriple.parameter_names`."""
-        if isinstance(self.left, Tensor) and isinstance(self.right, Tensor):
-            return self.left, self.right
-        return *_stored(self.left), *_stored(self.right)
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """The tensors that A and B are made of, each once."""
-        return tuple(dict.fromkeys(self.stored))
-
-    def at(self, values: Sequence[Tensor]) -> Tensors:
-        """Return these tensors with other ones in the place of `parameters`."""
-        placed = dict(zip(self.parameters, values, strict=True))
-        return self._replace(left=_replaced(self.left, placed), right=_replaced(self.right, placed))
-
-    def signature(self) -> tuple[object, ...]:
-        """Return a value that changes when a tensor is replaced or moved."""
-        found = _identity(self.W)
-        for parameter in self.stored:
-            found += _identity(parameter)
-        return found
-
-    def compute_dtype(self) -> torch.dtype:
-        """Return the dtype for products of the factors: float32, or float64 where one of the tensors is."""
-        dtypes = (t.dtype for t in (self.W, *self.stored) if t.dtype in FLOATS)
-        return reduce(torch.promote_types, dtypes, torch.float32)
-
-
-def _stored(factor: Tensor | Computed) -> tuple[Tensor, ...]:
-    return (factor,) if isinstance(factor, Tensor) else factor.parameters
-
-
-def _replaced(factor: Tensor | Computed, placed: dict[Tensor, Tensor]) -> Tensor | Computed:
-    if isinstance(factor, Tensor):
-        return placed[factor]
-    return factor._replace(parameters=tuple(placed[parameter] for parameter in factor.parameters))
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return id(tensor), tensor.data_ptr() if is_plain(tensor) else None, tensor.shape, tensor.dtype
+from deltaopt.triple_tensors import Tensors
 
 
 class _Kinds(NamedTuple):
@@ -211,7 +141,7 @@ class LoRATriple:
         self.saves: SaveWatch | None = None  # of the model, or of the optimizer
         self.output_hook: OutputHook | None = None
         if is_active is not None:
-            self.output_hook = self._module_hook(is_active)
+            self.output_hook = ModuleHook.on(self.W_source, is_active, self.factor_sources["A"], self.view, self.label)
 
     @property
     def label(self) -> str:
@@ -528,41 +458,6 @@ class LoRATriple:
         return (
             f"{type(self).__name__}({self.label!r}: W {shape(W)}, A {shape(A)}, B {shape(B)}, scaling={self.scaling:g})"
         )
-
-    def _module_hook(self, is_active: Callable[[], bool]) -> ModuleHook:
-        """Put a hook on the module of W, or find the one that an earlier triple of this branch has put there."""
-        if not callable(is_active):
-            raise TypeError(f"{self.label}: is_active is a function without arguments, got {is_active!r}")
-        if isinstance(self.W_source, Tensor):
-            raise TypeError(
-                f"{self.label}: is_active needs the module whose output is to be corrected, and W is a tensor: "
-                'register ((module, "weight"), A, B)'
-            )
-        owner, name = holder_of(*self.W_source)
-        way_out = "use optimizer.base_weights() where the branch is off"
-        if self.layout.endswith("experts") or (self.layout == "conv" and not self.view.moves_all):
-            raise ValueError(
-                f"{self.label}: is_active is not for the layout {self.layout!r}"
-                f"{' with rows' if self.layout == 'conv' else ''}, whose output is no product of W and x alone: "
-                f"{way_out}"
-            )
-        if self.layout == "conv" and not isinstance(owner, CONVOLUTIONS):
-            raise ValueError(
-                f"{self.label}: is_active is not for the layout 'conv' of a {type(owner).__name__}, whose stride and "
-                f"padding are not known: derive it from nn.Conv1d, nn.Conv2d or nn.Conv3d, or {way_out}"
-            )
-        if getattr(owner, "max_norm", None) is not None:
-            raise ValueError(
-                f"{self.label}: is_active is not for an embedding with max_norm, which rewrites rows of W in each "
-                f"forward pass: {way_out}"
-            )
-        branch = self.factor_sources["A"]
-        hook = hook_of(owner, ModuleHook, branch)
-        if hook is None:
-            hook = ModuleHook(owner, name, is_active, branch, self.view, self.label)
-            hook.put_on()
-        hook.is_active = is_active
-        return hook
 
     def _factor(self, letter: str) -> Tensor:
         source = self.factor_sources[letter]

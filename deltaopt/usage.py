@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,11 +45,17 @@ def check_call(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
 
 
 def check_inner(inner: object) -> None:
-    """Raise TypeError for an inner optimizer that is none, or would move W too."""
-    if isinstance(inner, str):
+    """Raise TypeError for an inner optimizer that is none, steps copies of A and B, or would move W too."""
+    kind = type(inner).__name__
+    if type(inner).__module__.startswith("deepspeed") and not isinstance(inner, Optimizer):
         raise TypeError(
-            "inner is an optimizer class or a built torch.optim.Optimizer, got a str: write torch.optim.AdamW, not "
-            f"{inner!r}"
+            f"inner is a {kind}: DeepSpeed's optimizers step flattened copies of A and B, which W cannot follow. Train "
+            "without ZeRO, for example with DDP or FSDP2"
+        )
+    if not callable(inner) and not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"inner is an optimizer class or a built torch.optim.Optimizer, got a {kind}: write torch.optim.AdamW, not "
+            f"{reprlib.repr(inner)}"
         )
     if isinstance(inner, Optimizer) and hasattr(inner, "triples"):
         raise TypeError(

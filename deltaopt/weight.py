@@ -18,7 +18,8 @@ from deltaopt.overwritten import base_sample
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import gathered
 from deltaopt.tensors import is_plain, offload_problems, tensor_problems
-from deltaopt.triple import LoRATriple, Tensors
+from deltaopt.triple import LoRATriple
+from deltaopt.triple_tensors import Tensors
 
 
 class Compensation(NamedTuple):
@@ -108,7 +109,7 @@ class WeightState:
             self._left, self._back = version, False
         self._tensors = None
 
-    def is_as_left(self) -> None:
+    def note_restored(self) -> None:
         """Note that W has the bits again that the last event left there."""
         W = self.triple.W
         if self.base is not None and is_plain(W) and not W.is_meta:

@@ -7,7 +7,6 @@ both rules are the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from deltaopt.groups import DeltaGroup, Settings
-from deltaopt.lowrank import LowRank, Term
-from deltaopt.metrics import effective_rank, product_of, rows_of, singular_values, square_of
+from deltaopt.lowrank import LowRank
+from deltaopt.norms import cosines_to_base, effective_rank, norm_of, product_of, singular_values
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.tensors import FLOATS, is_plain, outside_inference_mode
 from deltaopt.triple import LoRATriple
@@ -120,41 +119,24 @@ def dense_changes(
 def _layer_change(weight: WeightState) -> LayerChange:
     triple = weight.triple
     branch = weight.branch()._replace(coef=triple.scaling)
-    held, asked = weight.displacement(), weight.asked_terms()
+    asked, is_matrix = weight.asked_terms(), weight.ledger.is_matrix
     D, AB, change = product_of(asked), product_of([branch]), product_of([*asked, branch])
-    dense = weight.ledger.is_matrix
-    effective, numerical = (None, None) if dense else _ranks(change, _resolution(weight))
+    effective, numerical = (None, None) if is_matrix else _ranks(change, _resolution(weight))
     base, cosine, weight_cosine = None, None, None
     if not weight.weight_problems():
-        base, cosine, weight_cosine = _cosines(weight, held, D, change)
+        held = product_of(weight.displacement())
+        base, (cosine, weight_cosine) = cosines_to_base(weight.matrix().detach(), held, change, D)
     return LayerChange(
         triple.label,
         base,
-        _norm(D, dense),
-        _norm(AB, False),
-        _norm(change, dense),
+        norm_of(D, is_matrix),
+        norm_of(AB),
+        norm_of(change, is_matrix),
         cosine,
         weight_cosine,
         effective,
         numerical,
     )
-
-
-def _cosines(
-    weight: WeightState, held: list[Term], D: LowRank | None, change: LowRank | None
-) -> tuple[float, float | None, float | None]:
-    """Return ||W0||, and the cosines of W0 + the change and of W0 + D to W0."""
-    base, ends, both = 0.0, [0.0, 0.0], [0.0, 0.0]
-    for rows in rows_of(weight.matrix().detach(), product_of(held), change, D):
-        W0, *moved = (row.double() for row in rows)
-        base += float(W0.square().sum())
-        for i, W1 in enumerate(moved):
-            ends[i] += float(W1.square().sum())
-            both[i] += float((W0 * W1).sum())
-    cosine, weight_cosine = (
-        b / math.sqrt(base * end) if base > 0 and end > 0 else None for b, end in zip(both, ends, strict=True)
-    )
-    return math.sqrt(base), cosine, weight_cosine
 
 
 def _dense_change(name: str, before: Tensor, after: Tensor) -> LayerChange:
@@ -184,13 +166,6 @@ def _numerical_rank(sigma: Tensor, shape: Sequence[int], eps: float) -> int:
 def _resolution(weight: WeightState) -> float:
     """Return the spacing at 1 of the numbers that the factors are computed in."""
     return float(torch.finfo(weight.tensors.compute_dtype()).eps)
-
-
-def _norm(product: LowRank | None, dense: bool) -> float:
-    """Return the norm of a product, which the factors tell; of one as large as W, by rows."""
-    if product is None:
-        return 0.0
-    return math.sqrt(square_of(product) if dense else float(singular_values(product).square().sum()))
 
 
 def _weights(source: object) -> list[WeightState]:

@@ -58,6 +58,14 @@ class AdapterFolder:
         """True if it was saved alone, after W had moved: on the pristine base it is another model."""
         return NEEDS_MOVED in self.config
 
+    @property
+    def is_cut(self) -> bool:
+        """True if AdaLoRA's budget had taken some ranks when it was saved: PEFT then leaves out their rows."""
+        if self.config.get("peft_type") != "ADALORA":
+            return False
+        budget = self.config.get("rank_pattern") or {}
+        return any(not all(kept) for kept in budget.values() if isinstance(kept, list))
+
     def summary(self) -> dict[str, Any]:
         """Return what a reader wants to know of it, as plain data."""
         config = self.config

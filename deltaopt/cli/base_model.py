@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltaopt.cli.adapters import AdapterFolder
 from deltaopt.cli.movement import SavedWeight
-from deltaopt.cli.outcome import UserError, one_line
+from deltaopt.cli.outcome import UserError, reason_of
 from deltaopt.messages import Problem, problem_lines
 
 PREFIX = "base_model.model."
@@ -32,9 +32,6 @@ AUTO = {
 
 LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 """The tasks whose head has one row for each label, which the base's config does not know."""
-
-SHOWN = 400
-"""Characters of another library's message that are shown."""
 
 
 def load_base(base: str, adapter: AdapterFolder, dtype: torch.dtype) -> nn.Module:
@@ -148,12 +145,11 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _short(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn what another library says of an input into a UserError of one line that is not long."""
+    """Turn what another library says of an input into a UserError of one short line."""
     try:
         yield
     except kinds as error:
-        text = one_line(str(error)) or type(error).__name__
-        raise UserError(f"{what} cannot be loaded: {text[:SHOWN]}{' ...' * (len(text) > SHOWN)}") from error
+        raise UserError(f"{what} cannot be loaded: {reason_of(error)}") from error
 
 
 def _is_model(kind: Any) -> bool:

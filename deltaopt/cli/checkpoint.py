@@ -90,7 +90,7 @@ def _given_adapter(folder: Path) -> AdapterFolder:
 
 def _file(path: Path, adapter: AdapterFolder | None) -> Checkpoint:
     content = read(path)
-    states = _ours([(path, content)])
+    states = _ours([(path, content)], path)
     kind = LIGHTNING if isinstance(content, dict) and "pytorch-lightning_version" in content else FILE
     return Checkpoint(path, kind, states, adapter, None, None, lambda: tensors_in(content))
 
@@ -99,7 +99,7 @@ def _folder(path: Path, adapter: AdapterFolder | None) -> Checkpoint:
     files = [file for pattern in STATE_FILES for file in sorted(path.glob(pattern))]
     if (path / "optimizer.pt") in files:  # from which Trainer resumes, whatever is next to it
         files = [path / "optimizer.pt"]
-    states = _ours([(file, read(file)) for file in files])
+    states = _ours([(file, read(file)) for file in files], path)
     if not states:
         _refuse_folder(path)
     trainer = path / "trainer_state.json"
@@ -109,23 +109,25 @@ def _folder(path: Path, adapter: AdapterFolder | None) -> Checkpoint:
         if not isinstance(step, int):
             raise UserError(f"{trainer} is no state of Trainer: its global_step is {step!r}, expected a whole number")
     adapter = adapter if adapter is not None else adapter_in(path)
-    export = path / "export"
-    has_export = (export / CONFIG).is_file()
-    return Checkpoint(path, kind, states, adapter, export if has_export else None, step, lambda: tensors_of_model(path))
+    exports = [folder for folder in (path / "export", path / "export" / "lora") if (folder / CONFIG).is_file()]
+    export = exports[0] if exports else None
+    return Checkpoint(path, kind, states, adapter, export, step, lambda: tensors_of_model(path))
 
 
 def _kind(path: Path, files: list[Path]) -> str:
     if files:
         return ACCELERATE if files[0].suffix == ".bin" else TRAINER
-    is_export = path.name == "export" and (path.parent / "trainer_state.json").is_file()
+    export = path.parent if path.parts[-2:] == ("export", "lora") else path
+    is_export = export.name == "export" and (export.parent / "trainer_state.json").is_file()
     return EXPORT if is_export else ADAPTER
 
 
-def _ours(files: list[tuple[Path, Any]]) -> list[SavedState]:
+def _ours(files: list[tuple[Path, Any]], given: Path) -> list[SavedState]:
     """Return the states of a `DeltaLoRAOptimizer` in these files.
 
     Args:
         files: and what they hold.
+        given: by the user, one of the files or their folder.
 
     Raises:
         UserError: if there are none, and files that should have one.
@@ -139,7 +141,7 @@ def _ours(files: list[tuple[Path, Any]]) -> list[SavedState]:
         )
     if files and not ours:
         file = files[0][0]
-        more = f": give its folder, {file.parent}" if (file.parent / CONFIG).is_file() else ""
+        more = f": give its folder, {file.parent}" if file == given and (file.parent / CONFIG).is_file() else ""
         raise UserError(f"{file} holds no state of an optimizer, as optimizer.state_dict() returns it{more}")
     return ours
 

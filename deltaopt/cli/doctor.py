@@ -131,7 +131,12 @@ def _of_adapter(place: Path, arguments: argparse.Namespace) -> Outcome:
     config = folders.lora_config(fields, place)
     tensors = folders.adapter_tensors(place)
     base = _base_of(place, fields, arguments.base)
-    if tensors is None and base is None:
+    if tensors is None and NEEDS_MOVED in fields:
+        raise UserError(
+            f"{place} has {CONFIG} of a trained adapter and no weights ({' or '.join(WEIGHTS)}): the folder was copied "
+            "or downloaded in part. Save or copy the adapter again"
+        )
+    if tensors is None and arguments.base is None:
         raise UserError(
             f"{place} has {CONFIG} and no weights ({' or '.join(WEIGHTS)}): copy them "
             "too; or, to look at a config before training, name the model with --base"

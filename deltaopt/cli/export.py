@@ -165,6 +165,17 @@ def _parts(checkpoint: Checkpoint) -> tuple[dict[str, Any], AdapterFolder]:
             "PEFT has none: load its state in its script, and take deltaopt.export_adapter(optimizer)"
         )
     checkpoint.adapter.check()
+    if checkpoint.adapter.is_cut:
+        there = checkpoint.export is not None
+        raise UserError(
+            f"AdaLoRA's budget has cut the adapter in {checkpoint.adapter.path}: it lacks rows of the factors that the "
+            "state is of. "
+            + (
+                f"Take {checkpoint.export}, which DeltaLoRACallback has written for the base"
+                if there
+                else "Call deltaopt.integrations.peft.save_adapter(model, optimizer, DIR) in the program that trains"
+            )
+        )
     return checkpoint.states[0].content, checkpoint.adapter
 
 

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from deltaopt.cli.adapters import CONFIG, WEIGHTS
 from deltaopt.cli.base_model import quiet
 from deltaopt.cli.files import read_json, read_tensors
-from deltaopt.cli.outcome import UserError, one_line
+from deltaopt.cli.outcome import UserError, reason_of
 
 MODEL_CONFIG = "config.json"
-SHOWN = 300
-"""Characters of another library's message that are shown."""
 
 
 def folder(path: str) -> Path:
@@ -87,7 +85,7 @@ def empty_model(place: Path, kind: str | None = None) -> nn.Module:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{place / MODEL_CONFIG} cannot be built as a model: {_reason(error)}") from error
+            raise UserError(f"{place / MODEL_CONFIG} cannot be built as a model: {reason_of(error)}") from error
 
 
 def _of_diffusers(fields: Mapping[str, Any]) -> nn.Module:
@@ -142,7 +140,7 @@ def lora_config(fields: Mapping[str, Any], place: Path) -> Any:
         try:
             config = kinds[method](**{k: v for k, v in fields.items() if k in known and k != "peft_type"})
         except (TypeError, ValueError) as error:
-            raise UserError(f"{place / CONFIG} is refused by PEFT: {_reason(error)}") from error
+            raise UserError(f"{place / CONFIG} is refused by PEFT: {reason_of(error)}") from error
     for name in ("r", "lora_alpha", "lora_dropout", "orth_reg_weight"):
         if not isinstance(getattr(config, name, 0), int | float):
             raise UserError(f"{place / CONFIG}: {name} is {getattr(config, name)!r}, expected a number")
@@ -161,7 +159,7 @@ def with_adapter(model: nn.Module, config: Any, what: str) -> nn.Module:
         try:
             return peft.get_peft_model(model, config, low_cpu_mem_usage=True)  # type: ignore[no-any-return]
         except Exception as error:
-            raise UserError(f"{what} does not fit this model: {_reason(error)}") from error
+            raise UserError(f"{what} does not fit this model: {reason_of(error)}") from error
 
 
 def starts_at_zero(start: bool | str) -> bool:
@@ -193,8 +191,3 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> Non
             f"{what} is an adapter for another model: {len(wrong)} of its {len(given)} tensors do not fit, such as "
             f"{wrong[0]} {given[wrong[0]]}, and {here}"
         )
-
-
-def _reason(error: Exception) -> str:
-    text = one_line(str(error)) or type(error).__name__
-    return text[:SHOWN] + " ..." * (len(text) > SHOWN)

@@ -14,11 +14,15 @@ from torch import Tensor
 from deltaopt.cli.adapters import AdapterFolder
 from deltaopt.cli.checkpoint import Checkpoint, SavedState, opened
 from deltaopt.cli.files import tensors_of_model
-from deltaopt.cli.movement import Layer, SavedWeight, are_factors_of, grouped, layers_of, record_of
+from deltaopt.cli.movement import Layer, SavedWeight, are_factors_of, layers_of, record_of
 from deltaopt.cli.outcome import Outcome, UserError
+from deltaopt.tables import grouped, span, table
 
 ROWS = 14
 """The layers that have a row of their own; more are shown by the last part of their names."""
+
+UNKNOWN = "?"
+"""A number that the state does not tell; a column of these alone is left out."""
 
 EXAMPLES = """examples:
   deltaopt inspect run/checkpoint-500            a checkpoint of Trainer's
@@ -177,38 +181,37 @@ def _lines(data: dict[str, Any], layers: Sequence[Layer]) -> list[str]:
         f"state: {data['place']}, schema {data['schema']}, weight_update {data['weight_update']!r}",
         f"steps: {data['step']}; {'; '.join(settings)}; skipped updates: {data['skipped_updates']}",
         f"layers whose {'effective ' * folded}W was asked to move: {len(asked)} of {len(layers)}; "
-        f"rank {_span([layer.rank for layer in layers], '{}'.format)}; W is in {dtypes}, {_places(layers)}",
+        f"rank {span([layer.rank for layer in layers], '{}'.format)}; W is in {dtypes}, {_places(layers)}",
     ]
-    rows = [("moves", "asked for", "of W", "layers")]
-    rows += [_row(name, row) for name, row in grouped([*layers], ROWS)]
-    columns = [column for column in zip(*rows, strict=True) if any(cell != "?" for cell in column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    for row in zip(*columns, strict=True):
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    rows = [("moves", "asked for", "of W", "layers"), *(_row(name, row) for name, row in by_last_name(layers))]
+    columns = [column for column in zip(*rows, strict=True) if any(cell != UNKNOWN for cell in column[1:])]
+    lines += table(list(zip(*columns, strict=True)))
     for note in dict.fromkeys(layer.note for layer in layers if layer.note):
         about = [layer.name for layer in layers if layer.note == note]
         lines.append(f"note: {note}" + (f" ({len(about)} of {len(layers)} layers)" if len(about) < len(layers) else ""))
     return lines
 
 
+def by_last_name(layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:
+    """Return rows of a table: each layer by itself or, of more than `ROWS`, those of one last name together."""
+    if len(layers) <= ROWS:
+        return [(layer.name, [layer]) for layer in layers]
+    rows = grouped(layers, _last_name)
+    return [(f"{len(row)}: ...{_last_name(row[0])}" if len(row) > 1 else row[0].name, row) for row in rows]
+
+
+def _last_name(layer: Layer) -> str:
+    return layer.name.rpartition(".")[2]
+
+
 def _row(name: str, layers: Sequence[Layer]) -> tuple[str, str, str, str]:
+    relative = [None if layer.relative is None else 100 * layer.relative for layer in layers]
     return (
-        _span([layer.moves for layer in layers], "{}".format),
-        _span([layer.asked for layer in layers], "{:.3g}".format),
-        _span(
-            [layer.relative if layer.relative is None else 100 * layer.relative for layer in layers], "{:.3g} %".format
-        ),
+        span([layer.moves for layer in layers], "{}".format, UNKNOWN),
+        span([layer.asked for layer in layers], "{:.3g}".format, UNKNOWN),
+        span(relative, "{:.3g} %".format, UNKNOWN),
         name,
     )
-
-
-def _span(numbers: Sequence[Any], shown: Any) -> str:
-    """Return the smallest and the largest number; one of them if they look alike; "?" for those that are not known."""
-    known = [number for number in numbers if number is not None]
-    if not known:
-        return "?"
-    low, high = shown(min(known)), shown(max(known))
-    return low if low == high else f"{low} to {high}"
 
 
 def _ratio(ratio: float | None) -> str:

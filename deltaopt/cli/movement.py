@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from deltaopt.checkpoint.format import KEY, split_ledgers, split_record
 from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint
 from deltaopt.cli.outcome import UserError, refusals
 from deltaopt.layouts import LAYOUTS
-from deltaopt.ledger import combined
-from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.lowrank import Term
 from deltaopt.messages import layers
+from deltaopt.norms import norm_of, product_of
 
 Key = tuple[tuple[int, ...], str, int]
 """Shape, dtype and hash of a tensor."""
@@ -290,24 +290,12 @@ def _displacement(saved: SavedLedger, factors: tuple[Tensor, Tensor] | None) -> 
     end = factors if saved.end_is_live else ledger.end
     if end is not None and ledger.coef != 0:
         terms.append(Term(ledger.coef, end[0].to(torch.float64), end[1].to(torch.float64)))
-    return combined(terms)
+    return terms
 
 
 def _norm(terms: list[Term] | None) -> float | None:
-    """Return the Frobenius norm of a sum of terms; None if they are not known."""
-    if terms is None:
-        return None
-    terms = [term for term in terms if not term.is_zero()]
-    return _norm_of(joined(terms)) if terms else 0.0
-
-
-def _norm_of(product: LowRank) -> float:
-    """Return the Frobenius norm; zero for what rounding alone has made of terms that cancel."""
-    A, B = product.A, product.B
-    core = torch.linalg.qr(A).R @ torch.linalg.qr(B.mT).R.mT
-    noise = float((A.norm(dim=-2) * B.norm(dim=-1)).sum()) * torch.finfo(torch.float32).eps
-    norm = float(core.norm())
-    return 0.0 if norm <= noise else norm  # NaN stays NaN
+    """Return the Frobenius norm of a sum of terms that were saved in float32; None if they are not known."""
+    return None if terms is None else norm_of(product_of(terms), eps=torch.finfo(torch.float32).eps)
 
 
 def _saved(record: Any, name: str, where: str) -> SavedWeight:
@@ -320,14 +308,3 @@ def _saved(record: Any, name: str, where: str) -> SavedWeight:
 
 def _key(record: dict[str, Any]) -> Key:
     return tuple(record["shape"]), record["dtype"], record["hash"]
-
-
-def grouped(found: list[Layer], limit: int) -> Iterator[tuple[str, list[Layer]]]:
-    """Yield rows for a table: each layer by itself, or, of more than `limit`, those of one last name together."""
-    if len(found) <= limit:
-        yield from ((layer.name, [layer]) for layer in found)
-        return
-    rows: dict[str, list[Layer]] = {}
-    for layer in found:
-        rows.setdefault(layer.name.rpartition(".")[2], []).append(layer)
-    yield from ((f"{len(row)}: ...{name}" if len(row) > 1 else row[0].name, row) for name, row in rows.items())

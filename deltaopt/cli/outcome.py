@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+SHOWN = 300
+"""Characters of another library's message that are shown."""
+
 
 class Outcome(NamedTuple):
     """The result of a command.
@@ -48,3 +51,9 @@ def one_line(text: str) -> str:
         separator = "" if not joined else " " if joined[-1] in ":.;," else "; "
         joined += separator + line
     return joined
+
+
+def reason_of(error: Exception) -> str:
+    """Return what another library says of an input, in one line that is not long."""
+    text = one_line(str(error)) or type(error).__name__
+    return text[:SHOWN] + " ..." * (len(text) > SHOWN)

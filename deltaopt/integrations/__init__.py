@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 
 from torch import nn
 
 from deltaopt.integrations import adapter_saves as adapter_saves
+from deltaopt.integrations import inner_optimizers as inner_optimizers
 from deltaopt.integrations import protocol
 from deltaopt.integrations.absence import why_none
+from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.sharers import keep_base_of_sharers
 from deltaopt.tensors import is_plain, overlapping_pairs
@@ -26,9 +29,12 @@ LIBRARIES = {
     "litgpt.lora": "deltaopt.integrations.litgpt",
     "torchtune.modules.peft": "deltaopt.integrations.torchtune",
 }
-"""The module that has a library's LoRA layers, and ours that reads them: ``find(model, adapter, allow_dropout)``.
+"""The module that has a library's LoRA layers, and ours that reads them.
 
-Where nothing is found, a function ``why_none(model, adapter)`` of ours is asked for the reason.
+Ours has ``survey(model, adapter, allow_dropout, attach) -> Survey`` and the ``HEADLINE`` over the layers that it
+refuses. With `attach` the triples put the hooks on the model that an optimizer needs, unless a layer is refused;
+without, the model stays as it is. Where nothing is found, its ``why_none(model, adapter)`` is asked for the reason, if
+it has one.
 """
 
 
@@ -66,10 +72,10 @@ def find_triples(
         ValueError: if there is no LoRA layer, or for layers that cannot be moved, all in one message.
         TypeError: if a method ``lora_triples`` returns something else.
     """
-    triples = protocol.find(model)
-    for library, integration in LIBRARIES.items():
-        if library in sys.modules:
-            triples += importlib.import_module(integration).find(model, adapter, allow_dropout)
+    triples: list[LoRATriple] = []
+    for headline, found in _surveys(model, adapter, allow_dropout, attach=True):
+        raise_problems(ValueError, headline, found.refused)
+        triples += found.triples
     if not triples:
         raise ValueError(why_none(model, adapter, LIBRARIES))
     if not allow_tied:
@@ -78,6 +84,14 @@ def find_triples(
         triple.tie()
     keep_base_of_sharers(model, triples)
     return triples
+
+
+def surveyed(model: nn.Module, adapter: str) -> Survey:
+    """Return all LoRA layers of a model, good and bad ones; nothing is raised for the bad ones.
+
+    Layers of the libraries stay as they are. A method ``lora_triples`` may put a hook on its module.
+    """
+    return reduce(Survey.joined, (found for _, found in _surveys(model, adapter, allow_dropout=False, attach=False)))
 
 
 def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn.Parameter]:
@@ -104,6 +118,18 @@ def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[L
         if i < len(places) <= j:
             users.setdefault(j - len(places), []).append(places[i][0])
     return [(triple, users[k]) for k, triple in enumerate(moving) if len(users.get(k, ())) > 1]
+
+
+def _surveys(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Iterator[tuple[str, Survey]]:
+    """Yield what the modules are that describe themselves, and the layers of each library that is imported.
+
+    Each comes with the headline over what is refused.
+    """
+    yield protocol.HEADLINE, protocol.survey(model, (ValueError,) if attach else (ValueError, TypeError))
+    for library, name in LIBRARIES.items():
+        if library in sys.modules:
+            integration = importlib.import_module(name)
+            yield integration.HEADLINE, integration.survey(model, adapter, allow_dropout, attach)
 
 
 def _refuse_tied(model: nn.Module, triples: Sequence[LoRATriple]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from deltaopt.factors import FactorSource
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
-from deltaopt.messages import Problem, raise_problems
+from deltaopt.messages import Problem
 from deltaopt.naming import names_without_wrappers
 from deltaopt.scaling import ScalingSource, SetScaling
 from deltaopt.triple import LoRATriple
@@ -54,7 +54,7 @@ class LayerTriple(LoRATriple):
         set_scaling: SetScaling | None = None,
     ) -> None:
         self.layer: Any = layer
-        self._dropout, self._unmerge, self._allow_dropout = dropout, unmerge, allow_dropout
+        self._dropout_name, self._unmerge, self._allow_dropout = dropout, unmerge, allow_dropout
         super().__init__(
             (layer, weight), A, B, scaling=scaling, name=name, layout=layout, rows=rows, set_scaling=set_scaling
         )
@@ -68,64 +68,67 @@ class LayerTriple(LoRATriple):
     def branch_problems(self) -> list[str]:
         """Say if the branch was merged, rescaled or given dropout since it was registered."""
         allowed = self._allow_dropout and not self.folded
-        return super().branch_problems() or ([] if allowed else dropout_problems(self.layer, self._dropout))
+        found = super().branch_problems()
+        return found or ([] if allowed else dropout_problems(*self._dropout()))
 
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
-        found = super().folding_problems()
-        if self.tied:
-            found.append(
-                "its W is used in another place too, which would move with it and has no branch: use "
-                'weight_update="in_place"'
-            )
-        if dropout_problems(self.layer, self._dropout):
-            found.append(
-                f'it has {self._dropout}, which weight_update="folded" would apply to what W moves by too: set it to '
-                '0, or use weight_update="in_place" with allow_dropout=True'
-            )
-        return found
+        return [*super().folding_problems(), *folded_dropout_problems(*self._dropout())]
+
+    def _dropout(self) -> tuple[object, str]:
+        return getattr(self.layer, self._dropout_name, None), self._dropout_name
 
 
-def dropout_problems(layer: nn.Module, attribute: str) -> list[str]:
-    """Say that a branch has dropout; empty if it has none."""
-    dropout = getattr(layer, attribute, None)
+def dropout_problems(dropout: object, attribute: str) -> list[str]:
+    """Say that a branch has dropout; empty if it has none.
+
+    Args:
+        dropout: what is applied to the branch's input.
+        attribute: what its library calls it.
+    """
     if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
         return []
     return [
         f"it has {attribute}={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set it to 0, or say allow_dropout=True for an ablation"
+        f"(section 4.2 of the paper): set {attribute}=0, or pass allow_dropout=True for an ablation"
     ]
 
 
-def raise_refusals(library: str, refusals: dict[str, str | None]) -> None:
-    """Raise ValueError for the layers of a library that cannot be used.
-
-    Args:
-        library: its name.
-        refusals: by name of a layer, why it cannot be used; None if it can.
-    """
-    raise_problems(
-        ValueError,
-        f"these {library} layers cannot be used",
-        [Problem(name, reason) for name, reason in refusals.items() if reason is not None],
-    )
+def folded_dropout_problems(dropout: object, attribute: str) -> list[str]:
+    """Say that a branch has dropout, which cannot be folded even for an ablation; arguments as `dropout_problems`."""
+    if not dropout_problems(dropout, attribute):
+        return []
+    return [
+        f'it has {attribute}, which weight_update="folded" would apply to what W moves by too: set {attribute}=0, or '
+        'use weight_update="in_place" with allow_dropout=True'
+    ]
 
 
-def surveyed(
-    layers: Mapping[str, Any], refusal: Callable[[Any, bool], str | None], triples: Callable[..., Iterable[LoRATriple]]
+def survey_of(
+    layers: Mapping[str, Any],
+    refusal: Callable[[Any, bool], str | None],
+    triples: Callable[[str, Any, bool], Iterable[LoRATriple]],
+    allow_dropout: bool,
 ) -> Survey:
-    """Return what the layers of a library are, for a description.
+    """Return what the layers of a library are.
 
     Args:
         layers: by name.
-        refusal: ``refusal(layer, allow_dropout)`` says why a layer cannot be used.
+        refusal: ``refusal(layer, allow_dropout)`` says why a layer cannot be used; None if it can.
         triples: ``triples(name, layer, allow_dropout)`` gives those of a layer that can.
+        allow_dropout: see `find_triples`.
     """
-    reasons = {name: refusal(layer, False) for name, layer in layers.items()}
-    found = [t for name, layer in layers.items() if reasons[name] is None for t in triples(name, layer, False)]
+    reasons = {name: refusal(layer, allow_dropout) for name, layer in layers.items()}
     refused = {name: why for name, why in reasons.items() if why is not None}
-    problems = [Problem(name, why) for name, why in refused.items()]
-    return Survey(found, problems, [], list(layers.values()), [layers[name] for name in refused])
+    return Survey(
+        triples=[
+            t for name, layer in layers.items() if name not in refused for t in triples(name, layer, allow_dropout)
+        ],
+        refused=[Problem(name, why) for name, why in refused.items()],
+        elsewhere=[],
+        layers=list(layers.values()),
+        refused_layers=[layers[name] for name in refused],
+    )
 
 
 def first_of(*problems: list[str]) -> str | None:

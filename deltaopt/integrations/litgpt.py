@@ -17,8 +17,7 @@ from deltaopt.integrations.layer_triple import (
     dropout_problems,
     first_of,
     named_layers,
-    raise_refusals,
-    surveyed,
+    survey_of,
 )
 from deltaopt.integrations.survey import Survey
 from deltaopt.triple import LoRATriple
@@ -28,21 +27,12 @@ UNMERGE = (
     "merge a copy"
 )
 
-
-def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
-    """Return the triples of every layer of litgpt with a branch.
-
-    Raises:
-        ValueError: for layers that Delta-LoRA cannot move, all in one message.
-    """
-    layers = _layers(model)
-    raise_refusals("litgpt", {name: _refusal(layer, allow_dropout) for name, layer in layers.items()})
-    return [triple for name, layer in layers.items() for triple in _triples(name, layer, allow_dropout)]
+HEADLINE = "these litgpt layers cannot be used"
 
 
-def survey(model: nn.Module, adapter: str) -> Survey:
-    """Return every layer of litgpt with a branch, good and bad ones."""
-    return surveyed(_layers(model), _refusal, _triples)
+def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
+    """Return every layer of litgpt with a branch; see `deltaopt.integrations.LIBRARIES`."""
+    return survey_of(_layers(model), _refusal, _triples, allow_dropout)
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -86,8 +76,10 @@ def _runs(rows: list[int]) -> list[tuple[int, int]]:
 def _refusal(layer: Any, allow_dropout: bool) -> str | None:
     if not isinstance(layer, lora.LoRALinear):
         return f"{type(layer).__name__} is no class of litgpt itself: {OWN_PROTOCOL}"
+    if type(layer).forward not in (lora.LoRALinear.forward, lora.LoRAQKVLinear.forward):
+        return f"{type(layer).__name__} has a forward pass of its own: {OWN_PROTOCOL}"
     if layer.linear.weight.is_meta:
         return "its weight is on the meta device, without values: load the weights first"
     if layer.linear.weight.requires_grad:
         return "its weight still requires grad: call litgpt.lora.mark_only_lora_as_trainable(model) first"
-    return first_of([] if allow_dropout else dropout_problems(layer, "lora_dropout"))
+    return first_of([] if allow_dropout else dropout_problems(layer.lora_dropout, "lora_dropout"))

@@ -19,8 +19,7 @@ from deltaopt.integrations.layer_triple import (
     dropout_problems,
     first_of,
     named_layers,
-    raise_refusals,
-    surveyed,
+    survey_of,
 )
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import layers, warn_user
@@ -33,22 +32,16 @@ UNMERGE = (
     "(merge_weights=False keeps a layer from merging)"
 )
 
-
-def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
-    """Return the triples of every layer of loralib with a branch.
-
-    Raises:
-        ValueError: for layers that Delta-LoRA cannot move, all in one message.
-    """
-    found = _layers(model)
-    raise_refusals("loralib", {name: _refusal(layer, allow_dropout) for name, layer in found.items()})
-    _warn_of_rounding(found)
-    return [triple for name, layer in found.items() for triple in _triples(name, layer, allow_dropout)]
+HEADLINE = "these loralib layers cannot be used"
 
 
-def survey(model: nn.Module, adapter: str) -> Survey:
-    """Return every layer of loralib with a branch, good and bad ones."""
-    return surveyed(_layers(model), _refusal, _triples)
+def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
+    """Return every layer of loralib with a branch; see `deltaopt.integrations.LIBRARIES`."""
+    layers = _layers(model)
+    found = survey_of(layers, _refusal, _triples, allow_dropout)
+    if attach and not found.refused:
+        _warn_of_rounding(layers)
+    return found
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -87,12 +80,14 @@ def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]
 def _refusal(layer: Any, allow_dropout: bool) -> str | None:
     if not isinstance(layer, KNOWN):
         return f"{type(layer).__name__} is no class of loralib itself: {OWN_PROTOCOL}"
+    if type(layer).forward not in {kind.forward for kind in KNOWN}:
+        return f"{type(layer).__name__} has a forward pass of its own: {OWN_PROTOCOL}"
     found = _conv_problems(layer) if isinstance(layer, loralib.ConvLoRA) else []
     if getattr(layer, "max_norm", None) is not None:
         found.append(
             "it has max_norm, with which loralib's forward pass rewrites lora_A as well as W: build it without max_norm"
         )
-    return first_of(found, [] if allow_dropout else dropout_problems(layer, "lora_dropout"))
+    return first_of(found, [] if allow_dropout else dropout_problems(layer.lora_dropout, "lora_dropout"))
 
 
 def _warn_of_rounding(found: Mapping[str, Any]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-from deltaopt.messages import Problem, raise_problems
+from deltaopt.integrations.survey import Survey
+from deltaopt.messages import Problem
 from deltaopt.naming import names_without_wrappers
 from deltaopt.triple import LoRATriple
 
 METHOD = "lora_triples"
+HEADLINE = f"these layers cannot be used, as their {METHOD}() says"
 
 
 def describes_itself(module: nn.Module) -> bool:
@@ -20,51 +22,24 @@ def describes_itself(module: nn.Module) -> bool:
     return callable(getattr(type(module), METHOD, None))
 
 
-def find(model: nn.Module) -> list[LoRATriple]:
-    """Return what all modules with a method ``lora_triples`` say of themselves, named as the modules.
-
-    Raises:
-        ValueError: for modules that raise it, all in one message.
-        TypeError: for a method that gives something else than triples.
-    """
-    asked = ask_all(model)
-    raise_problems(ValueError, f"these layers cannot be used, as their {METHOD}() says", asked.refused)
-    return asked.triples
-
-
-class Asked(NamedTuple):
-    """What the modules with a method ``lora_triples`` say of themselves.
-
-    Attributes:
-        triples: of all, named as the modules.
-        refused: what the others raised.
-        modules: all of them.
-        refused_modules: those that raised.
-    """
-
-    triples: list[LoRATriple]
-    refused: list[Problem]
-    modules: list[nn.Module]
-    refused_modules: list[nn.Module]
-
-
-def ask_all(model: nn.Module, errors: tuple[type[Exception], ...] = (ValueError,)) -> Asked:
-    """Ask every module of a model that describes itself.
+def survey(model: nn.Module, errors: tuple[type[Exception], ...]) -> Survey:
+    """Ask every module of a model that describes itself; the triples are named as the modules.
 
     Args:
         model: with such modules.
-        errors: those that are the answer of a module; others are raised.
+        errors: those that are the answer of a module; others are raised, as TypeError for a method that returns
+            something else than triples.
     """
     found = {name: module for name, module in model.named_modules() if describes_itself(module)}
     names = names_without_wrappers(model, found)
-    asked = Asked([], [], list(found.values()), [])
+    asked = Survey([], [], [], list(found.values()), [])
     for name, module in found.items():
         label = names[name] or type(module).__name__
         try:
             asked.triples.extend(_named(label, names[name], _asked(label, module)))
         except errors as error:
             asked.refused.append(Problem(label, str(error)))
-            asked.refused_modules.append(module)
+            asked.refused_layers.append(module)
     return asked
 
 

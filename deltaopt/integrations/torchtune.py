@@ -17,29 +17,24 @@ from deltaopt.integrations.layer_triple import (
     dropout_problems,
     first_of,
     named_layers,
-    raise_refusals,
-    surveyed,
+    survey_of,
 )
 from deltaopt.integrations.survey import Survey
 from deltaopt.triple import LoRATriple
 
 UNMERGE = "load the weights again into a model that was not merged"
 
-
-def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
-    """Return the triples of every LoRALinear of torchtune.
-
-    Raises:
-        ValueError: for layers that Delta-LoRA cannot move, all in one message.
-    """
-    layers = _layers(model)
-    raise_refusals("torchtune", {name: _refusal(layer, allow_dropout) for name, layer in layers.items()})
-    return [TorchtuneTriple(layer, name, allow_dropout) for name, layer in layers.items()]
+HEADLINE = "these torchtune layers cannot be used"
 
 
-def survey(model: nn.Module, adapter: str) -> Survey:
-    """Return every layer of torchtune with a branch, good and bad ones."""
-    return surveyed(_layers(model), _refusal, _triples)
+def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
+    """Return every layer of torchtune with a branch; see `deltaopt.integrations.LIBRARIES`."""
+    found = survey_of(_layers(model), _refusal, _triples, allow_dropout)
+    if attach and not found.refused:
+        for triple in found.triples:
+            assert isinstance(triple, TorchtuneTriple)
+            triple.attach()
+    return found
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -71,9 +66,12 @@ class TorchtuneTriple(LayerTriple):
             scaling=layer.alpha / layer.rank,
             set_scaling=partial(_set_scaling, layer),
         )
-        hook = hook_of(layer, DisabledHook, "")
+
+    def attach(self) -> None:
+        """Put the hook on the layer that leaves the movement of W out where the branch is disabled."""
+        hook = hook_of(self.layer, DisabledHook, "")
         if hook is None:
-            hook = DisabledHook(layer, "", self.view, name)
+            hook = DisabledHook(self.layer, "", self.view, self.label)
             hook.put_on()
         self.output_hook = hook
 
@@ -131,4 +129,4 @@ def _refusal(layer: Any, allow_dropout: bool) -> str | None:
             "its weight still requires grad: call torchtune.modules.peft.set_trainable_params(model, "
             "get_adapter_params(model)) first"
         )
-    return first_of([] if allow_dropout else dropout_problems(layer, "dropout"))
+    return first_of([] if allow_dropout else dropout_problems(layer.dropout, "dropout"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt import DeltaLoRAOptimizer, Factor, LoRATriple
 from tests.support.reference import delta_lora
 from tests.support.small import HandmadeLayer, random_steps, small_layer
 
@@ -75,6 +75,31 @@ def test_factors_in_param_groups_are_refused_by_name():
         DeltaLoRAOptimizer(SGD, [LoRATriple(W, A, B, name="q")], [{"params": [A, B], "weight_decay": 0.1}], lr=0.1)
     triples = {"triples": [(W, A, B)], "weight_decay": 0.1}  # as the message says
     assert DeltaLoRAOptimizer(SGD, [triples], lr=0.1).param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["class", "built"])
+def test_views_of_fused_parameters_are_refused_with_the_factors_that_take_them(built):
+    """Two branches whose factors are rows of two parameters, as those of a fused query, key and value."""
+    torch.manual_seed(0)
+    W, A, B = torch.randn(12, 6), torch.randn(8, 2, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+
+    def optimizer_of(*triples):
+        if built:
+            return DeltaLoRAOptimizer(SGD([A, B], lr=0.1), triples, update_ratio=2.0)
+        return DeltaLoRAOptimizer(SGD, triples, lr=0.1, update_ratio=2.0)
+
+    with pytest.raises(ValueError, match=r"A and B are computed .*\(SliceBackward0\).* Factor\.rows\(parameter, start"):
+        optimizer_of(LoRATriple(W[8:], A[4:], B[2:], name="v"))
+    with pytest.raises(ValueError, match=r"A \(8, 2\) and B \(4, 6\) do not fit W .* Factor\.rows\(parameter, start"):
+        optimizer_of(LoRATriple(W, A, B, name="qv"))
+    q = LoRATriple(W[:4], Factor.rows(A, 0, 4), Factor.rows(B, 0, 2), name="q")
+    v = LoRATriple(W[8:], Factor.rows(A, 4, 8), Factor.rows(B, 2, 4), name="v")
+    optimizer, expected, a, b = optimizer_of(q, v), W.clone(), A.detach().clone(), B.detach().clone()
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    optimizer.step()
+    expected[:4] += 2.0 * ((a - 0.1)[:4] @ (b - 0.1)[:2] - a[:4] @ b[:2])
+    expected[8:] += 2.0 * ((a - 0.1)[4:] @ (b - 0.1)[2:] - a[4:] @ b[2:])
+    torch.testing.assert_close(W, expected)
 
 
 def test_a_plain_optimizers_moments_are_taken_over_as_the_message_says():

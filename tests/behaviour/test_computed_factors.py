@@ -269,7 +269,6 @@ def test_a_factor_may_be_frozen_on_purpose(rule, letter):
         before = run.product() if t == 0 else before
     assert torch.equal(frozen, kept)
     assert_close(run.moved(), 2.0 * run.scaling * (run.product() - before), 1e-12)
-    run.twin(whole=False, load=False)
     state = through_a_file(run.optimizer.state_dict())
     run.optimizer.load_state_dict(state)
     frozen.requires_grad_()

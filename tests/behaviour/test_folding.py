@@ -333,6 +333,16 @@ def test_an_unnamed_triple_is_not_folded_twice():
         folded_optimizer(triple)
 
 
+def test_a_weight_with_another_user_is_refused():
+    """In place the other user moves with W; folded, W stays, and the other user would train another model."""
+    W, A, B = torch.randn(4, 6), torch.zeros(4, 2, requires_grad=True), torch.randn(2, 6, requires_grad=True)
+    triple = LoRATriple(W, A, B, scaling=torch.tensor(0.5), name="head")
+    triple.tie()
+    with pytest.raises(ValueError, match=r'head: its W is used in another place too.*weight_update="in_place"'):
+        DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, weight_update="folded")
+    DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+
+
 def test_triples_that_another_optimizer_has_folded_are_refused():
     """All by name, under either rule, and when they are added later; the first optimizer continues."""
     layers = [linear_layer(name, seed) for seed, name in enumerate("ab")]

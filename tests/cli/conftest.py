@@ -43,24 +43,35 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
-def runs(tmp_path_factory):
-    """Runs of Trainer with checkpoints at steps 2 and 4, by name."""
-    from tests.support.accelerate_state import forgotten
-    from tests.support.trainer_runs import Run
+RUNS = {
+    "in place": ("in_place", "zero", {}),
+    "in place from step 1": ("in_place", "later", {}),
+    "folded": ("folded", "zero", {}),
+    "folded from step 1": ("folded", "later", {}),
+    "small": ("in_place", "later", {"save_only_model": True}),
+}
 
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    cases = {
-        "in place": ("in_place", "zero", {}),
-        "in place from step 1": ("in_place", "later", {}),
-        "folded": ("folded", "zero", {}),
-        "folded from step 1": ("folded", "later", {}),
-        "small": ("in_place", "later", {"save_only_model": True}),
-    }
-    with forgotten():
-        for name, (rule, start, settings) in cases.items():
-            options = {"start_step": 1} if start == "later" else {}
-            run = Run(folder / name, rule, start, options=options, **{"max_steps": 4, **settings}).train()
-            run.checkpoint = folder / name / "checkpoint-4"
-            found[name] = run
-    return found
+
+class Runs(dict):
+    """Runs of Trainer with checkpoints at steps 2 and 4, by name; each is made when a test asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str):
+        from tests.support.accelerate_state import forgotten
+        from tests.support.trainer_runs import Run
+
+        rule, start, settings = RUNS[name]
+        options = {"start_step": 1} if start == "later" else {}
+        with forgotten():
+            run = Run(self.folder / name, rule, start, options=options, **{"max_steps": 4, **settings}).train()
+        run.checkpoint = self.folder / name / "checkpoint-4"
+        self[name] = run
+        return run
+
+
+@pytest.fixture(scope="package")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))

@@ -94,6 +94,13 @@ def test_truncated_safetensors(call, checkpoint, base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_a_file_of_something_else_in_place_of_the_state(call, checkpoint):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), checkpoint / "optimizer.pt")
+    says = f"{checkpoint / 'optimizer.pt'} holds no state of an optimizer, as optimizer.state_dict() returns it"
+    assert call("inspect", checkpoint, code=1) == says
+    assert call("inspect", checkpoint / "optimizer.pt", code=1) == f"{says}: give its folder, {checkpoint}"
+
+
 @pytest.mark.parametrize("part", [0.0, 0.6])
 def test_a_truncated_file_of_torch(part, call, checkpoint):
     file = cut(checkpoint / "optimizer.pt", checkpoint / "optimizer.pt", part)

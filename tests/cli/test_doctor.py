@@ -263,6 +263,14 @@ BAD = {
     "empty": (lambda p: [str(p)], "has no config.json, so it is no model"),
     "weights alone": (lambda p: [file_with(p, "adapter_model.bin", "")], "and no adapter_config.json"),
     "no weights": (lambda p: [config_alone(p / "a", lora_fields())], "has adapter_config.json and no weights"),
+    "no weights next to the model": (
+        lambda p: [config_alone(p / "a", lora_fields(base_model_name_or_path=llama(p / "m")))],
+        "name the model with --base",
+    ),
+    "no weights of a run": (
+        lambda p: [config_alone(p / "a", lora_fields(**{MOVED: "see the docs"})), "--base", llama(p / "m")],
+        "the folder was copied or downloaded in part",
+    ),
     "cut off": (lambda p: [cut_off(p)], "adapter_model.safetensors cannot be read: it was cut off"),
     "no json": (lambda p: [file_with(p, "adapter_config.json", "{")], "is no JSON"),
     "a list": (lambda p: [file_with(p, "adapter_config.json", "[]")], "is no JSON object"),

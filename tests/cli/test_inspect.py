@@ -10,7 +10,8 @@ import torch
 
 import deltaopt
 from deltaopt.__main__ import main
-from deltaopt.cli.movement import Layer, grouped
+from deltaopt.cli.inspect import by_last_name
+from deltaopt.cli.movement import Layer
 from tests.support.models import RATIO, batches, causal_lm, deltas, optimizer_for, peft, plain_loop, weights
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -231,5 +232,8 @@ def test_many_layers_are_shown_by_the_last_part_of_their_names():
         for i in range(200)
         for name in ("q_proj", "v_proj")
     ]
-    assert [(name, len(row)) for name, row in grouped(layers, 14)] == [("200: ...q_proj", 200), ("200: ...v_proj", 200)]
-    assert [name for name, _ in grouped(layers[:2], 14)] == ["model.layers.0.q_proj", "model.layers.0.v_proj"]
+    assert [(name, len(row)) for name, row in by_last_name(layers)] == [
+        ("200: ...q_proj", 200),
+        ("200: ...v_proj", 200),
+    ]
+    assert [name for name, _ in by_last_name(layers[:2])] == ["model.layers.0.q_proj", "model.layers.0.v_proj"]

@@ -105,7 +105,7 @@ def test_refuses_dropout(rule):
     def set_dropout(model):
         model[0].lora_dropout = nn.Dropout(0.25)
 
-    match = r"0: it has lora_dropout=0\.25, .*section 4\.2.*set it to 0, or say allow_dropout=True"
+    match = r"0: it has lora_dropout=0\.25, .*section 4\.2.*set lora_dropout=0, or pass allow_dropout=True"
     containers.check_dropout(CASES["linear"], rule, set_dropout, match)
 
 
@@ -122,6 +122,15 @@ def test_a_merged_model_is_refused_with_the_way_out(rule):
         optimizer.step()
     with pytest.raises(ValueError, match=match):
         optimizer_for(model, rule)
+
+
+def test_a_forward_pass_of_ones_own_is_refused():
+    class Twice(lora.LoRALinear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match=r"0: Twice has a forward pass of its own.*lora_triples"):
+        find_triples(build(Twice(7, 5, r=2)))
 
 
 def test_a_model_whose_weights_still_train_is_refused():

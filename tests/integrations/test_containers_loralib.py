@@ -52,7 +52,7 @@ def test_refuses_dropout(rule):
     def set_dropout(model):
         model[0].lora_dropout = nn.Dropout(0.25)
 
-    match = r"0: it has lora_dropout=0\.25, .*section 4\.2.*set it to 0, or say allow_dropout=True"
+    match = r"0: it has lora_dropout=0\.25, .*section 4\.2.*set lora_dropout=0, or pass allow_dropout=True"
     containers.check_dropout(CASES["linear"], rule, set_dropout, match)
 
 
@@ -203,6 +203,19 @@ def test_unknown_layers_are_refused_together():
         assert re.search(rf"^  {name}: .*{sentence}", line), line
     with pytest.raises(RuntimeError, match="shape"):
         model[1](images[:, :, 0].float())
+
+
+def test_a_forward_pass_of_ones_own_is_refused_and_a_subclass_without_one_is_taken():
+    class Twice(loralib.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Named(loralib.Linear):
+        pass
+
+    with pytest.raises(ValueError, match=r"0: Twice has a forward pass of its own.*lora_triples"):
+        find_triples(nn.Sequential(Twice(7, 5, r=2)))
+    assert len(find_triples(nn.Sequential(Named(7, 5, r=2)))) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1])

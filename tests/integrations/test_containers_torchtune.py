@@ -65,7 +65,7 @@ def test_refuses_dropout(case, rule):
     def set_dropout(model):
         model[0].dropout = nn.Dropout(0.25)
 
-    match = r"0: it has dropout=0\.25, .*section 4\.2.*set it to 0, or say allow_dropout=True"
+    match = r"0: it has dropout=0\.25, .*section 4\.2.*set dropout=0, or pass allow_dropout=True"
     containers.check_dropout(case, rule, set_dropout, match)
 
 

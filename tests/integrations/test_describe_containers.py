@@ -6,6 +6,7 @@ from torch import nn
 
 from deltaopt import describe, find_triples
 from tests.support.small import HandmadeLayer
+from tests.support.torchtune_twin import torchtune as torchtune
 
 pytestmark = pytest.mark.extra
 
@@ -76,3 +77,12 @@ def test_litgpt():
     assert [(entry.name, entry.kind) for entry in told.left_out] == [("1", "refused")]
     assert told.trained == sum(p.numel() for p in model[0].parameters() if p.requires_grad)
     assert torch.is_tensor(find_triples(model[:1])[0].W)
+
+
+def test_torchtune_layers_get_no_hooks_by_it(torchtune):
+    model = nn.Sequential(*[torchtune.LoRALinear(4, 4, rank=2, alpha=2.0) for _ in range(2)])
+    torchtune.set_trainable_params(model, torchtune.get_adapter_params(model))
+    assert [row.name for row in describe(model).rows] == ["0", "1"]
+    assert not any(module._forward_hooks for module in model.modules())
+    find_triples(model)
+    assert all(module._forward_hooks for module in model)

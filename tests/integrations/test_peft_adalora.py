@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import deltaopt
 from deltaopt import DeltaLoRAOptimizer, Factor, LoRATriple, export_adapter, find_triples, merged_weights
-from tests.support.compare import COPIES, refused, relative, through_a_file
+from tests.support.compare import COPIES, relative, through_a_file
 from tests.support.internals import as_on_a_gpu
 from tests.support.strategies import each_rule
 
@@ -191,6 +190,26 @@ def test_a_run_resumes(rule, whole):
         assert torch.equal(p, other) if whole else relative(other, p) < 1e-12, name
 
 
+@pytest.mark.parametrize("step", [1, 5, 8])
+@each_rule
+def test_a_run_resumes_in_the_middle_of_the_budget(rule, step):
+    """Before and after start_step, with the averages of PEFT's allocator, which are in no state_dict."""
+    orth = 0.0 if rule == "folded" else 0.5
+    model, optimizer = trained(rule, step)
+    fresh = adalora_model(orth)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    fresh.base_model.rankallocator = copy.deepcopy(model.base_model.rankallocator)
+    resumed = DeltaLoRAOptimizer.for_model(
+        fresh, torch.optim.AdamW, update_ratio=0.7, start_step=3, weight_update=rule, **ADAMW
+    )
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (fresh, resumed)):
+        train(each, its, range(step, STEPS), orth)
+        assert masked(each) == 4
+    for name, p in model.named_parameters():
+        assert torch.equal(p, fresh.get_parameter(name)), name
+
+
 @each_rule
 def test_an_export_is_a_plain_adapter_on_the_base(rule):
     model, optimizer = trained(rule)
@@ -204,14 +223,8 @@ def test_an_export_is_a_plain_adapter_on_the_base(rule):
         assert relative(merged[triple.label], effective) < 1e-12
 
 
-def test_save_adapter_names_what_else_there_is(tmp_path):
-    model, optimizer = trained()
-    refused(
-        lambda: deltaopt.integrations.peft.save_adapter(model, optimizer, tmp_path / "adapter"),
-        ValueError,
-        r"a layer of AdaLoRA.*deltaopt\.export_adapter\(optimizer\)",
-    )
-    assert not (tmp_path / "adapter").exists()
+def test_peft_s_own_save_warns(tmp_path):
+    model, _ = trained()
     with pytest.warns(UserWarning, match="save_pretrained.*adapter"):
         model.save_pretrained(tmp_path / "own")
 
@@ -258,6 +271,19 @@ def test_a_sixteen_bit_W_follows():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, range(6, STEPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_number_of_ranks_does_not_train_on_a_base_of_another_dtype(dtype):
+    """PEFT makes it a parameter that trains where it casts it to the base's dtype."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 6)).to(dtype)
+    model = peft.get_peft_model(base, peft.AdaLoraConfig(target_modules=["0", "2"], **SCHEDULE))
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, **ADAMW)
+    for t in range(3):
+        train(model, optimizer, range(t, t + 1))
+        assert [float(layer.ranknum["default"]) for layer in layers_of(model)] == [4.0, 4.0]
+    assert all(weight.moved for weight in optimizer.weights())
 
 
 def test_a_rescaled_layer_is_noticed():

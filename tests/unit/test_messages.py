@@ -78,3 +78,14 @@ def test_a_problem_that_is_found_twice_is_written_once():
 def test_a_layers_own_name_in_its_sentence_is_not_another_problem():
     (line,) = problem_lines([Problem(name, f"saved {name}, registered {name}") for name in ("q", "layer.k", "v")])
     assert line == "q: saved q, registered q (and likewise in 2 layers: layer.k, v)"
+
+
+@pytest.mark.parametrize("labels", [[str(i) for i in range(400)], ["a", "b"]], ids=["numbers", "words"])
+def test_a_layers_name_that_is_a_number_or_a_word_of_the_sentence_is_not_another_problem(labels):
+    """As those of a Sequential: "0" is in "0.1", and "1" in "0.1" too."""
+    (line,) = problem_lines(
+        [Problem(name, "it is a layer with dropout=0.1: set it to 0 (section 4.2)") for name in labels]
+    )
+    assert line.startswith(f"it is a layer with dropout=0.1: set it to 0 (section 4.2) ({len(labels)} layers: ")
+    (line,) = problem_lines([Problem(str(i), f"saved 0.{i}, registered {i}") for i in range(400)])
+    assert line.startswith("0: saved 0.0, registered 0 (and likewise in 399 layers: 1, 2, ")

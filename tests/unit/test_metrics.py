@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, metrics
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, norms
 from deltaopt.metrics import movement_metrics
 from tests.support.folded import folded_optimizer, packed_layer
 from tests.support.internals import keep_few_terms
@@ -77,7 +77,7 @@ def optimizer_of(layers: list[Layer], **options: object) -> DeltaLoRAOptimizer:
 @each_rule
 @pytest.mark.parametrize("zero", [True, False], ids=["zero", "later"])
 def test_the_figures_are_those_of_the_dense_matrices(rule, zero, monkeypatch):
-    monkeypatch.setattr(metrics, "ELEMENTS", 40)  # several blocks of rows
+    monkeypatch.setattr(norms, "ELEMENTS", 40)  # several blocks of rows
     layers = [Layer("q", 7, 5, zero=zero), Layer("up", 12, 30, zero=zero), Layer("moe", 2, 6, 9, zero=zero)]
     optimizer = optimizer_of(layers, weight_update=rule)
     random_steps(optimizer, 4)

@@ -15,13 +15,14 @@ from torch import nn
 from deltaopt.checkpoint.files import PathLike
 from deltaopt.export import export_adapter
 from deltaopt.integrations import tied_places
+from deltaopt.integrations.layer_triple import dropout_problems, first_of
 from deltaopt.integrations.peft import adalora
 from deltaopt.integrations.peft.absence import frozen_adapter, lora_adapters
 from deltaopt.integrations.peft.absence import why_none as why_none
 from deltaopt.integrations.peft.adapter_files import LayerChange, configs_of, with_config, write_adapter
 from deltaopt.integrations.peft.moved_config import configs_by_layer
 from deltaopt.integrations.peft.saved_adapter import SavedAdapter
-from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, dropout_problems
+from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, has_moved
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
@@ -37,26 +38,11 @@ QUANTIZED = [f"peft.tuners.lora.{name}" for name in ("bnb", "torchao", "gptq", "
 """PEFT's modules of layers on a quantized base, with the branch of lora.Linear."""
 
 
-def find(model: nn.Module, adapter: str, allow_dropout: bool) -> list[LoRATriple]:
-    """Return the triples of every PEFT LoRA layer of `model` that holds `adapter`.
-
-    Raises:
-        ValueError: for layers that Delta-LoRA cannot move, all in one message.
-    """
-    found = survey(model, adapter, allow_dropout, attach=True)
-    raise_problems(ValueError, "these PEFT layers cannot be used", found.refused)
-    return found.triples
+HEADLINE = "these PEFT layers cannot be used"
 
 
-def survey(model: nn.Module, adapter: str, allow_dropout: bool = False, attach: bool = False) -> Survey:
-    """Return the layers of `model` that hold `adapter`, those that cannot be used, and the others.
-
-    Args:
-        model: with layers of PEFT.
-        adapter: the adapter's name.
-        allow_dropout: see `find_triples`.
-        attach: let the triples put their hooks on the model, as an optimizer needs them, if no layer is refused.
-    """
+def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
+    """Return the layers of PEFT that hold `adapter`, and what the others are; see `deltaopt.integrations.LIBRARIES`."""
     tuned = {
         name: module
         for name, module in model.named_modules()
@@ -105,8 +91,8 @@ def save_adapter(
     ``PeftModel.from_pretrained(base, directory)`` on those weights then computes what `model` computes now. With a
     constant `update_ratio` the adapter has twice the rank that trained, and the same rank where the product was zero
     at `start_step`, as at LoRA's usual start. Biases, `modules_to_save` and trained tokens are written as PEFT writes
-    them. For a model of diffusers ``pytorch_lora_weights.safetensors`` is written too, which its pipelines load by
-    ``load_lora_weights(directory)``.
+    them. An adapter of AdaLoRA is written as one of plain LoRA, with a rank for each layer. For a model of diffusers
+    ``pytorch_lora_weights.safetensors`` is written too, which its pipelines load by ``load_lora_weights(directory)``.
 
     It counts from the base of the optimizer: after `DeltaLoRAOptimizer.rebase` that is another weight than the pristine
     one, and a warning says so. After PiSSA, OLoRA, CorDA and LoRA-GA, which change the base, the adapter is for the
@@ -147,7 +133,8 @@ def save_adapter(
     exported = export_adapter(optimizer, rank, from_pristine=True)
     _warn_of_other_bases(weights.values())
     changes = [LayerChange(triple.layer, exported[triple.label], triple.branch_scaling) for triple in weights]
-    ranks = write_adapter(model, adapter, changes, directory)
+    without = [LayerChange(layer, adalora.no_change(layer), 1.0) for _, layer in _without_rank(model, adapter, weights)]
+    ranks = write_adapter(model, adapter, changes + without, directory)[: len(changes)]
     return SavedAdapter(
         {triple.label: exported[triple.label].error for triple in weights},
         {triple.label: rank for triple, rank in zip(weights, ranks, strict=True)},
@@ -188,21 +175,26 @@ def _adapter_to_save(model: nn.Module, trained: list[str], adapter: str | None) 
     return adapter
 
 
+def _without_rank(model: nn.Module, adapter: str, weights: Iterable[PeftTriple]) -> list[tuple[str, lora.LoraLayer]]:
+    """Return the layers, with their names, that hold an adapter of AdaLoRA of which nothing is left, and no triple."""
+    saved = {id(triple.layer) for triple in weights}
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if adalora.is_adalora(layer)
+        and id(layer) not in saved
+        and adapter in lora_adapters(layer)
+        and not adalora.has_rank(layer, adapter)
+    ]
+
+
 def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], adapter: str) -> None:
     """Raise ValueError if the change of a layer is not known, or not expressible as an adapter of this model."""
     modules, saved = {id(module) for module in model.modules()}, {id(triple.layer) for triple in weights}
+    without_rank = _without_rank(model, adapter, weights)
+    saved |= {id(layer) for _, layer in without_rank}
     problems: list[Problem] = []
     for triple, weight in weights.items():
-        if adalora.is_adalora(triple.layer):
-            problems.append(
-                Problem(
-                    triple.label,
-                    "it is a layer of AdaLoRA, which has no form for the change of W: take the factors of a plain LoRA "
-                    "from deltaopt.export_adapter(optimizer), or save all weights, "
-                    "merge_and_unload().save_pretrained(directory)",
-                )
-            )
-            continue
         found = triple.change_problems() + triple.pristine_problems(origin_known=weight.origin is not None)
         found += [weight.ledger.lost] if weight.ledger.lost is not None else []
         if id(triple.layer) not in modules:
@@ -219,6 +211,16 @@ def _check_savable(model: nn.Module, weights: Mapping[PeftTriple, WeightState], 
         )
         for name, layer in model.named_modules()
         if isinstance(layer, lora.LoraLayer) and adapter in lora_adapters(layer) and id(layer) not in saved
+    ]
+    problems += [
+        Problem(
+            name,
+            f"AdaLoRA has taken all of its rank, so that it is no triple of this optimizer, and its W has moved for "
+            f"{adapter!r}, which no adapter on the pristine base would hold: save it with the optimizer that moved it, "
+            "or save all weights, merge_and_unload().save_pretrained(directory)",
+        )
+        for name, layer in without_rank
+        if has_moved(layer, adapter)
     ]
     problems += [
         Problem(
@@ -260,8 +262,7 @@ def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | 
             f"its convolution has padding_mode={layer.get_base_layer().padding_mode!r} and PEFT's branch pads with "
             "zeros, so that scaling * B @ A is no change of W: leave it out of target_modules"
         )
-    problems = [] if allow_dropout else dropout_problems(layer, adapter)
-    return problems[0] if problems else None
+    return first_of([] if allow_dropout else dropout_problems(layer.lora_dropout[adapter], "lora_dropout"))
 
 
 def _other_content(layer: BaseTunerLayer) -> str:

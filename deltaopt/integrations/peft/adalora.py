@@ -11,20 +11,49 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import AdaLoraConfig, LoraConfig
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
 from deltaopt.factors import Factor, FactorSource
 from deltaopt.integrations.peft.triple import PeftTriple
+from deltaopt.lowrank import LowRank
 
 LAYERS = (SVDLinear,)
 """The layers of AdaLoRA whose W can be moved."""
+
+SHARED_FIELDS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layer_replication",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "trainable_token_indices",
+)
+"""The fields of a config that mean the same in AdaLoRA and in LoRA. AdaLoRA has LoRA's other ones and ignores them."""
 
 
 def is_adalora(layer: nn.Module) -> bool:
     """Tell if a layer is one of AdaLoRA."""
     return isinstance(layer, AdaLoraLayer)
+
+
+def is_adalora_config(config: object) -> bool:
+    """Tell if a config is one of AdaLoRA."""
+    return isinstance(config, AdaLoraConfig)
 
 
 def has_rank(layer: Any, adapter: str) -> bool:
@@ -38,6 +67,12 @@ class AdaLoraTriple(PeftTriple):
     _tolerance = 1e-5  # a cast of the model rounds the number 1e-5 in what the layer divides by
     follows_between_steps = True
     _known_divisor: tuple[object, float] | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if options.get("attach", True):
+            # PEFT freezes it, and then casts it into a new parameter that trains where the base is not in float32.
+            self.layer.ranknum[self.adapter].requires_grad_(False)
 
     def _sources_of_factors(self) -> tuple[FactorSource, FactorSource]:
         """Return where A is in the layer, and what B is computed from."""
@@ -58,6 +93,10 @@ class AdaLoraTriple(PeftTriple):
         if self._known_divisor is None or self._known_divisor[0] != seen:
             self._known_divisor = seen, divisor_of(self.layer, self.adapter)
         return self._known_divisor[1]
+
+    def scaling_problems(self) -> list[str]:
+        """Say if the layer's scaling is another one than `branch_scaling`; that of a branch without a rank is none."""
+        return super().scaling_problems() if has_rank(self.layer, self.adapter) else []
 
     def _setter(self) -> Callable[[Any, float], None]:
         return partial(set_divided_scaling, self.adapter)
@@ -84,6 +123,21 @@ class AdaLoraTriple(PeftTriple):
                 'weight_update="in_place", or orth_reg_weight=0'
             )
         return found
+
+
+def as_lora(config: LoraConfig) -> LoraConfig:
+    """Return the config of a plain LoRA adapter for the layers of one of AdaLoRA; its ranks are to be set."""
+    return LoraConfig(**{field: getattr(config, field) for field in SHARED_FIELDS if hasattr(config, field)})
+
+
+def no_change(layer: Any) -> LowRank:
+    """Return zeros as the change of a layer."""
+    W = layer.get_base_layer().weight
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return LowRank(
+        torch.zeros(layer.out_features, 1, dtype=dtype, device=W.device),
+        torch.zeros(1, layer.in_features, dtype=dtype, device=W.device),
+    )
 
 
 def scaled_rows(E: Tensor, Q: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from deltaopt.checkpoint.files import PathLike, replacing_together
 from deltaopt.integrations.diffusers import LORA_FILE, component_of, lora_file
+from deltaopt.integrations.peft.adalora import as_lora, is_adalora, is_adalora_config
 from deltaopt.integrations.peft.moved_config import plain
 from deltaopt.lowrank import LowRank
 from deltaopt.naming import name_without_wrappers, names_without_wrappers
@@ -46,7 +47,7 @@ class LayerChange(NamedTuple):
 def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike) -> list[int]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` with these changes as the adapter's factors.
 
-    A model of diffusers gets ``pytorch_lora_weights.safetensors`` too.
+    A model of diffusers gets ``pytorch_lora_weights.safetensors`` too. An adapter of AdaLoRA is written as one of LoRA.
 
     Args:
         model: with a `peft_config` that holds `adapter`.
@@ -57,7 +58,7 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
     Returns:
         The rank that was written for each change.
     """
-    changes = _parameters_padded(changes)
+    changes = [_without_zeros(change) for change in _parameters_padded(changes)]
     tensors = _tensors(model, adapter, changes)
     config = _config(model, adapter, changes)
     with replacing_together(directory, last=CONFIG_NAME) as folder:
@@ -76,23 +77,43 @@ def _tensors(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> 
     state = model.state_dict()
     names, keys = _names(model), {name_without_wrappers(model, key): key for key in state}
     factors: dict[str, Tensor] = {}
+    replaced: set[str] = set()
     for layer, change, scaling in changes:
         prefix = f"{names[id(layer)]}."
         stored = {prefix + key: factor for key, factor in _stored(layer, adapter, change).items()}
-        state |= {keys[key]: factor for key, factor in stored.items()}
+        if is_adalora(layer):
+            replaced |= {f"{prefix}{name}" for name in ("lora_A", "lora_B", "lora_E")}
+        else:
+            state |= {keys[key]: factor for key, factor in stored.items()}
         factors |= {_without_adapter(key, adapter): factor for key, factor in stored.items()}
         bias = keys.get(f"{prefix}lora_B.{adapter}.bias")
         if bias is not None:  # lora_bias=True
             state[bias] = state[bias] * scaling
     # "auto" would write the moved W of an embedding that is a target.
     embeddings = any(_is_embedding(model, names[id(layer)], layer) for layer, _, _ in changes)
-    picked = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=adapter, save_embedding_layers=False if embeddings else "auto"
-    )
+    with _whole(configs_of(model)[adapter]):
+        picked = get_peft_model_state_dict(
+            model, state_dict=state, adapter_name=adapter, save_embedding_layers=False if embeddings else "auto"
+        )
     prefix = "" if isinstance(model, PeftModel) else PREFIX
     # PEFT misses layers within modules that leave a wrapper out of their state_dict, as checkpoint wrappers do.
-    picked = {name_without_wrappers(model, key): tensor for key, tensor in picked.items()} | factors
+    picked = {name_without_wrappers(model, key): tensor for key, tensor in picked.items()}
+    picked = {key: tensor for key, tensor in picked.items() if key not in replaced} | factors
     return _separate({prefix + key: tensor.detach().contiguous() for key, tensor in picked.items()})
+
+
+@contextmanager
+def _whole(config: LoraConfig) -> Iterator[None]:
+    """Let PEFT pick the tensors of AdaLoRA as they are: it would cut them to their budget, and write in the config."""
+    if not is_adalora_config(config):
+        yield
+        return
+    budget = config.rank_pattern
+    config.rank_pattern = None
+    try:
+        yield
+    finally:
+        config.rank_pattern = budget
 
 
 def _stored(layer: lora.LoraLayer, adapter: str, change: LowRank) -> dict[str, Tensor]:
@@ -102,7 +123,7 @@ def _stored(layer: lora.LoraLayer, adapter: str, change: LowRank) -> dict[str, T
         return {f"lora_embedding_B.{adapter}": A, f"lora_embedding_A.{adapter}": B}
     if A.dim() == 3:  # lora_B packs the experts with their index running fastest, lora_A slowest
         A, B = A.permute(1, 2, 0).flatten(1), B.flatten(0, 1)
-    kernel = layer.lora_A[adapter].weight.shape[2:]
+    kernel = () if is_adalora(layer) else layer.lora_A[adapter].weight.shape[2:]
     A = A.view(*A.shape, *[1] * len(kernel)) if kernel else A
     B = B.unflatten(1, (-1, *kernel)) if kernel else B
     return {f"lora_B.{adapter}.weight": A, f"lora_A.{adapter}.weight": B}
@@ -131,9 +152,22 @@ def _padded(change: LowRank, rank: int) -> LowRank:
     return LowRank(functional.pad(change.A, (0, more)), functional.pad(change.B, (0, 0, 0, more)), change.error)
 
 
+def _without_zeros(whole: LayerChange) -> LayerChange:
+    """Leave out what a budget of AdaLoRA has taken away, columns of A next to rows of zeros in B. One is left."""
+    layer, change, _ = whole
+    if not is_adalora(layer):
+        return whole
+    kept = (change.A != 0).any(0) & (change.B != 0).any(1)
+    if not kept.any():
+        kept = torch.arange(max(1, change.rank), device=kept.device) == 0
+        change = _padded(change, 1) if change.rank == 0 else change
+    return whole._replace(change=LowRank(change.A[:, kept], change.B[kept], change.error))
+
+
 def _config(model: nn.Module, adapter: str, changes: Sequence[LayerChange]) -> LoraConfig:
     """Return the adapter's config with the ranks of these factors, a scaling of 1, and a start that leaves the base."""
     config = copy.deepcopy(plain(configs_of(model)[adapter]))
+    config = as_lora(config) if is_adalora_config(config) else config
     names = _names(model)
     parameters = [change.rank for layer, change, _ in changes if isinstance(layer, lora.ParamWrapper)]
     ranks = {

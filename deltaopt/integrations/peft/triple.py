@@ -12,13 +12,15 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from deltaopt.factors import FactorSource
+from deltaopt.integrations.layer_triple import dropout_problems, folded_dropout_problems
 from deltaopt.integrations.peft.moved_config import Configs, note_moved, prepare
 from deltaopt.integrations.peft.output_hooks import hook_for, hooks_on
 from deltaopt.integrations.peft.scaled_copies import factor_paths, set_scaling
 from deltaopt.movement import Movement
 from deltaopt.save_watch import SaveWatch, is_watched, leave
 from deltaopt.scaling import holder_of
-from deltaopt.triple import LoRATriple, Tensors
+from deltaopt.triple import LoRATriple
+from deltaopt.triple_tensors import Tensors
 
 CONVOLUTIONS = (lora.Conv1d, lora.Conv2d, lora.Conv3d)
 
@@ -102,11 +104,7 @@ class PeftTriple(LoRATriple):
 
     def has_moved(self) -> bool:
         """Tell if W has moved for this adapter, or for one whose movement the layer does not leave out by itself."""
-        hooks = [hook for hook in hooks_on(self.layer) if hook.movement is not None]
-        own = [hook.movement for hook in hooks if hook.adapter == self.adapter and not hook.is_replaced(self.layer)]
-        if hooks:
-            return any(movement is not None and movement.moved() for movement in own)
-        return is_watched(self.layer)
+        return has_moved(self.layer, self.adapter)
 
     def count_movement(self, movement: Movement) -> None:
         """Leave this movement of W out of the layer's output from now on, where this very adapter takes no part."""
@@ -128,7 +126,10 @@ class PeftTriple(LoRATriple):
     def branch_problems(self) -> list[str]:
         """Say if the branch was merged, rescaled or given dropout since it was registered."""
         allowed = self._allow_dropout and not self.folded
-        return self.change_problems() or ([] if allowed else dropout_problems(self.layer, self.adapter))
+        return self.change_problems() or ([] if allowed else dropout_problems(*self._dropout()))
+
+    def _dropout(self) -> tuple[object, str]:
+        return self.layer.lora_dropout[self.adapter], "lora_dropout"
 
     def change_problems(self) -> list[str]:
         """Say why W and branch_scaling * A @ B are not what the layer computes with."""
@@ -156,21 +157,12 @@ class PeftTriple(LoRATriple):
     def folding_problems(self) -> list[str]:
         """Say what W would do and a folded branch does not, or the other way round."""
         found = []
-        if self.tied:
-            found.append(
-                "its W is used in another place too, which would move with it and has no branch: use "
-                'weight_update="in_place"'
-            )
         if getattr(self.layer.get_base_layer(), "max_norm", None) is not None:
             found.append(
                 "its embedding has max_norm, which rewrites the rows of W in each forward pass, but not the branch's: "
                 'use weight_update="in_place"'
             )
-        if dropout_problems(self.layer, self.adapter):
-            found.append(
-                'it has lora_dropout, which weight_update="folded" would apply to what W moves by too: set '
-                'lora_dropout=0, or use weight_update="in_place" with allow_dropout=True'
-            )
+        found += folded_dropout_problems(*self._dropout())
         if self.layer.lora_bias.get(self.adapter, False):
             found.append(
                 'its branch has a bias (lora_bias=True), which weight_update="folded" would scale as well: use '
@@ -227,19 +219,17 @@ class PeftTriple(LoRATriple):
         return float(cosines.abs().max()) <= max(1e-3, 2 * coarsest)
 
 
+def has_moved(layer: lora.LoraLayer, adapter: str) -> bool:
+    """Tell if W has moved for an adapter, or for one whose movement the layer does not leave out by itself."""
+    hooks = [hook for hook in hooks_on(layer) if hook.movement is not None]
+    own = [hook.movement for hook in hooks if hook.adapter == adapter and not hook.is_replaced(layer)]
+    if hooks:
+        return any(movement is not None and movement.moved() for movement in own)
+    return is_watched(layer)
+
+
 def _rescale(adapter: str, set_scaling: Callable[[Any, float], None], layer: Any, ratio: float) -> None:
     set_scaling(layer, layer.scaling[adapter] * ratio)
-
-
-def dropout_problems(layer: lora.LoraLayer, adapter: str) -> list[str]:
-    """Say that the branch has dropout; empty if it has none."""
-    dropout = layer.lora_dropout[adapter]
-    if not isinstance(dropout, nn.Dropout) or dropout.p == 0:
-        return []
-    return [
-        f"it has lora_dropout={dropout.p:g}, with which the gradients of W and of the product A @ B differ "
-        "(section 4.2 of the paper): set lora_dropout=0, or pass allow_dropout=True for an ablation"
-    ]
 
 
 def _weight_path(layer: lora.LoraLayer) -> str:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from deltaopt.checkpoint.files import PathLike, load, save
 from deltaopt.integrations.peft import save_adapter
+from deltaopt.integrations.peft.adalora import AdaLoraTriple
 from deltaopt.integrations.trainer.factory import DeltaLoRAFactory
 from deltaopt.integrations.trainer.owner import is_owned, trainer_of
 from deltaopt.integrations.trainer.reasons import Reasons
@@ -26,6 +27,10 @@ from deltaopt.wrappers import unwrap
 
 EXPORT = "export"
 """The folder next to a checkpoint's own adapter, with the adapter that gives the trained model on the base."""
+
+OF_ADALORA = "lora"
+"""The folder in `EXPORT` where AdaLoRA trained. Trainer loads every adapter right below a checkpoint into the model
+that resumes, and PEFT lets no model hold an adapter of LoRA next to one of AdaLoRA."""
 
 STATE = "deltaopt_state.pt"
 """The file of a checkpoint that has no ``optimizer.pt``."""
@@ -42,8 +47,9 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
     """Lets what Trainer writes, loads and logs be right although W moves.
 
     - Once a W has moved, each checkpoint gets a folder ``export`` with an adapter that gives the trained model on the
-      pristine base, for `PeftModel.from_pretrained` and for servers. A push to the Hub holds it too. The checkpoint's
-      own adapter is what Trainer resumes from; without the moved W it is another model.
+      pristine base, for `PeftModel.from_pretrained` and for servers; it is in ``export/lora`` where AdaLoRA trained. A
+      push to the Hub holds it too. The checkpoint's own adapter is for resuming: next to an unmoved W it is another
+      model.
     - With ``save_only_model=True``, where Trainer writes no ``optimizer.pt``, the checkpoint gets a small file with the
       movement of W, and a resumed run takes it from there. The inner optimizer and the schedule start afresh then.
     - After ``load_best_model_at_end`` W is that of the best step too.
@@ -229,6 +235,8 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
     def _export(self, args: Any, state: Any, model: nn.Module, optimizer: DeltaLoRAOptimizer, folder: Path) -> None:
         """Write the adapter for the pristine base, if the adapter of `folder` itself is not that."""
         trainer, mark, target = self._trainer_with(args), (folder, state.global_step), folder / EXPORT
+        if any(isinstance(triple, AdaLoraTriple) for triple in optimizer.triples):
+            target = target / OF_ADALORA
         if not args.should_save or (mark in self._exported and trainer.is_in_train):
             return
         # An earlier run may have left an adapter there, which must not stay next to the new one.
