@@ -226,7 +226,7 @@ def _outcome(case: _Case, base: Path | None, arguments: argparse.Namespace) -> O
 
 def _trained_class(config: Any) -> str | None:
     """Return the name of the class that an adapter was trained on where the base's own config may name another one."""
-    if mapping := getattr(config, "auto_mapping", None):
+    if isinstance(mapping := getattr(config, "auto_mapping", None), dict):
         return str(mapping.get("base_model_class"))
     return AUTO[config.task_type] if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
 

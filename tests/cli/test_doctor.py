@@ -319,6 +319,11 @@ def test_bad_input_is_one_line_and_exit_code_1(refused, tmp_path, case):
     assert says in refused(*arguments(tmp_path))
 
 
+def test_a_mapping_that_is_a_text_says_no_class(seen, tmp_path):
+    adapter_alone = config_alone(tmp_path / "a", lora_fields(auto_mapping="x"))
+    assert len(taken(seen(adapter_alone, "--base", llama(tmp_path / "m"))[1])) > 0
+
+
 def test_all_linear_layers_as_targets(seen, tmp_path):
     text, data = seen(llama(tmp_path / "m"), "--targets", "all-linear")
     assert "on --targets: all-linear" in text
