@@ -286,7 +286,7 @@ def _tied(model: nn.Module, triples: Sequence[LoRATriple], loaded: bool) -> list
 
 
 def _without_weight(parameters: Mapping[str, Tensor]) -> list[LeftOut]:
-    why = "trained as ever, they move no W"
+    why = "trained by the inner optimizer, with no W to move"
     return [LeftOut(NO_WEIGHT, name, why, parameter.numel()) for name, parameter in parameters.items()]
 
 
