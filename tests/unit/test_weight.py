@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import deltaopt
-from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, claims
 from deltaopt.weight import WeightState
 from tests.support import strategies
 from tests.support.runs import LayerRun, noisy_run, noisy_step
@@ -35,8 +35,12 @@ class Counting(nn.Module):
         return DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
 
 
-def test_the_constructor_looks_W_up_three_times():
-    """Once to check it, once to see that the same tensor comes again, and once to find other optimizers on it."""
+def test_the_constructor_looks_W_up_three_times(monkeypatch):
+    """Once to check it, once to see that the same tensor comes again, and once to find other optimizers on it.
+
+    While another optimizer lives that has moved its W, it is looked up once more.
+    """
+    monkeypatch.setattr(claims, "_living", weakref.WeakSet())  # those of other tests
     layer = Counting()
     layer.optimizer()
     assert layer.looked_up["W"] == 3
