@@ -137,6 +137,11 @@ def first_of(*problems: list[str]) -> str | None:
     return next((sentence for found in problems for sentence in found), None)
 
 
+def named_branches(model: nn.Module, kinds: Any) -> dict[str, nn.Module]:
+    """Return those `named_layers` that have a branch: the classes of loralib and litgpt make none for a rank of 0."""
+    return {name: layer for name, layer in named_layers(model, kinds).items() if hasattr(layer, "lora_A")}
+
+
 def named_layers(model: nn.Module, kinds: Any) -> dict[str, nn.Module]:
     """Return by name the modules of these classes that do not describe themselves; the model itself by its class."""
     found = {

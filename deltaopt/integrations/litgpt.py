@@ -16,7 +16,7 @@ from deltaopt.integrations.layer_triple import (
     LayerTriple,
     dropout_problems,
     first_of,
-    named_layers,
+    named_branches,
     survey_of,
 )
 from deltaopt.integrations.survey import Survey
@@ -32,11 +32,7 @@ HEADLINE = "these litgpt layers cannot be used"
 
 def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
     """Return every layer of litgpt with a branch; see `deltaopt.integrations.LIBRARIES`."""
-    return survey_of(_layers(model), _refusal, _triples, allow_dropout)
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in named_layers(model, lora.LoRALayer).items() if hasattr(layer, "lora_A")}
+    return survey_of(named_branches(model, lora.LoRALayer), _refusal, _triples, allow_dropout)
 
 
 def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]:

@@ -18,7 +18,7 @@ from deltaopt.integrations.layer_triple import (
     LayerTriple,
     dropout_problems,
     first_of,
-    named_layers,
+    named_branches,
     survey_of,
 )
 from deltaopt.integrations.survey import Survey
@@ -37,15 +37,11 @@ HEADLINE = "these loralib layers cannot be used"
 
 def survey(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Survey:
     """Return every layer of loralib with a branch; see `deltaopt.integrations.LIBRARIES`."""
-    layers = _layers(model)
+    layers = named_branches(model, loralib.LoRALayer)
     found = survey_of(layers, _refusal, _triples, allow_dropout)
     if attach and not found.refused:
         _warn_of_rounding(layers)
     return found
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in named_layers(model, loralib.LoRALayer).items() if hasattr(layer, "lora_A")}
 
 
 def _triples(name: str, layer: Any, allow_dropout: bool) -> Iterator[LoRATriple]:
