@@ -266,11 +266,33 @@ def test_restart_gives_the_start_of_the_library(rule):
 
 
 def test_a_sixteen_bit_W_follows():
-    model, optimizer = trained(dtype=torch.bfloat16, steps=6)
-    assert all(weight.moved for weight in optimizer.weights())
+    """W is where Eq. 6 puts it for the masked products, computed here in float64, to the last place of bfloat16."""
+    model = adalora_model(dtype=torch.bfloat16)
+    before = [layer.get_base_layer().weight.detach().double().clone() for layer in layers_of(model)]
+    start = doubled_products(model)
+    optimizer = DeltaLoRAOptimizer.for_model(
+        model, torch.optim.AdamW, update_ratio=0.7, rounding="compensated", **ADAMW
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(model, optimizer, range(6, STEPS))
+        train(model, optimizer, range(STEPS))
+    ends: list[list[Tensor]] = []
+    optimizer.register_step_post_hook(lambda *_: ends.append(doubled_products(model)))
+    train(model, optimizer, range(STEPS, STEPS + 1))
+    for layer, W, first, end in zip(layers_of(model), before, start, ends[0], strict=True):
+        asked = 0.7 * (end - first)
+        moved = layer.get_base_layer().weight.detach().double() - W
+        assert asked.norm() > 1e-2 * W.norm()
+        assert (moved - asked).abs().max() < 2**-7 * W.abs().max()
+
+
+def doubled_products(model: nn.Module) -> list[Tensor]:
+    """Each layer's scaling * P diag(E) Q, of the numbers as they are, in float64."""
+    found = []
+    for layer in layers_of(model):
+        P, E, Q = (getattr(layer, name)["default"].detach().double() for name in ("lora_B", "lora_E", "lora_A"))
+        found.append(layer.scaling["default"] / float(layer.ranknum["default"] + 1e-5) * P @ (E * Q))
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
