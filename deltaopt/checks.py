@@ -18,7 +18,7 @@ from deltaopt.groups import ParamsInput, as_list
 from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
 from deltaopt.rule import UpdateRule
-from deltaopt.sharding import is_sharded, local_part
+from deltaopt.sharding import as_whole, is_sharded, local_part
 from deltaopt.tensors import FLOATS, overlapping_pairs, same_view
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
@@ -115,7 +115,7 @@ def triple_problems(weight: WeightState, rule: UpdateRule, unwritable: list[str]
         found.append(f"W has the shape {tuple(W.shape)} and no elements, so nothing can move: leave this layer out")
     found = found or _computed_problems(weight)
     shapes = view.product_problems if unwritable else view.shape_problems
-    if found := found or shapes(W, weight.tensors.A, weight.tensors.B):
+    if found := found or shapes(*map(as_whole, (W, weight.tensors.A, weight.tensors.B))):
         return found
     return weight.triple.missing_problems() or weight.triple.branch_problems()
 

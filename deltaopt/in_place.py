@@ -24,6 +24,8 @@ from deltaopt.rounding.batch import fused_kernel
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
+from deltaopt.sharded_moves import ShardedMoves
+from deltaopt.sharding import local_part
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain
 from deltaopt.weight import WeightState
 
@@ -89,6 +91,7 @@ class InPlaceUpdate(UpdateRule):
         self._host = host if host is not None else Host()
         self._kinds: dict[WeightState, Kind] = {}
         self._buffers: dict[Kind, FactorBuffers] = {}
+        self._sharded = ShardedMoves()
         self._move: _Move | None = None
         self._pending: deque[LedgerUpdates] = deque()
         self._extended: list[Ledger] = []
@@ -96,7 +99,12 @@ class InPlaceUpdate(UpdateRule):
 
     def weight_problems(self, weight: WeightState, unwritable: list[str]) -> list[str]:
         """Say why W cannot be written, with the way out for packed and quantized ones."""
-        W = weight.tensors.W
+        if weight.is_sharded and weight.triple.follows_between_steps:
+            return [
+                "its layer changes A and B between steps (AdaLoRA's budget), which W follows in place where A, B and W "
+                "are whole, not where they are sharded: use weight_update=\"folded\", or LoRA"
+            ]
+        W = local_part(weight.tensors.W)
         if is_plain(W) and W.dtype in FLOATS:
             return unwritable
         return [f"{unwritable[0]}. {WAY_OUT}", *unwritable[1:]]
@@ -119,10 +127,10 @@ class InPlaceUpdate(UpdateRule):
         self._complete_ledgers(wait=False)
         moving: dict[Kind, list[WeightState]] = {}
         for weight in weights:
-            if weight.ratio > 0:
-                moving.setdefault(self._kind(weight), []).append(weight)
-            else:
+            if weight.ratio == 0:
                 weight.ledger.rests += 1
+            elif not weight.is_sharded:
+                moving.setdefault(self._kind(weight), []).append(weight)
         kept, self._buffers = self._buffers, {}
         for kind, members in moving.items():
             buffers = kept.get(kind)
@@ -133,8 +141,10 @@ class InPlaceUpdate(UpdateRule):
             buffers.snapshot()
             self.watch.note(buffers.changed_outside)
             buffers.changed_outside = []
-        if self._buffers:
-            self._move = _Move(list(self._buffers.values()))
+        sharded = [weight for weight in weights if weight.ratio > 0 and weight.is_sharded]
+        self._sharded.snapshot(sharded)
+        if moving or sharded:
+            self._move = _Move(list(self._buffers.values()), self._sharded)
             self.watch.rests = True
 
     @torch.no_grad()
@@ -149,12 +159,13 @@ class InPlaceUpdate(UpdateRule):
         try:
             self._complete(move, writer, whole)
         except BaseException:
-            for buffers in move.buffers:
+            for buffers in (*move.buffers, move.sharded):
                 buffers.freeze()
             raise
         self._move = None
         self.watch.rests = False
-        for buffers in move.buffers:
+        self.watch.note(move.sharded.changed_outside)
+        for buffers in (*move.buffers, move.sharded):
             buffers.release()
         self._complete_ledgers(wait=False)
         self._upkeep.after_step(self._extended)
@@ -166,15 +177,37 @@ class InPlaceUpdate(UpdateRule):
             marks = [mark for buffers in move.buffers for mark in buffers.marks()]
             if not whole and not any(buffers.changed() for buffers in move.buffers):
                 return
-            move.finite = self._guard.verdict(marks)
-        for buffers in move.buffers:
+            move.finite = self._verdict(marks, move.sharded)
+        if move.sharded.slots and bool(move.finite):
+            move.sharded.bring()
+        for buffers in (*move.buffers, move.sharded):
             buffers.note_bases()
         for buffers in move.buffers:
             with full_precision(buffers.device):
                 buffers.write(move.finite, writer)
+        move.sharded.write(writer)
         for buffers in move.buffers:
             self._note_ledgers(buffers.record(move.finite))
+        if move.sharded.slots:
+            self._note_ledgers(move.sharded.record(bool(move.finite)))
         self._guard.count(move.finite, move.counted)
+
+    def _verdict(self, marks: list[Tensor], sharded: ShardedMoves) -> Tensor:
+        """Tell if all factors are finite, on all ranks where weights are sharded: a 0-d bool.
+
+        Raises:
+            ValueError: on all ranks, if whole factors next to a sharded W differ between them.
+        """
+        if not sharded.slots:
+            return self._guard.verdict(marks)
+        assert self.ranks is not None
+        facts = sharded.own_facts()
+        home = facts[0].device
+        if marks:
+            facts.append((~self._guard.verdict(marks)).to(home, torch.int64).view(1))
+        agreed = self.ranks.highest(torch.cat([fact.to(home) for fact in facts])).tolist()
+        finite = sharded.take(agreed)
+        return torch.tensor(finite and not any(agreed), device=home)
 
     def warn(self, stacklevel: int) -> None:
         """Warn of factors that were changed between steps, too."""
@@ -183,7 +216,9 @@ class InPlaceUpdate(UpdateRule):
 
     def unwritten(self) -> list[str]:
         """Return the labels of the weights that an interrupted step has not moved yet."""
-        return [] if self._move is None else [label for buffers in self._move.buffers for label in buffers.unwritten()]
+        move = self._move
+        moves = () if move is None else (*move.buffers, move.sharded)
+        return [label for buffers in moves for label in buffers.unwritten()]
 
     def forget(self) -> None:
         """Forget a move that could not be completed, and what the device has not reported of earlier ones."""
@@ -199,7 +234,7 @@ class InPlaceUpdate(UpdateRule):
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        return sum(buffers.nbytes for buffers in self._buffers.values())
+        return sum(buffers.nbytes for buffers in self._buffers.values()) + self._sharded.nbytes
 
     def _buffers_for(self, kind: Kind, members: Sequence[WeightState]) -> FactorBuffers:
         device = kind[-1]
@@ -242,12 +277,14 @@ class _Move:
     """The move of one step.
 
     Attributes:
-        buffers: of the weights that move.
+        buffers: of the weights that move, with all tensors whole.
+        sharded: of the others.
         finite: 0-d bool: the verdict of the guard; None until it is known.
         counted: has an entry once the guard has counted the verdict.
     """
 
-    def __init__(self, buffers: list[FactorBuffers]) -> None:
+    def __init__(self, buffers: list[FactorBuffers], sharded: ShardedMoves) -> None:
         self.buffers = buffers
+        self.sharded = sharded
         self.finite: Tensor | None = None
         self.counted: list[Any] = []

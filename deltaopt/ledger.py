@@ -11,7 +11,7 @@ as W they are summed up in one (c, d) matrix: then the ledger grows no more, wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -24,6 +24,19 @@ from deltaopt.rounding.blocks import full_precision
 
 Factors: TypeAlias = "tuple[Tensor, Tensor]"
 """A (c, r) and B (r, d)."""
+
+
+class _Later:
+    """Factors that are gathered from all ranks once they are asked for; by events, which all ranks take part in."""
+
+    def __init__(self, gather: Callable[[], Factors]) -> None:
+        self._gather = gather
+        self._factors: Factors | None = None
+
+    def factors(self) -> Factors:
+        if self._factors is None:
+            self._factors = self._gather()
+        return self._factors
 
 SMALL_RANK = 64
 """A summed rank that is always kept as terms."""
@@ -54,8 +67,12 @@ class _State(NamedTuple):
     matrix: Tensor | None = None
     batch: _Batch | None = None
     coef: float = 0.0
-    end: Factors | None = None
+    last: Factors | _Later | None = None
     lost: str | None = None
+
+    @property
+    def end(self) -> Factors | None:
+        return self.last.factors() if isinstance(self.last, _Later) else self.last
 
     def waiting(self) -> tuple[Term, ...]:
         """Return the terms that are not in the matrix."""
@@ -121,11 +138,25 @@ class Ledger:
 
     @end.setter
     def end(self, end: Factors | None) -> None:
-        self._state = self._state._replace(end=end)
+        self._state = self._state._replace(last=end)
+
+    @property
+    def has_end(self) -> bool:
+        """True after the first move, since the last restart; without bringing `end` from other ranks."""
+        return self._state.last is not None
+
+    def end_later(self, gather: Callable[[], Factors]) -> object:
+        """Let `gather`, which all ranks have to call, return `end` once it is asked for; return its `end_mark`."""
+        self._state = self._state._replace(last=_Later(gather))
+        return self.end_mark()
+
+    def end_mark(self) -> object:
+        """Return an object that is another one after every event that has set `end`."""
+        return self._state.last
 
     def is_current(self) -> bool:
         """Tell if A and B are those in `end`, unless somebody else than the optimizer has changed them since."""
-        return self._state.end is not None and self.rests_at_end == self.rests
+        return self.has_end and self.rests_at_end == self.rests
 
     def set_current(self, current: bool = True) -> None:
         """Note that A and B are those in `end`; or that it is not known how they came to be others."""
@@ -156,10 +187,10 @@ class Ledger:
         state = self._state
         terms = tuple(term.to(device, dtype) for term in state.waiting())
         matrix = None if state.matrix is None else state.matrix.to(device, dtype)
-        end = state.end
-        if end is not None and (end[0].device, end[0].dtype) != (device, dtype):
-            end = end[0].to(device, dtype), end[1].to(device, dtype)
-        self._state = state._replace(terms=terms, matrix=matrix, batch=None, end=end)
+        last = state.last
+        if isinstance(last, tuple) and (last[0].device, last[0].dtype) != (device, dtype):
+            last = last[0].to(device, dtype), last[1].to(device, dtype)
+        self._state = state._replace(terms=terms, matrix=matrix, batch=None, last=last)
         return self
 
     def extend(self, coef: float, start: Factors, before: Factors | None) -> None:
@@ -194,19 +225,19 @@ class Ledger:
             scaling += state.coef
         elif state.end is not None:
             state = state.closed(state.coef, state.end)
-        self._state = state.closed(scaling, branch)._replace(coef=0.0, end=None)
+        self._state = state.closed(scaling, branch)._replace(coef=0.0, last=None)
 
     def close(self) -> None:
         """Close the running product, so that the next move is a first one: with factors of another rank."""
         state = self._with_room()
         if state.end is not None:
             state = state.closed(state.coef, state.end)
-        self._state = state._replace(coef=0.0, end=None)
+        self._state = state._replace(coef=0.0, last=None)
 
     def mark(self) -> tuple[object, ...]:
         """Return values that are not the same ones any more once the displacement is another one."""
-        end = self._state.end
-        return (self._state,) if end is None else (self._state, end[0]._version, end[1]._version)
+        last = self._state.last
+        return (self._state, last[0]._version, last[1]._version) if isinstance(last, tuple) else (self._state,)
 
     def displacement(self) -> list[Term]:
         """Return terms that add up to what W was asked to move by; empty when that is nothing.

@@ -73,6 +73,8 @@ class RunningMovement:
         if self._watch is None:
             warn_of_loads([self.state])
             return
+        if self.state.is_sharded:
+            return  # steps compare what they start from, on all ranks; a forward pass would gather each layer for that
         on_host = self.state.triple.W.device.type == "cpu"
         if self._watch.rests or not (on_host or not torch.is_grad_enabled()):
             return

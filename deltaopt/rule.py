@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from deltaopt.groups import DeltaGroup
 from deltaopt.guard import FiniteGuard
 from deltaopt.outside import Watch
+from deltaopt.ranks import Ranks
 from deltaopt.rounding.writer import Writer
+from deltaopt.sharding import is_sharded, local_part, sharding_problems
 from deltaopt.tensors import tensor_problems
 from deltaopt.upkeep import Upkeep
 from deltaopt.weight import WeightState
@@ -31,12 +33,14 @@ class UpdateRule:
         moves_weights: True if every W moves, so that checkpoints hold a place for the compensation of each.
         scales_branches: True if branches get another scaling, which export and loading have to look at.
         watch: for changes of A and B from outside; None if W need not follow them.
+        ranks: those that share sharded weights or factors; None where nothing is sharded.
     """
 
     name: str
     moves_weights: bool
     scales_branches: bool
     watch: Watch | None = None
+    ranks: Ranks | None = None
 
     def __init__(self) -> None:
         self._guard = FiniteGuard()
@@ -72,7 +76,8 @@ class UpdateRule:
 
     def factor_problems(self, weight: WeightState, letter: str, factor: Tensor) -> list[str]:
         """Say why this rule cannot train a factor."""
-        return tensor_problems(letter, factor)
+        found = sharding_problems(letter, factor) if is_sharded(factor) else []
+        return found or tensor_problems(letter, local_part(factor))
 
     def attach(self, weights: Sequence[WeightState]) -> None:
         """Claim the gradients of these weights' factors, for this rule's optimizer."""

@@ -1,11 +1,24 @@
-"""Sharded tensors: recognised and gathered. The only file that knows DTensor."""
+"""Sharded tensors: which piece of W a rank holds, and bringing what is on other ranks. The only file that knows DTensor.
+
+FSDP2 and tensor parallelism make a DTensor of a parameter: each rank has a block of it, which mesh and placements tell.
+A W that moves in place is never gathered: each rank adds its rows of A times its columns of B to its block.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
+
+from deltaopt.layouts import MatrixView
+
+Block: TypeAlias = "tuple[tuple[int, int], ...]"
+"""(start, stop) along each dimension of a whole tensor."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -33,3 +46,318 @@ def put_whole_(tensor: Tensor, whole: Tensor) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor; another tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def as_whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without numbers that has the shape and strides of all of a sharded one; another one as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def with_local_part(tensor: Tensor, local: Tensor, trailing: Sequence[int] = ()) -> Tensor:
+    """Return a tensor that is sharded as `tensor` is, with this rank's part `local`; a `local` next to a plain one.
+
+    Args:
+        tensor: tells shape, mesh and placements.
+        local: of the shape of the local part of `tensor`, with `trailing` dimensions behind them.
+        trailing: whole dimensions behind those of `tensor`.
+    """
+    if not is_sharded(tensor):
+        return local
+    module: Any = sys.modules["torch.distributed.tensor"]
+    like: Any = tensor
+    shape = torch.Size((*tensor.shape, *trailing))
+    stride = torch.empty(shape, device="meta").stride()
+    sharded: Tensor = module.DTensor.from_local(
+        local.contiguous(), like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+    return sharded
+
+
+def ranks_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the global ranks that hold parts of these tensors, ascending; none where nothing is sharded."""
+    meshes = {id(mesh): mesh for tensor in tensors if is_sharded(tensor) for mesh in [_spec(tensor).mesh]}
+    return tuple(sorted({int(rank) for mesh in meshes.values() for rank in mesh.mesh.flatten().tolist()}))
+
+
+class Piece(NamedTuple):
+    """The block of W's matrix, or of the part of it that moves, that one rank holds.
+
+    Attributes:
+        whole: the shape of all of the matrix, (c, d) or (e, c, d).
+        block: where this rank's block lies in it.
+        view: of this rank's tensor as the block: the same layout, with the rows and columns that are here.
+        stored: where this rank's tensor lies in the stored W.
+        is_first: True on one of the ranks that hold the same block, to be counted once.
+    """
+
+    whole: tuple[int, ...]
+    block: Block
+    view: MatrixView
+    stored: Block
+    is_first: bool
+
+    def cut(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """View the rows of A (..., c, r) and the columns of B (..., r, d) whose product is this block."""
+        return self.rows_of(A), self.columns_of(B)
+
+    def rows_of(self, A: Tensor) -> Tensor:
+        """View the rows of a (..., c, r) that are those of this block."""
+        *lead, rows, _ = (slice(*bounds) for bounds in self.block)
+        return A[(*lead, rows)]
+
+    def columns_of(self, B: Tensor) -> Tensor:
+        """View the columns of a (..., r, d) that are those of this block."""
+        *lead, _, columns = (slice(*bounds) for bounds in self.block)
+        return B[(*lead, slice(None), columns)]
+
+    def place_of_part(self) -> tuple[list[int], list[int] | None]:
+        """Return where the part of W that moves begins on this rank, and the whole part's shape; None if W's own."""
+        if self.view.moves_all:
+            return [start for start, _ in self.stored], None
+        return [start for start, _ in self.block], list(self.whole)
+
+
+def piece_of(W: Tensor, view: MatrixView) -> Piece | None:
+    """Return the piece of a sharded W that is on this rank; None of another W.
+
+    Args:
+        W: with placements of which `sharding_problems` says nothing.
+        view: of all of W as a matrix.
+    """
+    if not is_sharded(W):
+        return None
+    spec = _spec(W)
+    return _piece(tuple(W.shape), spec.mesh, spec.placements, view)
+
+
+@lru_cache(maxsize=4096)
+def _piece(shape: tuple[int, ...], mesh: Any, placements: Any, view: MatrixView) -> Piece:
+    stored = tuple(_bounds(n, dim, mesh, placements) for dim, n in enumerate(shape))
+    whole_view, local_view = view, view
+    block = list(stored)
+    if view.layout in ("transposed", "embedding", "transposed_experts"):
+        block[-1], block[-2] = block[-2], block[-1]
+    elif view.layout == "conv":
+        block = [stored[0], (0, prod(shape[1:]))]
+    elif view.layout == "conv_in_order":
+        k = shape[-1]
+        block = [(stored[0][0] * k, stored[0][1] * k), (0, prod(shape[1:]) // k)]
+    if not view.moves_all:
+        bounds = []
+        for dim, moving in ((-2, view.rows), (-1, view.columns)):
+            first, last = block[dim]
+            start, stop = moving if moving is not None else (0, _matrix_shape(shape, view)[dim])
+            low = min(max(first, start), last)
+            high = max(min(last, stop), low)
+            bounds.append((low - first, high - first))
+            low_in_part = min(max(low - start, 0), stop - start)
+            block[dim] = (low_in_part, low_in_part + high - low)
+        local_view = MatrixView(view.layout, *bounds)
+    coordinate = mesh.get_coordinate()
+    is_first = coordinate is not None and all(
+        coordinate[i] == 0 for i, placement in enumerate(placements) if placement.is_replicate()
+    )
+    return Piece(_matrix_shape(shape, whole_view), tuple(block), local_view, stored, is_first)
+
+
+def _matrix_shape(shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
+    return tuple(view.weight(torch.empty(shape, device="meta")).shape)
+
+
+def _bounds(n: int, dim: int, mesh: Any, placements: Sequence[Any]) -> tuple[int, int]:
+    """Return which of the n entries along a dimension are on this rank; raise ValueError if they are not one run."""
+    here = torch.arange(n, device="cpu")
+    for i, placement in enumerate(placements):
+        if _shards(placement, dim):
+            pieces, _ = _along_zero(placement)._split_tensor(
+                here, mesh.size(i), with_padding=False, contiguous=False
+            )
+            here = pieces[mesh.get_coordinate()[i]]
+    if not len(here):
+        return 0, 0
+    start = int(here[0])
+    if not torch.equal(here, torch.arange(start, start + len(here), device="cpu")):
+        raise ValueError(f"placements {tuple(placements)} give this rank several runs of dimension {dim}")
+    return start, start + len(here)
+
+
+def _shards(placement: Any, dim: int) -> bool:
+    """Tell if a placement shards this dimension: `Shard`, or the `_StridedShard` of FSDP2 on tensor parallelism."""
+    return not placement.is_replicate() and not placement.is_partial() and placement.dim == dim
+
+
+def _along_zero(placement: Any) -> Any:
+    """Return the same placement for dimension 0."""
+    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
+    if isinstance(placement, module._StridedShard):
+        return module._StridedShard(0, split_factor=placement.split_factor)
+    return module.Shard(0)
+
+
+def _spec(tensor: Tensor) -> Any:
+    return tensor._spec  # type: ignore[attr-defined]
+
+
+def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = None) -> list[str]:
+    """Say why the parts of a sharded tensor cannot be read and written where they are.
+
+    Args:
+        letter: names it.
+        tensor: a DTensor.
+        view: of W as a matrix; None for a factor, of which all can be brought.
+    """
+    spec = _spec(tensor)
+    kinds = f"a DTensor with the placements {tuple(spec.placements)}"
+    if spec.mesh.get_coordinate() is None:
+        ranks = sorted(spec.mesh.mesh.flatten().tolist())
+        return [
+            f"{letter} is {kinds} on a device mesh of the ranks {ranks}, of which this process is none: build the "
+            "optimizer on the ranks of that mesh alone"
+        ]
+    if any(placement.is_partial() for placement in spec.placements):
+        return [
+            f"{letter} is {kinds}: its parts have yet to be summed up over the ranks, so that no rank has its numbers. "
+            "Redistribute it to Shard or Replicate before the optimizer is built"
+        ]
+    if view is None:
+        return []
+    sharded = {placement.dim for placement in spec.placements if not placement.is_replicate()}
+    if view.layout in ("conv", "conv_in_order") and sharded - {0}:
+        return [
+            f"{letter} is {kinds}, and a convolution's W can be moved in place where it is sharded along dimension 0, "
+            "its output channels, alone: shard it there (fully_shard does), or keep this layer whole"
+        ]
+    try:
+        piece_of(tensor, view)
+    except ValueError as error:
+        return [f"{letter} is {kinds}: {error}, and only one run can be moved in place: shard it evenly"]
+    return []
+
+
+def at_hand(factor: Tensor, side: int, W: Tensor, view: MatrixView) -> bool:
+    """Tell if this rank's part of a stored factor is just what its block of W needs; alike on all ranks.
+
+    Args:
+        factor: A (c, r) or B (r, d), a tensor that is no function of others.
+        side: the dimension that it has in common with W's matrix: 0 of A, 1 of B.
+        W: sharded.
+        view: of all of W as a matrix.
+    """
+    if not is_sharded(factor) or not view.moves_all or view.layout not in ("linear", "transposed", "embedding"):
+        return False
+    ours, theirs, stored_side = _spec(factor), _spec(W), side if view.layout == "linear" else 1 - side
+    return ours.mesh == theirs.mesh and all(
+        _shards(placement, side) and _split(placement) == _split(of_W)
+        if _shards(of_W, stored_side)
+        else placement.is_replicate()
+        for placement, of_W in zip(ours.placements, theirs.placements, strict=True)
+    )
+
+
+def _split(placement: Any) -> tuple[type, int]:
+    return type(placement), getattr(placement, "split_factor", 1)
+
+
+def summed_over_ranks(number: Tensor, W: Tensor) -> Tensor:
+    """Add up one tensor of numbers over all ranks that hold parts of W, in place; return it."""
+    import torch.distributed as dist
+
+    mesh = _spec(W).mesh
+    for dim in range(mesh.ndim):
+        dist.all_reduce(number, dist.ReduceOp.SUM, group=mesh.get_group(dim))
+    return number
+
+
+def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Return all of each sharded tensor, by one collective for all that are sharded along one mesh dimension.
+
+    Every rank has to call this with its parts of the same tensors. Plain and replicated ones come back as they are.
+
+    Args:
+        tensors: of any dtypes and shapes.
+        locals_: other values of the local parts, in the order of `tensors`. Default: their own.
+    """
+    parts = [local_part(tensor.detach()) for tensor in tensors] if locals_ is None else list(locals_)
+    found: list[Tensor] = list(parts)
+    groups: dict[tuple[Any, int], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if not is_sharded(tensor):
+            continue
+        spec = _spec(tensor)
+        sharded = [k for k, placement in enumerate(spec.placements) if not placement.is_replicate()]
+        if not sharded:
+            continue
+        if len(sharded) == 1 and type(spec.placements[sharded[0]]) is _shard_type():
+            groups.setdefault((spec.mesh, sharded[0]), []).append(i)
+        else:  # sharded along several dimensions of the mesh
+            found[i] = gathered(with_local_part(tensor, parts[i]))
+    for (mesh, mesh_dim), members in groups.items():
+        kinds = [_Kind.of(tensors[i], parts[i], mesh, mesh_dim) for i in members]
+        for i, whole in zip(members, _gather(kinds, [parts[i] for i in members], mesh, mesh_dim), strict=True):
+            found[i] = whole
+    return found
+
+
+def _shard_type() -> Any:
+    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
+    return module.Shard
+
+
+class _Kind(NamedTuple):
+    """The sizes of one tensor's parts along the sharded dimension, by rank; its shape and dtype."""
+
+    dim: int
+    sizes: list[int]
+    shape: list[int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor, part: Tensor, mesh: Any, mesh_dim: int) -> _Kind:
+        placement, n = _spec(tensor).placements[mesh_dim], mesh.size(mesh_dim)
+        dim = placement.dim % tensor.dim()
+        sizes = [placement.local_shard_size_and_offset(tensor.shape[dim], n, rank)[0] for rank in range(n)]
+        return cls(dim, sizes, list(tensor.shape), part.dtype)
+
+    def shape_of(self, rank: int) -> list[int]:
+        return [*self.shape[: self.dim], self.sizes[rank], *self.shape[self.dim + 1 :]]
+
+    def nbytes(self, rank: int) -> int:
+        return prod(self.shape_of(rank)) * self.dtype.itemsize
+
+
+def _gather(kinds: Sequence[_Kind], parts: Sequence[Tensor], mesh: Any, mesh_dim: int) -> list[Tensor]:
+    """Gather the parts of several tensors, as bytes: no backend can send every dtype.
+
+    Where there are many more ranks than rows an all-gather would be padded to a row for each rank. A sum with zeros
+    is as exact, of bytes, and sends twice the numbers however many ranks there are.
+    """
+    import torch.distributed as dist
+
+    n, group, here = mesh.size(mesh_dim), mesh.get_group(mesh_dim), mesh.get_local_rank(mesh_dim)
+    totals = [sum(kind.nbytes(rank) for kind in kinds) for rank in range(n)]
+    mine = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    longest = max(totals)
+    if n * longest > 2 * sum(totals):
+        starts = [sum(totals[:rank]) for rank in range(n)]
+        received = mine.new_zeros(sum(totals))
+        received[starts[here] : starts[here] + totals[here]] = mine
+        dist.all_reduce(received, dist.ReduceOp.SUM, group=group)
+    else:
+        starts = [rank * longest for rank in range(n)]
+        received = mine.new_empty(n * longest)
+        padded = torch.cat([mine, mine.new_zeros(longest - mine.numel())]) if mine.numel() < longest else mine
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, and that of torch 2.5
+        gather(received, padded, group=group)
+    read, wholes = list(starts), []
+    for kind in kinds:
+        shards = []
+        for rank in range(n):
+            stop = read[rank] + kind.nbytes(rank)
+            # A clone, since a view of another dtype has to begin at a multiple of its size.
+            shard = received[read[rank] : stop].clone().view(kind.dtype)
+            shards.append(shard.view(kind.shape_of(rank)))
+            read[rank] = stop
+        wholes.append(torch.cat(shards, kind.dim))
+    return wholes

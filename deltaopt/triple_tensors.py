@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.factors import Computed
+from deltaopt.sharding import local_part
 from deltaopt.tensors import FLOATS, PLAIN
 
 
@@ -57,8 +58,9 @@ class Tensors(NamedTuple):
         """Return a value that changes when a tensor is replaced or moved."""
         return tuple(
             [
-                (id(tensor), tensor.data_ptr() if type(tensor) in PLAIN else None, tensor.shape, tensor.dtype)
+                (id(tensor), part.data_ptr() if type(part) in PLAIN else None, tensor.shape, tensor.dtype)
                 for tensor in (self.W, *self.stored)
+                for part in [tensor if type(tensor) in PLAIN else local_part(tensor)]
             ]
         )
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.claims import Claim
 from deltaopt.groups import DeltaGroup
+from deltaopt.layouts import MatrixView
 from deltaopt.ledger import Ledger, combined
 from deltaopt.lowrank import LowRank, Term, joined
 from deltaopt.overwritten import base_sample
 from deltaopt.rounding.blocks import lifted
-from deltaopt.sharding import gathered
+from deltaopt.sharding import Piece, gather_all, is_sharded, local_part, piece_of, sharding_problems
 from deltaopt.tensors import is_plain, offload_problems, tensor_problems
 from deltaopt.triple import LoRATriple
 from deltaopt.triple_tensors import Tensors
@@ -53,6 +54,8 @@ class WeightState:
             that is not known.
         base_sample: some elements of the base, which tell if somebody else writes W; None if not known.
         written_by_others: True if W was written since, as far as torch counts that, and nobody has looked at it yet.
+        piece: this rank's block of a sharded W, as the last event has found it; None of a W that is here as a whole.
+        is_sharded: True if W, A or B was sharded then.
     """
 
     def __init__(self, triple: LoRATriple, group: DeltaGroup, keep_base: str | None = None) -> None:
@@ -69,6 +72,8 @@ class WeightState:
         self.folded_since: int | None = None
         self.base_sample: Tensor | None = None
         self.written_by_others = False
+        self.piece: Piece | None = None
+        self.is_sharded = False
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -95,9 +100,18 @@ class WeightState:
     def resolve(self) -> bool:
         """Look the tensors up for an event; return True if one of them is not what was checked last."""
         self._tensors = self.triple.tensors()
+        if (replaced := self._tensors.signature() != self._checked):
+            self._find_piece(self._tensors)
         if self.base is not None:
             self._is_base_again(self._tensors.W)  # before the event writes it
-        return self._tensors.signature() != self._checked
+        return replaced
+
+    def _find_piece(self, tensors: Tensors) -> None:
+        """Note which block of a sharded W is here, unless `weight_problems` has to say why none is."""
+        W = tensors.W
+        self.is_sharded = any(map(is_sharded, (W, *tensors.stored)))
+        has_piece = is_sharded(W) and not self._sharding_problems(W)
+        self.piece = piece_of(W, self.triple.view) if has_piece else None
 
     def accept(self) -> None:
         """Note that the tensors that were looked up have passed all checks."""
@@ -105,13 +119,13 @@ class WeightState:
 
     def forget(self) -> None:
         """Let go of the tensors after an event, so that a replaced W is freed; note how it has left W."""
-        if self._tensors is not None and self.base is not None and (version := _version(self._tensors.W)) != self._left:
+        if self._tensors is not None and self.base is not None and (version := _version(self.here)) != self._left:
             self._left, self._back = version, False
         self._tensors = None
 
     def note_restored(self) -> None:
         """Note that W has the bits again that the last event left there."""
-        W = self.triple.W
+        W = local_part(self.triple.W)
         if self.base is not None and is_plain(W) and not W.is_meta:
             self._left = _version(W)
 
@@ -120,13 +134,30 @@ class WeightState:
         """The name of the triple, for messages."""
         return self.triple.label
 
+    @property
+    def here(self) -> Tensor:
+        """W, or of a sharded W the tensor that this rank holds."""
+        return self.tensors.W if self.piece is None else local_part(self.tensors.W)
+
+    @property
+    def view(self) -> MatrixView:
+        """The view of `here` as a matrix: that of the triple, but for rows and columns that are on other ranks."""
+        return self.triple.view if self.piece is None else self.piece.view
+
     def matrix(self) -> Tensor:
-        """View the part of W that moves as a (c, d) or (e, c, d) matrix."""
-        return self.triple.view.weight(self.tensors.W)
+        """View the part of W that moves as a (c, d) or (e, c, d) matrix; of a sharded W the block that is here."""
+        return self.view.weight(self.here)
 
     def part(self) -> Tensor:
-        """View the part of W that moves, in an order that does not depend on strides where it is all of W."""
-        return self.triple.view.part(self.tensors.W)
+        """View the part of W that moves, in an order that does not depend on strides where it is all of W.
+
+        Of a sharded W, the part of it that is here.
+        """
+        return self.view.part(self.here)
+
+    def cut(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the block of a sharded W needs of A (..., c, r) and B (..., r, d); for another W all of them."""
+        return (A, B) if self.piece is None else self.piece.cut(A, B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """View A as (c, r) and B as (r, d), with a leading e for experts. To be read, not written.
@@ -139,7 +170,8 @@ class WeightState:
     def weight_problems(self) -> list[str]:
         """Say why W cannot be read as a matrix and written in place."""
         W = self.tensors.W
-        found = tensor_problems("W", W)
+        found = self._sharding_problems(W) if is_sharded(W) else []
+        found = found or tensor_problems("W", local_part(W))
         module = self.triple.weight_module()
         if module is not None:
             found += offload_problems(module)
@@ -150,6 +182,9 @@ class WeightState:
                 )
         return found
 
+    def _sharding_problems(self, W: Tensor) -> list[str]:
+        return sharding_problems("W", W, self.triple.view)
+
     # What W was asked to move by, and the branch next to it.
 
     def branch(self) -> Term:
@@ -157,8 +192,8 @@ class WeightState:
         return self.branch_of(self.tensors.parameters)
 
     def branch_of(self, parameters: Sequence[Tensor]) -> Term:
-        """Return what `branch` would be with these values of the parameters of A and B."""
-        tensors = self.tensors.at([gathered(parameter) for parameter in parameters])
+        """Return what `branch` would be with these values of the parameters of A and B; sharded ones are gathered."""
+        tensors = self.tensors.at(gather_all(parameters))
         dtype = tensors.compute_dtype()
         A, B = (f.detach().to(dtype) for f in self.triple.view.factors(tensors.W, tensors.A, tensors.B))
         return Term(self.triple.branch_scaling, A, B)
@@ -232,15 +267,24 @@ class WeightState:
 
     def _is_base_again(self, W: Tensor) -> bool:
         """Tell if somebody has loaded the base into a W that has moved; looks into it if it was written by others."""
-        if self.base is not None and is_plain(W) and not W.is_meta and (version := _version(W)) != self._left:
+        if self.piece is not None and not is_sharded(W):
+            return self._back  # W as FSDP2 has gathered it for a forward pass
+        here = local_part(W)
+        if self.base is not None and is_plain(here) and not W.is_meta and (version := _version(here)) != self._left:
             self._left = version
-            self._back = Fingerprint(self.triple.view.part(W.detach())).record() == self.base.record()
+            self._back = self.fingerprint_of(self.view.part(here.detach())).record() == self.base.record()
             self.written_by_others = not self._back
         return self._back
 
     def fingerprint(self) -> Fingerprint:
-        """Take the fingerprint of the part of W that moves."""
-        return Fingerprint(self.part())
+        """Take the fingerprint of the part of W that moves; of a sharded W on all ranks, of all of it."""
+        return self.fingerprint_of(self.part())
+
+    def fingerprint_of(self, part: Tensor) -> Fingerprint:
+        """Take the fingerprint of a tensor that is like `part()`, a copy of the base, say."""
+        if self.piece is None:
+            return Fingerprint(part)
+        return Fingerprint.of_piece(part, self.piece, self.tensors.W)
 
     def note_base(self) -> None:
         """Take W as it is now as its base, unless it has moved before. Called before every write."""
@@ -288,7 +332,7 @@ class WeightState:
         if self._base_copy is None:
             return None
         if self._copied is None:
-            self._copied = Fingerprint(self._base_copy)
+            self._copied = self.fingerprint_of(self._base_copy)
         return self._base_copy if self._copied.record() == base.record() else None
 
     @property

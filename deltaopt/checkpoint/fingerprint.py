@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deltaopt.sharding import Piece, summed_over_ranks
 from deltaopt.tensors import outside_inference_mode
 
 SAMPLES = 4096
@@ -41,6 +42,23 @@ class Fingerprint:
         self.shape = list(tensor.shape)
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         self._content: Tensor | int = whole_hash(tensor) if whole else content_hash(tensor.detach())
+
+    @classmethod
+    def of_piece(cls, part: Tensor, piece: Piece, W: Tensor) -> Fingerprint:
+        """Take the fingerprint of all of a sharded W, or of all of its part that moves; all ranks have to call this.
+
+        Args:
+            part: this rank's part of it.
+            piece: where that lies.
+            W: tells which ranks hold the others.
+        """
+        start, shape = piece.place_of_part()
+        twin = cls.__new__(cls)
+        twin.shape = list(W.shape) if shape is None else shape
+        twin.dtype = str(part.dtype).removeprefix("torch.")
+        own = content_hash(part.detach(), start, twin.shape)
+        twin._content = summed_over_ranks(own if piece.is_first else torch.zeros_like(own), W)
+        return twin
 
     def record(self) -> dict[str, Any]:
         """Plain numbers and strings, to be saved and to be compared. Waits for the device."""

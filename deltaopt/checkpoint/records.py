@@ -149,8 +149,8 @@ class SavedLedger:
     def ledger_for(self, weight: WeightState) -> Ledger:
         """Return the ledger with the factors of `weight`, which are those that were saved."""
         if self._end_is_live:
-            A, B = weight.factors()
-            self.ledger.end = A.detach().clone(), B.detach().clone()
+            _, A, B = weight.branch().cloned()
+            self.ledger.end = A, B
         return self.ledger
 
     def give_to(self, weight: WeightState) -> None:
@@ -173,9 +173,7 @@ def _end_record(weight: WeightState, ledger: Ledger) -> Any:
     """Return "live" if A and B still are what the last move left, which is the rule; else the factors."""
     if ledger.end is None:
         return None
-    if all(
-        torch.equal(kept, now.detach().to(kept.dtype)) for kept, now in zip(ledger.end, weight.factors(), strict=True)
-    ):
+    if all(torch.equal(kept, now.to(kept.dtype)) for kept, now in zip(ledger.end, weight.branch()[1:], strict=True)):
         return "live"
     return [_tensor_record(factor) for factor in ledger.end]
 

@@ -80,13 +80,13 @@ class Writer(NamedTuple):
 
         Args:
             weight: whose W is written.
-            U: (c, k) or (e, c, k), float32 or float64.
-            V: (k, d) or (e, k, d), with its columns in B's order.
+            U: (c, k) or (e, c, k), float32 or float64; of a sharded W its rows that are here.
+            V: (k, d) or (e, k, d), with its columns in B's order; of a sharded W those that are here.
             coef: the factor of the product.
-            noise: of this matrix; used if this W is rounded stochastically.
+            noise: of this matrix, or of the block that is here; used if this W is rounded stochastically.
             written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
         """
-        view, W, kept = weight.triple.view, weight.tensors.W, None
+        view, W, kept = weight.view, weight.here, None
         if W.dtype.itemsize > 2:
             noise = weight.compensation = None
         elif self.stochastic:
@@ -105,7 +105,7 @@ class Writer(NamedTuple):
             written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
         """
         with full_precision(term.A.device):
-            self.add_product_(weight, term.A, term.B, term.coef, self._noise_of(weight), written)
+            self.add_product_(weight, *weight.cut(term.A, term.B), term.coef, self.noise_of(weight), written)
 
     def add_terms_(self, weight: WeightState, terms: list[Term], written: list[Any] | None = None) -> None:
         """Add the sum of the terms, computed in float64, to the part of W that moves.
@@ -115,7 +115,7 @@ class Writer(NamedTuple):
             terms: of `weight`.
             written: the blocks that were written, see `deltaopt.rounding.blocks.add_product_`.
         """
-        part, noise, kept = weight.part(), self._noise_of(weight), self.compensation(weight)
+        part, noise, kept = weight.part(), self.noise_of(weight), self.compensation(weight)
         add_terms_(weight, part, terms, noise=noise, compensation=kept, scratch=self.scratch, written=written)
 
     @property
@@ -132,13 +132,14 @@ class Writer(NamedTuple):
         """Make the noise of (c, d) matrices with these hashes."""
         return noise_factors(self.keys, _on(device, hashes), c, d)
 
-    def _noise_of(self, weight: WeightState) -> NoiseFactors | None:
-        """Make the noise of one W; None where it is rounded in another way."""
-        W = weight.tensors.W
-        if self.rounding.of(W.dtype) != "stochastic":
+    def noise_of(self, weight: WeightState) -> NoiseFactors | None:
+        """Make the noise of one W, or of its block that is here; None where it is rounded in another way."""
+        matrix, piece = weight.matrix(), weight.piece
+        if self.rounding.of(matrix.dtype) != "stochastic":
             return None
-        *lead, c, d = weight.matrix().shape
-        return self.noise(label_hashes([weight.label], lead)[0], c, d, W.device)
+        *lead, c, d = matrix.shape if piece is None else piece.whole
+        noise = self.noise(label_hashes([weight.label], lead)[0], c, d, matrix.device)
+        return noise if piece is None else piece.cut(*noise)
 
     def compensation(self, weight: WeightState) -> Tensor | None:
         """Return what rounding has cut off from W so far, to be added and written; None if this W keeps nothing."""
@@ -176,10 +177,11 @@ def add_terms_(
     terms = [term.to(part.device, torch.float64) for term in terms]
     if not terms:
         return
-    total, view = joined(terms), weight.triple.view
-    matrix, V = view.part_matrix(part), view.ordered(total.B, weight.tensors.W)
+    (A, B, _), view = joined(terms), weight.view
+    U, V = weight.cut(A, B)
+    matrix, V = view.part_matrix(part), view.ordered(V, weight.here)
     kept = None if compensation is None else view.part_matrix(compensation)
-    add_product_(matrix, total.A, V, coef, noise, kept, scratch, written)
+    add_product_(matrix, U, V, coef, noise, kept, scratch, written)
 
 
 @torch.no_grad()

@@ -1,0 +1,309 @@
+"""The moves of weights of which each rank holds a block, or whose factors are sharded (FSDP2, tensor parallelism).
+
+    W[I, J] <- W[I, J] + coef * U[I] @ V[:, J]
+
+Each rank keeps its parts of A and B from before the inner step. After it one all-reduce tells all ranks alike what has
+changed and whether all of it is finite; the parts that a rank needs and does not have are brought by one all-gather for
+all layers together; the rest is local. The host waits for that all-reduce, once in each step.
+
+What is decided about a ledger is decided from the same numbers on all ranks: its terms are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltaopt.checkpoint.fingerprint import content_hash
+from deltaopt.factor_buffers import factored_delta
+from deltaopt.ledger import Factors, Ledger
+from deltaopt.rounding.blocks import full_precision
+from deltaopt.rounding.writer import Writer
+from deltaopt.sharding import at_hand, gather_all, is_sharded, local_part, with_local_part
+from deltaopt.weight import WeightState
+
+
+class _Slot:
+    """One weight, and its rank's parts of the parameters of A and B.
+
+    Attributes:
+        weight: that moves.
+        end: the parts as the last move left them; None before the first one.
+        shards: the same as sharded tensors, each with its part in `end`.
+        mark: what the ledger has as its end since then; with another one `end` is out of date.
+        start, now: the parts before and after the inner step.
+        coef: lambda times s, of this step.
+        count: the number of moves after it.
+        changed, continues: what all ranks have found: A or B has changed in this step; the start is the last end.
+        delta: U and V of this rank's block; None until they are made.
+        whole_start: A and B before the inner step, all of them, where the ledger gets a term of them.
+        written: an entry for each block of W that was written.
+        recorded: True once the ledger has got its terms.
+    """
+
+    def __init__(self, weight: WeightState) -> None:
+        self.weight = weight
+        self.end: list[Tensor] | None = None
+        self.shards: list[Tensor] = []
+        self.mark: object = None
+        self.start: list[Tensor] = []
+        self.now: list[Tensor] = []
+        self.coef = 0.0
+        self.count: int | None = None
+        self.changed = self.continues = False
+        self.delta: tuple[Tensor, Tensor] | None = None
+        self.whole_start: Factors | None = None
+        self.written: list[Any] = []
+        self.recorded = False
+
+    def snapshot(self) -> None:
+        """Keep this rank's parts of A and B as they are before the inner step."""
+        weight = self.weight
+        self.coef = weight.ratio * weight.triple.scaling
+        self.count = weight.count_after_a_move()
+        self.delta, self.whole_start, self.written, self.recorded = None, None, [], False
+        if self.end is not None and weight.ledger.end_mark() is not self.mark:
+            self.end = None  # a restart, a loaded state, or another event has come in between
+        parts = self.parts()
+        self.start = self.end if self.end is not None and _same(parts, self.end) else [part.clone() for part in parts]
+
+    def parts(self) -> list[Tensor]:
+        """Return this rank's parts of the parameters of A and B."""
+        return [local_part(parameter.detach()) for parameter in self.weight.tensors.parameters]
+
+    def keep_end(self) -> None:
+        """Keep A' and B' as what the move has left."""
+        if self.end is None or [part.shape for part in self.end] != [part.shape for part in self.now]:
+            self.end = [part.clone() for part in self.now]
+            parameters = self.weight.tensors.parameters
+            self.shards = [with_local_part(*pair) for pair in zip(parameters, self.end, strict=True)]
+        else:
+            torch._foreach_copy_(self.end, self.now)
+
+    def own_facts(self) -> list[Tensor]:
+        """Return what this rank knows: not finite, changed, other than the last end; and hashes of whole parameters."""
+        self.now = self.now or self.parts()
+        device = self.now[0].device
+        finite = torch.stack([part.isfinite().all() for part in (*self.start, *self.now)]).all()
+        changed = ~torch.stack([_equal(old, new) for old, new in zip(self.start, self.now, strict=True)]).all()
+        other = torch.tensor(self.start is not self.end, device=device)
+        facts = [torch.stack([~finite, changed, other]).to(torch.int64)]
+        if self.weight.piece is not None:
+            hashes = [content_hash(part, samples=None) for part in self._whole_parts()]
+            facts += [torch.stack([number, ~number]) for number in hashes]
+        return facts
+
+    def _whole_parts(self) -> list[Tensor]:
+        parameters = self.weight.tensors.parameters
+        return [part for parameter, part in zip(parameters, self.now, strict=True) if not is_sharded(parameter)]
+
+    def take(self, facts: list[int]) -> bool:
+        """Take from `facts` what all ranks have found of this weight; return whether all of it is finite.
+
+        Raises:
+            ValueError: on all ranks, if whole factors next to a sharded W differ between them.
+        """
+        not_finite, changed, other = facts[:3]
+        del facts[:3]
+        self.changed, self.continues = bool(changed), not other
+        if self.weight.piece is not None:
+            for _ in self._whole_parts():
+                highest, lowest = facts[0], ~facts[1]
+                del facts[:2]
+                if highest != lowest:
+                    raise ValueError(
+                        f"{self.weight.label}: W is sharded and its factors are whole, and they are not the same on "
+                        "all ranks, so that each rank would move its part of W by another delta (W was not moved, on "
+                        "no rank). Nothing keeps such factors equal: average their gradients over the ranks before "
+                        "step() (DistributedDataParallel, or dist.all_reduce), or shard them too (fully_shard)"
+                    )
+        return not not_finite
+
+    @property
+    def needs_whole_start(self) -> bool:
+        """True if the ledger gets terms of the factors at the start of this step."""
+        return not self.continues or self.coef != self.weight.ledger.coef
+
+
+class ShardedMoves:
+    """The moves of all sharded weights of one optimizer.
+
+    As with `FactorBuffers` the methods of a step are called in the order in which they stand here, and what is local
+    may be called again after an exception.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[WeightState, _Slot] = {}
+        self.slots: list[_Slot] = []
+        self.changed_outside: list[WeightState] = []
+        self._brought = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that stay from step to step on this rank: its parts of A and B as the last moves left them."""
+        return sum(part.nbytes for slot in self._known.values() for part in slot.end or ())
+
+    def snapshot(self, members: Sequence[WeightState]) -> None:
+        """Keep A and B of these weights, and lambda times s, as they are before the inner step."""
+        self._known = {weight: self._known.get(weight) or _Slot(weight) for weight in members}
+        self.slots, self._brought = list(self._known.values()), False
+        for slot in self.slots:
+            slot.now = []
+            slot.snapshot()
+
+    def own_facts(self) -> list[Tensor]:
+        """Return what this rank knows of all weights, as tensors of int64 on their devices."""
+        return [fact for slot in self.slots for fact in slot.own_facts()]
+
+    def take(self, facts: list[int]) -> bool:
+        """Take what all ranks together know; return whether all factors are finite.
+
+        Raises:
+            ValueError: on all ranks, if whole factors next to a sharded W differ.
+        """
+        return all([slot.take(facts) for slot in self.slots])
+
+    def note_bases(self) -> None:
+        """Note what every W is before its first move."""
+        for slot in self.slots:
+            slot.weight.note_base()
+
+    @torch.no_grad()
+    def bring(self) -> None:
+        """Bring what the blocks here need of the factors, by one collective for all weights that have changed."""
+        if self._brought:
+            return
+        wanted: list[_Wanted] = []
+        for slot in self.slots:
+            if slot.changed or slot.needs_whole_start:
+                wanted += _wanted(slot)
+        values = gather_all([want.parameter for want in wanted], [want.value for want in wanted])
+        brought: dict[tuple[int, int, bool], Tensor] = {}
+        for want, value in zip(wanted, values, strict=True):
+            brought[id(want.slot), want.place, want.is_new] = value
+        for slot in self.slots:
+            if slot.changed:
+                slot.delta = factored_delta(*(_block(slot, is_new, brought) for is_new in (False, True)))
+            if slot.needs_whole_start:
+                whole = [brought[id(slot), i, False] for i in range(len(slot.start))]
+                slot.whole_start = slot.weight.branch_of(whole)[1:]
+        self._brought = True
+
+    @torch.no_grad()
+    def write(self, writer: Writer) -> None:
+        """Add this rank's block of coef * (A'B' - AB) to every W whose factors have changed on any rank."""
+        for slot in self.slots:
+            if slot.delta is not None:
+                U, V = slot.delta
+                with full_precision(U.device):
+                    writer.add_product_(
+                        slot.weight, U, V, slot.coef, writer.noise_of(slot.weight), written=slot.written
+                    )
+
+    def record(self, finite: bool) -> list[Ledger]:
+        """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""
+        if not finite:
+            for slot in self.slots:
+                slot.weight.ledger.set_current(False)
+            return []
+        extended = []
+        for slot in self.slots:
+            ledger = slot.weight.placed_ledger()
+            if slot.whole_start is not None and not slot.recorded:
+                before = None if slot.continues or not ledger.has_end else ledger.end
+                goes_on = slot.continues or (before is not None and all(map(torch.equal, before, slot.whole_start)))
+                if before is not None and not goes_on and ledger.is_current():
+                    self.changed_outside.append(slot.weight)
+                if not goes_on or slot.coef != ledger.coef:
+                    ledger.extend(slot.coef, slot.whole_start, None if goes_on else before or slot.whole_start)
+                    extended.append(ledger)
+                slot.recorded = True
+            if slot.changed:
+                slot.weight.moves = slot.count
+            if slot.changed or slot.end is None:
+                slot.keep_end()
+            slot.mark = ledger.end_later(partial(_whole_end, slot.weight, slot.shards))
+            ledger.set_current()
+        return extended
+
+    def release(self) -> None:
+        """Let go of what only a step needs."""
+        for slot in self.slots:
+            slot.start, slot.now, slot.delta, slot.whole_start = [], [], None, None
+
+    def freeze(self) -> None:
+        """Keep A' and B' for a completion later: somebody may have changed the factors until then."""
+        for slot in self.slots:
+            slot.now = [part.clone() for part in slot.now]
+
+    def unwritten(self) -> list[str]:
+        """Return the labels of the weights of which no block was written."""
+        return [slot.weight.label for slot in self.slots if not slot.written]
+
+
+class _Wanted(NamedTuple):
+    """One parameter of which this rank needs more than its own part."""
+
+    slot: _Slot
+    place: int
+    is_new: bool
+    parameter: Tensor
+    value: Tensor
+
+
+def _wanted(slot: _Slot) -> list[_Wanted]:
+    """Return the parameters of which all is needed: those whose part here is not just what the block needs."""
+    found, tensors = [], slot.weight.tensors
+    for place, parameter in enumerate(tensors.parameters):
+        needed = slot.changed and not _is_at_hand(slot, parameter)
+        if needed or slot.needs_whole_start:
+            found.append(_Wanted(slot, place, False, parameter, slot.start[place]))
+        if needed:
+            found.append(_Wanted(slot, place, True, parameter, slot.now[place]))
+    return found
+
+
+def _is_at_hand(slot: _Slot, parameter: Tensor) -> bool:
+    """Tell if this rank has all that its block needs of A or B: known from placements, and so alike on all ranks."""
+    weight, tensors = slot.weight, slot.weight.tensors
+    return weight.piece is not None and any(
+        parameter is factor and at_hand(parameter, side, tensors.W, weight.triple.view)
+        for side, factor in enumerate((tensors.left, tensors.right))
+    )
+
+
+def _block(slot: _Slot, is_new: bool, brought: dict[tuple[int, int, bool], Tensor]) -> Factors:
+    """Return the rows of A and the columns of B that this rank's block of W needs, in the dtype of the computation."""
+    weight, tensors = slot.weight, slot.weight.tensors
+    near = {parameter: _is_at_hand(slot, parameter) for parameter in tensors.parameters}
+    parts = slot.now if is_new else slot.start
+    at = tensors.at(
+        [part if here else brought[id(slot), i, is_new] for i, (part, here) in enumerate(zip(parts, near.values(), strict=True))]
+    )
+    A, B = weight.triple.view.factors(tensors.W, at.A, at.B)
+    if weight.piece is not None:
+        A = A if isinstance(tensors.left, Tensor) and near[tensors.left] else weight.piece.rows_of(A)
+        B = B if isinstance(tensors.right, Tensor) and near[tensors.right] else weight.piece.columns_of(B)
+    dtype = tensors.compute_dtype()
+    return A.to(dtype), B.to(dtype)
+
+
+def _whole_end(weight: WeightState, shards: Sequence[Tensor]) -> Factors:
+    """Gather A and B as the last move left them; all ranks have to call this."""
+    _, A, B = weight.branch_of(shards).cloned()
+    return A, B
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _equal(old: Tensor, new: Tensor) -> Tensor:
+    """Compare two parts: 0-d bool on their device; NaN differs."""
+    return (old == new).all()
