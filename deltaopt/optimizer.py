@@ -79,6 +79,7 @@ from deltaopt.plain import plain
 from deltaopt.recall import Recall
 from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
+from deltaopt.roll_call import RollCall, ranks_that_share
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.save_watch import SaveWatch
@@ -169,6 +170,7 @@ class DeltaLoRAOptimizer(Optimizer):
     _rounding: Rounding
     _groups: list[DeltaGroup]
     _rule: UpdateRule
+    _roll_call: RollCall
     _weights: list[WeightState]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DeltaLoRAOptimizer:  # noqa: D102
@@ -204,6 +206,7 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in weights:
             weight.resolve()
         check_weights(weights, rule, new=weights)
+        rule.ranks = ranks_that_share(weights)
         if isinstance(inner, Optimizer):
             check_nothing_unused(inner, options, params, inner_kwargs)
         else:
@@ -288,6 +291,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         check_outside_backward()
         with self._resolved("step()", waiting=False) as weights:
+            roll_call = self._roll_call
             check_training(weights)
             check_no_schedule_free_around(self._inner)
             if closure is None:
@@ -298,7 +302,9 @@ class DeltaLoRAOptimizer(Optimizer):
             losses: list[Any] = []
             writer = self._writer("move")
             self._rule.before_step(weights, writer, closure)  # A_t, B_t
-            follow = partial(self._follow, weights, writer, losses, self._step_count)
+            follow = roll_call.before(
+                partial(self._follow, weights, writer, losses, self._step_count), succeeded=lambda: bool(losses)
+            )
             with self._events.begin("step()", follow, self._rule.unwritten, losses):
                 loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}; then `follow`: W_{t+1}
             self._backward_watch.note()
@@ -310,6 +316,9 @@ class DeltaLoRAOptimizer(Optimizer):
 
         An inner step that raised may have changed some factors: their W follow them, and the step is not counted.
         """
+        if self._roll_call.failed:
+            self._rule.forget()  # no rank moves its part of W
+            return
         self._rule.after_step(weights, writer, whole=bool(losses))
         if losses:
             self._step_count, self._repeats = t + 1, 0
@@ -507,7 +516,11 @@ class DeltaLoRAOptimizer(Optimizer):
             start = reinit if reinit is not None else lora_start(generator)
             restart, repeats = restarts.Restart(weights, self._writer("restart")), self._repeats
 
+            together = RollCall(self._rule.ranks, "the new start of restart()")
+
             def finish() -> None:
+                if together.failed:
+                    restart.give_up()
                 if not restart.carry_out():
                     return
                 self._repeats = repeats + 1
@@ -516,7 +529,7 @@ class DeltaLoRAOptimizer(Optimizer):
                     factor.grad = None
                 forget_state(self._inner, factors)
 
-            with self._events.begin("restart()", finish, restart.unfinished):
+            with self._events.begin("restart()", together.before(finish, restart.has_start), restart.unfinished):
                 restart.make_start(start)
 
     def resync(self, state_dict: dict[str, Any] | None = None) -> None:
@@ -940,20 +953,42 @@ class DeltaLoRAOptimizer(Optimizer):
             waiting: wait until the ledgers hold every step.
             use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
         """
+        roll_call = RollCall(self._rule.ranks, what, self._facts())
         with outside_inference_mode():
-            if use is not None:
-                self._events.complete()
-            self._refuse_at_base(what)
-            if waiting:
-                self._rule.flush()
             try:
+                if use is not None:
+                    self._events.complete()
+                self._refuse_at_base(what)
+                if waiting:
+                    self._rule.flush()
                 self._look_up(rescaled)
                 if use is not None:
                     check_claims(self._weights, what, use)
+                if roll_call.ranks is not self._rule.ranks:  # the parameters were sharded since
+                    roll_call = RollCall(self._rule.ranks, what, self._facts())
+                if what != "step()":
+                    roll_call.meet()
+                self._roll_call = roll_call
                 yield self._weights
+            except BaseException as error:
+                roll_call.tell(error)
+                raise
             finally:
                 for weight in self._weights:
                     weight.forget()
+
+    def _facts(self) -> dict[str, object]:
+        """Return what has to be the same on all ranks for one step of sharded weights."""
+        if self._rule.ranks is None:
+            return {}
+        ratios = [group.ratio_at(self._step_count) for group in self._groups]
+        return {
+            "step count": self._step_count,
+            "update_ratio": ratios if len(ratios) > 1 else ratios[0],
+            "rounding, rounding_seed": tuple(self._rounding),
+            "weight_update": self._rule.name,
+            "triples": len(self._weights),
+        }
 
     def _look_up(self, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed."""
@@ -964,6 +999,7 @@ class DeltaLoRAOptimizer(Optimizer):
         replaced = [weight for weight in weights if weight.resolve()]
         if replaced:
             check_weights(weights, self._rule)
+            self._rule.ranks = ranks_that_share(weights, self._rule.ranks)
         check_branches(weights, rescaled)
         check_output_hooks(weights)
         check_membership(self._inner, weights)

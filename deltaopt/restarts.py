@@ -57,6 +57,14 @@ class Restart:
         self._put_back()
         self._start = start
 
+    def has_start(self) -> bool:
+        """Tell if there is a start of A and B."""
+        return self._start is not None
+
+    def give_up(self) -> None:
+        """Forget the start, as that of another rank has failed."""
+        self._start = None
+
     @torch.no_grad()
     def carry_out(self) -> bool:
         """Add every branch to its W, where there is a start of A and B; else put these back, and return False.

@@ -129,12 +129,14 @@ def piece_of(W: Tensor, view: MatrixView) -> Piece | None:
     if not is_sharded(W):
         return None
     spec = _spec(W)
-    return _piece(tuple(W.shape), spec.mesh, spec.placements, view)
+    return _piece(tuple(W.shape), tuple(spec.mesh.shape), tuple(spec.mesh.get_coordinate()), spec.placements, view)
 
 
 @lru_cache(maxsize=4096)
-def _piece(shape: tuple[int, ...], mesh: Any, placements: Any, view: MatrixView) -> Piece:
-    stored = tuple(_bounds(n, dim, mesh, placements) for dim, n in enumerate(shape))
+def _piece(
+    shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any, view: MatrixView
+) -> Piece:
+    stored = tuple(_bounds(n, dim, mesh, coordinate, placements) for dim, n in enumerate(shape))
     whole_view, local_view = view, view
     block = list(stored)
     if view.layout in ("transposed", "embedding", "transposed_experts"):
@@ -155,10 +157,7 @@ def _piece(shape: tuple[int, ...], mesh: Any, placements: Any, view: MatrixView)
             low_in_part = min(max(low - start, 0), stop - start)
             block[dim] = (low_in_part, low_in_part + high - low)
         local_view = MatrixView(view.layout, *bounds)
-    coordinate = mesh.get_coordinate()
-    is_first = coordinate is not None and all(
-        coordinate[i] == 0 for i, placement in enumerate(placements) if placement.is_replicate()
-    )
+    is_first = all(at == 0 for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
     return Piece(_matrix_shape(shape, whole_view), tuple(block), local_view, stored, is_first)
 
 
@@ -166,15 +165,15 @@ def _matrix_shape(shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
     return tuple(view.weight(torch.empty(shape, device="meta")).shape)
 
 
-def _bounds(n: int, dim: int, mesh: Any, placements: Sequence[Any]) -> tuple[int, int]:
+def _bounds(
+    n: int, dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+) -> tuple[int, int]:
     """Return which of the n entries along a dimension are on this rank; raise ValueError if they are not one run."""
     here = torch.arange(n, device="cpu")
-    for i, placement in enumerate(placements):
+    for size, at, placement in zip(mesh, coordinate, placements, strict=True):
         if _shards(placement, dim):
-            pieces, _ = _along_zero(placement)._split_tensor(
-                here, mesh.size(i), with_padding=False, contiguous=False
-            )
-            here = pieces[mesh.get_coordinate()[i]]
+            pieces, _ = _along_zero(placement)._split_tensor(here, size, with_padding=False, contiguous=False)
+            here = pieces[at]
     if not len(here):
         return 0, 0
     start = int(here[0])
@@ -258,6 +257,14 @@ def at_hand(factor: Tensor, side: int, W: Tensor, view: MatrixView) -> bool:
 
 def _split(placement: Any) -> tuple[type, int]:
     return type(placement), getattr(placement, "split_factor", 1)
+
+
+def highest(numbers: Tensor, group: Any) -> Tensor:
+    """Return the largest of each number on all ranks of a group."""
+    import torch.distributed as dist
+
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
+    return numbers
 
 
 def summed_over_ranks(number: Tensor, W: Tensor) -> Tensor:

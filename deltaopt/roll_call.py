@@ -1,0 +1,82 @@
+"""The roll call of one event: all ranks that share sharded tensors are in it and none has failed, or none goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+from deltaopt.ranks import Ranks
+from deltaopt.sharding import ranks_of
+from deltaopt.weight import WeightState
+
+
+class RollCall:
+    """The meeting of all ranks in one event; it takes place once, whatever is called how often.
+
+    Args:
+        ranks: that share sharded tensors; None where nothing is sharded, and nobody has to come.
+        event: its name, for messages.
+        facts: that have to be the same on all ranks.
+
+    Attributes:
+        ranks: as given.
+        failed: True if a rank has failed, or has not come.
+    """
+
+    def __init__(self, ranks: Ranks | None, event: str, facts: Mapping[str, object] | None = None) -> None:
+        self.ranks = ranks
+        self._event = event
+        self._facts = facts
+        self._over = ranks is None
+        self.failed = False
+
+    def meet(self) -> None:
+        """Return once all ranks are in the event.
+
+        Raises:
+            RanksDisagreeError: if one has failed, is in another event, or does not come.
+        """
+        if self._over or self.ranks is None:
+            return
+        self._over = self.failed = True  # until it is known to be well
+        self.ranks.meet(self._event, self._facts)
+        self.failed = False
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the other ranks that this one has failed, if they are still to meet; they raise then."""
+        if self._over or self.ranks is None:
+            return
+        self._over = self.failed = True
+        with suppress(BaseException):  # the caller raises its own error
+            self.ranks.meet(self._event, self._facts, error)
+
+    def before(self, finish: Callable[[], None], succeeded: Callable[[], bool] = lambda: True) -> Callable[[], None]:
+        """Return a function that meets and then calls `finish`, which looks at `failed`.
+
+        Args:
+            finish: may be called again after an exception.
+            succeeded: tells if this rank has come to the end of what precedes `finish`; if not, the others are told.
+        """
+
+        def together() -> None:
+            if succeeded():
+                self.meet()
+            else:
+                self.tell(sys.exc_info()[1] or RuntimeError("interrupted"))
+            finish()
+
+        return together
+
+
+def ranks_that_share(weights: Sequence[WeightState], known: Ranks | None = None) -> Ranks | None:
+    """Return the ranks that hold parts of the sharded tensors of these weights; None if there are none.
+
+    Args:
+        weights: with their tensors resolved.
+        known: what the last call has returned; it is returned again if it is still right.
+    """
+    ranks = ranks_of([tensor for weight in weights for tensor in (weight.tensors.W, *weight.tensors.stored)])
+    if not ranks:
+        return None
+    return known if known is not None and known.ranks == ranks else Ranks(ranks)
