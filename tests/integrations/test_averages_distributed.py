@@ -46,9 +46,9 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_no_false_alarm(wrapper, tmp_path):
+def test_no_false_alarm(wrapper):
     """With evaluations between steps, of the base too, a checkpoint, and a way back to it."""
-    on_all_ranks(train_on_rank, tmp_path, wrapper)
+    on_all_ranks(train_on_rank, wrapper)
 
 
 def train_on_rank(rank: int, wrapper: str) -> None:

@@ -54,8 +54,8 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 @each_start
 @pytest.mark.parametrize("wrapped_first", [False, True])
-def test_a_data_parallel_run_equals_one_process_on_the_whole_batch(start, wrapped_first, tmp_path):
-    on_all_ranks(data_parallel_on_rank, tmp_path, start, wrapped_first)
+def test_a_data_parallel_run_equals_one_process_on_the_whole_batch(start, wrapped_first):
+    on_all_ranks(data_parallel_on_rank, start, wrapped_first)
 
 
 def data_parallel_on_rank(rank: int, start: str, wrapped_first: bool) -> None:
@@ -83,8 +83,8 @@ def data_parallel_on_rank(rank: int, start: str, wrapped_first: bool) -> None:
 
 
 @each_rule
-def test_factors_that_are_sharded_too_late_are_refused(rule, tmp_path):
-    on_all_ranks(sharded_too_late_on_rank, tmp_path, rule)
+def test_factors_that_are_sharded_too_late_are_refused(rule):
+    on_all_ranks(sharded_too_late_on_rank, rule)
 
 
 def sharded_too_late_on_rank(rank: int, rule: str) -> None:
@@ -99,8 +99,8 @@ def sharded_too_late_on_rank(rank: int, rule: str) -> None:
     assert branch_scalings(run.model) == {FIRST_SCALING}
 
 
-def test_sharded_factors_are_refused_in_place(tmp_path):
-    on_all_ranks(sharded_in_place_on_rank, tmp_path)
+def test_sharded_factors_are_refused_in_place():
+    on_all_ranks(sharded_in_place_on_rank)
 
 
 def sharded_in_place_on_rank(rank: int) -> None:
@@ -117,8 +117,8 @@ def sharded_in_place_on_rank(rank: int) -> None:
         DeltaLoRAOptimizer(torch.optim.SGD, [triple], weight_update="folded")
 
 
-def test_a_product_that_is_not_zero_is_refused_with_sharded_weights(tmp_path):
-    on_all_ranks(nonzero_product_on_rank, tmp_path)
+def test_a_product_that_is_not_zero_is_refused_with_sharded_weights():
+    on_all_ranks(nonzero_product_on_rank)
 
 
 def nonzero_product_on_rank(rank: int) -> None:
@@ -133,8 +133,8 @@ def nonzero_product_on_rank(rank: int) -> None:
     assert branch_scalings(run.model) == {FIRST_SCALING}
 
 
-def test_a_sharded_factor_that_was_replaced_is_followed(tmp_path):
-    on_all_ranks(replaced_shards_on_rank, tmp_path)
+def test_a_sharded_factor_that_was_replaced_is_followed():
+    on_all_ranks(replaced_shards_on_rank)
 
 
 def replaced_shards_on_rank(rank: int) -> None:
@@ -177,8 +177,8 @@ SHARDED: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("way", SHARDED)
-def test_sharded_factors_follow_one_process_and_resume_bit_for_bit(way, tmp_path):
-    on_all_ranks(sharded_factors_on_rank, tmp_path, way)
+def test_sharded_factors_follow_one_process_and_resume_bit_for_bit(way):
+    on_all_ranks(sharded_factors_on_rank, way)
 
 
 def sharded_factors_on_rank(rank: int, way: str) -> None:
@@ -228,8 +228,8 @@ def sharded_factors_on_rank(rank: int, way: str) -> None:
     assert relative(*moved) <= EXACT
 
 
-def test_whole_parameters_that_were_kept_are_told_from_replaced_ones(tmp_path):
-    on_all_ranks(kept_whole_parameters_on_rank, tmp_path)
+def test_whole_parameters_that_were_kept_are_told_from_replaced_ones():
+    on_all_ranks(kept_whole_parameters_on_rank)
 
 
 def kept_whole_parameters_on_rank(rank: int) -> None:
@@ -251,8 +251,8 @@ def kept_whole_parameters_on_rank(rank: int) -> None:
     assert same(whole(run.model), whole(twin.model))
 
 
-def test_a_conversion_that_would_lose_the_hooks_is_refused(tmp_path):
-    on_all_ranks(conversion_on_rank, tmp_path)
+def test_a_conversion_that_would_lose_the_hooks_is_refused():
+    on_all_ranks(conversion_on_rank)
 
 
 def conversion_on_rank(rank: int) -> None:
@@ -265,9 +265,9 @@ def conversion_on_rank(rank: int) -> None:
 
 
 @each_start
-def test_factors_that_stay_whole_follow_with_sharded_weights(start, tmp_path):
+def test_factors_that_stay_whole_follow_with_sharded_weights(start):
     """Or are refused, where the product is not zero at step K."""
-    on_all_ranks(whole_factors_on_rank, tmp_path, start)
+    on_all_ranks(whole_factors_on_rank, start)
 
 
 def whole_factors_on_rank(rank: int, start: str) -> None:
@@ -306,8 +306,8 @@ def whole_factors_on_rank(rank: int, start: str) -> None:
     assert run.optimizer.state_dict()["state"].keys() == alone.optimizer.state_dict()["state"].keys()
 
 
-def test_the_state_dict_of_a_sharded_model_is_for_the_registered_scaling(tmp_path):
-    on_all_ranks(sharded_state_dict_on_rank, tmp_path)
+def test_the_state_dict_of_a_sharded_model_is_for_the_registered_scaling():
+    on_all_ranks(sharded_state_dict_on_rank)
 
 
 def sharded_state_dict_on_rank(rank: int) -> None:

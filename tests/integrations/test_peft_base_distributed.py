@@ -44,8 +44,8 @@ def assert_reference(model: nn.Module, frozen: nn.Module, *callers: nn.Module) -
 
 
 @each_rule
-def test_a_data_parallel_model_gives_the_base(rule, tmp_path):
-    on_all_ranks(data_parallel_on_rank, tmp_path, rule)
+def test_a_data_parallel_model_gives_the_base(rule):
+    on_all_ranks(data_parallel_on_rank, rule)
 
 
 def data_parallel_on_rank(rank: int, rule: str) -> None:
@@ -63,9 +63,9 @@ def data_parallel_on_rank(rank: int, rule: str) -> None:
     assert_same_on_all_ranks(model)
 
 
-def test_another_adapter_trains_data_parallel_on_the_base(tmp_path):
+def test_another_adapter_trains_data_parallel_on_the_base():
     """The factors of ours are parameters that the forward pass does not use."""
-    on_all_ranks(another_adapter_on_rank, tmp_path)
+    on_all_ranks(another_adapter_on_rank)
 
 
 def another_adapter_on_rank(rank: int) -> None:
@@ -98,9 +98,9 @@ def another_adapter_on_rank(rank: int) -> None:
 
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("parts", ["layers", "linears"])
-def test_a_fully_sharded_model_gives_the_base(parts, reshard, tmp_path):
+def test_a_fully_sharded_model_gives_the_base(parts, reshard):
     """Folded from a product that is zero: W is sharded, and never written."""
-    on_all_ranks(fully_sharded_on_rank, tmp_path, parts, reshard)
+    on_all_ranks(fully_sharded_on_rank, parts, reshard)
 
 
 def fully_sharded_on_rank(rank: int, parts: str, reshard: bool) -> None:

@@ -1,33 +1,31 @@
-"""Several processes on one machine: each test calls one function on all ranks of a gloo group."""
+"""Several ranks: each test calls one function on all ranks of a group, see `kept_pair` and `threads`."""
 
-import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-WORLD = 2
-
-# The processes are forked from one that has imported these once.
-PRELOADED = ["torch", "torch.distributed.fsdp", "peft", "transformers", "tests.support.peft_runs"]
+from tests.support import kept_pair
+from tests.support.kept_pair import LIMIT, WORLD
 
 
-def on_all_ranks(work: Callable[..., None], folder: Path, *arguments: Any) -> None:
-    """Call `work(rank, *arguments)` in `WORLD` processes, and raise what one of them raises."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(
-        _worker, (work, str(folder / "init"), arguments), nprocs=WORLD, start_method="forkserver"
-    )
+def on_all_ranks(work: Callable[..., Any], *arguments: Any, limit: float = LIMIT) -> list[Any]:
+    """Call `work(rank, *arguments)` in `WORLD` processes of a gloo group, which are kept for the next call.
 
+    Args:
+        work: a function of a module, which is sent by its name.
+        arguments: sent by pickle.
+        limit: in seconds. Beyond it the processes are killed.
 
-def _worker(rank: int, work: Callable[..., None], init: str, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=WORLD)
-    work(rank, *arguments)
-    dist.destroy_process_group()
+    Returns:
+        What they return, in the order of the ranks.
+
+    Raises:
+        AssertionError: with the traceback of each rank that raised, that took too long, or that is gone.
+    """
+    return kept_pair.call(work, arguments, limit)
 
 
 def shares(data: list[Tensor], rank: int) -> list[Tensor]:
