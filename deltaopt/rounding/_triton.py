@@ -1,9 +1,9 @@
 """The kernel: the sum of blocks.py for many 16-bit weights at once. W is read, rounded and written once.
 
 Matrices of the same shape, dtype and strides share a launch. What differs between them (where they lie, the hash of
-their noise, their place in `keep`) is in a table on the device, and their coefficients next to it, which are copied
-there only when they are other ones than before. Nothing waits for the device. Each program makes one tile of W. The
-product is summed in float32, without TF32.
+their noise and where it begins, their place in `keep`) is in a table on the device, and their coefficients next to it,
+which are copied there only when they are other ones than before. Nothing waits for the device. Each program makes one
+tile of W. The product is summed in float32, without TF32.
 
 This is the only file that imports Triton. Where that is not installed, `is_available` says so and nothing else works.
 """
@@ -30,7 +30,7 @@ except ImportError:
     triton = None
 else:
     INTERPRETED = triton.knobs.runtime.interpret
-    TABLE_COLUMNS = tl.constexpr(6)
+    TABLE_COLUMNS = tl.constexpr(8)
     SIGN = tl.constexpr(-1 << 31)
     QUIET_NAN = tl.constexpr(0x7FC00000)
     WEYL = tl.constexpr(noise.WEYL % 2**32)
@@ -59,6 +59,9 @@ class Product(NamedTuple):
         compensation: (c, d), int16, any strides: rounds with compensation (see blocks.py), written in place.
         hash: which noise the matrix gets, an int32 (see `deltaopt.rounding.noise.label_hashes`).
         place: its index in `keep`.
+        first_row: of a W that is a block of a larger matrix, the place of its first row there: its noise is that block
+            of the larger matrix's.
+        first_column: the place of its first column there.
     """
 
     W: Tensor
@@ -67,6 +70,8 @@ class Product(NamedTuple):
     compensation: Tensor | None
     hash: int
     place: int
+    first_row: int = 0
+    first_column: int = 0
 
 
 class Batch:
@@ -152,7 +157,7 @@ class _Group:
         self.likeness = likeness
         self.numbers = list(members)
         products = list(members.values())
-        rows = [[*_addresses(p), p.hash, p.place] for p in products]
+        rows = [[*_addresses(p), p.hash, p.place, p.first_row, p.first_column] for p in products]
         self.device = products[0].W.device
         self.table = _sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), self.device)
         self.known_coefs: list[float] = []
@@ -183,8 +188,9 @@ def _sent(t: Tensor, device: torch.device) -> Tensor:
 
 def _turned(product: Product) -> Product:
     """The product in the transpose of its W: (U V)^T = V^T U^T."""
-    W, U, V, kept, *_ = product
-    return product._replace(W=W.mT, U=V.mT, V=U.mT, compensation=None if kept is None else kept.mT)
+    W, U, V, kept, *_, first_row, first_column = product
+    kept = None if kept is None else kept.mT
+    return product._replace(W=W.mT, U=V.mT, V=U.mT, compensation=kept, first_row=first_column, first_column=first_row)
 
 
 def _addresses(product: Product) -> list[int]:
@@ -289,7 +295,8 @@ def _add(
         x = rounded
     elif STOCHASTIC:
         label = tl.load(matrix + 4).to(tl.uint32)
-        R, C = _scrambled(label, row_key, rows), _scrambled(label, column_key, columns)
+        R = _scrambled(label, row_key, rows + tl.load(matrix + 6))
+        C = _scrambled(label, column_key, columns + tl.load(matrix + 7))
         x = _rounded(x, ((R[:, None] * C[None, :]) >> (32 - CUT)).to(tl.int32), CUT, SUBNORMAL)
     elif not FLOAT16:
         x = _rounded(x, ((_bits(x) >> CUT) & 1) + ((1 << (CUT - 1)) - 1), CUT, SUBNORMAL)

@@ -26,6 +26,9 @@ class Addition(NamedTuple):
         compensation: what rounding has cut off from W so far; None if this W keeps nothing.
         hashes: one for each matrix of W, a 0-d or (e,) int32 on the CPU, see `deltaopt.rounding.noise.label_hashes`.
         place: its number among those that are kept or not.
+        first_row: where W's matrix is a block of a larger one, the place of its first row there. Its noise is that
+            block of the larger matrix's.
+        first_column: the place of its first column there.
     """
 
     weight: WeightState
@@ -35,6 +38,8 @@ class Addition(NamedTuple):
     compensation: Tensor | None
     hashes: Tensor
     place: int
+    first_row: int = 0
+    first_column: int = 0
 
 
 class KernelBatch:
@@ -130,18 +135,18 @@ def try_out(kernel: ModuleType, device: torch.device) -> None:
 
 def _products(addition: Addition) -> Iterator[tuple[Any, ...]]:
     """Give the fields of a `Product` of the kernel for each matrix."""
-    weight, U, V, _, bits, hashes, place = addition
+    weight, U, V, _, bits, hashes, place, *firsts = addition
     kept = None if bits is None else weight.triple.view.part_matrix(bits)
     matrix = weight.matrix()
     if matrix.dim() == 2:
-        yield matrix, U, V, kept, int(hashes), place
+        yield matrix, U, V, kept, int(hashes), place, *firsts
         return
     for e, hash in enumerate(hashes.tolist()):
-        yield matrix[e], U[e], V[e], None if kept is None else kept[e], hash, place
+        yield matrix[e], U[e], V[e], None if kept is None else kept[e], hash, place, *firsts
 
 
 def _identity(addition: Addition) -> tuple[object, ...]:
     """Return what has to be the same for the products of a W to be the same."""
     tensors = (addition.weight.tensors.W, addition.U, addition.V, addition.compensation)
     places = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors if t is not None]
-    return addition.weight, addition.place, *places
+    return addition.weight, addition.place, addition.first_row, addition.first_column, *places

@@ -54,17 +54,29 @@ def label_hashes(labels: Sequence[str], lead: Sequence[int]) -> Tensor:
     return hashes
 
 
-def noise_factors(keys: Keys, hashes: Tensor, c: int, d: int) -> tuple[Tensor, Tensor]:
-    """Return R (..., c, 1) and C (..., 1, d), int32 and odd, for each of the matrices with the hashes (...)."""
-    R = _scrambled(hashes, keys.rows, c)
-    C = _scrambled(hashes, keys.columns, d)
+def noise_factors(
+    keys: Keys, hashes: Tensor, c: int, d: int, first_row: int = 0, first_column: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return R (..., c, 1) and C (..., 1, d), int32 and odd, for each of the matrices with the hashes (...).
+
+    Args:
+        keys: of the event.
+        hashes: (...) int32, see `label_hashes`.
+        c: the number of rows.
+        d: the number of columns.
+        first_row: of a block of larger matrices, the place of its first row there. The noise of a block is the block
+            of the noise.
+        first_column: the place of its first column there.
+    """
+    R = _scrambled(hashes, keys.rows, first_row, c)
+    C = _scrambled(hashes, keys.columns, first_column, d)
     return R.unsqueeze(-1), C.unsqueeze(-2)
 
 
-def _scrambled(hashes: Tensor, key: int, n: int) -> Tensor:
-    """Return (..., n) odd random numbers."""
+def _scrambled(hashes: Tensor, key: int, first: int, n: int) -> Tensor:
+    """Return (..., n) odd random numbers, those with the indices from `first` on."""
     start = mixed(hashes ^ key).unsqueeze(-1)
-    return mixed(start + torch.arange(n, dtype=torch.int32, device=hashes.device) * WEYL) | 1
+    return mixed(start + torch.arange(first, first + n, dtype=torch.int32, device=hashes.device) * WEYL) | 1
 
 
 def mixed(x: Int32) -> Int32:

@@ -14,6 +14,8 @@ import torch
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.rounding import batch
 from deltaopt.rounding.batch import fused_kernel, try_out
+from deltaopt.rounding.blocks import add_product_
+from deltaopt.rounding.noise import Keys, label_hashes, noise_factors
 from tests.support import internals, strategies
 from tests.support.strategies import ROUNDINGS
 
@@ -106,6 +108,33 @@ def test_every_layout_as_by_blocks(layout, dtype, mode, kernel):
         assert torch.equal(a.W.view(torch.int16), b.W.view(torch.int16))
     for a, b in zip(compensations(first), compensations(second), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+def additions_of(optimizer, **place):
+    """What one step adds to each W: the product of its factors, with the noise of the triple's name."""
+    weights = optimizer.weights()
+    hashes = [label_hashes([w.label], w.matrix().shape[:-2])[0] for w in weights]
+    return [batch.Addition(w, *w.factors(), 2.0**-9, None, hashes[i], i, **place) for i, w in enumerate(weights)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["linear", "transposed", "experts"])
+def test_an_addition_to_a_block_takes_its_place(layout, kernel):
+    """Make one batch for each place. Compare with the blocks of torch operations, which are given the noise."""
+    stored = integer_layers([layout], torch.bfloat16)
+    optimizer = batch_optimizer(stored, "stochastic", "in_place")
+    keys, keep, before = Keys(3, 4), torch.ones(1, dtype=torch.bool), stored[0].W.clone()
+    batches, [weight] = batch.KernelBatch(kernel), optimizer.weights()
+    for place in ((0, 0), (5, 0), (5, 9)):
+        [addition] = additions_of(optimizer, first_row=place[0], first_column=place[1])
+        stored[0].W.copy_(before)
+        batches.add_([addition], keep, keys)
+        found = stored[0].W.clone()
+        stored[0].W.copy_(before)
+        noise = noise_factors(keys, addition.hashes, *weight.matrix().shape[-2:], *place)
+        add_product_(weight.matrix(), addition.U, addition.V, addition.coef, noise)
+        assert torch.equal(found, stored[0].W)
+    assert len(kernel.made) == 3
 
 
 def test_a_batch_is_kept_while_its_tensors_are(kernel):

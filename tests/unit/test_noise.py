@@ -109,6 +109,17 @@ def test_matrices_of_a_stack_have_noise_of_their_own():
     assert len(set(R.flatten().tolist())) == R.numel()
 
 
+@pytest.mark.parametrize("rows", [(0, 7), (2, 3), (5, 7), (4, 4)])
+@pytest.mark.parametrize("columns", [(0, 5), (1, 2), (3, 5), (5, 5)])
+def test_a_block_has_the_block_of_the_noise(rows, columns):
+    keys, hashes = Keys.of(0, "move", 0), label_hashes(["experts", "others"], (3,))
+    R, C = noise_factors(keys, hashes, 7, 5)
+    (r0, r1), (c0, c1) = rows, columns
+    R_block, C_block = noise_factors(keys, hashes, r1 - r0, c1 - c0, first_row=r0, first_column=c0)
+    assert torch.equal(R_block, R[..., r0:r1, :])
+    assert torch.equal(C_block, C[..., c0:c1])
+
+
 def test_it_does_not_touch_the_global_generator():
     before = torch.get_rng_state()
     noise_of(5, 5)

@@ -5,10 +5,12 @@ there.
 """
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,71 @@ def test_has_the_bits_of_the_blocks(rounded, device, kinds, seed, keys):
         got.fill_(AROUND)
         everything = torch.empty(0, dtype=got.dtype, device=device).set_(got.untyped_storage())
         assert bool((everything == AROUND).all())
+
+
+def blocks_of(product, row_cuts, column_cuts):
+    """Cut a product into blocks of W, empty ones too. They say where they begin."""
+    W, U, V, kept = product[:4]
+    sides = [list(pairwise([0, *sorted(cuts), n])) for cuts, n in zip((row_cuts, column_cuts), W.shape, strict=True)]
+    return [
+        product._replace(
+            W=W[r0:r1, c0:c1],
+            U=U[r0:r1],
+            V=V[:, c0:c1],
+            compensation=None if kept is None else kept[r0:r1, c0:c1],
+            first_row=r0,
+            first_column=c0,
+        )
+        for (r0, r1), (c0, c1) in itertools.product(*sides)
+    ]
+
+
+@on_devices
+@in_every_rounding
+@settings(max_examples=settings.default.max_examples // 2)
+@given(st.data(), kinds, strategies.seeds, st.booleans())
+def test_blocks_of_a_weight_come_out_as_the_whole_does(rounded, device, data, kind, seed, copies):
+    """Cut W into blocks, uneven, of one row or column, or empty: each in a tensor of its own, or as views of W."""
+    row_cuts, column_cuts = (data.draw(st.lists(st.integers(0, n), max_size=2)) for n in (kind.c, kind.d))
+    whole = exact_product(kind, torch.Generator().manual_seed(seed), rounded, device, 0)
+    W, kept = expected(whole, rounded, kind.coef)
+    blocks = blocks_of(whole, row_cuts, column_cuts)
+    if copies:
+        blocks = [
+            block._replace(
+                W=block.W.clone(), compensation=None if block.compensation is None else block.compensation.clone()
+            )
+            for block in blocks
+        ]
+    keep = torch.ones(1, dtype=torch.bool, device=device)
+    Batch(blocks).add_([kind.coef] * len(blocks), keep, KEYS if rounded == "stochastic" else None)
+    for block in blocks:
+        place = (slice(block.first_row, None), slice(block.first_column, None))
+        for got, wanted in ((block.W, W), (block.compensation, kept)):
+            if got is not None:
+                there = wanted[place][: block.W.shape[0], : block.W.shape[1]]
+                assert torch.equal(int16_of(got), int16_of(there))
+
+
+@on_devices
+@in_both_dtypes
+@pytest.mark.parametrize("turned", [False, True])
+def test_noise_of_a_block_begins_at_its_place(dtype, turned, device):
+    """Start the noise of a block elsewhere, and it is another block's; a transposed W is looked at transposed."""
+    start, U, V = normal(33, 70).to(device, dtype), *(1e-3 * normal(*s, seed=1).to(device) for s in ((33, 4), (4, 70)))
+
+    def moved(r0, r1, c0, c1, **place):
+        block = start[r0:r1, c0:c1]
+        block = block.mT.contiguous().mT if turned else block.clone()
+        p = kernel_product(block, U[r0:r1], V[:, c0:c1])._replace(**place)
+        add([p], "stochastic")
+        return int16_of(p.W)
+
+    whole = moved(0, 33, 0, 70)
+    block = whole[5:20, 30:70]
+    assert torch.equal(moved(5, 20, 30, 70, first_row=5, first_column=30), block)
+    for place in ({}, {"first_row": 5}, {"first_column": 30}, {"first_row": 30, "first_column": 5}):
+        assert not torch.equal(moved(5, 20, 30, 70, **place), block)
 
 
 @on_devices
