@@ -76,9 +76,7 @@ def fingerprint_of(facts: object) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 
 
-def ranks_that_share(
-    weights: Sequence[WeightState], timeout: float | None, known: Ranks | None = None
-) -> Ranks | None:
+def ranks_that_share(weights: Sequence[WeightState], timeout: float | None, known: Ranks | None = None) -> Ranks | None:
     """Return the ranks that hold parts of the sharded tensors of these weights; None if there are none.
 
     Args:
