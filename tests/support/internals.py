@@ -23,7 +23,8 @@ from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
 from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings
-from deltaopt.in_place import Host, InPlaceUpdate
+from deltaopt.host import Host
+from deltaopt.in_place import InPlaceUpdate
 from deltaopt.ledger import Ledger
 from deltaopt.rounding import blocks, writer
 from deltaopt.rounding.writer import Writer, checked_rounding
