@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash
+from deltaopt.checkpoint.fingerprint import Fingerprint, numbered_blocks_hash, whole_hash
 from deltaopt.factors import Computed
 from deltaopt.groups import checked_count
 from deltaopt.ledger import Ledger
@@ -22,6 +23,11 @@ from deltaopt.weight import WeightState
 
 IDENTITY = "(identity)"
 """Stands for the numbers of an identity matrix, next to a ledger's dense one; no base64."""
+
+
+HASHING = 2
+WHOLE_HASHES = {1: numbered_blocks_hash, HASHING: whole_hash}
+"""How all of a tensor is hashed, by what a record says; states of schema 4 and 5 say nothing, which is 1."""
 
 
 def triple_record(triple: LoRATriple, A: Tensor, B: Tensor) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "folded_since": weight.folded_since,
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
+        "hashing": HASHING,
         "overwritten": _difference_record(overwriting(weight)),
         "whole": whole_hash(weight.part()) if hides else None,
         "A": _factor_record(weight.tensors.left),
@@ -85,9 +92,9 @@ def weight_record(weight: WeightState) -> dict[str, Any] | None:
     return None if weight.weight_problems() else weight.fingerprint().record()
 
 
-def factor_fingerprint(factor: Tensor) -> Fingerprint:
-    """Take the fingerprint of a factor, of all of it."""
-    return Fingerprint(gathered(factor), whole=True)
+def factor_fingerprint(factor: Tensor, hashed: Callable[[Tensor], int] = whole_hash) -> Fingerprint:
+    """Take the fingerprint of a factor, of all of it, hashed as states of this version hold it or as `hashed` does."""
+    return Fingerprint(gathered(factor), hashed)
 
 
 def _factor_record(factor: Tensor | Computed) -> Any:
@@ -112,6 +119,7 @@ class SavedLedger:
         moves: see there; also None if an earlier version has saved it.
         folded_since: see there.
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
+        whole_hash: the function that has made it, and the hashes of A and B.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
         overwritten: what somebody else had made of the base until then; None if nothing is known of that.
         now: the record of the fingerprint of each parameter of A, then of B, when it was saved.
@@ -134,6 +142,7 @@ class SavedLedger:
             A, B = record["end"]
             self.ledger.end = _tensor_of(A), _tensor_of(B)
         self.whole = None if record["whole"] is None else int(record["whole"])
+        self.whole_hash = WHOLE_HASHES[record.get("hashing", 1)]
         self.now = [Fingerprint.of_record(one).record() for letter in "AB" for one in _as_list(record[letter])]
         self.bits = None if record.get("bits") is None else _tensor_of(record["bits"])
         self.stored = float(record.get("stored", 1.0))

@@ -304,7 +304,7 @@ def factor_problems(weight: WeightState, saved: SavedLedger) -> list[str]:
         return [f"A and B are made of {len(parameters)} parameters, and were of {len(saved.now)} in the saved run"]
     for place, (name, parameter, then) in enumerate(zip(names, parameters, saved.now, strict=True)):
         parameter = _as_saved(gathered(parameter).detach(), then["dtype"])
-        here = factor_fingerprint(parameter).record()
+        here = factor_fingerprint(parameter, saved.whole_hash).record()
         if here != then and not (place == 0 and _is_stored_form(parameter, weight, saved)):
             found.append(f"{name} {_difference(here, then)}")
     return found
@@ -363,12 +363,9 @@ def _what_is_there(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> str |
         return None
     if saved.whole is None and W["hash"] == saved.W["hash"]:
         return "saved"
-    if saved.whole is None and not _rebuilt_for:
-        return None
-    whole = whole_hash(part)
-    if whole == saved.whole:
+    if saved.whole is not None and saved.whole_hash(part) == saved.whole:
         return "saved"
-    return "rebuilt" if _rebuilt_for.get(whole) == _saved_hash(saved) else None
+    return "rebuilt" if _rebuilt_for and _rebuilt_for.get(whole_hash(part)) == _saved_hash(saved) else None
 
 
 def _saved_hash(saved: SavedLedger) -> int:

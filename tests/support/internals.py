@@ -177,7 +177,7 @@ def fingerprints_of_weights(patch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return a list that gets each W whose fingerprint is taken from now on."""
     taken: list[Tensor] = []
 
-    def noted(tensor: Tensor, whole: bool = False) -> Fingerprint:
+    def noted(tensor: Tensor, whole: Any = None) -> Fingerprint:
         taken.append(tensor)
         return Fingerprint(tensor, whole)
 
