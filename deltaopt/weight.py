@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from deltaopt.claims import Claim
 from deltaopt.groups import DeltaGroup
 from deltaopt.ledger import Ledger, combined
 from deltaopt.lowrank import LowRank, Term, joined
-from deltaopt.overwritten import base_sample
+from deltaopt.overwritten import base_samples
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import gathered
 from deltaopt.tensors import is_plain, offload_problems, tensor_problems
@@ -244,17 +245,7 @@ class WeightState:
 
     def note_base(self) -> None:
         """Take W as it is now as its base, unless it has moved before. Called before every write."""
-        if self.base is not None and (self.claim is None or self.claim.is_settled()):
-            return
-        if self.base is None and self.claim is not None:
-            self.rebased |= self.claim.base_overwritten
-        self.note_write()
-        if self.base is None:
-            base = self.fingerprint()
-            self.copy_base()
-            self.base_sample = base_sample(self)
-            self.triple.weight_moves()
-            self.base = base  # last: after an exception all of it is done again
+        note_bases([self])
 
     def count_after_a_move(self) -> int | None:
         """Return what `moves` is after one more move; the caller sets it, which may be done twice."""
@@ -335,6 +326,40 @@ class WeightState:
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
         return {**self.__dict__, "_tensors": None, "_checked": None, "_left": None, "claim": None}
+
+
+def note_bases(weights: Sequence[WeightState]) -> None:
+    """Take each W as it is now as its base, unless it has moved before. Called before every write."""
+    resting = []
+    for weight in weights:
+        if weight.base is not None and (weight.claim is None or weight.claim.is_settled()):
+            continue
+        if weight.base is None and weight.claim is not None:
+            weight.rebased |= weight.claim.base_overwritten
+        weight.note_write()
+        if weight.base is None:
+            resting.append(weight)
+    if not resting:
+        return
+    bases, samples = Fingerprint.of_each([weight.part() for weight in resting]), base_samples(resting)
+    for weight, base, sample in zip(resting, bases, samples, strict=True):
+        weight.copy_base()
+        weight.base_sample = sample
+        weight.triple.weight_moves()
+        weight.base = base  # last: after an exception all of it is done again
+
+
+@contextmanager
+def looked_up_once(weights: Sequence[WeightState]) -> Iterator[None]:
+    """Look the tensors of all weights up once for what is read of them within, outside of an event."""
+    before = [weight._tensors for weight in weights]
+    try:
+        for weight in weights:
+            weight._tensors = weight.tensors
+        yield
+    finally:
+        for weight, tensors in zip(weights, before, strict=True):
+            weight._tensors = tensors
 
 
 def off_base(weight: WeightState) -> Callable[[], bool]:

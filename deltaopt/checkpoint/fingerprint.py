@@ -22,6 +22,9 @@ SAMPLES = 4096
 BLOCK_ELEMENTS = 1 << 18
 """How many elements `whole_hash` reads at a time."""
 
+STACKED_ELEMENTS = 1 << 15
+"""How many elements of several tensors are hashed at a time, if one has no more: a CPU's cache holds them."""
+
 KEPT_PLACES = 1 << 15
 """The places of a shape are kept if they are no more than that."""
 
@@ -38,9 +41,21 @@ class Fingerprint:
     """
 
     def __init__(self, tensor: Tensor, whole: bool = False) -> None:
+        self._describe(tensor, whole_hash(tensor) if whole else content_hash(tensor.detach()))
+
+    @classmethod
+    def of_each(cls, tensors: Sequence[Tensor]) -> list[Fingerprint]:
+        """Take the fingerprint of each tensor, of a sample; tensors of one shape are hashed together."""
+        twins = [cls.__new__(cls) for _ in tensors]
+        hashes = content_hashes([tensor.detach() for tensor in tensors])
+        for twin, tensor, content in zip(twins, tensors, hashes, strict=True):
+            twin._describe(tensor, content)
+        return twins
+
+    def _describe(self, tensor: Tensor, content: Tensor | int) -> None:
         self.shape = list(tensor.shape)
         self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self._content: Tensor | int = whole_hash(tensor) if whole else content_hash(tensor.detach())
+        self._content = content
 
     def record(self) -> dict[str, Any]:
         """Plain numbers and strings, to be saved and to be compared. Waits for the device."""
@@ -76,20 +91,37 @@ def content_hash(
         shape: of the whole tensor.
         samples: how many elements of the whole are read, or one in each row if there are more rows; None for all.
     """
-    shape = part.shape if shape is None else shape
+    if start is None:
+        return content_hashes([part], samples)[0]
     if part.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=part.device)
-    words = part.view(_WORDS[part.element_size()])
-    if start is not None:
-        return _piece_hash(words, start, shape, samples)
-    places = _places(tuple(shape), samples, part.device)
-    if places.positions is None:
-        words = words.reshape(-1)
-    elif words.is_contiguous():
-        words = words.view(-1).index_select(0, places.positions)
-    else:
-        words = words[_index(places.positions, shape)]
-    return _mixed_(words.to(torch.int64) ^ places.mixed).sum()
+    return _piece_hash(part.view(_WORDS[part.element_size()]), start, part.shape if shape is None else shape, samples)
+
+
+def content_hashes(tensors: Sequence[Tensor], samples: int | None = SAMPLES) -> list[Tensor]:
+    """Return the `content_hash` of each tensor. Tensors of one shape are hashed in few launches."""
+    kinds: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
+    hashes: dict[int, Tensor] = {}
+    for (shape, _, device), members in kinds.items():
+        places = _places(tuple(shape), samples, device)
+        count = max(1, STACKED_ELEMENTS // max(1, places.mixed.numel()))
+        for first in range(0, len(members), count):
+            block = members[first : first + count]
+            words = torch.stack([_words(tensors[i], places.positions) for i in block])
+            hashes |= zip(block, _mixed_(words ^ places.mixed).sum(-1).unbind(), strict=True)
+    return [hashes[i] for i in range(len(tensors))]
+
+
+def _words(tensor: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the bits of the elements at these positions of the flattened tensor as integers; None for all of it."""
+    words = tensor.view(_WORDS[tensor.element_size()])
+    if positions is None:
+        return words.reshape(-1)
+    if words.is_contiguous():
+        return words.view(-1).index_select(0, positions)
+    return words[_index(positions, words.shape)]
 
 
 def _piece_hash(words: Tensor, start: Sequence[int], shape: Sequence[int], samples: int | None) -> Tensor:
@@ -148,7 +180,7 @@ def _mixed_range(n: int) -> Tensor:
 
 def whole_hash(tensor: Tensor) -> int:
     """The hash of all elements, a block at a time. Waits for the device."""
-    hashes = [content_hash(block, samples=None) for block in _blocks(tensor.detach())]
+    hashes = content_hashes(list(_blocks(tensor.detach())), samples=None)
     found = [int(hashes[0])] if len(hashes) == 1 else torch.stack(hashes).tolist()
     total = sum(_mixed_int(number + place) for place, number in enumerate(found))
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)

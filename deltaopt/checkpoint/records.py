@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +49,17 @@ def branch_record(triple: LoRATriple) -> dict[str, Any]:
     return {"scaling": triple.scaling, "folded": triple.folded, "stored": triple.stored_factor}
 
 
-def ledger_record(weight: WeightState) -> dict[str, Any]:
-    """Return the ledger of a W with the fingerprints of this moment. Waits for the device.
+def ledger_records(weights: Sequence[WeightState]) -> Iterator[dict[str, Any]]:
+    """Yield the ledger of each W with the fingerprints of this moment. Waits for the device.
 
     `SavedLedger` makes the ledger of it again.
     """
-    ledger, now = weight.placed_ledger(), weight_record(weight)
+    for weight, now, difference in zip(weights, weight_records(weights), overwriting(weights), strict=True):
+        yield _ledger_record(weight, now, difference)
+
+
+def _ledger_record(weight: WeightState, now: dict[str, Any] | None, difference: Difference | None) -> dict[str, Any]:
+    ledger = weight.placed_ledger()
     if ledger.is_matrix:
         ledger.sum_up()  # the terms that wait to be added to it would be saved next to it
     # W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits.
@@ -70,7 +76,7 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "folded_since": weight.folded_since,
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
-        "overwritten": _difference_record(overwriting(weight)),
+        "overwritten": _difference_record(difference),
         "whole": whole_hash(weight.part()) if hides else None,
         "A": _factor_record(weight.tensors.left),
         # A state_dict of the model gives A multiplied and rounded.
@@ -80,9 +86,11 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
     }
 
 
-def weight_record(weight: WeightState) -> dict[str, Any] | None:
-    """Return what a checkpoint keeps to know W again; None of one that cannot be read (quantized, offloaded)."""
-    return None if weight.weight_problems() else weight.fingerprint().record()
+def weight_records(weights: Sequence[WeightState]) -> list[dict[str, Any] | None]:
+    """Return what a checkpoint keeps to know each W again; None of one that cannot be read (quantized, offloaded)."""
+    readable = [weight for weight in weights if not weight.weight_problems()]
+    found = dict(zip(readable, Fingerprint.of_each([weight.part() for weight in readable]), strict=True))
+    return [found[weight].record() if weight in found else None for weight in weights]
 
 
 def factor_fingerprint(factor: Tensor) -> Fingerprint:
