@@ -28,7 +28,7 @@ from deltaopt.rounding.blocks import full_precision
 from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
 from deltaopt.sharding import Block, at_hand, gather_all, is_sharded, local_part, with_local_part
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, note_bases
 
 
 class _Slot:
@@ -207,8 +207,7 @@ class ShardedMoves:
 
     def note_bases(self) -> None:
         """Note what every W is before its first move."""
-        for slot in self.slots:
-            slot.weight.note_base()
+        note_bases([slot.weight for slot in self.slots])
 
     @torch.no_grad()
     def bring(self) -> None:

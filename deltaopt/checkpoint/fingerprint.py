@@ -24,6 +24,9 @@ SAMPLES = 4096
 BLOCK_ELEMENTS = 1 << 18
 """How many elements `whole_hash` reads at a time."""
 
+STACKED_ELEMENTS = 1 << 15
+"""How many elements of several tensors are hashed at a time, if one has no more: a CPU's cache holds them."""
+
 KEPT_PLACES = 1 << 15
 """The places of a shape are kept if they are no more than that."""
 
@@ -40,26 +43,45 @@ class Fingerprint:
     """
 
     def __init__(self, tensor: Tensor, whole: Callable[[Tensor], int] | None = None) -> None:
-        self.shape = list(tensor.shape)
-        self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self._content: Tensor | int = whole(tensor) if whole is not None else content_hash(tensor.detach())
+        content = whole(tensor) if whole is not None else content_hash(tensor.detach())
+        self._describe(tensor.shape, tensor.dtype, content)
 
     @classmethod
-    def of_piece(cls, part: Tensor, piece: Piece, W: Tensor) -> Fingerprint:
-        """Take the fingerprint of all of a sharded W, or of all of its part that moves; all ranks have to call this.
+    def of_each(cls, tensors: Sequence[Tensor]) -> list[Fingerprint]:
+        """Take the fingerprint of each tensor, of a sample; tensors of one shape are hashed together."""
+        hashes = content_hashes([tensor.detach() for tensor in tensors])
+        return [cls._of(tensor.shape, tensor.dtype, content) for tensor, content in zip(tensors, hashes, strict=True)]
+
+    @classmethod
+    def of_pieces(
+        cls, parts: Sequence[Tensor], pieces: Sequence[Piece], sharded: Sequence[Tensor]
+    ) -> list[Fingerprint]:
+        """Take the fingerprint of each sharded W, or of its part that moves, as a whole; all ranks have to call this.
 
         Args:
-            part: this rank's part of it.
-            piece: where that lies.
-            W: tells which ranks hold the others.
+            parts: this rank's part of each.
+            pieces: where that lies.
+            sharded: each W, which tells what ranks hold its other parts.
         """
-        start, shape = piece.place_of_part()
+        places = [piece.place_of_part() for piece in pieces]
+        shapes = [list(W.shape) if shape is None else shape for W, (_, shape) in zip(sharded, places, strict=True)]
+        own = [
+            content_hash(part.detach(), start, shape) * piece.is_first
+            for part, piece, (start, _), shape in zip(parts, pieces, places, shapes, strict=True)
+        ]
+        hashes = summed_over_ranks(own, sharded)
+        return [cls._of(shape, part.dtype, h) for shape, part, h in zip(shapes, parts, hashes, strict=True)]
+
+    @classmethod
+    def _of(cls, shape: Sequence[int], dtype: torch.dtype, content: Tensor) -> Fingerprint:
         twin = cls.__new__(cls)
-        twin.shape = list(W.shape) if shape is None else shape
-        twin.dtype = str(part.dtype).removeprefix("torch.")
-        own = content_hash(part.detach(), start, twin.shape)
-        twin._content = summed_over_ranks(own if piece.is_first else torch.zeros_like(own), W)
+        twin._describe(shape, dtype, content)
         return twin
+
+    def _describe(self, shape: Sequence[int], dtype: torch.dtype, content: Tensor | int) -> None:
+        self.shape = list(shape)
+        self.dtype = str(dtype).removeprefix("torch.")
+        self._content = content
 
     def record(self) -> dict[str, Any]:
         """Plain numbers and strings, to be saved and to be compared. Waits for the device."""
@@ -95,20 +117,37 @@ def content_hash(
         shape: of the whole tensor.
         samples: how many elements of the whole are read, or one in each row if there are more rows; None for all.
     """
-    shape = part.shape if shape is None else shape
+    if start is None:
+        return content_hashes([part], samples)[0]
     if part.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=part.device)
-    words = part.view(_WORDS[part.element_size()])
-    if start is not None:
-        return _piece_hash(words, start, shape, samples)
-    places = _places(tuple(shape), samples, part.device)
-    if places.positions is None:
-        words = words.reshape(-1)
-    elif words.is_contiguous():
-        words = words.view(-1).index_select(0, places.positions)
-    else:
-        words = words[_index(places.positions, shape)]
-    return _mixed_(words.to(torch.int64) ^ places.mixed).sum()
+    return _piece_hash(part.view(_WORDS[part.element_size()]), start, part.shape if shape is None else shape, samples)
+
+
+def content_hashes(tensors: Sequence[Tensor], samples: int | None = SAMPLES) -> list[Tensor]:
+    """Return the `content_hash` of each tensor. Tensors of one shape are hashed in few launches."""
+    kinds: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
+    hashes: dict[int, Tensor] = {}
+    for (shape, _, device), members in kinds.items():
+        places = _places(tuple(shape), samples, device)
+        count = max(1, STACKED_ELEMENTS // max(1, places.mixed.numel()))
+        for first in range(0, len(members), count):
+            block = members[first : first + count]
+            words = torch.stack([_words(tensors[i], places.positions) for i in block])
+            hashes |= zip(block, _mixed_(words ^ places.mixed).sum(-1).unbind(), strict=True)
+    return [hashes[i] for i in range(len(tensors))]
+
+
+def _words(tensor: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the bits of the elements at these positions of the flattened tensor as integers; None for all of it."""
+    words = tensor.view(_WORDS[tensor.element_size()])
+    if positions is None:
+        return words.reshape(-1)
+    if words.is_contiguous():
+        return words.view(-1).index_select(0, positions)
+    return words[_index(positions, words.shape)]
 
 
 def _piece_hash(words: Tensor, start: Sequence[int], shape: Sequence[int], samples: int | None) -> Tensor:
@@ -281,7 +320,7 @@ def numbered_blocks_hash(tensor: Tensor) -> int:
 
     Each block of the tensor is hashed with its number, so that it cannot be made of the hashes of pieces.
     """
-    hashes = [content_hash(block, samples=None) for block in _blocks(tensor.detach())]
+    hashes = content_hashes(list(_blocks(tensor.detach())), samples=None)
     found = [int(hashes[0])] if len(hashes) == 1 else torch.stack(hashes).tolist()
     return _signed_int(sum(_mixed_int(number + place) for place, number in enumerate(found)))
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deltaopt.checkpoint.records import ledger_record, triple_record
+from deltaopt.checkpoint.records import ledger_records, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.naming import differ_by_wrappers, renamed
@@ -191,10 +191,10 @@ def add_ledgers(
     }
     # torch.distributed.checkpoint wants state for all parameters or for none.
     state: dict[Any, dict[str, Any]] = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
-    for weight in weights:
+    for weight, record in zip(weights, ledger_records(weights), strict=True):
         number = next(numbers[id(parameter)] for parameter in weight.tensors.stored if id(parameter) in numbers)
         # The empty entry is the place of ledgers of schema 4, which a distributed checkpoint may bring.
-        ledger = {LEDGER + weight.label: _sealed({weight.label: ledger_record(weight)})}
+        ledger = {LEDGER + weight.label: _sealed({weight.label: record})}
         state[number] = {KEY: "", **state[number], **ledger}
         compensation = compensations.get(weight)
         if compensation is not None:

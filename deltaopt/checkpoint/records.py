@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from deltaopt.overwritten import Difference, overwriting
 from deltaopt.sharding import gathered
 from deltaopt.tensors import FLOATS
 from deltaopt.triple import LoRATriple
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, fingerprints
 
 IDENTITY = "(identity)"
 """Stands for the numbers of an identity matrix, next to a ledger's dense one; no base64."""
@@ -54,12 +54,17 @@ def branch_record(triple: LoRATriple) -> dict[str, Any]:
     return {"scaling": triple.scaling, "folded": triple.folded, "stored": triple.stored_factor}
 
 
-def ledger_record(weight: WeightState) -> dict[str, Any]:
-    """Return the ledger of a W with the fingerprints of this moment. Waits for the device.
+def ledger_records(weights: Sequence[WeightState]) -> Iterator[dict[str, Any]]:
+    """Yield the ledger of each W with the fingerprints of this moment. Waits for the device.
 
     `SavedLedger` makes the ledger of it again.
     """
-    ledger, now = weight.placed_ledger(), weight_record(weight)
+    for weight, now, difference in zip(weights, weight_records(weights), overwriting(weights), strict=True):
+        yield _ledger_record(weight, now, difference)
+
+
+def _ledger_record(weight: WeightState, now: dict[str, Any] | None, difference: Difference | None) -> dict[str, Any]:
+    ledger = weight.placed_ledger()
     if ledger.is_matrix:
         ledger.sum_up()  # the terms that wait to be added to it would be saved next to it
     # W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits.
@@ -77,8 +82,8 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
         "hashing": HASHING,
-        "overwritten": _difference_record(overwriting(weight)),
-        "whole": whole_hash(weight.part()) if hides else None,
+        "overwritten": _difference_record(difference),
+        "whole": weight.whole_hash() if hides else None,
         "A": _factor_record(weight.tensors.left),
         # A state_dict of the model gives A multiplied and rounded.
         "bits": _tensor_record(gathered(weight.tensors.stored[0])) if weight.triple.stores_A else None,
@@ -87,9 +92,11 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
     }
 
 
-def weight_record(weight: WeightState) -> dict[str, Any] | None:
-    """Return what a checkpoint keeps to know W again; None of one that cannot be read (quantized, offloaded)."""
-    return None if weight.weight_problems() else weight.fingerprint().record()
+def weight_records(weights: Sequence[WeightState]) -> list[dict[str, Any] | None]:
+    """Return what a checkpoint keeps to know each W again; None of one that cannot be read (quantized, offloaded)."""
+    readable = [weight for weight in weights if not weight.weight_problems()]
+    found = dict(zip(readable, fingerprints(readable), strict=True))
+    return [found[weight].record() if weight in found else None for weight in weights]
 
 
 def factor_fingerprint(factor: Tensor, hashed: Callable[[Tensor], int] = whole_hash) -> Fingerprint:
