@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from deltaopt.claims import Use
 from deltaopt.factors import INSTEAD_OF_VIEWS, Computed
+from deltaopt.flattened import fsdp1_problems
 from deltaopt.groups import ParamsInput, as_list
 from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
@@ -41,12 +42,21 @@ def check_weights(weights: Sequence[WeightState], rule: UpdateRule, new: Collect
         for weight in weights
         for problem in problems_of(
             weight.label,
-            [*(frozen_problems(weight) if weight in new else []), *triple_problems(weight, rule, unwritable[weight])],
+            _fsdp1_problems(weight, rule)
+            or [
+                *(frozen_problems(weight) if weight in new else []),
+                *triple_problems(weight, rule, unwritable[weight]),
+            ],
         )
     ]
     if not problems:
         problems = set_problems(weights, {weight for weight in weights if not unwritable[weight]}, rule)
     raise_problems(ValueError, "these triples cannot be used", problems)
+
+
+def _fsdp1_problems(weight: WeightState, rule: UpdateRule) -> list[str]:
+    factors = zip(weight.triple.parameter_names, weight.tensors.stored, strict=True)
+    return fsdp1_problems(weight.tensors.W, factors, divides_gradients=rule.scales_branches)
 
 
 def set_problems(weights: Sequence[WeightState], readable: set[WeightState], rule: UpdateRule) -> list[Problem]:

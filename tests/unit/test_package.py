@@ -52,7 +52,7 @@ ORDER = [
     *("stored_factors", "averaged", "save_watch"),
     *("norms", "upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
+    *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding", "flattened"),
     *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "modules", "schedules"),
 ]
 FOLDERS = ("analysis", "integrations")
