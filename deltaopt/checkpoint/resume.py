@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import call_the_rest
+from deltaopt.checkpoint.compensation import compensation_bits
 from deltaopt.checkpoint.fingerprint import whole_hash
 from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_record
 from deltaopt.messages import Problem, layers, problems_of, raise_problems
 from deltaopt.overwritten import base_sample
 from deltaopt.rounding.blocks import cut_off
 from deltaopt.rounding.writer import Writer, add_terms_, put_
-from deltaopt.sharding import gathered, put_whole_
+from deltaopt.sharding import gathered, local_part, put_whole_
 from deltaopt.stored_factors import raw_form, stored_form
 from deltaopt.weight import Compensation, WeightState
 
@@ -284,15 +285,21 @@ def _check_shapes(saved: SavedLedger, expected: list[list[int]]) -> None:
 
 
 def _checked_compensation(weight: WeightState, kept: Any) -> Tensor | None:
+    """Return the saved compensation as int16, this rank's part of it where W is sharded."""
     if kept is None:
         return None
     shape = weight.part().shape
-    if isinstance(kept, Tensor) and kept.dtype == torch.int16 and kept.shape == shape:
-        return kept
+    if isinstance(kept, Tensor):
+        part = local_part(kept)
+        if part.dtype == torch.uint8 and part.shape == (*shape, 2):
+            return compensation_bits(part)
+        if part.dtype == torch.int16 and part.shape == shape:  # of schema 4 and 5
+            return part
     found = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
     raise ValueError(
-        f"{weight.label}: its saved compensation is damaged, expected torch.int16 of shape {tuple(shape)}, got "
-        f"{found}. Take another checkpoint, or load deltaopt.without_compensation(state)"
+        f"{weight.label}: its saved compensation is damaged, expected torch.uint8 of shape {(*shape, 2)} (or, of an "
+        f"earlier version, torch.int16 of shape {tuple(shape)}), got {found}. Take another checkpoint, or load "
+        "deltaopt.without_compensation(state)"
     )
 
 

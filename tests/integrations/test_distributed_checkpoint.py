@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.compare import assert_same_bits, bits
-from tests.support.internals import as_schema_4, terms_of
+from tests.support.distributed import assert_same_on_all_ranks, on_all_ranks, shares
+from tests.support.internals import as_schema_4, compensation_of, terms_of
 from tests.support.models import batches, layers
 from tests.support.peft_runs import (
     DATA,
@@ -226,3 +228,33 @@ def test_saving_a_flattened_optimizer_state_is_refused():
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=True)
     with pytest.raises(NotImplementedError, match=r"Flattening optimizer state_dict only supports .*'str'"):
         dcp.get_optimizer_state_dict(run.model, run.optimizer, options=options)
+
+
+def test_a_compensated_run_on_two_ranks_resumes_from_a_state_on_one_rank(tmp_path):
+    """Torch sends it tensor by tensor, and there is no int16 to send. set_state_dict would load the model last."""
+    on_all_ranks(compensated_on_rank, tmp_path)
+
+
+def compensated_on_rank(rank: int) -> None:
+    def new() -> ModelRun:
+        run = ModelRun(dtype=torch.bfloat16, factors=torch.float32, rounding="compensated")
+        run.model = DistributedDataParallel(run.model)
+        return run
+
+    run, twin = new(), new()
+    run.train(shares(batches(3), rank))
+    run.optimizer.zero_grad()
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    model, state = copy.deepcopy(dcp.get_state_dict(run.model, run.optimizer, options=options))
+    assert bool(model) == bool(state) == (rank == 0)
+    dcp.set_model_state_dict(twin.model, model, options=options)
+    dcp.set_optimizer_state_dict(twin.model, twin.optimizer, state, options=options)
+    assert twin.optimizer.step_count == 3
+    for r in (run, twin):
+        r.train(shares(batches(3, seed=2), rank))
+    assert_same_bits(twin.model, bits(run.model))
+    for i in range(len(run.optimizer.triples)):
+        kept = compensation_of(run.optimizer, i)
+        assert kept.any()
+        assert torch.equal(compensation_of(twin.optimizer, i), kept)
+    assert_same_on_all_ranks(twin.model)
