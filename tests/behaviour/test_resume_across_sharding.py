@@ -3,6 +3,7 @@
 FSDP2 shards over a group of one process here. What several ranks do differently is in tests/integrations.
 """
 
+import copy
 import types
 from collections.abc import Callable
 
@@ -12,11 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from deltaopt import WeightMismatchError
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, WeightMismatchError
 from tests.support.compare import assert_close, refused, through_a_file
 from tests.support.folded import ScaledLayer, folded_optimizer
-from tests.support.internals import change_ledger
+from tests.support.internals import change_ledger, compensation_of
+from tests.support.small import small_layer
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +137,18 @@ def test_an_offloaded_weight_is_taken_unless_it_was_written_or_is_of_another_dty
     twin = offloaded(Run(sharded=False, dtype=torch.float32).take(run))
     match = "q: .*W has the dtype float32, saved was float64"
     refused(lambda: twin.optimizer.load_state_dict(run.optimizer.state_dict()), WeightMismatchError, "(?s)" + match)
+
+
+def test_of_a_sharded_compensation_the_local_part_is_taken():
+    W, A, B = small_layer()
+    W = W.bfloat16()
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [LoRATriple(W, A, B, name="q")], lr=0.1, rounding="compensated")
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    [(entries, key)] = [(e, key) for e in state["state"].values() for key in e if "compensation" in key]
+    kept = compensation_of(optimizer).clone()
+    entries[key] = distribute_tensor(entries[key], init_device_mesh("cpu", (1,)), [Shard(0)])
+    compensation_of(optimizer).zero_()
+    optimizer.load_state_dict(state)
+    assert kept.any()
+    assert torch.equal(compensation_of(optimizer), kept)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.nn.parallel import DistributedDataParallel
 
+from deltaopt.checkpoint.compensation import compensation_bits
 from tests.support.compare import assert_same_bits, bits
 from tests.support.distributed import assert_same_on_all_ranks, on_all_ranks, shares
 from tests.support.internals import as_schema_4, compensation_of, terms_of
@@ -219,6 +222,29 @@ def test_a_checkpoint_of_schema_4_is_loaded_by_a_planner_that_allows_missing_key
     for r in (run, other):
         r.train(DATA[STOP:])
     assert_same_runs(run, other)
+
+
+def test_a_compensation_of_an_earlier_version_comes_through_one_file(tmp_path):
+    """It was int16 of W's shape, for which the template of a fresh optimizer has no place."""
+    options = {"dtype": torch.bfloat16, "factors": torch.float32, "rounding": "compensated"}
+    run, other = ModelRun(**options).train(batches(3)), ModelRun(**options)
+    run.optimizer.zero_grad()
+    model, optimizer = copy.deepcopy(dcp.get_state_dict(run.model, run.optimizer))
+    for entries in optimizer["state"].values():
+        for key in [key for key in entries if "compensation" in key]:
+            entries[key] = compensation_bits(entries[key])
+    checkpoint.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path / "old")
+    model, optimizer = dcp.get_state_dict(other.model, other.optimizer)
+    with pytest.raises(CheckpointException, match=r"Size mismatch between saved .* for optimizer.*compensation"):
+        checkpoint.load({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path / "old")
+    dcp_to_torch_save(tmp_path / "old", tmp_path / "old.pt")
+    state = torch.load(tmp_path / "old.pt", weights_only=True)
+    dcp.set_model_state_dict(other.model, state["model"])
+    dcp.set_optimizer_state_dict(other.model, other.optimizer, state["optimizer"])
+    for r in (run, other):
+        r.train(batches(3, seed=2))
+    assert_same_bits(other.model, bits(run.model))
+    assert torch.equal(compensation_of(other.optimizer), compensation_of(run.optimizer))
 
 
 def test_saving_a_flattened_optimizer_state_is_refused():
