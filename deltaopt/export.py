@@ -11,6 +11,7 @@ from deltaopt.messages import problems_of, raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.outside import warn_before_export
 from deltaopt.rounding.writer import add_terms_
+from deltaopt.sharding import is_sharded
 from deltaopt.tensors import outside_inference_mode, same_view
 from deltaopt.weight import looked_up_once
 from deltaopt.wrappers import unwrap
@@ -92,7 +93,7 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     for weight in weights:
         own = weight.tensors.W
         W = own.detach().clone()
-        fused = [other for other in weights if other.tensors.W.data_ptr() == own.data_ptr()]  # rows, columns, adapters
+        fused = [other for other in weights if _is_same(other.tensors.W, own)]  # rows, columns, adapters
         for other in fused:
             with outside_inference_mode():
                 part = other.full_part()
@@ -102,3 +103,10 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
             other.triple.view.part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)
         merged[weight.label] = W
     return merged
+
+
+def _is_same(W: Tensor, other: Tensor) -> bool:
+    """Tell if two tensors are one weight. A sharded one has no memory of its own, and its piece may be empty."""
+    if W is other or is_sharded(W) or is_sharded(other):
+        return W is other
+    return W.data_ptr() == other.data_ptr()

@@ -101,8 +101,9 @@ def save_adapter(
     save the resized base too.
 
     Files of the same names are replaced, other files in the folder stay. A process that is killed while it writes
-    leaves the old adapter, the new one, or a folder without ``adapter_config.json``. With several processes, call it
-    in one of them.
+    leaves the old adapter, the new one, or a folder without ``adapter_config.json``. With several processes and a
+    sharded model call it in all of them: they gather the factors, rank 0 writes, and the others do not wait for that.
+    With a whole model in each process call it in one of them.
 
     Args:
         model: a PeftModel, or a model with transformers' ``add_adapter``; it is not changed.

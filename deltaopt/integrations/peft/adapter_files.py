@@ -26,6 +26,7 @@ from deltaopt.integrations.peft.moved_config import plain
 from deltaopt.lowrank import LowRank
 from deltaopt.modules import modules_of
 from deltaopt.naming import names_without_wrappers, short_names
+from deltaopt.sharding import gathered, is_sharded
 
 PREFIX = "base_model.model."
 """The prefix of the names of the base model's modules in a PeftModel, and in every adapter file."""
@@ -49,6 +50,7 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` with these changes as the adapter's factors.
 
     A model of diffusers gets ``pytorch_lora_weights.safetensors`` too. An adapter of AdaLoRA is written as one of LoRA.
+    With a sharded model all ranks call this, and rank 0 writes.
 
     Args:
         model: with a `peft_config` that holds `adapter`.
@@ -63,6 +65,9 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
     names = _names(model)
     tensors = _tensors(model, adapter, changes, names)
     config = _config(model, adapter, changes, names)
+    ranks = [change.rank for _, change, _ in changes]
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
+        return ranks
     with replacing_together(directory, last=CONFIG_NAME) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         component = component_of(_base_model(model))
@@ -70,7 +75,7 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
             named, metadata = lora_file(component, tensors, config.to_dict(), PREFIX)
             save_file(named, folder / LORA_FILE, metadata=metadata)
         config.save_pretrained(folder, auto_mapping_dict=_auto_mapping(model, config))
-    return [change.rank for _, change, _ in changes]
+    return ranks
 
 
 def _tensors(
@@ -104,7 +109,7 @@ def _tensors(
     short = short_names(model, picked)
     picked = {short[key]: tensor for key, tensor in picked.items()}
     picked = {key: tensor for key, tensor in picked.items() if key not in replaced} | factors
-    return _separate({prefix + key: tensor.detach().contiguous() for key, tensor in picked.items()})
+    return _separate({prefix + key: gathered(tensor.detach()).contiguous() for key, tensor in picked.items()})
 
 
 @contextmanager
