@@ -10,6 +10,7 @@ from deltaopt.factors import Factor
 from deltaopt.integrations import find_triples, other_parameters
 from deltaopt.lowrank import LowRank
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.ranks import RanksDisagreeError
 from deltaopt.small_states import leave_out_compensation
 from deltaopt.triple import LoRATriple
 from deltaopt.wrappers import unwrap
@@ -21,6 +22,7 @@ __all__ = [
     "Factor",
     "LoRATriple",
     "LowRank",
+    "RanksDisagreeError",
     "WeightMismatchError",
     "describe",
     "export_adapter",

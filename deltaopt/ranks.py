@@ -73,9 +73,7 @@ class Ranks:
             control.device_group = dist.new_group(list(self.ranks), use_local_synchronization=True)
         return control.device_group
 
-    def meet(
-        self, event: str, facts: Mapping[str, object] | None = None, error: BaseException | None = None
-    ) -> None:
+    def meet(self, event: str, facts: Mapping[str, object] | None = None, error: BaseException | None = None) -> None:
         """Return once all ranks are in `event` with the same `facts` and no `error`; else raise on all of them.
 
         Args:
@@ -158,8 +156,8 @@ class _Control:
         self.device_group: Any = None
         self.count = 0
         self.broken: str | None = None
-        name = f"deltaopt/{','.join(map(str, ranks))}/{timeout}"
-        self.name = f"{name}/{self.store.add(f'{name}/{self.rank}', 1)}"
+        self.began = 0.0
+        self.name = f"deltaopt/{_hash(f'{ranks} {timeout}')}"
 
     def arrive(self, event: str) -> None:
         """Note in the store that this rank has come, and make the group at the first meeting."""
@@ -168,6 +166,8 @@ class _Control:
         self.count += 1
         self.began = time.monotonic()
         try:
+            if self.count == 1:  # the first one in this store, unless the default group was destroyed and made again
+                self.name += f"/{self.store.add(f'{self.name}/{self.rank}', 1)}"
             self.store.set(f"{self.name}/at/{self.rank}", f"{self.count} {event}")
             if self.group is None:
                 self.group = self._new_group()
@@ -178,7 +178,7 @@ class _Control:
         if self.backend in WITHOUT_CONNECTIONS:
             return dist.new_group(list(self.ranks), use_local_synchronization=True)
         # Not by `new_group`: its name depends on how many groups this rank has made, which may differ between ranks.
-        store = dist.PrefixStore(f"{self.name}/gloo", self.store)
+        store = dist.distributed_c10d.PrefixStore(f"{self.name}/gloo", self.store)
         timeout = timedelta(seconds=self.timeout)
         return dist.ProcessGroupGloo(store, self.ranks.index(self.rank), len(self.ranks), timeout)
 
@@ -322,6 +322,9 @@ def _hash(text: str) -> int:
 
 def _clipped(text: str, width: int) -> str:
     """Cut a text so that it takes at most `width` bytes as JSON."""
-    while len(json.dumps(text)) > width:
-        text = text[: max(0, min(len(text) - 1, width - 5))].removesuffix("...") + "..." if len(text) > 4 else ""
-    return text
+    if len(json.dumps(text)) <= width:
+        return text
+    kept = text[:width]
+    while len(json.dumps(f"{kept}...")) > width:
+        kept = kept[: -max(1, len(kept) // 16)]
+    return f"{kept}..."

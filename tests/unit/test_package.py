@@ -42,6 +42,7 @@ ORDER = [
     *("norms", "upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
+    "ranks",
     *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "modules", "schedules"),
 ]
 FOLDERS = ("analysis", "integrations")
