@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deltaopt.all_or_nothing import note
@@ -84,13 +85,24 @@ class FiniteGuard:
     def _warn_if(self, skipped: bool, stacklevel: int) -> None:
         if skipped:
             self._warned = True
+            where, others = _of_ranks()
             warnings.warn(
-                "a LoRA factor became NaN or infinite: the update of every W was skipped, and W is as it was. "
-                "Later ones are counted in optimizer.skipped_updates without a warning. Lower the learning rate, "
-                "clip the gradients or use a GradScaler",
+                f"a LoRA factor became NaN or infinite{where}: the update of every W{' there' if where else ''} was "
+                f"skipped, and W is as it was. {others}Later ones are counted in optimizer.skipped_updates without a "
+                "warning. Lower the learning rate, clip the gradients or use a GradScaler",
                 RuntimeWarning,
                 stacklevel=stacklevel + 1,
             )
+
+
+def _of_ranks() -> tuple[str, str]:
+    """Return the words for this rank, and what to ask the other ranks; nothing where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return "", ""
+    return (
+        f" on rank {dist.get_rank()}",
+        "Where the other ranks did not skip it, W is another one there: optimizer.check_synced() on all ranks tells. ",
+    )
 
 
 def _moved(flag: Tensor, device: torch.device) -> Tensor:

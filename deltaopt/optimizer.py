@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deltaopt import base, claims, restarts, usage
+from deltaopt import base, claims, restarts, synced, usage
 from deltaopt.all_or_nothing import Events, note_result
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
@@ -131,8 +131,8 @@ class DeltaLoRAOptimizer(Optimizer):
             cut off is kept for the next step, 2 bytes for each element; W then follows a float32 W. ``"nearest"``
             loses what is small compared with the spacing of W's values, which is most of it. ``"auto"``, the default,
             is ``"stochastic"``. A W in float32 or float64 is always rounded to nearest.
-        rounding_seed: the seed of stochastic rounding, the same on every rank. Default 0. The global generator is
-            not touched.
+        rounding_seed: the seed of all that is random here, stochastic rounding and `restart`, the same on every rank:
+            then every rank has the same numbers. Default 0. The global generator is not touched.
         weight_update: ``"in_place"``, the default, moves W. ``"folded"`` gives the same A, B and effective weights
             and writes W only where the ratio changes: from `old` (0 before step K) to `new` it takes
             (new - old) s A B from W (zero at LoRA's usual start with K = 0), scales the branch by (1 + new) s, and
@@ -382,6 +382,49 @@ class DeltaLoRAOptimizer(Optimizer):
             at_base = self._claimant.at_base
             return report_of(self._weights, self._step_count, self.weight_update, self.skipped_updates, at_base)
 
+    def check_synced(self, group: Any = None) -> None:
+        """Raise on all ranks if this optimizer is not the same on each of them.
+
+        It is a collective: all ranks of `group` have to call it, at the same place. One process alone returns at once.
+        It compares W, A, B, what compensated rounding keeps, the bases and the ledgers bit for bit, the settings, the
+        triples with their names and order, the counts of steps, the class of the inner optimizer, and the versions of
+        torch and deltaopt. It reads every W once and waits for the device. Tensors that are sharded or packed are left
+        out. A step sends nothing between ranks, so call it where a difference has to be found: before the first step,
+        and before a checkpoint is written. Not for ranks that have other triples on purpose (pipeline stages).
+
+        Args:
+            group: the ranks to compare. Default: all.
+
+        Raises:
+            RanksDisagreeError: with everything that differs, where, and what to do. Also if a rank does not come within
+                the timeout of the default group, which it names, or fails in this call.
+            RuntimeError: in `base_weights`.
+        """
+        ranks = synced.ranks_of(group)
+        if len(ranks.ranks) < 2:
+            return
+        facts, failed = None, None
+        try:
+            with self._between_steps(synced.EVENT, None):
+                facts = synced.facts_of(self._run_facts(), self._groups, self._weights)
+        except Exception as error:
+            failed = error
+        synced.check(ranks, facts, failed)
+
+    def _run_facts(self) -> dict[str, object]:
+        """Return what holds for the whole run, for `check_synced`."""
+        inner = type(self._inner)
+        return {
+            "step count": self._step_count,
+            "skipped updates": self.skipped_updates,
+            "restarts and resyncs": self._repeats,
+            "weight_update": self.weight_update,
+            "rounding": self._rounding.mode,
+            "rounding_seed": self._rounding.seed,
+            "keep_base": self._keep_base,
+            "the inner optimizer": f"{inner.__module__}.{inner.__qualname__}",
+        }
+
     def displacement(self, name: str) -> LowRank:
         """Return the movement that was asked of a W since its base, as low-rank factors.
 
@@ -505,7 +548,9 @@ class DeltaLoRAOptimizer(Optimizer):
             reinit: a function that gets each triple and writes its A and B in place, under `torch.no_grad`. Default: A
                 zero, B uniform in +- 1 / sqrt(d); in embeddings B zero, A standard normal. Their product should be
                 zero, or the effective weight jumps. If it raises, A, B and W are as before.
-            generator: for the default's random numbers.
+            generator: for the default's random numbers. Default: one of its own for each triple, which depends on
+                `rounding_seed`, the number of the step and the triple's name alone. So all ranks start alike, whatever
+                their seeds, a resumed run starts as the uninterrupted one, and the global generator is not touched.
 
         Raises:
             ValueError: if a factor is NaN or infinite. Nothing is changed then.
@@ -513,8 +558,9 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         with self._resolved("restart()") as weights:
             self._backward_watch.forget()
-            start = reinit if reinit is not None else lora_start(generator)
-            restart, repeats = restarts.Restart(weights, self._writer("restart")), self._repeats
+            writer = self._writer("restart")
+            start = reinit if reinit is not None else lora_start(generator, writer)
+            restart, repeats = restarts.Restart(weights, writer), self._repeats
 
             together = RollCall(self._rule.ranks, "the new start of restart()")
 

@@ -112,19 +112,21 @@ class Ranks:
             raise error
         raise RanksDisagreeError(_difference(all_said))
 
-    def gather(self, event: str, value: Any) -> dict[int, Any]:
+    def gather(self, event: str, value: Any, error: BaseException | None = None) -> dict[int, Any]:
         """Return the value of each rank, by its global number, on all ranks.
 
         Args:
             event: as in `meet`.
             value: of numbers, strings, lists and dicts with strings as keys.
+            error: as in `meet`.
 
         Raises:
             RanksDisagreeError: as `meet` does.
+            BaseException: as `meet` does.
         """
+        self.meet(event, error=error)
         if self._alone():
             return dict.fromkeys(self.ranks[:1], json.loads(json.dumps(value)))
-        self.meet(event)
         control = self._control()
         data = json.dumps(value).encode()
         sizes = control.exchange(event, torch.tensor([len(data)]))
@@ -205,7 +207,7 @@ class _Control:
             others = [rank for rank in self.ranks if rank != self.rank]
             holder = 0 if self.rank != 0 and 0 in self.ranks else None
             self.broken = (
-                f"{_named(others if holder is None else [holder])} did not come to {event}, and the store of the job "
+                f"{named(others if holder is None else [holder])} did not come to {event}, and the store of the job "
                 f"cannot be reached: the process that holds it{' (rank 0)' if holder == 0 else ''} has ended"
             )
         return RanksDisagreeError(self.broken)
@@ -232,7 +234,7 @@ class _Control:
                 f"rank {rank} {f'was last in {last[rank][1]}' if last[rank][0] else 'has been in none of its calls'}"
                 for rank in absent[:NAMED]
             )
-            text = f"{_named(absent)} did not come to {event}{how} ({where})"
+            text = f"{named(absent)} did not come to {event}{how} ({where})"
         else:
             text = f"the ranks lost their connection in {event}, to which all of them came: {_first_line(error)}"
         self.store.set(f"{self.name}/broken", text)
@@ -265,10 +267,10 @@ def _difference(said: dict[int, dict[str, Any]]) -> str:
     if failed := {rank: it["error"] for rank, it in said.items() if "error" in it}:
         event = said[min(failed)]["event"]
         others = "its call was given up on every rank"
-        return "; ".join(f"{_named(ranks)} raised {e}" for e, ranks in _alike(failed)) + f", in {event}: {others}"
+        return "; ".join(f"{named(ranks)} raised {e}" for e, ranks in alike(failed)) + f", in {event}: {others}"
     events = {rank: it["event"] for rank, it in said.items()}
     if len(set(events.values())) > 1:
-        where = ", ".join(f"{_named(ranks)} {_is(ranks)} in {event}" for event, ranks in _alike(events))
+        where = ", ".join(f"{named(ranks)} {_is(ranks)} in {event}" for event, ranks in alike(events))
         return f"{where}: all ranks have to call the same together"
     lines = []
     for name in dict.fromkeys(name for it in said.values() for name in it["facts"]):
@@ -284,11 +286,15 @@ def _difference(said: dict[int, dict[str, Any]]) -> str:
 
 def fact_difference(name: str, values: Mapping[int, str]) -> str:
     """Return for example "step count: 5 on rank 0, 6 on rank 1: a rank has left out a step()"."""
-    found = ", ".join(f"{value} on {_named(ranks)}" for value, ranks in _alike(values))
-    return f"{name}: {found}" + (f": {HINTS[name]}" if name in HINTS else "")
+    return f"{name}: {on_ranks(values)}" + (f": {HINTS[name]}" if name in HINTS else "")
 
 
-def _alike(values: Mapping[int, str]) -> list[tuple[str, list[int]]]:
+def on_ranks(values: Mapping[int, str]) -> str:
+    """Return for example "5 on ranks 0-2, 6 on rank 3"."""
+    return ", ".join(f"{value} on {named(ranks)}" for value, ranks in alike(values))
+
+
+def alike(values: Mapping[int, str]) -> list[tuple[str, list[int]]]:
     """Return each value with its ranks, in the order of the first of them."""
     found: dict[str, list[int]] = {}
     for rank in sorted(values):
@@ -296,7 +302,7 @@ def _alike(values: Mapping[int, str]) -> list[tuple[str, list[int]]]:
     return list(found.items())
 
 
-def _named(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
     """Return for example "rank 3" or "ranks 0-2, 5"."""
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]

@@ -15,6 +15,7 @@ from deltaopt.checks import check_finite, check_writable
 from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
+from deltaopt.random_starts import put_normal_, put_uniform_, start_generator
 from deltaopt.rounding.writer import Writer, put_
 from deltaopt.sharding import local_part
 from deltaopt.triple import LoRATriple
@@ -262,24 +263,31 @@ def _put(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(map(local_part, factors)), list(map(local_part, values)))
 
 
-def lora_start(generator: torch.Generator | None = None) -> Reinit:
+def lora_start(generator: torch.Generator | None, writer: Writer) -> Reinit:
     """Return LoRA's usual start, or that of the triple's library, with a product of zero.
 
     A is zero and B uniform in +- 1 / sqrt(d), as kaiming_uniform_(a=sqrt(5)) makes it; in embeddings B, of which rows
     are looked up, is zero and A standard normal.
+
+    Args:
+        generator: of the random numbers. Default: one for each triple, equal on all ranks, by the seed, step and repeat
+            of `writer`.
+        writer: of the restart.
     """
 
     def reinit(triple: LoRATriple) -> None:
-        if triple.start(generator):
+        numbers = generator
+        if numbers is None:
+            numbers = start_generator(writer.rounding.seed, writer.step, writer.repeat, triple.label)
+        if triple.start(numbers):
             return
         A, B = triple.A, triple.B
         if triple.layout == "embedding":
-            A.normal_(generator=generator)
+            put_normal_(A, 1.0, numbers)
             B.zero_()
             return
         _, right = triple.view.factors(triple.W, A, B)
-        bound = right.shape[-1] ** -0.5
         A.zero_()
-        B.uniform_(-bound, bound, generator=generator)
+        put_uniform_(B, right.shape[-1] ** -0.5, numbers)
 
     return reinit

@@ -382,7 +382,7 @@ class LoRATriple:
         if (owner := self.branch.module()) is not None:
             yield owner
 
-    def start(self, generator: torch.Generator | None) -> bool:
+    def start(self, generator: torch.Generator) -> bool:
         """Write the start of a library's own into A and B; return False if LoRA's is meant."""
         return False
 

@@ -14,7 +14,7 @@ from tests.support import internals, strategies
 from tests.support.compare import COPIES, close, refused, through_a_file
 from tests.support.histories import random_run
 from tests.support.runs import noisy_run
-from tests.support.small import HandmadeLayer
+from tests.support.small import HandmadeLayer, random_steps
 from tests.support.strategies import RULES
 
 
@@ -65,6 +65,39 @@ def test_a_generator_repeats_it_and_the_global_one_is_left_alone():
     assert torch.equal(runs[0].stored.B, runs[1].stored.B)
     runs[1].optimizer.restart()
     assert not torch.equal(runs[0].stored.B, runs[1].stored.B)
+
+
+@pytest.mark.parametrize("layout", ["linear", "embedding"])
+def test_the_default_start_is_the_same_whatever_the_global_seed_and_leaves_it_alone(layout):
+    """As two ranks with other seeds have it."""
+    runs = [random_run("in_place", layout).train(2) for _ in range(2)]
+    for seed, run in enumerate(runs):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        run.optimizer.restart()
+        assert torch.equal(torch.get_rng_state(), before)
+    for mine, other in zip(runs[0].factors, runs[1].factors, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_each_default_start_has_numbers_of_its_own():
+    """By the seed, the step, the restarts since that step and the layer: nothing else."""
+    starts = []
+    for seed in (0, 1):
+        layers = [HandmadeLayer() for _ in range(2)]
+        triples = [layer.triple(name) for layer, name in zip(layers, "qk", strict=True)]
+        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples, lr=0.1, rounding_seed=seed)
+        for _ in range(2):
+            for _ in range(2):
+                optimizer.restart()
+                starts += [layer.B.detach().clone() for layer in layers]
+            random_steps(optimizer)
+    assert len(starts) == 16
+    assert not any(torch.equal(starts[i], starts[j]) for i in range(16) for j in range(i))
+    numbers = torch.stack(starts).flatten() * 7**0.5  # uniform in +- 1, of a standard deviation of 1 / sqrt(3)
+    assert float(numbers.abs().max()) <= 1
+    assert abs(float(numbers.mean())) < 4 * (3 * numbers.numel()) ** -0.5
+    assert abs(float(numbers.square().mean()) - 1 / 3) < 4 * (4 / 45 / numbers.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -33,6 +33,7 @@ ORDER = [
     "metrics",
     "wrappers",
     "optimizer",
+    "synced",
     *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks", "usage"),
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
@@ -41,7 +42,7 @@ ORDER = [
     *("stored_factors", "averaged", "save_watch"),
     *("norms", "upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
+    *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "random_starts", "sharding"),
     "ranks",
     *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "modules", "schedules"),
 ]

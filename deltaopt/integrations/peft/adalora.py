@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from deltaopt.factors import Factor, FactorSource
 from deltaopt.integrations.peft.triple import PeftTriple
 from deltaopt.lowrank import LowRank
+from deltaopt.random_starts import put_normal_
 
 LAYERS = (SVDLinear,)
 """The layers of AdaLoRA whose W can be moved."""
@@ -105,10 +106,10 @@ class AdaLoraTriple(PeftTriple):
         return self.layer, partial(_rescale, self.adapter)
 
     @torch.no_grad()
-    def start(self, generator: torch.Generator | None) -> bool:
+    def start(self, generator: torch.Generator) -> bool:
         """Write the start that PEFT gives an AdaLoRA layer: E zero, P and Q normal with a deviation of 0.02."""
         for parameter in (self.layer.lora_B[self.adapter], self.layer.lora_A[self.adapter]):
-            parameter.normal_(0.0, 0.02, generator=generator)
+            put_normal_(parameter, 0.02, generator)
         self.layer.lora_E[self.adapter].zero_()
         return True
 

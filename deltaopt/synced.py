@@ -1,0 +1,232 @@
+"""What has to be the same on all ranks of a data-parallel run, compared: `DeltaLoRAOptimizer.check_synced`.
+
+Nothing is sent in a step. A W that is moved by equal steps from equal bits stays equal; where one of these was not
+equal, nothing else would show it: the factors are the same on all ranks, and each W is another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deltaopt.checkpoint.fingerprint import whole_hash
+from deltaopt.groups import DeltaGroup
+from deltaopt.layouts import shape
+from deltaopt.messages import NAMED, NAMED_OF_SEVERAL, layers
+from deltaopt.ranks import Ranks, RanksDisagreeError, alike, named, on_ranks
+from deltaopt.sharding import is_sharded
+from deltaopt.tensors import is_plain
+from deltaopt.weight import WeightState
+
+EVENT = "check_synced()"
+
+Facts = dict[str, str | None]
+"""Values by name as text. None is not compared: a rank cannot read it, or keeps it in a form of its own."""
+
+SAME = "give every rank the same"
+
+FOLLOWS = "it follows from A, B and the settings of each step: see the other lines, or the steps before this call"
+
+WAYS_OUT = {
+    "step count": (
+        "a rank has left out a step(): all ranks have to take the same steps (under torch.distributed.algorithms.Join "
+        "with uneven inputs the rank that ends first takes over the model of the last one, but not its optimizer)"
+    ),
+    "skipped updates": (
+        "a factor became NaN or infinite on some ranks only, after the gradients were averaged (clipping or a hook "
+        "that differs, broken memory): these ranks left W alone, and the others moved it"
+    ),
+    "restarts and resyncs": "all ranks have to call restart(), resync(), train() and eval() alike",
+    "torch": "install the same version everywhere: another one may round and draw otherwise",
+    "deltaopt": "install the same version everywhere",
+    "W": (
+        "load or broadcast the weights before the model is wrapped and the optimizer is built. "
+        "DistributedDataParallel copies rank 0's once, in its constructor, and not with init_sync=False"
+    ),
+    "A and B": "their gradients were not averaged, a rank has left out a step(), or they began with other values",
+    "the compensation": FOLLOWS,
+    "the base": "W was another one when it first moved: load or broadcast the weights before",
+    "the ledger": FOLLOWS,
+}
+"""By what differs: why, and what to do. Settings have `SAME`."""
+
+BITS = ("A and B", "W", "the compensation", "the base", "the ledger")
+"""Compared as hashes, which a message does not show."""
+
+CLOSING = (
+    "What differs stays different: load one checkpoint of the model and of the optimizer on every rank; or, before the "
+    "first step, broadcast the model from one rank and build the optimizer again"
+)
+
+
+def ranks_of(group: Any) -> Ranks:
+    """Return the ranks of a process group, by default of the default group; none where this process has no group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks(())
+    if group is None:
+        return Ranks(range(dist.get_world_size()))
+    found = dist.get_process_group_ranks(group)
+    return Ranks(found if dist.get_rank() in found else ())
+
+
+def check(ranks: Ranks, facts: Mapping[str, Any] | None, error: Exception | None) -> None:
+    """Compare what all ranks say; a collective.
+
+    Args:
+        ranks: that are compared.
+        facts: of this rank, see `facts_of`.
+        error: why this rank has none.
+
+    Raises:
+        RanksDisagreeError: on all ranks, with everything that differs.
+        Exception: `error`, on the rank that has it.
+    """
+    lines = differences(ranks.gather(EVENT, facts, error))
+    if lines:
+        raise RanksDisagreeError("\n".join(["the ranks are not in sync:", *(f"  {line}" for line in lines), CLOSING]))
+
+
+def facts_of(run: Mapping[str, object], groups: Sequence[DeltaGroup], weights: Sequence[WeightState]) -> dict[str, Any]:
+    """Return what is compared of this rank: of the run as a whole, and of each layer in order.
+
+    Args:
+        run: settings and counts of the optimizer, by name.
+        groups: of the triples.
+        weights: all of them. Every element of each W is read, and the device is waited for.
+    """
+    from deltaopt import __version__
+
+    whole = {**run, "number of groups": len(groups), "torch": torch.__version__, "deltaopt": __version__}
+    return {
+        "run": {name: str(value) for name, value in whole.items()},
+        "layers": [[weight.label, _layer(weight)] for weight in weights],
+    }
+
+
+def _layer(weight: WeightState) -> Facts:
+    triple, group, tensors = weight.triple, weight.group, weight.tensors
+    stored = (tensors.W, *tensors.stored)
+    readable = is_plain(tensors.W) and not weight.weight_problems()
+    kept = weight.compensation
+    ratio = "a callable" if callable(group.update_ratio) else str(group.update_ratio)
+    return {
+        "update_ratio": ratio,
+        "the present update_ratio": str(weight.ratio),
+        "start_step": str(group.start_step),
+        "scaling": f"{triple.scaling}",
+        "the folded update_ratio": str(triple.folded),
+        "layout": f"{triple.layout}, rows={triple.rows}, columns={triple.columns}",
+        "shapes": ", ".join(map(shape, stored)),
+        "dtypes": ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in stored),
+        "A and B": _bits(*tensors.stored),
+        "W": _bits(weight.part()) if readable else None,
+        "the compensation": "none" if kept is None else _bits(kept.bits),
+        "the base": "none" if weight.base is None else str(weight.base.record()),
+        "the ledger": _ledger(weight),
+    }
+
+
+def _ledger(weight: WeightState) -> str | None:
+    ledger = weight.ledger
+    end = ledger.end or ()
+    if ledger.lost is not None:
+        return ledger.lost
+    # When terms are summed up depends on when a device's messages arrive.
+    terms = [] if ledger.is_matrix else [term for term in ledger.terms if not term.is_zero()]
+    hashes = [_bits(*(tensor for term in terms for tensor in term[1:])), _bits(*end)]
+    if None in hashes or ledger.is_matrix:
+        return None
+    return json.dumps([ledger.coef, [term.coef for term in terms], hashes])
+
+
+def _bits(*tensors: Tensor) -> str | None:
+    """Return a hash of all elements; None where one of the tensors is not whole or not readable here."""
+    if any(is_sharded(tensor) or not is_plain(tensor) or tensor.is_meta for tensor in tensors):
+        return None
+    hashes = [whole_hash(tensor) for tensor in tensors]
+    return hashlib.blake2b(str(hashes).encode(), digest_size=8).hexdigest()
+
+
+class _Found(NamedTuple):
+    """One sort of difference between some ranks: layers that have it are told in one line.
+
+    Attributes:
+        name: of what differs.
+        between: the ranks with equal values, the most first.
+        values: in that order, where a message shows them.
+    """
+
+    name: str
+    between: tuple[tuple[int, ...], ...]
+    values: tuple[str, ...]
+
+
+def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Return a line for each difference between what the ranks say, what may be the cause of others first."""
+    runs = {rank: it["run"] for rank, it in said.items()}
+    lines = []
+    for name in dict.fromkeys(name for run in runs.values() for name in run):
+        values = {rank: run.get(name, "nothing") for rank, run in runs.items()}
+        if len(set(values.values())) > 1:
+            lines.append(f"{name}: {on_ranks(values)}: {WAYS_OUT.get(name, SAME)}")
+    by_layer = {rank: dict(it["layers"]) for rank, it in said.items()}
+    lines += _sets(by_layer)
+    found: dict[_Found, list[str]] = {}
+    for label in dict.fromkeys(label for facts in by_layer.values() for label in facts):
+        for one in _found({rank: facts[label] for rank, facts in by_layer.items() if label in facts}):
+            found.setdefault(one, []).append(label)
+    order = list(next(iter(next(iter(by_layer.values())).values()), {}))
+    sorts = sorted(found, key=lambda one: order.index(one.name) if one.name in order else len(order))
+    names = NAMED if len(sorts) == 1 else NAMED_OF_SEVERAL
+    return [*lines, *(_line(one, layers(found[one], named=names)) for one in sorts)]
+
+
+def _sets(by_layer: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Say which triples are not on all ranks; if all are, whether they come in the same order."""
+    have: dict[tuple[int, ...], list[str]] = {}
+    for label in dict.fromkeys(label for facts in by_layer.values() for label in facts):
+        have.setdefault(tuple(rank for rank in sorted(by_layer) if label in by_layer[rank]), []).append(label)
+    all_ranks = tuple(sorted(by_layer))
+    lines = [
+        f"{layers(labels)} only on {named(ranks)}: register the same triples, under the same names, on every rank"
+        for ranks, labels in have.items()
+        if ranks != all_ranks
+    ]
+    orders = {rank: json.dumps(list(facts)) for rank, facts in by_layer.items()}
+    if not lines and len(set(orders.values())) > 1:
+        (_, first), *others = alike(orders)
+        other = [rank for _, ranks in others for rank in ranks]
+        lines = [
+            f"the order of the triples: {named(other)} {'has' if len(other) == 1 else 'have'} another one than "
+            f"{named(first)}: hand them over in the same order on every rank"
+        ]
+    return lines
+
+
+def _found(facts: Mapping[int, Facts]) -> list[_Found]:
+    """Return how one layer differs between ranks."""
+    found = []
+    for name in next(iter(facts.values()), {}):
+        values = {rank: value for rank, its in facts.items() if (value := its.get(name)) is not None}
+        if len(set(values.values())) > 1:
+            parts = sorted(alike(values), key=lambda part: (-len(part[1]), part[1]))
+            shown = () if name in BITS else tuple(value for value, _ in parts)
+            found.append(_Found(name, tuple(tuple(ranks) for _, ranks in parts), shown))
+    return found
+
+
+def _line(found: _Found, of: str) -> str:
+    way_out = WAYS_OUT.get(found.name, SAME)
+    first, *others = found.between
+    if found.values:
+        values = {rank: value for value, ranks in zip(found.values, found.between, strict=True) for rank in ranks}
+        return f"{found.name} of {of}: {on_ranks(values)}: {way_out}"
+    ranks = sorted(rank for part in others for rank in part)
+    differ = f"{named(ranks)} {'differs' if len(ranks) == 1 else 'differ'} from {named(first)}"
+    return f"{found.name} of {of}: {differ}{', and each other' * (len(others) > 1)}: {way_out}"
