@@ -124,6 +124,8 @@ class FoldedUpdate(UpdateRule):
         due = _due(weights, with_closure=closure is not None)
         if not due:
             return
+        if self.ranks is not None:
+            self.ranks.meet("a change of update_ratio", {"layers": len(due)})
         _check_foldable(due)
         terms = {weight: _taken(weight) for weight in due}
         finite = self._guard.verdict([factor for term in terms.values() for factor in (term.A, term.B)])

@@ -102,7 +102,7 @@ class InPlaceUpdate(UpdateRule):
         if weight.is_sharded and weight.triple.follows_between_steps:
             return [
                 "its layer changes A and B between steps (AdaLoRA's budget), which W follows in place where A, B and W "
-                "are whole, not where they are sharded: use weight_update=\"folded\", or LoRA"
+                'are whole, not where they are sharded: use weight_update="folded", or LoRA'
             ]
         W = local_part(weight.tensors.W)
         if is_plain(W) and W.dtype in FLOATS:
@@ -159,14 +159,14 @@ class InPlaceUpdate(UpdateRule):
         try:
             self._complete(move, writer, whole)
         except BaseException:
-            for buffers in (*move.buffers, move.sharded):
-                buffers.freeze()
+            for part in move.parts:
+                part.freeze()
             raise
         self._move = None
         self.watch.rests = False
         self.watch.note(move.sharded.changed_outside)
-        for buffers in (*move.buffers, move.sharded):
-            buffers.release()
+        for part in move.parts:
+            part.release()
         self._complete_ledgers(wait=False)
         self._upkeep.after_step(self._extended)
         self._extended = []
@@ -180,8 +180,8 @@ class InPlaceUpdate(UpdateRule):
             move.finite = self._verdict(marks, move.sharded)
         if move.sharded.slots and bool(move.finite):
             move.sharded.bring()
-        for buffers in (*move.buffers, move.sharded):
-            buffers.note_bases()
+        for part in move.parts:
+            part.note_bases()
         for buffers in move.buffers:
             with full_precision(buffers.device):
                 buffers.write(move.finite, writer)
@@ -217,8 +217,7 @@ class InPlaceUpdate(UpdateRule):
     def unwritten(self) -> list[str]:
         """Return the labels of the weights that an interrupted step has not moved yet."""
         move = self._move
-        moves = () if move is None else (*move.buffers, move.sharded)
-        return [label for buffers in moves for label in buffers.unwritten()]
+        return [] if move is None else [label for part in move.parts for label in part.unwritten()]
 
     def forget(self) -> None:
         """Forget a move that could not be completed, and what the device has not reported of earlier ones."""
@@ -279,6 +278,7 @@ class _Move:
     Attributes:
         buffers: of the weights that move, with all tensors whole.
         sharded: of the others.
+        parts: both.
         finite: 0-d bool: the verdict of the guard; None until it is known.
         counted: has an entry once the guard has counted the verdict.
     """
@@ -286,5 +286,6 @@ class _Move:
     def __init__(self, buffers: list[FactorBuffers], sharded: ShardedMoves) -> None:
         self.buffers = buffers
         self.sharded = sharded
+        self.parts: list[FactorBuffers | ShardedMoves] = [*buffers, sharded]
         self.finite: Tensor | None = None
         self.counted: list[Any] = []

@@ -38,6 +38,7 @@ class _Later:
             self._factors = self._gather()
         return self._factors
 
+
 SMALL_RANK = 64
 """A summed rank that is always kept as terms."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, overload
@@ -79,7 +79,7 @@ from deltaopt.plain import plain
 from deltaopt.recall import Recall
 from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
-from deltaopt.roll_call import RollCall, ranks_that_share
+from deltaopt.roll_call import RollCall, checked_timeout, fingerprint_of, ranks_that_share
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.save_watch import SaveWatch
@@ -142,6 +142,8 @@ class DeltaLoRAOptimizer(Optimizer):
             tests use it to give a rule arguments.
         keep_base: ``"cpu"`` or ``"device"`` keeps a copy of every W from before its first move, in host memory or on
             W's device, for `base_weights`. Default None: no copy, no memory.
+        rank_timeout: seconds that a rank waits for the others where W, A or B are sharded (FSDP2, tensor parallelism),
+            before it raises an error that names who has not come. Default: as long as the default process group waits.
         **inner_kwargs: ``lr``, ``weight_decay``, ... for an inner class.
 
     Raises:
@@ -190,6 +192,7 @@ class DeltaLoRAOptimizer(Optimizer):
         rounding_seed: int = 0,
         weight_update: str | Callable[[], UpdateRule] = "in_place",
         keep_base: str | None = None,
+        rank_timeout: float | None = None,
         **inner_kwargs: Any,
     ) -> None:
         check_steps_by_itself(inner)
@@ -206,7 +209,8 @@ class DeltaLoRAOptimizer(Optimizer):
         for weight in weights:
             weight.resolve()
         check_weights(weights, rule, new=weights)
-        rule.ranks = ranks_that_share(weights)
+        rule.rank_timeout = checked_timeout(rank_timeout)
+        rule.ranks = ranks_that_share(weights, rule.rank_timeout)
         if isinstance(inner, Optimizer):
             check_nothing_unused(inner, options, params, inner_kwargs)
         else:
@@ -376,9 +380,10 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if another optimizer has moved a W since.
         """
         check_claims(self._weights, "report()", "read")
-        with outside_inference_mode():
+        with outside_inference_mode(), self._called_together("report()") as roll_call:
             self._events.complete()
             self._rule.flush()
+            roll_call.meet()
             at_base = self._claimant.at_base
             return report_of(self._weights, self._step_count, self.weight_update, self.skipped_updates, at_base)
 
@@ -444,9 +449,10 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if it is not known any more, with the reason.
         """
         check_claims(self._weights, "displacement()", "read")
-        with outside_inference_mode():
+        with outside_inference_mode(), self._called_together("displacement()") as roll_call:
             self._events.complete()
             self._rule.flush()
+            roll_call.meet()
             return self._weight(name).asked_movement()
 
     def residual(self, name: str, source: BaseSource | None = None) -> Tensor:
@@ -562,7 +568,7 @@ class DeltaLoRAOptimizer(Optimizer):
             start = reinit if reinit is not None else lora_start(generator, writer)
             restart, repeats = restarts.Restart(weights, writer), self._repeats
 
-            together = RollCall(self._rule.ranks, "the new start of restart()")
+            together = RollCall(self._rule.ranks, "the new start of A and B in restart()")
 
             def finish() -> None:
                 if together.failed:
@@ -576,7 +582,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 forget_state(self._inner, factors)
 
             with self._events.begin("restart()", together.before(finish, restart.has_start), restart.unfinished):
-                restart.make_start(start)
+                restart.make_start(start, together)
 
     def resync(self, state_dict: dict[str, Any] | None = None) -> None:
         """Move every W to where it belongs for the present A and B, after these were changed from outside.
@@ -844,6 +850,7 @@ class DeltaLoRAOptimizer(Optimizer):
             ledgers, compensations = (
                 under_present_names(entries, present_names(record, weights)) for entries in (ledgers, compensations)
             )
+            self._refuse_other_state(record, ledgers)
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
@@ -853,9 +860,12 @@ class DeltaLoRAOptimizer(Optimizer):
             groups, loaded = self._inner.param_groups, list[Any]()
             uncompensated: list[str] = []
 
+            together = RollCall(self._rule.ranks, "the inner optimizer's part of load_state_dict()")
+
             def finish() -> None:
                 # By what has happened: hooks of the inner optimizer can raise after it has loaded.
                 has_loaded = bool(loaded) or self._inner.param_groups is not groups
+                has_loaded = has_loaded and not together.failed
                 self._rule.restore(weights, saved if has_loaded else before)
                 if not has_loaded:
                     return
@@ -875,12 +885,19 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._rule.skipped_updates = record["skipped_updates"]
 
             unfinished = partial(resume.unfinished, decided)
+            finish = together.before(finish, succeeded=lambda: bool(loaded))
             with self._events.begin("load_state_dict()", finish, unfinished):
                 self._rule.restore(weights, saved)
                 note_result(loaded, partial(self._inner.load_state_dict, own_form(inner_state)))
             resume.warn(decided, uncompensated, writer)
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
+
+    def _refuse_other_state(self, record: Mapping[str, Any], ledgers: Mapping[str, Any]) -> None:
+        """Raise RanksDisagreeError on all ranks if they load different states of sharded weights."""
+        if self._rule.ranks is not None:
+            facts = {"step count": record["step_count"], "the saved ledgers": fingerprint_of([record, ledgers])}
+            self._rule.ranks.meet("load_state_dict()", facts)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Some wrappers (Lightning's, Fabric's) derive their class from ours, so that our methods run on the wrapper. It
@@ -901,6 +918,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 "keep_base": self._keep_base,
                 "rounding": self._rounding,
                 "rule": self._rule,
+                "rank_timeout": self._rule.rank_timeout,
                 "step_count": self._step_count,
                 "repeats": self._repeats,
             }
@@ -909,6 +927,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._settings, self._keep_base = state["settings"], state["keep_base"]
         self._become(*(state[name] for name in ("inner", "groups", "weights", "rounding", "rule", "step_count")))
         self._repeats = state["repeats"]
+        self._rule.rank_timeout = state["rank_timeout"]
         with suppress(RuntimeError):  # where a module is not complete yet; then `zero_grad` or `step` does it
             self._hold(self._weights)
             warn_of_folded([weight.triple for weight in self._weights])
@@ -999,8 +1018,7 @@ class DeltaLoRAOptimizer(Optimizer):
             waiting: wait until the ledgers hold every step.
             use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
         """
-        roll_call = RollCall(self._rule.ranks, what, self._facts())
-        with outside_inference_mode():
+        with outside_inference_mode(), self._called_together(what) as roll_call:
             try:
                 if use is not None:
                     self._events.complete()
@@ -1010,15 +1028,11 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._look_up(rescaled)
                 if use is not None:
                     check_claims(self._weights, what, use)
-                if roll_call.ranks is not self._rule.ranks:  # the parameters were sharded since
-                    roll_call = RollCall(self._rule.ranks, what, self._facts())
-                if what != "step()":
+                roll_call.ranks = self._rule.ranks  # the parameters may have been sharded since the last event
+                if what != "step()":  # which meets after its inner step
                     roll_call.meet()
                 self._roll_call = roll_call
                 yield self._weights
-            except BaseException as error:
-                roll_call.tell(error)
-                raise
             finally:
                 for weight in self._weights:
                     weight.forget()
@@ -1045,7 +1059,7 @@ class DeltaLoRAOptimizer(Optimizer):
         replaced = [weight for weight in weights if weight.resolve()]
         if replaced:
             check_weights(weights, self._rule)
-            self._rule.ranks = ranks_that_share(weights, self._rule.ranks)
+            self._rule.ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
         check_branches(weights, rescaled)
         check_output_hooks(weights)
         check_membership(self._inner, weights)
@@ -1075,13 +1089,24 @@ class DeltaLoRAOptimizer(Optimizer):
     @contextmanager
     def _between_steps(self, what: str, use: Use | None) -> Iterator[None]:
         """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step."""
-        with outside_inference_mode():
+        with outside_inference_mode(), self._called_together(what) as roll_call:
             self._events.complete()
             self._refuse_at_base(what)
             if use is not None:
                 check_claims(self._weights, what, use)
             self._rule.flush()
+            roll_call.meet()
             yield
+
+    @contextmanager
+    def _called_together(self, what: str) -> Iterator[RollCall]:
+        """Give the roll call of an event; an exception before it is told to the other ranks."""
+        roll_call = RollCall(self._rule.ranks, what, self._facts())
+        try:
+            yield roll_call
+        except BaseException as error:
+            roll_call.tell(error)
+            raise
 
     def _refuse_at_base(self, what: str) -> None:
         if self._claimant.at_base:

@@ -16,6 +16,7 @@ from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
 from deltaopt.random_starts import put_normal_, put_uniform_, start_generator
+from deltaopt.roll_call import RollCall
 from deltaopt.rounding.writer import Writer, put_
 from deltaopt.sharding import local_part
 from deltaopt.triple import LoRATriple
@@ -48,11 +49,12 @@ class Restart:
         self._recorded: list[list[Any]] = [[] for _ in weights]
 
     @torch.no_grad()
-    def make_start(self, reinit: Reinit) -> None:
-        """Let `reinit` write the new A and B, and look at them."""
+    def make_start(self, reinit: Reinit, roll_call: RollCall) -> None:
+        """Let `reinit` write the new A and B on all ranks, and look at them."""
         for weight in self._weights:
             with weight.triple.written():
                 reinit(weight.triple)
+        roll_call.meet()
         check_finite(self._weights)
         start = self._copies()
         self._put_back()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +30,7 @@ class RollCall:
         self.ranks = ranks
         self._event = event
         self._facts = facts
-        self._over = ranks is None
+        self._over = False
         self.failed = False
 
     def meet(self) -> None:
@@ -69,14 +71,31 @@ class RollCall:
         return together
 
 
-def ranks_that_share(weights: Sequence[WeightState], known: Ranks | None = None) -> Ranks | None:
+def fingerprint_of(facts: object) -> str:
+    """Return a short text that is another one for other facts: numbers, strings, lists and dicts."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+
+
+def ranks_that_share(weights: Sequence[WeightState], timeout: float | None, known: Ranks | None = None) -> Ranks | None:
     """Return the ranks that hold parts of the sharded tensors of these weights; None if there are none.
 
     Args:
         weights: with their tensors resolved.
+        timeout: seconds that they wait for each other; None for as long as the default process group does.
         known: what the last call has returned; it is returned again if it is still right.
     """
     ranks = ranks_of([tensor for weight in weights for tensor in (weight.tensors.W, *weight.tensors.stored)])
     if not ranks:
         return None
-    return known if known is not None and known.ranks == ranks else Ranks(ranks)
+    return known if known is not None and known.ranks == ranks else Ranks(ranks, timeout)
+
+
+def checked_timeout(timeout: object) -> float | None:
+    """Return a timeout in seconds, or raise an error."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"rank_timeout is a number of seconds or None, got {timeout!r}")
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"rank_timeout is a positive number of seconds, got {timeout!r}")
+    return float(timeout)

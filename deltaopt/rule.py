@@ -34,6 +34,7 @@ class UpdateRule:
         scales_branches: True if branches get another scaling, which export and loading have to look at.
         watch: for changes of A and B from outside; None if W need not follow them.
         ranks: those that share sharded weights or factors; None where nothing is sharded.
+        rank_timeout: seconds that they wait for each other; None for as long as the default process group does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class UpdateRule:
     scales_branches: bool
     watch: Watch | None = None
     ranks: Ranks | None = None
+    rank_timeout: float | None = None
 
     def __init__(self) -> None:
         self._guard = FiniteGuard()

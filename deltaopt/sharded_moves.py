@@ -165,7 +165,10 @@ class ShardedMoves:
         Raises:
             ValueError: on all ranks, if whole factors next to a sharded W differ.
         """
-        return all([slot.take(facts) for slot in self.slots])
+        finite = True
+        for slot in self.slots:
+            finite &= slot.take(facts)
+        return finite
 
     def note_bases(self) -> None:
         """Note what every W is before its first move."""
@@ -280,10 +283,11 @@ def _block(slot: _Slot, is_new: bool, brought: dict[tuple[int, int, bool], Tenso
     """Return the rows of A and the columns of B that this rank's block of W needs, in the dtype of the computation."""
     weight, tensors = slot.weight, slot.weight.tensors
     near = {parameter: _is_at_hand(slot, parameter) for parameter in tensors.parameters}
-    parts = slot.now if is_new else slot.start
-    at = tensors.at(
-        [part if here else brought[id(slot), i, is_new] for i, (part, here) in enumerate(zip(parts, near.values(), strict=True))]
-    )
+    parts = enumerate(slot.now if is_new else slot.start)
+    values = [
+        part if here else brought[id(slot), i, is_new] for (i, part), here in zip(parts, near.values(), strict=True)
+    ]
+    at = tensors.at(values)
     A, B = weight.triple.view.factors(tensors.W, at.A, at.B)
     if weight.piece is not None:
         A = A if isinstance(tensors.left, Tensor) and near[tensors.left] else weight.piece.rows_of(A)

@@ -100,7 +100,7 @@ class WeightState:
     def resolve(self) -> bool:
         """Look the tensors up for an event; return True if one of them is not what was checked last."""
         self._tensors = self.triple.tensors()
-        if (replaced := self._tensors.signature() != self._checked):
+        if replaced := self._tensors.signature() != self._checked:
             self._find_piece(self._tensors)
         if self.base is not None:
             self._is_base_again(self._tensors.W)  # before the event writes it
