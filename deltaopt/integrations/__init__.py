@@ -20,6 +20,7 @@ from deltaopt.integrations.absence import why_none
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.modules import modules_of
+from deltaopt.sharding import is_sharded
 from deltaopt.sharers import keep_base_of_sharers
 from deltaopt.tensors import is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple
@@ -113,14 +114,17 @@ def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[L
         for module_name, module in modules_of(model).items()  # a module under two names is one place
         if module._parameters
         for name, parameter in module.named_parameters(recurse=False)
-        if is_plain(parameter) and not parameter.is_meta
     ]
+    readable = [(name, parameter) for name, parameter in places if is_plain(parameter) and not parameter.is_meta]
     moving = [triple for triple in triples if is_plain(triple.W) and not triple.W.is_meta]  # others: refused later
-    users: dict[int, list[str]] = {}
-    for i, j in overlapping_pairs([*(parameter for _, parameter in places), *(triple.W for triple in moving)]):
-        if i < len(places) <= j:
-            users.setdefault(j - len(places), []).append(places[i][0])
-    return [(triple, users[k]) for k, triple in enumerate(moving) if len(users.get(k, ())) > 1]
+    users: dict[LoRATriple, list[str]] = {}
+    for i, j in overlapping_pairs([*(parameter for _, parameter in readable), *(triple.W for triple in moving)]):
+        if i < len(readable) <= j:
+            users.setdefault(moving[j - len(readable)], []).append(readable[i][0])
+    for triple in triples:
+        if is_sharded(triple.W):  # the same object in all places; what is here of it may be empty
+            users[triple] = [name for name, parameter in places if parameter is triple.W]
+    return [(triple, users[triple]) for triple in triples if len(users.get(triple, ())) > 1]
 
 
 def _surveys(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Iterator[tuple[str, Survey]]:
