@@ -18,7 +18,7 @@ from deltaopt.checkpoint.files import load
 from deltaopt.layer_output import output_problem
 from deltaopt.lowrank import Term, change_of
 from deltaopt.messages import Problem, raise_problems
-from deltaopt.overwritten import BY_SOMEBODY_ELSE, overwriting
+from deltaopt.overwritten import BY_SOMEBODY_ELSE, overwritten
 from deltaopt.rounding.blocks import add_product_, full_precision
 from deltaopt.rounding.writer import add_terms_, put_
 from deltaopt.sharding import gathered, part_like, sharded_matrix
@@ -84,7 +84,7 @@ class Visit:
             for weight in weights
             if weight.base is not None
         }
-        self._ways = {weight: _way_to_base(weight, terms, pristine, method) for weight, terms in self._terms.items()}
+        self._ways = _ways_to_base(self._terms, pristine, method)
         self._moved: dict[WeightState, _Bits] = {}
         self._hooks: list[RemovableHandle] = []
         raise_problems(
@@ -217,7 +217,7 @@ def put_back(weight: WeightState) -> str | None:
     if weight.base is None:
         return None
     terms = [] if weight.ledger.lost is not None else weight.displacement()
-    way = _way_to_base(weight, terms, None, "copy")
+    way = _ways_to_base({weight: terms}, None, "copy")[weight]
     if isinstance(way, _NoWay):
         return way.reason
     weight.note_write()
@@ -246,46 +246,63 @@ class _NoWay:
         self.sentence = f"{reason}{ways}"
 
 
-def _way_to_base(
-    weight: WeightState, terms: Sequence[Term], pristine: Pristine | None, method: str | None
-) -> Tensor | str | _NoWay:
-    """Return the exact base, or "computed" or "hooks", or why none of them will do.
+def _ways_to_base(
+    displacements: Mapping[WeightState, Sequence[Term]], pristine: Pristine | None, method: str | None
+) -> dict[WeightState, Tensor | str | _NoWay]:
+    """Return the exact base of each W, or "computed" or "hooks", or why none of them will do.
 
     Args:
-        weight: that has moved.
-        terms: its displacement; none where that is lost.
+        displacements: of weights that have moved; none of one where that is lost.
         pristine: weights from elsewhere.
         method: of `METHODS`.
     """
+    exact = {
+        weight: None if method == "hooks" else _exact_base(weight, not terms, pristine)
+        for weight, terms in displacements.items()
+    }
+    others = set(overwritten([weight for weight, way in exact.items() if way is None]))
+    return {
+        weight: _way_without_bits(weight, displacements[weight], method, weight in others) if way is None else way
+        for weight, way in exact.items()
+    }
+
+
+def _exact_base(weight: WeightState, without_terms: bool, pristine: Pristine | None) -> Tensor | str | _NoWay | None:
+    """Return the exact base; "computed" where W is it; a reason if the source lacks it; None if it is not known."""
     assert weight.base is not None
     if weight.is_gathered:
         return _NoWay(weight.weight_problems()[0])
+    if pristine is not None:
+        found = pristine.find(weight)
+        if found is None:
+            return _NoWay(_not_in_source(weight))
+        if weight.copies_base and weight.base_copy(weight.base) is None:
+            weight.copy_base(found)
+    else:
+        found = weight.base_copy(weight.base)
+    if found is None:
+        found = base_by_compensation(weight)
+    if found is not None:
+        return found
+    if without_terms and weight.ledger.lost is None and weight.fingerprint().record() == weight.base.record():
+        return "computed"  # W is the base: its steps were skipped, or at lr 0
+    return None
+
+
+def _way_without_bits(
+    weight: WeightState, terms: Sequence[Term], method: str | None, is_overwritten: bool
+) -> str | _NoWay:
+    """Return "computed" or "hooks", or why neither will do, for a W whose exact base is not known."""
     ways = 'hand in the pristine weights, base_weights(source=...), or build the optimizer with keep_base="cpu"'
     lost = weight.ledger.lost
-    nothing_asked = lost is None and not terms
-    if method != "hooks":
-        if pristine is not None:
-            found = pristine.find(weight)
-            if found is None:
-                return _NoWay(_not_in_source(weight))
-            if weight.copies_base and weight.base_copy(weight.base) is None:
-                weight.copy_base(found)
-        else:
-            found = weight.base_copy(weight.base)
-        if found is None:
-            found = base_by_compensation(weight)
-        if found is not None:
-            return found
-        if nothing_asked and weight.fingerprint().record() == weight.base.record():
-            return "computed"  # W is the base: its steps were skipped, or at lr 0
-    if overwriting(weight) is not None:
+    if is_overwritten:
         return _NoWay(OVERWRITTEN, f": {ways}; or take W as it is as the base, rebase()")
     if method != "hooks" and weight.tensors.W.element_size() > 2:
         return "computed" if lost is None else _NoWay(lost, f"; or {ways}")
     if method == "copy":
         return _NoWay(SIXTEEN_BITS.format(weight.tensors.W.dtype), f': {ways}; or take method="hooks"')
     triple = weight.triple
-    problem = lost or (None if nothing_asked else output_problem(triple.weight_module(), triple.view, triple.tied))
+    problem = lost or (output_problem(triple.weight_module(), triple.view, triple.tied) if terms else None)
     return "hooks" if problem is None else _NoWay(problem, f"; {ways}")
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from deltaopt.claims import Use
 from deltaopt.factors import INSTEAD_OF_VIEWS, Computed
+from deltaopt.flattened import fsdp1_problems
 from deltaopt.groups import ParamsInput, as_list
 from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
@@ -41,12 +42,21 @@ def check_weights(weights: Sequence[WeightState], rule: UpdateRule, new: Collect
         for weight in weights
         for problem in problems_of(
             weight.label,
-            [*(frozen_problems(weight) if weight in new else []), *triple_problems(weight, rule, unwritable[weight])],
+            _fsdp1_problems(weight, rule)
+            or [
+                *(frozen_problems(weight) if weight in new else []),
+                *triple_problems(weight, rule, unwritable[weight]),
+            ],
         )
     ]
     if not problems:
         problems = set_problems(weights, {weight for weight in weights if not unwritable[weight]}, rule)
     raise_problems(ValueError, "these triples cannot be used", problems)
+
+
+def _fsdp1_problems(weight: WeightState, rule: UpdateRule) -> list[str]:
+    factors = zip(weight.triple.parameter_names, weight.tensors.stored, strict=True)
+    return fsdp1_problems(weight.tensors.W, factors, divides_gradients=rule.scales_branches)
 
 
 def set_problems(weights: Sequence[WeightState], readable: set[WeightState], rule: UpdateRule) -> list[Problem]:
@@ -155,19 +165,21 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
     """
     places: list[tuple[WeightState, str, Tensor]] = []
     for weight in weights:
-        if weight in readable:
+        if is_sharded(weight.tensors.W):
+            places.append((weight, "W", weight.tensors.W))
+        elif weight in readable:
             places.append((weight, "W", weight.matrix()))
         # A parameter of which both A and B are made is one.
         parameters = dict(zip(weight.tensors.stored, weight.triple.parameter_names, strict=True))
         places += [(weight, name, parameter) for parameter, name in parameters.items()]
     found = []
-    for i, j in overlapping_pairs([local_part(tensor) for *_, tensor in places]):
+    for i, j in _overlapping(places):
         (other, other_letter, other_tensor), (weight, letter, tensor) = places[i], places[j]
         shared_factor = letter != "W" and other_tensor is tensor
         shared_weight = (
             letter == other_letter == "W"
             and not (rule.moves_weights or weight.moved or other.moved)
-            and same_view(other_tensor, tensor)
+            and _same_part(weight, tensor, other, other_tensor)
             and not _same_factors(weight, other)
         )
         if not (shared_factor or shared_weight):
@@ -179,6 +191,31 @@ def _sharing_problems(weights: Sequence[WeightState], readable: set[WeightState]
                 )
             found.append(Problem(weight.label, sentence))
     return found
+
+
+def _overlapping(places: Sequence[tuple[WeightState, str, Tensor]]) -> list[tuple[int, int]]:
+    """Return the index pairs of tensors that share an element.
+
+    A sharded W is compared by what it is and by the part of it that moves, so that all ranks find the same: one whose
+    piece is empty too.
+    """
+    sharded = [i for i, (_, letter, tensor) in enumerate(places) if letter == "W" and is_sharded(tensor)]
+    held = set(sharded)
+    others = [i for i in range(len(places)) if i not in held]
+    pairs = [(others[i], others[j]) for i, j in overlapping_pairs([local_part(places[i][2]) for i in others])]
+    users: dict[int, list[int]] = {}
+    for j in sharded:
+        same = users.setdefault(id(places[j][2]), [])
+        pairs += [(i, j) for i in same if places[i][0].triple.view.meets(places[j][0].triple.view)]
+        same.append(j)
+    return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+
+
+def _same_part(weight: WeightState, matrix: Tensor, other: WeightState, other_matrix: Tensor) -> bool:
+    """Tell if two triples have the same part of the same W."""
+    if is_sharded(matrix) or is_sharded(other_matrix):
+        return matrix is other_matrix and weight.triple.view == other.triple.view
+    return same_view(other_matrix, matrix)
 
 
 def _share_a_parameter(weight: WeightState, other: WeightState) -> bool:

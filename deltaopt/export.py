@@ -13,7 +13,7 @@ from deltaopt.outside import warn_before_export
 from deltaopt.rounding.writer import add_terms_
 from deltaopt.sharding import is_same_memory, with_local_part
 from deltaopt.tensors import outside_inference_mode, same_view
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, looked_up_once
 from deltaopt.wrappers import unwrap
 
 
@@ -50,13 +50,14 @@ def export_adapter(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is a positive int or None, got {rank!r}")
     exported, weights = {}, unwrap(optimizer).weights()
-    with outside_inference_mode():
-        warn_before_export(weights)
-    for weight in weights:
+    with looked_up_once(weights):
         with outside_inference_mode():
-            whole = weight.change(from_pristine)
-        fits = not weight.ledger.is_matrix if rank is None else whole.rank <= rank
-        exported[weight.label] = whole if fits else whole.compressed(rank)
+            warn_before_export(weights)
+        for weight in weights:
+            with outside_inference_mode():
+                whole = weight.change(from_pristine)
+            fits = not weight.ledger.is_matrix if rank is None else whole.rank <= rank
+            exported[weight.label] = whole if fits else whole.compressed(rank)
     return exported
 
 

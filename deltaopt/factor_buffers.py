@@ -26,7 +26,7 @@ from deltaopt.rounding.batch import Addition, KernelBatch
 from deltaopt.rounding.blocks import NoiseFactors
 from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, note_bases
 
 Kind: TypeAlias = "tuple[torch.Size, torch.Size, torch.dtype, torch.device]"
 """The properties that weights in the same buffers share: shapes of A and B, dtype of the computation, device."""
@@ -136,8 +136,7 @@ class FactorBuffers:
 
     def note_bases(self) -> None:
         """Note what every W is before its first move."""
-        for slot in self.slots:
-            slot.weight.note_base()
+        note_bases([slot.weight for slot in self.slots])
 
     def marks(self) -> list[Tensor]:
         """Look at A' and B', and return tensors that hold a number that is not finite if A, B, A' or B' do."""

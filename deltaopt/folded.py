@@ -27,7 +27,7 @@ from deltaopt.factors import Factor, looked_up
 from deltaopt.gradient_hooks import GradientHooks, evaluated_once, is_in_use
 from deltaopt.groups import DeltaGroup, UpdateRatio
 from deltaopt.guard import FiniteGuard
-from deltaopt.in_place import Host
+from deltaopt.host import Host
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
 from deltaopt.messages import names, problems_of, raise_problems

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from deltaopt.factor_buffers import DeviceBuffers, FactorBuffers, HostBuffers, Kind, LedgerUpdates
 from deltaopt.gradient_hooks import leave_whole
+from deltaopt.host import Host
 from deltaopt.ledger import Ledger
 from deltaopt.outside import Watch
-from deltaopt.rounding.batch import fused_kernel
 from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_precision
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
@@ -55,25 +54,6 @@ def delta_lora_(
         add_product_(W, U, V, coef, noise, compensation, scratch)
 
 
-class Host:
-    """The things that the host can do with a device without waiting for it.
-
-    A test on a CPU hands in a subclass that acts as the host of a GPU.
-    """
-
-    def reads(self, device: torch.device) -> bool:
-        """Tell if the host can read a tensor on the device without waiting."""
-        return device.type == "cpu"
-
-    def arrived(self, event: torch.cuda.Event | None) -> bool:
-        """Tell if a message from the device has arrived: the one whose end is marked by `event`."""
-        return event is None or event.query()
-
-    def kernel(self, device: torch.device) -> ModuleType | None:
-        """Return the module with the kernel for 16-bit weights on the device; None where there is none."""
-        return fused_kernel(device)
-
-
 class InPlaceUpdate(UpdateRule):
     """Keeps the factors of all weights from before the inner step, then moves every W by their delta.
 
@@ -91,7 +71,7 @@ class InPlaceUpdate(UpdateRule):
         self._host = host if host is not None else Host()
         self._kinds: dict[WeightState, Kind] = {}
         self._buffers: dict[Kind, FactorBuffers] = {}
-        self._sharded = ShardedMoves()
+        self._sharded = ShardedMoves(self._host)
         self._move: _Move | None = None
         self._pending: deque[LedgerUpdates] = deque()
         self._extended: list[Ledger] = []

@@ -121,7 +121,7 @@ def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
     lists and dicts too. An optimizer that keeps something for parameters in another form, by position for example, has
     to be reset by its own means.
     """
-    for optimizer in _nested(inner):
+    for optimizer in nested(inner):
         if isinstance(optimizer, torch.optim.LBFGS):  # keeps all of its history under one parameter
             optimizer.state.clear()
         is_lookahead = any("slow_params" in optimizer.state.get(factor, ()) for factor in factors)
@@ -134,7 +134,7 @@ def forget_state(inner: Optimizer, factors: Sequence[Tensor]) -> None:
                 optimizer.init_group(group)  # type: ignore[attr-defined]
 
 
-def _nested(inner: Optimizer) -> list[Optimizer]:
+def nested(inner: Optimizer) -> list[Optimizer]:
     """Return an optimizer and all that it holds, each once."""
     found: dict[int, Optimizer] = {}
     seen: set[int] = set()

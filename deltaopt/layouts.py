@@ -126,6 +126,10 @@ class MatrixView(NamedTuple):
         """True if all of W moves, and not some rows or columns of it."""
         return self.rows is None and self.columns is None
 
+    def meets(self, other: MatrixView) -> bool:
+        """Tell if the parts of one W that two views move have elements in common."""
+        return _meet(self.rows, other.rows) and _meet(self.columns, other.columns)
+
     def weight(self, W: Tensor) -> Tensor:
         """View W, or the part of it that moves, as a (c, d) or (e, c, d) matrix; it shares W's storage."""
         matrix = LAYOUTS[self.layout].weight(W)
@@ -217,6 +221,10 @@ class MatrixView(NamedTuple):
 def shape(tensor: Tensor) -> str:
     """Write a tensor's shape for a message."""
     return str(tuple(tensor.shape))
+
+
+def _meet(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
 
 
 def _checked_range(bounds: object, what: str) -> tuple[int, int] | None:

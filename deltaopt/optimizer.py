@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from deltaopt import base, claims, restarts, synced, usage
 from deltaopt.all_or_nothing import Events, note_result
+from deltaopt.around import check_local_sgd, check_not_stepped_within
 from deltaopt.base import BaseSource
 from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
@@ -221,6 +222,7 @@ class DeltaLoRAOptimizer(Optimizer):
         check_membership(inner, weights)
         check_not_in_backward(weights)
         check_not_capturing()
+        check_local_sgd(inner, weights, rule, rounds)
         rule.check_inner(inner)
         rule.check_groups(groups)
         with outside_inference_mode():
@@ -289,11 +291,12 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: if a factor or W was replaced by something that cannot be used, or a callable
                 `update_ratio` returns a value out of range.
             RuntimeError: if the branch was merged, rescaled or deleted, the step is being captured into a CUDA
-                graph, it is called in `base_weights` or within a backward pass, another optimizer trains A and B within
-                the backward pass, or a folded ratio changes and a W cannot be written. In each case nothing has
-                changed.
+                graph, it is called in `base_weights`, within a backward pass or by an optimizer around it that changes
+                A and B too, another optimizer trains A and B within the backward pass, or a folded ratio changes and a
+                W cannot be written. In each case nothing has changed.
         """
         check_outside_backward()
+        check_not_stepped_within(self._rule)
         with self._resolved("step()", waiting=False) as weights:
             roll_call = self._roll_call
             check_training(weights)
@@ -762,6 +765,7 @@ class DeltaLoRAOptimizer(Optimizer):
         weights = [*self._weights, *added]
         check_not_folded([weight.triple for weight in added])
         check_weights(weights, self._rule, new=added)
+        check_local_sgd(self._inner, added, self._rule, self._rounding)
         check_no_weight_trains(self._weights, options[0].get("params", ()))
         self._rule.check_groups([*self._groups, *groups])
         all_groups = [*self._groups, *groups]
@@ -1060,6 +1064,7 @@ class DeltaLoRAOptimizer(Optimizer):
         if replaced:
             check_weights(weights, self._rule)
             self._rule.ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
+            check_local_sgd(self._inner, weights, self._rule, self._rounding)
         check_branches(weights, rescaled)
         check_output_hooks(weights)
         check_membership(self._inner, weights)

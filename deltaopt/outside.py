@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltaopt.ledger import Factors
 from deltaopt.messages import layers, warn_user
-from deltaopt.overwritten import BY_SOMEBODY_ELSE, is_hidden, overwriting, warn_of_overwritten
+from deltaopt.overwritten import BY_SOMEBODY_ELSE, is_hidden, overwriting, overwritten, warn_of_overwritten
 from deltaopt.tensors import is_plain
 
 if TYPE_CHECKING:
@@ -112,9 +112,9 @@ class Watch:
     def warn(self) -> None:
         """Warn of what steps have found, once for each W until `resync` or a loaded state."""
         found, self._found = self._found, []
-        labels = [weight.label for weight in _not_reported(found, "step") if overwriting(weight) is None]
-        if labels:
-            warn_user(IN_A_STEP.format(layers(labels)))
+        found = _not_overwritten(_not_reported(found, "step"))
+        if found:
+            warn_user(IN_A_STEP.format(layers([weight.label for weight in found])))
 
     def look(self, first: WeightState | None = None) -> None:
         """Warn if W does not belong to A and B, once for each W until `resync` or a loaded state; name all layers.
@@ -122,9 +122,9 @@ class Watch:
         Args:
             first: looks at this weight first, and at the others only if its W was left behind. Default: looks at all.
         """
-        if self.rests or (first is not None and not _is_left_behind(first)):
+        if self.rests or (first is not None and not _left_behind([first])):
             return
-        found = _not_reported(filter(_is_left_behind, self._weights), "forward")
+        found = _not_reported(_left_behind(self._weights), "forward")
         if found:
             text = IN_A_FORWARD_PASS.format(layers([weight.label for weight in found]))
             warn_user(HIDDEN_IN_A_FORWARD_PASS.format(text) if any(map(is_hidden, found)) else text)
@@ -134,11 +134,10 @@ class Watch:
         if self.rests or not first.written_by_others or _is_traced():
             return
         first.written_by_others = False
-        if overwriting(first) is not None:
-            found = [weight for weight in self._weights if weight is first or overwriting(weight) is not None]
-            labels = [weight.label for weight in _not_reported(found, "base")]
-            if labels:
-                warn_user(AT_THE_BASE.format(layers(labels)))
+        if overwritten([first]):
+            found = _not_reported(overwritten([*self._weights]), "base")
+            if found:
+                warn_user(AT_THE_BASE.format(layers([weight.label for weight in found])))
 
 
 def warn_before_export(weights: Sequence[WeightState]) -> None:
@@ -149,10 +148,15 @@ def warn_before_export(weights: Sequence[WeightState]) -> None:
         warn_user(HIDDEN_IN_AN_EXPORT.format(layers(labels)))
 
 
-def _is_left_behind(weight: WeightState) -> bool:
-    """Tell if W belongs to other factors than the present ones, and no warning has said so."""
+def _left_behind(weights: Iterable[WeightState]) -> list[WeightState]:
+    """Return the weights that belong to other factors than the present ones, if no warning has said so."""
     # Where W was replaced with A and B, by the average of a whole model, it belongs to them.
-    return "forward" not in weight.ledger.told and _is_elsewhere(weight) and overwriting(weight) is None
+    return _not_overwritten([w for w in weights if "forward" not in w.ledger.told and _is_elsewhere(w)])
+
+
+def _not_overwritten(weights: Sequence[WeightState]) -> list[WeightState]:
+    """Return the weights that nobody else has written since they moved, as far as that is known."""
+    return [weight for weight, found in zip(weights, overwriting(weights), strict=True) if found is None]
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import note
-from deltaopt.checkpoint.records import SavedLedger, weight_record
+from deltaopt.checkpoint.records import SavedLedger, weight_records
 from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, note_rebuilt, saved_ledgers
 from deltaopt.checks import check_finite
 from deltaopt.ledger import combined
 from deltaopt.lowrank import Term
 from deltaopt.messages import problems_of, raise_problems
-from deltaopt.overwritten import overwriting
+from deltaopt.overwritten import Difference, overwriting
 from deltaopt.restarts import Resync
 from deltaopt.rounding.writer import Writer, put_
 from deltaopt.sharding import put_whole_
@@ -55,8 +55,8 @@ class Recall(Resync):
             "resync(): the weights cannot follow this state (nothing was changed)",
             [
                 problem
-                for weight, saved in zip(weights, ledgers, strict=True)
-                for problem in problems_of(weight.label, _problems(weight, saved))
+                for weight, saved, here in zip(weights, ledgers, overwriting(weights), strict=True)
+                for problem in problems_of(weight.label, _problems(weight, saved, here))
             ],
             "Take a state that this very optimizer has saved since its weights were registered, load the adapter that "
             "was saved with it, and call resync(state) then. For a state of another run load the pristine weights, "
@@ -109,19 +109,18 @@ def _placed(weight: WeightState, saved: SavedLedger) -> list[Term]:
     return saved.ledger_for(weight).to(tensors.W.device, tensors.compute_dtype()).displacement()
 
 
-def _is_otherwise(weight: WeightState, saved: SavedLedger) -> bool:
+def _is_otherwise(here: Difference | None, then: Difference | None) -> bool:
     """Tell if what others have written to W is not what they had written when the state was saved."""
-    here, then = overwriting(weight), saved.overwritten
     return (here is None) != (then is None) or (here is not None and then is not None and not here.same_as(then))
 
 
-def _problems(weight: WeightState, saved: SavedLedger) -> list[str]:
+def _problems(weight: WeightState, saved: SavedLedger, overwritten: Difference | None) -> list[str]:
     found = [reason for ledger in (saved.ledger, weight.ledger) if (reason := ledger.lost) is not None]
     # A W that has not moved is its base.
-    here = weight_record(weight) if weight.base is None else weight.base.record()
+    here = weight_records([weight])[0] if weight.base is None else weight.base.record()
     if here != (saved.W if saved.base is None else saved.base.record()):
         found.append("the state counts from another base than this optimizer has moved W from")
-    elif _is_otherwise(weight, saved):
+    elif _is_otherwise(overwritten, saved.overwritten):
         found.append(
             "its W was written by somebody else, before the state was saved or since (a whole model was loaded, or an "
             "average was copied in). If all weights of that moment are loaded, load the state with load_state_dict()"

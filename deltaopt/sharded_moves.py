@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.factor_buffers import factored_delta
+from deltaopt.host import Host
 from deltaopt.ledger import Factors, Ledger
+from deltaopt.rounding.batch import Addition, KernelBatch
 from deltaopt.rounding.blocks import full_precision
+from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
-from deltaopt.sharding import at_hand, gather_all, is_sharded, local_part, with_local_part
-from deltaopt.weight import WeightState
+from deltaopt.sharding import Block, at_hand, gather_all, is_sharded, local_part, with_local_part
+from deltaopt.weight import WeightState, note_bases
 
 
 class _Slot:
@@ -124,6 +128,32 @@ class _Slot:
         return not not_finite
 
     @property
+    def device(self) -> torch.device:
+        """The device of W."""
+        return self.weight.tensors.W.device
+
+    @property
+    def fits_kernel(self) -> bool:
+        """True if the kernel can write this W: one of 16 bits, with factors in float32 or less."""
+        tensors = self.weight.tensors
+        return tensors.W.element_size() == 2 and tensors.compute_dtype() == torch.float32
+
+    def block_delta(self) -> tuple[Tensor, Tensor]:
+        """Return U (..., c, 2r) and V (..., 2r, d) of this rank's block, which `bring` has made."""
+        assert self.delta is not None
+        return self.delta
+
+    def block(self) -> Block:
+        """Return where the block of W that is here lies in all of it."""
+        piece = self.weight.piece
+        return tuple((0, n) for n in self.whole_shape()) if piece is None else piece.block
+
+    def whole_shape(self) -> Sequence[int]:
+        """Return the shape of all of W's matrix."""
+        piece = self.weight.piece
+        return self.weight.matrix().shape if piece is None else piece.whole
+
+    @property
     def needs_whole_start(self) -> bool:
         """True if the ledger gets terms of the factors at the start of this step."""
         return not self.continues or self.coef != self.weight.ledger.coef
@@ -134,9 +164,14 @@ class ShardedMoves:
 
     As with `FactorBuffers` the methods of a step are called in the order in which they stand here, and what is local
     may be called again after an exception.
+
+    Args:
+        host: knows the kernel for 16-bit weights on a device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._launched: list[Any] = []
         self._known: dict[WeightState, _Slot] = {}
         self.slots: list[_Slot] = []
         self.changed_outside: list[WeightState] = []
@@ -150,7 +185,7 @@ class ShardedMoves:
     def snapshot(self, members: Sequence[WeightState]) -> None:
         """Keep A and B of these weights, and lambda times s, as they are before the inner step."""
         self._known = {weight: self._known.get(weight) or _Slot(weight) for weight in members}
-        self.slots, self._brought = list(self._known.values()), False
+        self.slots, self._brought, self._launched = list(self._known.values()), False, []
         for slot in self.slots:
             slot.now = []
             slot.snapshot()
@@ -172,8 +207,7 @@ class ShardedMoves:
 
     def note_bases(self) -> None:
         """Note what every W is before its first move."""
-        for slot in self.slots:
-            slot.weight.note_base()
+        note_bases([slot.weight for slot in self.slots])
 
     @torch.no_grad()
     def bring(self) -> None:
@@ -199,13 +233,37 @@ class ShardedMoves:
     @torch.no_grad()
     def write(self, writer: Writer) -> None:
         """Add this rank's block of coef * (A'B' - AB) to every W whose factors have changed on any rank."""
-        for slot in self.slots:
-            if slot.delta is not None:
-                U, V = slot.delta
-                with full_precision(U.device):
-                    writer.add_product_(
-                        slot.weight, U, V, slot.coef, writer.noise_of(slot.weight), written=slot.written
-                    )
+        moving = [slot for slot in self.slots if slot.delta is not None]
+        by_device: dict[torch.device, list[_Slot]] = {}
+        for slot in moving:
+            by_device.setdefault(slot.device, []).append(slot)
+        for device, slots in by_device.items():
+            kernel = self._host.kernel(device)
+            with full_precision(device):
+                if kernel is not None:
+                    self._write_by_kernel(kernel, [slot for slot in slots if slot.fits_kernel], writer)
+                for slot in slots:
+                    if kernel is None or not slot.fits_kernel:
+                        U, V = slot.block_delta()
+                        noise = writer.noise_of(slot.weight)
+                        writer.add_product_(slot.weight, U, V, slot.coef, noise, slot.written)
+
+    def _write_by_kernel(self, kernel: ModuleType, slots: Sequence[_Slot], writer: Writer) -> None:
+        additions = []
+        for place, slot in enumerate(slots):
+            weight, (U, V) = slot.weight, slot.block_delta()
+            *lead, (first_row, _), (first_column, _) = slot.block()
+            hashes = label_hashes([weight.label], slot.whole_shape()[:-2])[0]
+            if lead:
+                hashes = hashes[slice(*lead[0])]
+            kept = writer.compensation(weight)
+            additions.append(Addition(weight, U, V, slot.coef, kept, hashes, place, first_row, first_column))
+        if additions:
+            keep = torch.ones(len(additions), dtype=torch.bool, device=slots[0].device)
+            keys = writer.keys if writer.stochastic else None
+            KernelBatch(kernel).add_(additions, keep, keys, self._launched)
+            for slot in slots:
+                slot.written = self._launched
 
     def record(self, finite: bool) -> list[Ledger]:
         """Extend the ledgers whose moves do not continue the last ones, and keep A' and B'; return these ledgers."""

@@ -257,7 +257,7 @@ def sharded_matrix(matrix: Tensor, piece: Piece, W: Tensor) -> Tensor:
     whole = matrix.new_zeros(piece.whole)
     if piece.is_first:
         piece.block_of(whole).copy_(matrix)
-    return summed_over_ranks(whole, W)
+    return summed_over_ranks([whole], [W])[0]
 
 
 def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = None) -> list[str]:
@@ -328,14 +328,21 @@ def highest(numbers: Tensor, group: Any) -> Tensor:
     return numbers
 
 
-def summed_over_ranks(number: Tensor, W: Tensor) -> Tensor:
-    """Add up one tensor of numbers over all ranks that hold parts of W, in place; return it."""
+def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> list[Tensor]:
+    """Add up each 0-d number over all ranks that hold parts of a sharded tensor, by one collective for each mesh."""
     import torch.distributed as dist
 
-    mesh = _spec(W).mesh
-    for dim in range(mesh.ndim):
-        dist.all_reduce(number, dist.ReduceOp.SUM, group=mesh.get_group(dim))
-    return number
+    meshes: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(sharded):
+        meshes.setdefault(_spec(tensor).mesh, []).append(i)
+    found = list(numbers)
+    for mesh, members in meshes.items():
+        total = torch.stack([numbers[i] for i in members])
+        for dim in range(mesh.ndim):
+            dist.all_reduce(total, dist.ReduceOp.SUM, group=mesh.get_group(dim))
+        for i, number in zip(members, total.unbind(), strict=True):
+            found[i] = number
+    return found
 
 
 def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None) -> list[Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from deltaopt.around import check_not_built_within
+
 FOR_TRAINER = (
     "For Trainer's optimizer_cls_and_kwargs take (deltaopt.integrations.trainer.DeltaLoRAFactory, "
     '{"inner": torch.optim.AdamW, "lr": 2e-4, ...}), which builds the optimizer for its model'
@@ -22,12 +24,15 @@ BY_TRIPLES = "DeltaLoRAOptimizer(torch.optim.AdamW, find_triples(model), lr=...)
 def check_call(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Raise TypeError for a call without triples, before Python complains about it with a message that leads nowhere.
 
+    Another optimizer that builds this one is refused too.
+
     Args:
         arguments: of the constructor, by position; without any, as copies are made, nothing is checked.
         options: by name.
     """
     if not arguments:
         return
+    check_not_built_within()
     inner = arguments[0]
     if isinstance(inner, (list, tuple, dict, Iterator)):
         raise TypeError(

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deltaopt.checkpoint.fingerprint import Fingerprint
+from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash, whole_hash_part
 from deltaopt.claims import Claim
 from deltaopt.groups import DeltaGroup
 from deltaopt.layouts import MatrixView
 from deltaopt.ledger import Ledger, combined
 from deltaopt.lowrank import LowRank, Term, joined
-from deltaopt.overwritten import base_sample
+from deltaopt.overwritten import base_samples
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import (
     Piece,
     gather_all,
+    gathered,
     is_sharded,
     local_part,
     piece_of,
@@ -328,7 +330,21 @@ class WeightState:
         """Take the fingerprint of a tensor that is like `part()`, a copy of the base, say."""
         if self.piece is None:
             return Fingerprint(part)
-        return Fingerprint.of_piece(part, self.piece, self._like())
+        return Fingerprint.of_pieces([part], [self.piece], [self._like()])[0]
+
+    def whole_hash(self, hashed: Callable[[Tensor], int] = whole_hash) -> int:
+        """Hash all of the part of W that moves; of a sharded W on all ranks.
+
+        Args:
+            hashed: the function, `numbered_blocks_hash` for states of earlier versions: that one needs W as a whole.
+        """
+        if self.piece is None:
+            return hashed(self.part())
+        if hashed is not whole_hash:
+            return hashed(self.triple.view.part(gathered(self.tensors.W)))
+        start, shape = self.piece.place_of_part()
+        own = whole_hash_part(self.part(), start, self.tensors.W.shape if shape is None else shape)
+        return int(summed_over_ranks([own * self.piece.is_first], [self.tensors.W])[0])
 
     def _like(self) -> Tensor:
         """Return a tensor that is sharded as W is, while W itself may be gathered for a forward pass."""
@@ -352,21 +368,11 @@ class WeightState:
         """
         if self.piece is None:
             return numbers
-        return summed_over_ranks(numbers.clone() if self.piece.is_first else torch.zeros_like(numbers), self._like())
+        return summed_over_ranks([numbers * self.piece.is_first], [self._like()])[0]
 
     def note_base(self) -> None:
         """Take W as it is now as its base, unless it has moved before. Called before every write."""
-        if self.base is not None and (self.claim is None or self.claim.is_settled()):
-            return
-        if self.base is None and self.claim is not None:
-            self.rebased |= self.claim.base_overwritten
-        self.note_write()
-        if self.base is None:
-            base = self.fingerprint()
-            self.copy_base()
-            self.base_sample = base_sample(self)
-            self.triple.weight_moves()
-            self.base = base  # last: after an exception all of it is done again
+        note_bases([self])
 
     def count_after_a_move(self) -> int | None:
         """Return what `moves` is after one more move; the caller sets it, which may be done twice."""
@@ -448,6 +454,50 @@ class WeightState:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
         left_out = ("_tensors", "_checked", "_left", "claim", "_pattern")
         return {**self.__dict__, **dict.fromkeys(left_out)}
+
+
+def note_bases(weights: Sequence[WeightState]) -> None:
+    """Take each W as it is now as its base, unless it has moved before. Called before every write."""
+    resting = []
+    for weight in weights:
+        if weight.base is not None and (weight.claim is None or weight.claim.is_settled()):
+            continue
+        if weight.base is None and weight.claim is not None:
+            weight.rebased |= weight.claim.base_overwritten
+        weight.note_write()
+        if weight.base is None:
+            resting.append(weight)
+    if not resting:
+        return
+    bases, samples = fingerprints(resting), base_samples(resting)
+    for weight, base, sample in zip(resting, bases, samples, strict=True):
+        weight.copy_base()
+        weight.base_sample = sample
+        weight.triple.weight_moves()
+        weight.base = base  # last: after an exception all of it is done again
+
+
+def fingerprints(weights: Sequence[WeightState]) -> list[Fingerprint]:
+    """Take the fingerprint of each W, or of its part that moves, together; of sharded ones on all ranks."""
+    pieces = {weight: weight.piece for weight in weights if weight.piece is not None}
+    whole = [weight for weight in weights if weight not in pieces]
+    found = dict(zip(whole, Fingerprint.of_each([weight.part() for weight in whole]), strict=True))
+    parts, sharded = [weight.part() for weight in pieces], [weight.tensors.W for weight in pieces]
+    found |= zip(pieces, Fingerprint.of_pieces(parts, list(pieces.values()), sharded), strict=True)
+    return [found[weight] for weight in weights]
+
+
+@contextmanager
+def looked_up_once(weights: Sequence[WeightState]) -> Iterator[None]:
+    """Look the tensors of all weights up once for what is read of them within, outside of an event."""
+    before = [weight._tensors for weight in weights]
+    try:
+        for weight in weights:
+            weight._tensors = weight.tensors
+        yield
+    finally:
+        for weight, tensors in zip(weights, before, strict=True):
+            weight._tensors = tensors
 
 
 def off_base(weight: WeightState) -> Callable[[], bool]:

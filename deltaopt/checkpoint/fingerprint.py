@@ -2,11 +2,12 @@
 
 A fixed set of positions, spread over the whole tensor with one in each row at least, is read, and their bits are
 hashed with the position. The hashes are summed, so that those of the shards of a tensor add up to the tensor's own.
+So do those of `whole_hash`, which reads every element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache, reduce
 from math import prod
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ SAMPLES = 4096
 BLOCK_ELEMENTS = 1 << 18
 """How many elements `whole_hash` reads at a time."""
 
+STACKED_ELEMENTS = 1 << 15
+"""How many elements of several tensors are hashed at a time, if one has no more: a CPU's cache holds them."""
+
 KEPT_PLACES = 1 << 15
 """The places of a shape are kept if they are no more than that."""
 
@@ -34,31 +38,50 @@ class Fingerprint:
 
     Args:
         tensor: a tensor of float16, bfloat16, float32 or float64.
-        whole: hash all elements, which waits for the device. Else a sample, and the hash stays on the device until it
-            is asked for.
+        whole: hashes all elements, which waits for the device, as `whole_hash`. None: a sample is hashed, and the hash
+            stays on the device until it is asked for.
     """
 
-    def __init__(self, tensor: Tensor, whole: bool = False) -> None:
-        self.shape = list(tensor.shape)
-        self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self._content: Tensor | int = whole_hash(tensor) if whole else content_hash(tensor.detach())
+    def __init__(self, tensor: Tensor, whole: Callable[[Tensor], int] | None = None) -> None:
+        content = whole(tensor) if whole is not None else content_hash(tensor.detach())
+        self._describe(tensor.shape, tensor.dtype, content)
 
     @classmethod
-    def of_piece(cls, part: Tensor, piece: Piece, W: Tensor) -> Fingerprint:
-        """Take the fingerprint of all of a sharded W, or of all of its part that moves; all ranks have to call this.
+    def of_each(cls, tensors: Sequence[Tensor]) -> list[Fingerprint]:
+        """Take the fingerprint of each tensor, of a sample; tensors of one shape are hashed together."""
+        hashes = content_hashes([tensor.detach() for tensor in tensors])
+        return [cls._of(tensor.shape, tensor.dtype, content) for tensor, content in zip(tensors, hashes, strict=True)]
+
+    @classmethod
+    def of_pieces(
+        cls, parts: Sequence[Tensor], pieces: Sequence[Piece], sharded: Sequence[Tensor]
+    ) -> list[Fingerprint]:
+        """Take the fingerprint of each sharded W, or of its part that moves, as a whole; all ranks have to call this.
 
         Args:
-            part: this rank's part of it.
-            piece: where that lies.
-            W: tells which ranks hold the others.
+            parts: this rank's part of each.
+            pieces: where that lies.
+            sharded: each W, which tells what ranks hold its other parts.
         """
-        start, shape = piece.place_of_part()
+        places = [piece.place_of_part() for piece in pieces]
+        shapes = [list(W.shape) if shape is None else shape for W, (_, shape) in zip(sharded, places, strict=True)]
+        own = [
+            content_hash(part.detach(), start, shape) * piece.is_first
+            for part, piece, (start, _), shape in zip(parts, pieces, places, shapes, strict=True)
+        ]
+        hashes = summed_over_ranks(own, sharded)
+        return [cls._of(shape, part.dtype, h) for shape, part, h in zip(shapes, parts, hashes, strict=True)]
+
+    @classmethod
+    def _of(cls, shape: Sequence[int], dtype: torch.dtype, content: Tensor) -> Fingerprint:
         twin = cls.__new__(cls)
-        twin.shape = list(W.shape) if shape is None else shape
-        twin.dtype = str(part.dtype).removeprefix("torch.")
-        own = content_hash(part.detach(), start, twin.shape)
-        twin._content = summed_over_ranks(own if piece.is_first else torch.zeros_like(own), W)
+        twin._describe(shape, dtype, content)
         return twin
+
+    def _describe(self, shape: Sequence[int], dtype: torch.dtype, content: Tensor | int) -> None:
+        self.shape = list(shape)
+        self.dtype = str(dtype).removeprefix("torch.")
+        self._content = content
 
     def record(self) -> dict[str, Any]:
         """Plain numbers and strings, to be saved and to be compared. Waits for the device."""
@@ -94,30 +117,85 @@ def content_hash(
         shape: of the whole tensor.
         samples: how many elements of the whole are read, or one in each row if there are more rows; None for all.
     """
-    shape = part.shape if shape is None else shape
+    if start is None:
+        return content_hashes([part], samples)[0]
     if part.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=part.device)
-    words = part.view(_WORDS[part.element_size()])
-    if start is not None:
-        return _piece_hash(words, start, shape, samples)
-    places = _places(tuple(shape), samples, part.device)
-    if places.positions is None:
-        words = words.reshape(-1)
-    elif words.is_contiguous():
-        words = words.view(-1).index_select(0, places.positions)
-    else:
-        words = words[_index(places.positions, shape)]
-    return _mixed_(words.to(torch.int64) ^ places.mixed).sum()
+    return _piece_hash(part.view(_WORDS[part.element_size()]), start, part.shape if shape is None else shape, samples)
+
+
+def content_hashes(tensors: Sequence[Tensor], samples: int | None = SAMPLES) -> list[Tensor]:
+    """Return the `content_hash` of each tensor. Tensors of one shape are hashed in few launches."""
+    kinds: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
+    hashes: dict[int, Tensor] = {}
+    for (shape, _, device), members in kinds.items():
+        places = _places(tuple(shape), samples, device)
+        count = max(1, STACKED_ELEMENTS // max(1, places.mixed.numel()))
+        for first in range(0, len(members), count):
+            block = members[first : first + count]
+            words = torch.stack([_words(tensors[i], places.positions) for i in block])
+            hashes |= zip(block, _mixed_(words ^ places.mixed).sum(-1).unbind(), strict=True)
+    return [hashes[i] for i in range(len(tensors))]
+
+
+def _words(tensor: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the bits of the elements at these positions of the flattened tensor as integers; None for all of it."""
+    words = tensor.view(_WORDS[tensor.element_size()])
+    if positions is None:
+        return words.reshape(-1)
+    if words.is_contiguous():
+        return words.view(-1).index_select(0, positions)
+    return words[_index(positions, words.shape)]
 
 
 def _piece_hash(words: Tensor, start: Sequence[int], shape: Sequence[int], samples: int | None) -> Tensor:
     """Return what a piece that begins at `start` adds to the hash of a tensor of this shape."""
+    if words.device.type == "cpu" and _is_plain_mode():
+        many = prod(shape) > KEPT_PLACES if samples is None else shape[0] > KEPT_PLACES
+        found = (_places_in_piece if many else _known_places_in_piece)(
+            tuple(start), tuple(words.shape), tuple(shape), samples
+        )
+        return _mixed_(words[found.indices].to(torch.int64) ^ found.mixed).sum()
+    # How many places are inside is not asked, as that waits for the device.
     positions = sampled_positions(shape, samples, words.device)
-    index = tuple(i - first for i, first in zip(_index(positions, shape), start, strict=True))
-    within = [(i >= 0) & (i < n) for i, n in zip(index, words.shape, strict=True)]
-    inside = reduce(torch.logical_and, within)
+    index, inside = _index_in_piece(positions, start, words.shape, shape)
     index = tuple(i.clamp(0, n - 1) for i, n in zip(index, words.shape, strict=True))
     return (_mixed_(_mixed(positions) ^ words[index].to(torch.int64)) * inside).sum()
+
+
+class _PiecePlaces(NamedTuple):
+    """The places at which a piece is read.
+
+    Attributes:
+        indices: in the piece, for each dimension.
+        mixed: the positions in the flattened whole tensor, scrambled.
+    """
+
+    indices: tuple[Tensor, ...]
+    mixed: Tensor
+
+
+def _places_in_piece(
+    start: tuple[int, ...], piece: tuple[int, ...], shape: tuple[int, ...], samples: int | None
+) -> _PiecePlaces:
+    with outside_inference_mode():
+        positions = sampled_positions(shape, samples, torch.device("cpu"))
+        index, inside = _index_in_piece(positions, start, piece, shape)
+        return _PiecePlaces(tuple(i[inside] for i in index), _mixed_(positions[inside]))
+
+
+_known_places_in_piece = lru_cache(maxsize=64)(_places_in_piece)
+
+
+def _index_in_piece(
+    positions: Tensor, start: Sequence[int], piece: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return flat positions as indices that count from the piece's beginning, and which of them are within it."""
+    index = tuple(i - first for i, first in zip(_index(positions, shape), start, strict=True))
+    within = [(i >= 0) & (i < n) for i, n in zip(index, piece, strict=True)]
+    return index, reduce(torch.logical_and, within)
 
 
 def _index(positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -165,11 +243,86 @@ def _mixed_range(n: int) -> Tensor:
 
 
 def whole_hash(tensor: Tensor) -> int:
-    """The hash of all elements, a block at a time. Waits for the device."""
-    hashes = [content_hash(block, samples=None) for block in _blocks(tensor.detach())]
+    """Return the hash of all elements. Waits for the device."""
+    return int(whole_hash_part(tensor, (0,) * tensor.dim(), tensor.shape))
+
+
+def whole_hash_part(part: Tensor, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Return what a rectangular piece adds to the `whole_hash` of a tensor: a 0-d int64 on the piece's device.
+
+    The sum over disjoint pieces that make up the tensor is its `whole_hash` (int64, wrapping around).
+
+    Args:
+        part: a tensor of float16, bfloat16, float32 or float64 with any strides.
+        start: where the piece begins in the whole tensor.
+        shape: of the whole tensor.
+    """
+    if part.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=part.device)
+    hashes = [_block_hash(block, place) for block, place in _placed_blocks(part.detach(), tuple(start))]
+    total = hashes[0] if len(hashes) == 1 else torch.stack(hashes).sum()
+    # The piece at the beginning stands for the shape.
+    return total if any(start) else total + _signed_int(reduce(lambda x, n: _mixed_int(x ^ n), shape, len(shape)))
+
+
+def _placed_blocks(part: Tensor, start: tuple[int, ...], dim: int = 0) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Give a tensor in rectangular pieces of at most `BLOCK_ELEMENTS`, and where each begins."""
+    n = part.shape[dim]
+    step = max(1, BLOCK_ELEMENTS * n // part.numel())
+    for first in range(0, n, step):
+        block = part.narrow(dim, first, min(step, n - first))
+        place = (*start[:dim], start[dim] + first, *start[dim + 1 :])
+        if block.numel() <= BLOCK_ELEMENTS:
+            yield block, place
+        else:
+            yield from _placed_blocks(block, place, dim + 1)
+
+
+def _block_hash(block: Tensor, start: tuple[int, ...]) -> Tensor:
+    """Return the sum of the hashes of all elements, each scrambled with its place.
+
+    A place is the exclusive or of a number for its index in each dimension. So nearly all of it is computed once for a
+    row, and not for each element.
+    """
+    sides = _index_numbers(start, tuple(block.shape), block.device)
+    long = next((dim for dim, n in enumerate(block.shape) if n > 1), 0)
+    rows = reduce(torch.bitwise_xor, sides[: long + 1])  # those before have one index
+    words = block.view(_WORDS[block.element_size()]).to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    words = words.view(len(rows), -1).bitwise_xor_(rows.unsqueeze(-1))
+    if long + 1 < len(sides):
+        words ^= reduce(lambda outer, inner: (outer.unsqueeze(-1) ^ inner).view(-1), sides[long + 1 :])
+    return _mixed_(words).sum()
+
+
+def _index_numbers(start: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """Return a number for each index of a block, in each dimension. No dimension has those of another."""
+    ends = [first + n for first, n in zip(start, shape, strict=True)]
+    if device.type == "cpu" and max(ends) <= BLOCK_ELEMENTS and _is_plain_mode():
+        return [
+            _known_numbers(d, 1 << (b - 1).bit_length())[a:b] for d, (a, b) in enumerate(zip(start, ends, strict=True))
+        ]
+    index = torch.cat([torch.arange(first, end, device=device) for first, end in zip(start, ends, strict=True)])
+    return [_of_dimension(dim, numbers) for dim, numbers in enumerate(_mixed_(index).split(shape))]
+
+
+@cache  # at most twice BLOCK_ELEMENTS in all for each dimension, of which all but two are short
+def _known_numbers(dim: int, n: int) -> Tensor:
+    with outside_inference_mode():
+        return _of_dimension(dim, _mixed_range(n))
+
+
+def _of_dimension(dim: int, numbers: Tensor) -> Tensor:
+    return numbers * _signed_int(pow(_ROUNDS[0][1], dim, 1 << 64))
+
+
+def numbered_blocks_hash(tensor: Tensor) -> int:
+    """Return the hash of all elements as states of schema 4 and 5 hold it. Waits for the device.
+
+    Each block of the tensor is hashed with its number, so that it cannot be made of the hashes of pieces.
+    """
+    hashes = content_hashes(list(_blocks(tensor.detach())), samples=None)
     found = [int(hashes[0])] if len(hashes) == 1 else torch.stack(hashes).tolist()
-    total = sum(_mixed_int(number + place) for place, number in enumerate(found))
-    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+    return _signed_int(sum(_mixed_int(number + place) for place, number in enumerate(found)))
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
@@ -251,3 +404,8 @@ def _mixed_int(x: int) -> int:
     for shift, factor in _ROUNDS:
         x = (x ^ (x >> shift)) * factor % (1 << 64)
     return x ^ (x >> 32)
+
+
+def _signed_int(x: int) -> int:
+    """Return the lowest 64 bits of an int, as int64."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deltaopt.checkpoint.records import ledger_record, triple_record
+from deltaopt.checkpoint.records import ledger_records, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.naming import differ_by_wrappers, renamed
@@ -29,9 +29,10 @@ from deltaopt.rounding.writer import checked_seed
 from deltaopt.scaling import checked_scaling
 from deltaopt.weight import WeightState
 
-SCHEMA = 5
-READ = (4, 5)
-"""The schemas that are read. In 4 the state of each A held the ledgers of all its triples, in one string."""
+SCHEMA = 6
+READ = (4, 5, 6)
+"""The schemas that are read. In 4 the state of each A held the ledgers of all its triples, in one string. Up to 5 all
+of a tensor was hashed in another way, and a compensation was saved as the int16 that it is."""
 KEY = "deltaopt"
 LEDGER = f"{KEY}.ledger."
 """In the state of a parameter, followed by the name of the triple."""
@@ -163,8 +164,10 @@ def split_record(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         )
     schema = records[0].get("schema")
     if schema not in READ:
+        *earlier, last = READ
+        read = f"{', '.join(map(str, earlier))} and {last}"
         raise ValueError(
-            f"this state has the schema {schema}, this version of deltaopt reads {' and '.join(map(str, READ))}: load "
+            f"this state has the schema {schema}, this version of deltaopt reads {read}: load "
             "it with the version that wrote it"
         )
     return records[0], {**state_dict, "param_groups": param_groups}
@@ -188,10 +191,10 @@ def add_ledgers(
     }
     # torch.distributed.checkpoint wants state for all parameters or for none.
     state: dict[Any, dict[str, Any]] = {number: {KEY: ""} for number in numbers.values()} | state_dict["state"]
-    for weight in weights:
+    for weight, record in zip(weights, ledger_records(weights), strict=True):
         number = next(numbers[id(parameter)] for parameter in weight.tensors.stored if id(parameter) in numbers)
         # The empty entry is the place of ledgers of schema 4, which a distributed checkpoint may bring.
-        ledger = {LEDGER + weight.label: _sealed({weight.label: ledger_record(weight)})}
+        ledger = {LEDGER + weight.label: _sealed({weight.label: record})}
         state[number] = {KEY: "", **state[number], **ledger}
         compensation = compensations.get(weight)
         if compensation is not None:
@@ -206,8 +209,8 @@ def split_ledgers(
 
     Args:
         state_dict: of the inner optimizer, with our entries in its `state`.
-        schema: that it was saved with. A distributed checkpoint of schema 4 comes in a template of schema 5, whose own
-            ledgers are those of a fresh optimizer.
+        schema: that it was saved with. A distributed checkpoint of schema 4 comes in a template of this schema, whose
+            own ledgers are those of a fresh optimizer.
 
     Returns:
         The records of the ledgers and the compensations, by the triples' names, and the state_dict without them.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash
+from deltaopt.checkpoint.fingerprint import Fingerprint, numbered_blocks_hash, whole_hash
 from deltaopt.factors import Computed
 from deltaopt.groups import checked_count
 from deltaopt.ledger import Ledger
@@ -18,10 +19,15 @@ from deltaopt.overwritten import Difference, overwriting
 from deltaopt.sharding import gathered
 from deltaopt.tensors import FLOATS
 from deltaopt.triple import LoRATriple
-from deltaopt.weight import WeightState
+from deltaopt.weight import WeightState, fingerprints
 
 IDENTITY = "(identity)"
 """Stands for the numbers of an identity matrix, next to a ledger's dense one; no base64."""
+
+
+HASHING = 2
+WHOLE_HASHES = {1: numbered_blocks_hash, HASHING: whole_hash}
+"""How all of a tensor is hashed, by what a record says; states of schema 4 and 5 say nothing, which is 1."""
 
 
 def triple_record(triple: LoRATriple, A: Tensor, B: Tensor) -> dict[str, Any]:
@@ -48,12 +54,17 @@ def branch_record(triple: LoRATriple) -> dict[str, Any]:
     return {"scaling": triple.scaling, "folded": triple.folded, "stored": triple.stored_factor}
 
 
-def ledger_record(weight: WeightState) -> dict[str, Any]:
-    """Return the ledger of a W with the fingerprints of this moment. Waits for the device.
+def ledger_records(weights: Sequence[WeightState]) -> Iterator[dict[str, Any]]:
+    """Yield the ledger of each W with the fingerprints of this moment. Waits for the device.
 
     `SavedLedger` makes the ledger of it again.
     """
-    ledger, now = weight.placed_ledger(), weight_record(weight)
+    for weight, now, difference in zip(weights, weight_records(weights), overwriting(weights), strict=True):
+        yield _ledger_record(weight, now, difference)
+
+
+def _ledger_record(weight: WeightState, now: dict[str, Any] | None, difference: Difference | None) -> dict[str, Any]:
+    ledger = weight.placed_ledger()
     if ledger.is_matrix:
         ledger.sum_up()  # the terms that wait to be added to it would be saved next to it
     # W may have moved in places that the sample misses: a few rows of an embedding, or in 16 bits.
@@ -70,8 +81,9 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
         "folded_since": weight.folded_since,
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
-        "overwritten": _difference_record(overwriting(weight)),
-        "whole": whole_hash(weight.part()) if hides else None,
+        "hashing": HASHING,
+        "overwritten": _difference_record(difference),
+        "whole": weight.whole_hash() if hides else None,
         "A": _factor_record(weight.tensors.left),
         # A state_dict of the model gives A multiplied and rounded.
         "bits": _tensor_record(gathered(weight.tensors.stored[0])) if weight.triple.stores_A else None,
@@ -80,14 +92,16 @@ def ledger_record(weight: WeightState) -> dict[str, Any]:
     }
 
 
-def weight_record(weight: WeightState) -> dict[str, Any] | None:
-    """Return what a checkpoint keeps to know W again; None of one that cannot be read (quantized, offloaded)."""
-    return None if weight.weight_problems() else weight.fingerprint().record()
+def weight_records(weights: Sequence[WeightState]) -> list[dict[str, Any] | None]:
+    """Return what a checkpoint keeps to know each W again; None of one that cannot be read (quantized, offloaded)."""
+    readable = [weight for weight in weights if not weight.weight_problems()]
+    found = dict(zip(readable, fingerprints(readable), strict=True))
+    return [found[weight].record() if weight in found else None for weight in weights]
 
 
-def factor_fingerprint(factor: Tensor) -> Fingerprint:
-    """Take the fingerprint of a factor, of all of it."""
-    return Fingerprint(gathered(factor), whole=True)
+def factor_fingerprint(factor: Tensor, hashed: Callable[[Tensor], int] = whole_hash) -> Fingerprint:
+    """Take the fingerprint of a factor, of all of it, hashed as states of this version hold it or as `hashed` does."""
+    return Fingerprint(gathered(factor), hashed)
 
 
 def _factor_record(factor: Tensor | Computed) -> Any:
@@ -112,6 +126,7 @@ class SavedLedger:
         moves: see there; also None if an earlier version has saved it.
         folded_since: see there.
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
+        whole_hash: the function that has made it, and the hashes of A and B.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
         overwritten: what somebody else had made of the base until then; None if nothing is known of that.
         now: the record of the fingerprint of each parameter of A, then of B, when it was saved.
@@ -134,6 +149,7 @@ class SavedLedger:
             A, B = record["end"]
             self.ledger.end = _tensor_of(A), _tensor_of(B)
         self.whole = None if record["whole"] is None else int(record["whole"])
+        self.whole_hash = WHOLE_HASHES[record.get("hashing", 1)]
         self.now = [Fingerprint.of_record(one).record() for letter in "AB" for one in _as_list(record[letter])]
         self.bits = None if record.get("bits") is None else _tensor_of(record["bits"])
         self.stored = float(record.get("stored", 1.0))

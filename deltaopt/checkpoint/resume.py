@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import call_the_rest
-from deltaopt.checkpoint.fingerprint import whole_hash
-from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_record
+from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_records
 from deltaopt.messages import Problem, layers, problems_of, raise_problems
-from deltaopt.overwritten import base_sample
+from deltaopt.overwritten import base_samples
 from deltaopt.rounding.blocks import cut_off
 from deltaopt.rounding.writer import Writer, add_terms_, put_
 from deltaopt.sharding import gathered, put_whole_
@@ -78,10 +77,14 @@ class Resumption(NamedTuple):
         else:
             weight.triple.weight_rests()
 
-    def note_base_sample(self) -> None:
-        """Note what tells later if somebody else writes W, or had done so in the saved run; last of all."""
+    def note_base_sample(self, present: Tensor | None) -> None:
+        """Note what tells later if somebody else writes W, or had done so in the saved run; last of all.
+
+        Args:
+            present: the sample of the base that W shows now.
+        """
         known = None if self.rebuild or self.saved.overwritten is None else self.saved.overwritten.base
-        self.weight.base_sample = base_sample(self.weight) if known is None else known
+        self.weight.base_sample = present if known is None else known
 
 
 def note_rebuilt(weight: WeightState, saved: SavedLedger) -> None:
@@ -90,7 +93,7 @@ def note_rebuilt(weight: WeightState, saved: SavedLedger) -> None:
     Not where that is the base: the load would take the rounded one as the base.
     """
     if saved.W is not None and saved.base is not None:
-        _rebuilt_for[whole_hash(weight.part())] = _saved_hash(saved)
+        _rebuilt_for[weight.whole_hash()] = _saved_hash(saved)
 
 
 def plan(
@@ -111,9 +114,9 @@ def plan(
     ledgers = saved_ledgers(weights, records)
     decided: list[Resumption] = []
     problems: list[Problem] = []
-    for weight, saved in zip(weights, ledgers, strict=True):
+    for weight, W, saved in zip(weights, weight_records(weights), ledgers, strict=True):
         compensation = _checked_compensation(weight, compensations.get(weight.label))
-        resumption, found = _decide(weight, saved, compensation)
+        resumption, found = _decide(weight, W, saved, compensation)
         decided.append(resumption)
         problems += problems_of(weight.label, found)
     raise_problems(
@@ -156,8 +159,9 @@ def carry_out(decided: Sequence[Resumption], writer: Writer) -> list[str]:
     for resumption in decided:
         resumption.carry_out(writer)
     missing = _compensate([resumption.weight for resumption in decided if not resumption.rebuild], writer)
-    for resumption in decided:
-        resumption.note_base_sample()
+    samples = base_samples([resumption.weight for resumption in decided])
+    for resumption, sample in zip(decided, samples, strict=True):
+        resumption.note_base_sample(sample)
     return missing
 
 
@@ -304,21 +308,23 @@ def factor_problems(weight: WeightState, saved: SavedLedger) -> list[str]:
         return [f"A and B are made of {len(parameters)} parameters, and were of {len(saved.now)} in the saved run"]
     for place, (name, parameter, then) in enumerate(zip(names, parameters, saved.now, strict=True)):
         parameter = _as_saved(gathered(parameter).detach(), then["dtype"])
-        here = factor_fingerprint(parameter).record()
+        here = factor_fingerprint(parameter, saved.whole_hash).record()
         if here != then and not (place == 0 and _is_stored_form(parameter, weight, saved)):
             found.append(f"{name} {_difference(here, then)}")
     return found
 
 
 @torch.no_grad()
-def _decide(weight: WeightState, saved: SavedLedger, compensation: Tensor | None) -> tuple[Resumption, list[str]]:
-    """Return what to do, and why it cannot be done."""
+def _decide(
+    weight: WeightState, W: dict[str, Any] | None, saved: SavedLedger, compensation: Tensor | None
+) -> tuple[Resumption, list[str]]:
+    """Return what to do with a W of this record, and why it cannot be done."""
     found = factor_problems(weight, saved)
-    W, ledger = weight_record(weight), saved.ledger
+    ledger = saved.ledger
     if W is None or saved.W is None:
         return _left_alone(weight, saved, None), found + _format_problems(W, saved)
     part = weight.part()
-    match = _what_is_there(part, W, saved)
+    match = _what_is_there(weight, W, saved)
     if match == "rebuilt":  # in other bits than were saved, by this optimizer if it knows what it cut off
         compensation = weight.known_compensation(part)
     if match is not None:
@@ -356,19 +362,16 @@ def _left_alone(weight: WeightState, saved: SavedLedger, compensation: Tensor | 
     return Resumption(weight, saved, False, None, compensation, [], [])
 
 
-def _what_is_there(part: Tensor, W: dict[str, Any], saved: SavedLedger) -> str | None:
+def _what_is_there(weight: WeightState, W: dict[str, Any], saved: SavedLedger) -> str | None:
     """Tell if W, with this fingerprint, is the one "saved", or one "rebuilt" for it before; None if neither."""
     assert saved.W is not None
     if any(W[key] != saved.W[key] for key in ("shape", "dtype")):
         return None
     if saved.whole is None and W["hash"] == saved.W["hash"]:
         return "saved"
-    if saved.whole is None and not _rebuilt_for:
-        return None
-    whole = whole_hash(part)
-    if whole == saved.whole:
+    if saved.whole is not None and weight.whole_hash(saved.whole_hash) == saved.whole:
         return "saved"
-    return "rebuilt" if _rebuilt_for.get(whole) == _saved_hash(saved) else None
+    return "rebuilt" if _rebuilt_for and _rebuilt_for.get(weight.whole_hash()) == _saved_hash(saved) else None
 
 
 def _saved_hash(saved: SavedLedger) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -142,11 +142,12 @@ def are_factors_of(saved: Iterable[SavedWeight], tensors: Iterable[Tensor]) -> b
 
     An export may hold the same B with another A. Of a folded weight the checkpoint holds A multiplied, so B decides.
     """
+    saved = list(saved)
     known = [(weight.ledger.bits is not None, weight.factors) for weight in saved if weight.factors is not None]
     pairs = [(folded, _key(A), _key(B)) for folded, (A, B) in known]
     forms = {key[:2] for _, A, B in pairs for key in (A, B)}
     candidates = (each for each in tensors if (tuple(each.shape), str(each.dtype).removeprefix("torch.")) in forms)
-    found = {_key(factor_fingerprint(tensor).record()) for tensor in candidates}
+    found = {key for tensor in candidates for key in _keys_of_factor(tensor, saved)}
     return not pairs or any(B in found and (folded or A in found) for folded, A, B in pairs)
 
 
@@ -180,7 +181,7 @@ class _Known:
     """The tensors of a checkpoint that ledgers have noted the fingerprints of."""
 
     def __init__(self, saved: Iterable[SavedWeight]) -> None:
-        saved = list(saved)
+        saved = self._saved = list(saved)
         self._factors = {_key(record) for each in saved for record in each.factors or ()}
         self._weights = {_key(record) for each in saved for record in _records_of_weight(each.ledger).values()}
         self._factor_forms = {key[:2] for key in self._factors}
@@ -198,9 +199,7 @@ class _Known:
         """Keep the tensor if it is a factor, and its norm if it is a W."""
         shape = tuple(tensor.shape)
         if (shape, str(tensor.dtype).removeprefix("torch.")) in self._factor_forms:
-            key = _key(factor_fingerprint(tensor).record())
-            if key in self._factors:
-                self.factors[key] = tensor
+            self.factors |= dict.fromkeys(_keys_of_factor(tensor, self._saved) & self._factors, tensor)
         for dtype in self._weight_dtypes.get(shape, ()):
             W = tensor.to(getattr(torch, dtype))  # a base may be stored in another dtype than it trained in
             key = _key(Fingerprint(W).record())
@@ -308,3 +307,8 @@ def _saved(record: Any, name: str, where: str) -> SavedWeight:
 
 def _key(record: dict[str, Any]) -> Key:
     return tuple(record["shape"]), record["dtype"], record["hash"]
+
+
+def _keys_of_factor(tensor: Tensor, saved: Sequence[SavedWeight]) -> set[Key]:
+    """Return the key of a factor as each of the ledgers would hold it."""
+    return {_key(factor_fingerprint(tensor, hashed).record()) for hashed in {each.ledger.whole_hash for each in saved}}

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 
-from torch import nn
+from torch import Tensor, nn
 
 from deltaopt.integrations import adapter_saves as adapter_saves
 from deltaopt.integrations import inner_optimizers as inner_optimizers
@@ -108,23 +108,33 @@ def other_parameters(model: nn.Module, triples: Iterable[LoRATriple]) -> list[nn
 
 
 def tied_places(model: nn.Module, triples: Iterable[LoRATriple]) -> list[tuple[LoRATriple, list[str]]]:
-    """Return each triple whose W is in more than one place of `model`, with the names of the places."""
+    """Return each triple whose W is in more than one place of `model`, with the names of the places.
+
+    Sharded weights are told by what they are, so that all ranks find the same: one whose piece is empty too.
+    """
     places = [
         (f"{module_name}.{name}".lstrip("."), parameter)
         for module_name, module in modules_of(model).items()  # a module under two names is one place
         if module._parameters
         for name, parameter in module.named_parameters(recurse=False)
     ]
-    readable = [(name, parameter) for name, parameter in places if is_plain(parameter) and not parameter.is_meta]
-    moving = [triple for triple in triples if is_plain(triple.W) and not triple.W.is_meta]  # others: refused later
-    users: dict[LoRATriple, list[str]] = {}
-    for i, j in overlapping_pairs([*(parameter for _, parameter in readable), *(triple.W for triple in moving)]):
-        if i < len(readable) <= j:
-            users.setdefault(moving[j - len(readable)], []).append(readable[i][0])
-    for triple in triples:
-        if is_sharded(triple.W):  # the same object in all places; what is here of it may be empty
-            users[triple] = [name for name, parameter in places if parameter is triple.W]
-    return [(triple, users[triple]) for triple in triples if len(users.get(triple, ())) > 1]
+    triples = list(triples)
+    moving = [triple for triple in triples if _has_memory(triple.W)]  # others: refused later
+    memory = [(name, parameter) for name, parameter in places if _has_memory(parameter)]
+    users: dict[int, list[str]] = {}
+    for i, j in overlapping_pairs([*(parameter for _, parameter in memory), *(triple.W for triple in moving)]):
+        if i < len(memory) <= j:
+            users.setdefault(id(moving[j - len(memory)]), []).append(memory[i][0])
+    sharded: dict[int, list[str]] = {}
+    for name, parameter in places:
+        if is_sharded(parameter):
+            sharded.setdefault(id(parameter), []).append(name)
+    found = [(triple, users.get(id(triple), sharded.get(id(triple.W), []))) for triple in triples]
+    return [(triple, names) for triple, names in found if len(names) > 1]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return is_plain(tensor) and not tensor.is_meta
 
 
 def _surveys(model: nn.Module, adapter: str, allow_dropout: bool, attach: bool) -> Iterator[tuple[str, Survey]]:

@@ -76,14 +76,14 @@ class KernelBatch:
             self._batch = self._kernel.Batch([self._kernel.Product(*p) for _, p in products])
             self._made_for = made_for
         self._batch.add_([additions[number].coef for number in self._matrices], keep, keys, launched)
-        written = [addition.weight.tensors.W for addition in additions]
+        written = [addition.weight.here for addition in additions]
         written += [addition.compensation for addition in additions if addition.compensation is not None]
         torch.autograd.graph.increment_version(written)  # as any operation in place would
 
     def _in_columns_of_W(self, addition: Addition) -> Addition:
         """Put the columns of V in W's order; where that needs a copy, the copy stays in the same place."""
         weight, V = addition.weight, addition.V
-        ordered = weight.triple.view.ordered(V, weight.tensors.W)
+        ordered = weight.view.ordered(V, weight.here)
         if ordered.data_ptr() == V.data_ptr():
             return addition
         kept = self._reordered.get(addition.place)
@@ -136,7 +136,7 @@ def try_out(kernel: ModuleType, device: torch.device) -> None:
 def _products(addition: Addition) -> Iterator[tuple[Any, ...]]:
     """Give the fields of a `Product` of the kernel for each matrix."""
     weight, U, V, _, bits, hashes, place, *firsts = addition
-    kept = None if bits is None else weight.triple.view.part_matrix(bits)
+    kept = None if bits is None else weight.view.part_matrix(bits)
     matrix = weight.matrix()
     if matrix.dim() == 2:
         yield matrix, U, V, kept, int(hashes), place, *firsts
@@ -147,6 +147,6 @@ def _products(addition: Addition) -> Iterator[tuple[Any, ...]]:
 
 def _identity(addition: Addition) -> tuple[object, ...]:
     """Return what has to be the same for the products of a W to be the same."""
-    tensors = (addition.weight.tensors.W, addition.U, addition.V, addition.compensation)
+    tensors = (addition.weight.here, addition.U, addition.V, addition.compensation)
     places = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors if t is not None]
     return addition.weight, addition.place, addition.first_row, addition.first_column, *places

@@ -236,7 +236,7 @@ def test_refuses_a_state_of_another_schema(rule, saved_state):
     record = internals.record_of(saved_state)
     schema = record["schema"]
     record["schema"] = schema + 1
-    message = f"schema {schema + 1}, this version of deltaopt reads 4 and {schema}"
+    message = f"schema {schema + 1}, this version of deltaopt reads 4, 5 and {schema}"
     loading_is_refused(trained_run(rule), saved_state, message)
 
 

@@ -181,13 +181,13 @@ def test_a_record_of_something_else(call, checkpoint):
 def test_a_newer_schema(command, call, checkpoint, base, tmp_path):
     def newer(state):
         for group in state["param_groups"]:
-            group["deltaopt"] = {**group["deltaopt"], "schema": 6}
+            group["deltaopt"] = {**group["deltaopt"], "schema": 7}
 
     rewritten(checkpoint, newer)
     more = () if command == "inspect" else ("--base", base, "--out", tmp_path / "out")
     assert call(command, checkpoint, *more, code=1) == (
-        f"{checkpoint}/optimizer.pt: this state has the schema 6, this version of deltaopt reads 4 and 5: load it with "
-        "the version that wrote it"
+        f"{checkpoint}/optimizer.pt: this state has the schema 7, this version of deltaopt reads 4, 5 and 6: load it "
+        "with the version that wrote it"
     )
 
 

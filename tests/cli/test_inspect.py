@@ -10,8 +10,10 @@ import torch
 
 import deltaopt
 from deltaopt.__main__ import main
+from deltaopt.checkpoint.format import SCHEMA
 from deltaopt.cli.inspect import by_last_name
 from deltaopt.cli.movement import Layer
+from tests.data.make_states import schema_of
 from tests.support.models import RATIO, batches, causal_lm, deltas, optimizer_for, peft, plain_loop, weights
 from tests.support.peft_runs import peft_asks_by_an_old_name
 
@@ -44,7 +46,7 @@ def test_a_checkpoint_of_trainer(name, runs, base, call, data_of):
         assert found["moves"] == (4 if name == "in place" else 3)
     assert len(layers_of(data)) == 10
     (state,) = data["states"]
-    assert (data["trainer_step"], state["step"], state["schema"], state["weight_update"]) == (4, 4, 5, "in_place")
+    assert (data["trainer_step"], state["step"], state["schema"], state["weight_update"]) == (4, 4, SCHEMA, "in_place")
     assert state["groups"] == [{"update_ratio": RATIO, "start_step": 0 if name == "in place" else 1, "layers": 10}]
     assert data["use"] == str(run.checkpoint / "export")
     assert data["adapter"]["needs_moved_weights"]
@@ -196,7 +198,7 @@ def test_states_of_an_earlier_schema(path, data_of):
     """The files hold what the version that wrote them said of its displacements."""
     saved = torch.load(path, weights_only=True)
     (state,) = data_of("inspect", path)["states"]
-    assert state["schema"] == 4
+    assert state["schema"] == schema_of(path.stem)
     assert state["step"] == 9
     found = {layer["name"]: layer["asked"] for layer in state["layers"]}
     assert found.keys() == saved["displacements"].keys()

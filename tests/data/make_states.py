@@ -1,11 +1,13 @@
-"""Write what runs of the commit 6f8145d saved in the middle, and what they came to when they went on.
+"""Write what runs of earlier versions saved in the middle, and what they came to when they went on.
 
 `tests/behaviour/test_earlier_states.py` loads the files and compares. They are never made with a later version, as
-they say what the earlier one did. To make them again, from the root of the repository:
+they say what the earlier one did: the commit 6f8145d for schema 4, and 877b9ea for schema 5. To make them again, from
+the root of the repository:
 
-    git worktree add ../deltaopt-6f8145d 6f8145d
+    commit=877b9ea schema=5
+    git worktree add ../deltaopt-$commit $commit
     script=$PWD/tests/data/make_states.py folder=$PWD/tests/data
-    cd ../deltaopt-6f8145d && PYTHONPATH=. python $script $folder
+    cd ../deltaopt-$commit && PYTHONPATH=. python $script $folder $schema
 
 Each file is a dict for `torch.load(weights_only=True)`:
 
@@ -35,16 +37,15 @@ from torch import Tensor, nn
 import deltaopt
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 
-SCHEMA = 4
-"""Of the states that 6f8145d saves. The script refuses to write others."""
-
 MODES = {
     "float32": {"dtype": "float32", "rounding": "auto", "weight_update": "in_place"},
     "bfloat16_stochastic": {"dtype": "bfloat16", "rounding": "stochastic", "weight_update": "in_place"},
     "bfloat16_compensated": {"dtype": "bfloat16", "rounding": "compensated", "weight_update": "in_place"},
     "folded": {"dtype": "float32", "rounding": "auto", "weight_update": "folded"},
 }
-STATES = {f"{kind}_{mode}": (kind, mode) for kind in ("plain", "peft") for mode in MODES}
+CASES = {f"{kind}_{mode}": (kind, mode) for kind in ("plain", "peft") for mode in MODES}
+OF_SCHEMA_5 = ("plain_float32", "plain_bfloat16_compensated", "peft_bfloat16_compensated", "peft_folded")
+STATES = CASES | {f"schema_5_{case}": CASES[case] for case in OF_SCHEMA_5}
 
 CHANGE, RESTART, SAVE, END = 4, 6, 9, 13
 """Steps before which update_ratio changes, A and B start afresh (in place only), the run is saved, and it ends."""
@@ -250,9 +251,14 @@ def _slices(data: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]
     return {name: rows[start:stop].clone() for name, rows in data.items()}
 
 
-def made(kind: str, mode: str) -> dict[str, Any]:
+def schema_of(case: str) -> int:
+    """Return the schema of the state in the file of a case."""
+    return 5 if case.startswith("schema_5_") else 4
+
+
+def made(kind: str, mode: str, schema: int) -> dict[str, Any]:
     """The contents of one file."""
-    generator = torch.Generator().manual_seed(1 + list(STATES).index(f"{kind}_{mode}"))
+    generator = torch.Generator().manual_seed(1 + list(CASES).index(f"{kind}_{mode}"))
     config = {**(PLAIN if kind == "plain" else PEFT), **MODES[mode], "rounding_seed": 5}
     base = _start(kind, getattr(torch, config["dtype"]), generator)
     data = _data(kind, base, generator)
@@ -277,8 +283,8 @@ def made(kind: str, mode: str) -> dict[str, Any]:
         "data": _slices(data, SAVE, END),
     }
     schemas = {group["deltaopt"]["schema"] for group in saved["optimizer"]["param_groups"]}
-    if schemas != {SCHEMA}:
-        raise SystemExit(f"{deltaopt.__file__} saves states of schema {schemas}: run the commit 6f8145d, see above")
+    if schemas != {schema}:
+        raise SystemExit(f"{deltaopt.__file__} saves states of schema {schemas}, not {schema}: run the commit above")
     saved["optimizer"] = _copied(saved["optimizer"])
     losses = run.train(saved["data"])
     saved["expected"] = {"tensors": run.tensors(), "losses": losses}
@@ -302,12 +308,12 @@ def _copied(state: Any) -> Any:
     return [_copied(value) for value in state] if isinstance(state, list) else state
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, schema: int) -> None:
     torch.set_num_threads(1)
-    for name, (kind, mode) in STATES.items():
-        torch.save(made(kind, mode), folder / f"{name}.pt")
+    for name in [name for name in STATES if schema_of(name) == schema]:
+        torch.save(made(*STATES[name], schema), folder / f"{name}.pt")
         print(f"{name}.pt: {(folder / f'{name}.pt').stat().st_size} bytes")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -9,7 +9,7 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
 from deltaopt.folded import FoldedUpdate
 from deltaopt.groups import DeltaGroup, Settings
-from deltaopt.in_place import Host, InPlaceUpdate
+from deltaopt.host import Host
+from deltaopt.in_place import InPlaceUpdate
 from deltaopt.ledger import Ledger
 from deltaopt.rounding import blocks, writer
 from deltaopt.rounding.writer import Writer, checked_rounding
@@ -176,11 +177,17 @@ def fingerprints_of_weights(patch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return a list that gets each W whose fingerprint is taken from now on."""
     taken: list[Tensor] = []
 
-    def noted(tensor: Tensor, whole: bool = False) -> Fingerprint:
-        taken.append(tensor)
-        return Fingerprint(tensor, whole)
+    class Noted(Fingerprint):
+        def __init__(self, tensor: Tensor, whole: Any = None) -> None:
+            taken.append(tensor)
+            super().__init__(tensor, whole)
 
-    patch.setattr(weight_module, "Fingerprint", noted)
+        @classmethod
+        def of_each(cls, tensors: Sequence[Tensor]) -> list[Fingerprint]:
+            taken.extend(tensors)
+            return Fingerprint.of_each(tensors)
+
+    patch.setattr(weight_module, "Fingerprint", Noted)
     return taken
 
 

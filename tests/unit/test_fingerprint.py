@@ -1,5 +1,6 @@
 """The fingerprint of a weight: what it sees, that shards add up to it, and that it reads a sample only."""
 
+import itertools
 import pickle
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import peak_allocation
 from deltaopt.checkpoint.fingerprint import (
@@ -14,8 +16,10 @@ from deltaopt.checkpoint.fingerprint import (
     SAMPLES,
     Fingerprint,
     content_hash,
+    numbered_blocks_hash,
     sampled_positions,
     whole_hash,
+    whole_hash_part,
 )
 from tests.support import strategies
 
@@ -81,6 +85,13 @@ def test_positions_of_very_large_tensors_do_not_overflow(n):
 def test_the_hashes_of_shards_add_up_to_that_of_the_whole(shape, cuts, seed, dtype):
     """Cut W into rectangular pieces in any way, empty ones too."""
     W = random_weight(*shape, dtype=dtype, seed=seed)
+    pieces = pieces_of(W, cuts)
+    assert added(content_hash, pieces, W) == int(content_hash(W))
+    assert added(whole_hash_part, pieces, W) == whole_hash(W)
+
+
+def pieces_of(W, cuts):
+    """Cut W at each (dimension, fraction), and say where the pieces begin."""
     pieces = [((0,) * W.dim(), W)]
     for dim, where in cuts:
         dim %= W.dim()
@@ -90,8 +101,54 @@ def test_the_hashes_of_shards_add_up_to_that_of_the_whole(shape, cuts, seed, dty
             moved = tuple(s + (n if i == dim else 0) for i, s in enumerate(start))
             cut += [(start, piece.narrow(dim, 0, n)), (moved, piece.narrow(dim, n, piece.shape[dim] - n))]
         pieces = cut
-    total = sum((content_hash(piece, start, W.shape) for start, piece in pieces), torch.zeros((), dtype=torch.int64))
-    assert int(total) == int(content_hash(W))
+    return pieces
+
+
+def added(hashed, pieces, W):
+    return int(sum((hashed(piece, start, W.shape) for start, piece in pieces), torch.zeros((), dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (13, 5), (5000, 60), (3, 200, 500), (1, 600_000)])
+@pytest.mark.parametrize(
+    "cuts", [[(0, 0.5)], [(1, 0.37)], [(0, 0.4), (1, 0.7)], [(0, 0.0)], [(1, 1.0), (0, 0.1), (0, 0.5)], [(-1, 0.01)]]
+)
+def test_large_weights_in_pieces_add_up(shape, cuts):
+    """Shard(0), Shard(1), blocks in two dimensions, uneven and empty ones; in tensors of their own and as views."""
+    W = random_weight(*shape, dtype=torch.bfloat16)
+    pieces = pieces_of(W, cuts)
+    for hashed, whole in ((content_hash, int(content_hash(W))), (whole_hash_part, whole_hash(W))):
+        assert added(hashed, pieces, W) == whole
+        assert added(hashed, [(start, piece.clone()) for start, piece in pieces], W) == whole
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 7), (2, 3, 2, 2), (9,)])
+def test_the_whole_hash_in_pieces_that_are_elements(shape):
+    """Each element is a piece, so that every place is computed on its own; and none has the number of another."""
+    W = torch.zeros(shape)
+    pieces = [(place, W[tuple(slice(i, i + 1) for i in place)]) for place in itertools.product(*map(range, shape))]
+    found = [int(whole_hash_part(piece, place, shape)) for place, piece in pieces]
+    assert signed(sum(found)) == whole_hash(W)
+    assert len(set(found)) == len(found)
+
+
+class Passing(TorchDispatchMode):
+    """A mode that changes nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_pieces_are_hashed_alike_with_and_without_what_was_kept():
+    """Devices compute what a CPU keeps, and so do modes of torch, in which nothing may be kept."""
+    W = random_weight(40, 300)
+    pieces = pieces_of(W, [(0, 0.3), (1, 0.6)])
+    found = [(int(content_hash(p, start, W.shape)), int(whole_hash_part(p, start, W.shape))) for start, p in pieces]
+    with Passing():
+        again = [(int(content_hash(p, start, W.shape)), int(whole_hash_part(p, start, W.shape))) for start, p in pieces]
+    assert again == found
+    with torch.inference_mode():
+        inside = [int(content_hash(p[:9, :8], start, (41, 301))) for start, p in pieces]
+    assert [int(content_hash(p[:9, :8], start, (41, 301))) for start, p in pieces] == inside
 
 
 def test_strides_and_devices_of_the_storage_do_not_matter():
@@ -126,12 +183,33 @@ def test_it_reads_a_sample_and_not_the_weight():
 @pytest.mark.parametrize("shape", [(3, 5), (700, 900), (200_000,), (1, 700_000), (3, 600_000)])
 def test_the_whole_hash_sees_every_element_in_its_place(shape):
     W = random_weight(*shape)
-    seen = {whole_hash(W), whole_hash(W.flip(0)), whole_hash(W.roll(1))}
-    for place in (0, W.numel() // 3, W.numel() - 1):
-        changed = W.clone()
-        changed.view(-1)[place] += 1e-3
-        seen.add(whole_hash(changed))
-    assert len(seen) == (6 if shape[0] > 1 else 5)
+    for hashed in (whole_hash, numbered_blocks_hash):
+        seen = {hashed(W), hashed(W.flip(0)), hashed(W.roll(1))}
+        for place in (0, W.numel() // 3, W.numel() - 1):
+            changed = W.clone()
+            changed.view(-1)[place] += 1e-3
+            seen.add(hashed(changed))
+        assert len(seen) == (6 if shape[0] > 1 else 5)
+
+
+def test_the_whole_hash_tells_a_square_from_its_transpose_and_zeros_by_their_shape():
+    W = random_weight(64, 64)
+    assert whole_hash(W) != whole_hash(W.T)
+    assert len({whole_hash(torch.zeros(shape)) for shape in ((4, 6), (6, 4), (24,), (1, 24), (2, 2, 6))}) == 5
+
+
+def test_the_whole_hash_is_its_definition():
+    """Sum the scrambled words: each with its place, which is of the numbers of its indices."""
+    W = random_weight(3, 4, 5)
+    total = 3  # dimensions
+    for n in W.shape:
+        total = mixed(total ^ n)
+    for place in itertools.product(*map(range, W.shape)):
+        word = int(W[place].view(torch.int32))
+        for dim, i in enumerate(place):
+            word ^= mixed(i) * pow(0x2545F4914F6CDD1D, dim, 2**64)
+        total += mixed(word % 2**64)
+    assert signed(total) == whole_hash(W)
 
 
 def test_the_whole_hash_takes_bounded_memory():
@@ -165,7 +243,9 @@ def test_hashes_are_those_that_states_hold():
     """Saved by earlier versions: the numbers must stay."""
     ramp = torch.arange(70 * 90, dtype=torch.float32).view(70, 90)
     assert Fingerprint(ramp).record() == {"shape": [70, 90], "dtype": "float32", "hash": -2720959091383727769}
-    assert Fingerprint(ramp.T[:, :50].to(torch.bfloat16), whole=True).record()["hash"] == -6089412971051960110
+    narrow = ramp.T[:, :50].to(torch.bfloat16)
+    assert Fingerprint(narrow, whole=numbered_blocks_hash).record()["hash"] == -6089412971051960110
+    assert Fingerprint(narrow, whole=whole_hash).record()["hash"] == -7772209190275720842
 
 
 def test_places_that_were_kept_in_a_mode_of_torch_serve_outside_it():

@@ -75,18 +75,18 @@ def test_a_state_says_its_schema():
     assert noisy_run().optimizer.state_dict()["param_groups"][0][KEY]["schema"] == SCHEMA
 
 
-@pytest.mark.parametrize("schema", [3, 6, None, "5"])
+@pytest.mark.parametrize("schema", [3, 7, None, "5"])
 def test_other_schemas_are_refused_with_those_that_are_read(schema):
     run = noisy_run()
     state = run.optimizer.state_dict()
     state["param_groups"][0][KEY]["schema"] = schema
-    with pytest.raises(ValueError, match=f"has the schema {schema}, this version of deltaopt reads 4 and 5"):
+    with pytest.raises(ValueError, match=f"has the schema {schema}, this version of deltaopt reads 4, 5 and 6"):
         run.optimizer.load_state_dict(state)
 
 
 @pytest.mark.parametrize("schema", READ)
 def test_ledgers_of_the_other_schema_are_not_read(schema):
-    """A distributed checkpoint of schema 4 comes in a template of schema 5, with ledgers of a fresh optimizer."""
+    """A distributed checkpoint of schema 4 comes in a template of schema 6, with ledgers of a fresh optimizer."""
     run, fresh = noisy_run(zero=False), noisy_run(zero=False)
     run.train(2)
     state, other = run.optimizer.state_dict(), fresh.optimizer.state_dict()

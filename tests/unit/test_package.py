@@ -34,7 +34,8 @@ ORDER = [
     "wrappers",
     "optimizer",
     "synced",
-    *("folded", "in_place", "factor_buffers", "recall", "restarts", "checks", "rule", "gradient_hooks", "usage"),
+    *("folded", "in_place", "sharded_moves", "factor_buffers", "host", "recall", "restarts", "roll_call"),
+    *("checks", "rule", "gradient_hooks", "usage", "around"),
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer"),
     *("weight", "claims", "groups", "inner", "in_backward", "triple", "triple_tensors"),
@@ -42,8 +43,8 @@ ORDER = [
     *("stored_factors", "averaged", "save_watch"),
     *("norms", "upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
-    *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "random_starts", "sharding"),
-    "ranks",
+    "random_starts",
+    *("guard", "lowrank", "sharding", "layouts", "scaling", "factors", "compiled", "tensors", "flattened", "ranks"),
     *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "modules", "schedules"),
 ]
 FOLDERS = ("analysis", "integrations")

@@ -8,7 +8,8 @@ import torch
 
 from deltaopt import DeltaLoRAOptimizer
 from deltaopt.folded import FoldedUpdate
-from deltaopt.in_place import Host, InPlaceUpdate
+from deltaopt.host import Host
+from deltaopt.in_place import InPlaceUpdate
 from deltaopt.optimizer import RULES
 from deltaopt.rule import UpdateRule
 from tests.support import strategies

@@ -181,7 +181,7 @@ def _without_rank(model: nn.Module, adapter: str, weights: Iterable[PeftTriple])
     saved = {id(triple.layer) for triple in weights}
     return [
         (name, layer)
-        for name, layer in model.named_modules()
+        for name, layer in modules_of(model).items()
         if adalora.is_adalora(layer)
         and id(layer) not in saved
         and adapter in lora_adapters(layer)
