@@ -18,7 +18,7 @@ from deltaopt import DeltaLoRAOptimizer, export_adapter, merged_weights
 from deltaopt.analysis import layer_changes
 from deltaopt.metrics import movement_metrics
 from tests.support.distributed import on_all_ranks
-from tests.support.sharded_runs import KINDS, WAYS, Branched, ShardedRun, branched, net, shard, triples_of, whole
+from tests.support.sharded_runs import KINDS, WAYS, Branched, ShardedRun, branched, net, shard, switch, triples_of, whole
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 some_kinds = pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16-compensated"])
@@ -166,7 +166,7 @@ def test_residuals_are_sharded_as_the_weights(kind):
 def residual_on_rank(rank: int, kind: str) -> None:
     run = ShardedRun(rank, kind, keep_base="cpu" if kind == "bfloat16" else None).train(3)
     for triple in run.optimizer.triples:
-        sources = [None, {"a": run.frozen.state_dict()}["a"], triple_source(run)]
+        sources = [None, run.frozen.state_dict(), sharded_source(run)]
         expected = run.reference.residual(triple.label)
         assert expected.any()
         for source in sources:
@@ -176,7 +176,7 @@ def residual_on_rank(rank: int, kind: str) -> None:
             torch.testing.assert_close(whole(found), expected, **COMPUTED)
 
 
-def triple_source(run: ShardedRun) -> dict[str, Tensor]:
+def sharded_source(run: ShardedRun) -> dict[str, Tensor]:
     """Pristine weights that are sharded themselves."""
     return run.new_model(run.frozen.state_dict()).state_dict()
 
@@ -194,8 +194,9 @@ def report_on_rank(rank: int, kind: str, keep_base: str | None) -> None:
     assert all(layer.moved for layer in found.layers)
     for layer, other in zip(found.layers, expected.layers, strict=True):
         assert layer.asked == pytest.approx(other.asked, rel=1e-5)
-        assert layer.kept == pytest.approx(other.kept, rel=1e-4)
         assert layer.asked_relative == pytest.approx(other.asked_relative, rel=1e-5)
+        assert (layer.kept is None) == (other.kept is None) == (kind == "bfloat16" and keep_base is None)
+        assert layer.kept is None or layer.kept == pytest.approx(other.kept, rel=1e-4)
     assert_same_on_ranks(found.as_dict())
 
 
@@ -275,7 +276,7 @@ def sharded_later_on_rank(rank: int) -> None:
     optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples_of(model), lr=1e-2)
     shard(model)
     model(torch.ones(2, 13)).sum().backward()
-    with pytest.raises(ValueError, match=r"A is not among the parameters .*build the optimizer afterwards"):
+    with pytest.raises(ValueError, match=r"(?s)build the optimizer afterwards.*A is not among the parameters"):
         optimizer.step()
 
 
@@ -292,18 +293,15 @@ def evaluated(run: ShardedRun) -> Tensor:
 def gathered_on_rank(rank: int, way: str) -> None:
     """What is written into them is lost at the next reshard."""
     run = ShardedRun(rank, "bfloat16", way, keep_base="cpu").train(2)
-    if way == "factors ignored":
-        for module in run.parts:
-            if hasattr(module, "unshard"):
-                module.unshard()
     evaluated(run)
+    if way == "factors ignored":
+        for part in run.parts:
+            part.unshard()
     for attempt in (run.optimizer.step, run.optimizer.restart, run.optimizer.base_weights().__enter__):
         with pytest.raises(ValueError, match=r"W was sharded and is whole now.*Call model\.reshard\(\) first"):
             attempt()
     assert "W was sharded and is whole now" in str(run.optimizer.report())
-    for module in run.parts:
-        if hasattr(module, "reshard"):
-            module.reshard()
+    run.reshard()
     run.train(2).assert_follows()
 
 
@@ -348,22 +346,19 @@ def exact(kind: str) -> dict[str, float]:
 
 def assert_gives_the_base(run: ShardedRun, **tolerance: float) -> None:
     """Without the branch the sharded model gives the frozen copy's output; with it, the reference's."""
-    for model in (run.model, run.frozen, run.alone):
-        for layer in branched(model):
-            layer.active = False
+    models = run.model, run.frozen, run.alone
+    for model in models:
+        switch(model, False)
     with torch.no_grad():
         expected = run.frozen(run.batch(0))
         torch.testing.assert_close(run.model(run.batch(0)), expected, **tolerance)
-    for model in (run.model, run.frozen, run.alone):
-        for layer in branched(model):
-            layer.active = True
+    for model in models:
+        switch(model, True)
     with torch.no_grad():
         found = run.model(run.batch(0))
         torch.testing.assert_close(found, run.alone(run.batch(0)), rtol=1e-2, atol=1e-3)
     assert (found - expected).abs().max() > 1e-2
-    for module in run.parts:
-        if hasattr(module, "reshard"):
-            module.reshard()
+    run.reshard()
 
 
 @pytest.mark.parametrize("way", ["layers", "linear layers", "one piece, not resharded", "W ignored", "factors ignored"])
@@ -389,15 +384,13 @@ def reference_passes_on_rank(rank: int) -> None:
     run = ShardedRun(rank).train(2)
     counts = []
     for _ in range(3):
-        for model in (run.model, run.frozen):
-            for layer in branched(model):
-                layer.active = False
+        switch(run.model, False)
+        switch(run.frozen, False)
         with torch.no_grad(), CommDebugMode() as counted:
             found = run.model(run.batch(0))
         torch.testing.assert_close(found, run.frozen(run.batch(0)), **COMPUTED)
         counts.append(counted.get_total_counts())
-        for layer in branched(run.model):
-            layer.active = True
+        switch(run.model, True)
         if len(counts) == 2:
             run.train(1)
     layers = len(branched(run.model))
@@ -429,23 +422,18 @@ def base_weights_on_rank(rank: int, way: str, kind: str, method: str | None, kee
     if method == "source":
         options["source"] = run.frozen
     elif method == "sharded source":
-        options["source"] = triple_source(run)
+        options["source"] = sharded_source(run)
     before = [whole(W) for W in run.weights(run.model)]
-    for layer in branched(run.model):
-        layer.scaling = 0.0
+    switch(run.frozen, False)
     with torch.no_grad(), run.optimizer.base_weights(**options):
-        for layer in branched(run.frozen):
-            layer.active = False
+        switch(run.model, False)
         if method != "hooks":
             for W, base in zip(run.weights(run.model), run.weights(run.frozen), strict=True):
                 torch.testing.assert_close(whole(W), base, **exact(kind))
         torch.testing.assert_close(run.model(run.batch(0)), run.frozen(run.batch(0)), **exact(kind))
-    for layer in branched(run.model):
-        layer.scaling = 0.5
+    switch(run.model, True)
     assert (evaluated(run) - run.alone(run.batch(0))).abs().max() < 1e-3
-    for module in run.parts:
-        if hasattr(module, "reshard"):
-            module.reshard()
+    run.reshard()
     assert all(torch.equal(whole(W), old) for W, old in zip(run.weights(run.model), before, strict=True))
     run.train(2).assert_follows()
 

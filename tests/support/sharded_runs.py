@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
@@ -197,8 +197,13 @@ class ShardedRun:
         return [layer.base.weight for layer in branched(model)]
 
     @property
-    def parts(self) -> list[nn.Module]:
-        return [self.model, *self.model.modules()]
+    def parts(self) -> list[FSDPModule]:
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+
+    def reshard(self) -> None:
+        """Give up what forward passes without gradients have gathered and kept."""
+        for part in self.parts:
+            part.reshard()
 
     def batch(self, t: int) -> Tensor:
         return torch.randn(4 * self.world, SIZES[0][0], generator=torch.Generator().manual_seed(100 + t))
