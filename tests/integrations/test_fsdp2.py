@@ -18,7 +18,18 @@ from deltaopt import DeltaLoRAOptimizer, export_adapter, merged_weights
 from deltaopt.analysis import layer_changes
 from deltaopt.metrics import movement_metrics
 from tests.support.distributed import on_all_ranks
-from tests.support.sharded_runs import KINDS, WAYS, Branched, ShardedRun, branched, net, shard, switch, triples_of, whole
+from tests.support.sharded_runs import (
+    KINDS,
+    WAYS,
+    Branched,
+    ShardedRun,
+    branched,
+    net,
+    shard,
+    switch,
+    triples_of,
+    whole,
+)
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 some_kinds = pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16-compensated"])
