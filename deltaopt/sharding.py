@@ -169,17 +169,27 @@ def _bounds(
     n: int, dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
 ) -> tuple[int, int]:
     """Return which of the n entries along a dimension are on this rank; raise ValueError if they are not one run."""
-    here = torch.arange(n, device="cpu")
-    for size, at, placement in zip(mesh, coordinate, placements, strict=True):
-        if _shards(placement, dim):
-            pieces, _ = _along_zero(placement)._split_tensor(here, size, with_padding=False, contiguous=False)
-            here = pieces[at]
+    here = _entries(n, dim, mesh, coordinate, placements)
     if not len(here):
         return 0, 0
     start = int(here[0])
     if not torch.equal(here, torch.arange(start, start + len(here), device="cpu")):
         raise ValueError(f"placements {tuple(placements)} give this rank several runs of dimension {dim}")
     return start, start + len(here)
+
+
+def _entries(n: int, dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> Tensor:
+    """Return the places of the entries along a dimension that are on this rank."""
+    here = torch.arange(n, device="cpu")
+    for size, at, placement in zip(mesh, coordinate, placements, strict=True):
+        if _shards(placement, dim):
+            here = _split_entries(here, size, placement)[at]
+    return here
+
+
+def _split_entries(here: Tensor, size: int, placement: Any) -> list[Tensor]:
+    """Cut a vector as a placement cuts its dimension for this many ranks."""
+    return _along_zero(placement)._split_tensor(here, size, with_padding=False, contiguous=False)[0]  # type: ignore[no-any-return]
 
 
 def _shards(placement: Any, dim: int) -> bool:
@@ -255,6 +265,26 @@ def at_hand(factor: Tensor, side: int, W: Tensor, view: MatrixView) -> bool:
     )
 
 
+def parts_unlinked(factor: Tensor, W: Tensor) -> tuple[int, int] | None:
+    """Say how a factor lies next to a sharded W if nothing keeps it the same for all ranks of W.
+
+    A plain factor is the whole of it on each rank. One on a mesh of fewer ranks, as FSDP2 makes of what tensor
+    parallelism has left whole, has equal parts on the ranks that have the same place in their mesh.
+
+    Returns:
+        The number of parts, and which of them is here; None if the factor's mesh holds all ranks of W.
+    """
+    if not is_sharded(factor):
+        return 1, 0
+    mesh, ranks = _spec(factor).mesh, set(_spec(W).mesh.mesh.flatten().tolist())
+    if ranks <= set(mesh.mesh.flatten().tolist()):
+        return None
+    at = 0
+    for place, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
+        at = at * size + place
+    return mesh.size(), at
+
+
 def _split(placement: Any) -> tuple[type, int]:
     return type(placement), getattr(placement, "split_factor", 1)
 
@@ -285,7 +315,7 @@ def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> l
 
 
 def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Return all of each sharded tensor, by one collective for all that are sharded along one mesh dimension.
+    """Return all of each sharded tensor, by one collective for each dimension of a mesh along which any is sharded.
 
     Every rank has to call this with its parts of the same tensors. Plain and replicated ones come back as they are.
 
@@ -293,55 +323,65 @@ def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = Non
         tensors: of any dtypes and shapes.
         locals_: other values of the local parts, in the order of `tensors`. Default: their own.
     """
-    parts = [local_part(tensor.detach()) for tensor in tensors] if locals_ is None else list(locals_)
-    found: list[Tensor] = list(parts)
-    groups: dict[tuple[Any, int], list[int]] = {}
+    found = [local_part(tensor.detach()) for tensor in tensors] if locals_ is None else list(locals_)
+    by_mesh: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if not is_sharded(tensor):
-            continue
-        spec = _spec(tensor)
-        sharded = [k for k, placement in enumerate(spec.placements) if not placement.is_replicate()]
-        if not sharded:
-            continue
-        if len(sharded) == 1 and type(spec.placements[sharded[0]]) is _shard_type():
-            groups.setdefault((spec.mesh, sharded[0]), []).append(i)
-        else:  # sharded along several dimensions of the mesh
-            found[i] = gathered(with_local_part(tensor, parts[i]))
-    for (mesh, mesh_dim), members in groups.items():
-        kinds = [_Kind.of(tensors[i], parts[i], mesh, mesh_dim) for i in members]
-        for i, whole in zip(members, _gather(kinds, [parts[i] for i in members], mesh, mesh_dim), strict=True):
-            found[i] = whole
+        if is_sharded(tensor):
+            by_mesh.setdefault(_spec(tensor).mesh, []).append(i)
+    for mesh, members in by_mesh.items():
+        # A later dimension of the mesh cuts what an earlier one has left, so it is put together before.
+        for mesh_dim in reversed(range(mesh.ndim)):
+            cut = [i for i in members if not _spec(tensors[i]).placements[mesh_dim].is_replicate()]
+            if cut:
+                cuts = [_cut(tensors[i], mesh_dim) for i in cut]
+                for i, whole in zip(cut, _gather(cuts, [found[i] for i in cut], mesh, mesh_dim), strict=True):
+                    found[i] = whole
     return found
 
 
-def _shard_type() -> Any:
-    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
-    return module.Shard
+class _Cut(NamedTuple):
+    """How one dimension of a mesh cuts what the earlier ones have left of a tensor here.
 
-
-class _Kind(NamedTuple):
-    """The sizes of one tensor's parts along the sharded dimension, by rank; its shape and dtype."""
+    Attributes:
+        dim: of the tensor, that is cut.
+        shapes: of the parts, by rank.
+        order: the places of the parts' entries, one part after the other; None if that is their order.
+    """
 
     dim: int
-    sizes: list[int]
-    shape: list[int]
-    dtype: torch.dtype
+    shapes: list[list[int]]
+    order: Tensor | None
 
-    @classmethod
-    def of(cls, tensor: Tensor, part: Tensor, mesh: Any, mesh_dim: int) -> _Kind:
-        placement, n = _spec(tensor).placements[mesh_dim], mesh.size(mesh_dim)
-        dim = placement.dim % tensor.dim()
-        sizes = [placement.local_shard_size_and_offset(tensor.shape[dim], n, rank)[0] for rank in range(n)]
-        return cls(dim, sizes, list(tensor.shape), part.dtype)
-
-    def shape_of(self, rank: int) -> list[int]:
-        return [*self.shape[: self.dim], self.sizes[rank], *self.shape[self.dim + 1 :]]
-
-    def nbytes(self, rank: int) -> int:
-        return prod(self.shape_of(rank)) * self.dtype.itemsize
+    def put_together(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return what was cut."""
+        whole = torch.cat(list(parts), self.dim)
+        return whole if self.order is None else whole.index_select(self.dim, self.order.argsort().to(whole.device))
 
 
-def _gather(kinds: Sequence[_Kind], parts: Sequence[Tensor], mesh: Any, mesh_dim: int) -> list[Tensor]:
+def _cut(tensor: Tensor, mesh_dim: int) -> _Cut:
+    spec = _spec(tensor)
+    return _known_cut(
+        tuple(tensor.shape), tuple(spec.mesh.shape), tuple(spec.mesh.get_coordinate()), spec.placements, mesh_dim
+    )
+
+
+@lru_cache(maxsize=4096)
+def _known_cut(
+    shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any, mesh_dim: int
+) -> _Cut:
+    before = [
+        len(_entries(n, dim, mesh[:mesh_dim], coordinate[:mesh_dim], placements[:mesh_dim]))
+        for dim, n in enumerate(shape)
+    ]
+    placement = placements[mesh_dim]
+    parts = _split_entries(torch.arange(before[placement.dim], device="cpu"), mesh[mesh_dim], placement)
+    shapes = [[*before[: placement.dim], len(part), *before[placement.dim + 1 :]] for part in parts]
+    order = torch.cat(parts)
+    in_order = torch.equal(order, torch.arange(len(order), device="cpu"))
+    return _Cut(placement.dim, shapes, None if in_order else order)
+
+
+def _gather(cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: int) -> list[Tensor]:
     """Gather the parts of several tensors, as bytes: no backend can send every dtype.
 
     Where there are many more ranks than rows an all-gather would be padded to a row for each rank. A sum with zeros
@@ -350,7 +390,8 @@ def _gather(kinds: Sequence[_Kind], parts: Sequence[Tensor], mesh: Any, mesh_dim
     import torch.distributed as dist
 
     n, group, here = mesh.size(mesh_dim), mesh.get_group(mesh_dim), mesh.get_local_rank(mesh_dim)
-    totals = [sum(kind.nbytes(rank) for kind in kinds) for rank in range(n)]
+    sizes = [[prod(shape) * part.element_size() for shape in cut.shapes] for cut, part in zip(cuts, parts, strict=True)]
+    totals = [sum(by_rank[rank] for by_rank in sizes) for rank in range(n)]
     mine = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
     longest = max(totals)
     if n * longest > 2 * sum(totals):
@@ -365,13 +406,11 @@ def _gather(kinds: Sequence[_Kind], parts: Sequence[Tensor], mesh: Any, mesh_dim
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, and that of torch 2.5
         gather(received, padded, group=group)
     read, wholes = list(starts), []
-    for kind in kinds:
+    for cut, part, by_rank in zip(cuts, parts, sizes, strict=True):
         shards = []
-        for rank in range(n):
-            stop = read[rank] + kind.nbytes(rank)
+        for rank, (shape, nbytes) in enumerate(zip(cut.shapes, by_rank, strict=True)):
             # A clone, since a view of another dtype has to begin at a multiple of its size.
-            shard = received[read[rank] : stop].clone().view(kind.dtype)
-            shards.append(shard.view(kind.shape_of(rank)))
-            read[rank] = stop
-        wholes.append(torch.cat(shards, kind.dim))
+            shards.append(received[read[rank] : read[rank] + nbytes].clone().view(part.dtype).view(shape))
+            read[rank] += nbytes
+        wholes.append(cut.put_together(shards))
     return wholes
