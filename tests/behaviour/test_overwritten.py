@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from deltaopt import WeightMismatchError, export_adapter, schedules
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, WeightMismatchError, export_adapter, schedules
 from deltaopt.checkpoint.format import split_ledgers, split_record
 from deltaopt.checkpoint.records import SavedLedger
 from tests.support.compare import assert_close, close, through_a_file
@@ -16,6 +16,8 @@ TOLD = r"an exported adapter counts .* W of 1 layer \(q0?\) was written by someb
 REBUILT = r"the W of 1 layer \(q0?\) was not base \+ displacement when the state was saved.* rebuilt as base"
 OTHERWISE = r"(?s)cannot follow this state.*q: its W was written by somebody else, .*load_state_dict\(\)"
 COMPENSATED = {"rounding": "compensated"}
+F32 = torch.float32
+LAYERS = [(24, 16, 2, F32), (16, 24, 2, F32), (24, 16, 3, F32), (24, 16, 2, torch.bfloat16), (9, 7, 2, torch.float64)]
 
 
 @torch.no_grad()
@@ -86,6 +88,32 @@ def test_never_of_merging_and_unmerging(dtype):
         for sign in (1, -1):
             run.stored.W.data += (sign * run.scaling * run.product()).to(dtype)
         export_adapter(run.optimizer)
+
+
+def test_of_some_layers_among_others():
+    """Layers of several shapes, ranks and dtypes, of which some were pruned: these alone are named."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape, dtype):
+        return torch.nn.Parameter(torch.randn(*shape, generator=generator).to(dtype))
+
+    triples = [
+        LoRATriple(made(c, d, dtype=dtype).requires_grad_(False), made(c, r, dtype=F32), made(r, d, dtype=F32), 1.0, n)
+        for n, (c, d, r, dtype) in zip("abcdefghij", LAYERS * 2, strict=True)
+    ]
+    inner = torch.optim.SGD([factor for triple in triples for factor in triple.stored], lr=1e-2)
+    optimizer = DeltaLoRAOptimizer(inner, triples, update_ratio=0.5, rounding="compensated")
+    for _ in range(3):
+        for triple in triples:
+            for factor in triple.stored:
+                factor.grad = torch.randn(factor.shape, generator=generator)
+        optimizer.step()
+    export_adapter(optimizer)
+    for triple in triples:
+        if triple.label in "bdi":
+            triple.W.data[::2] = 0.0
+    with pytest.warns(UserWarning, match=r"W of 3 layers \(b, d, i\) was written by somebody else"):
+        export_adapter(optimizer)
 
 
 def test_not_where_rounding_hides_it():

@@ -258,3 +258,15 @@ def test_places_that_were_kept_in_a_mode_of_torch_serve_outside_it():
     assert int(content_hash(W)) == inside
     assert int(content_hash(torch.ones(89, 97))) == int(content_hash(torch.ones(97, 89).T))
     assert whole_hash(W) == whole_hash(torch.ones(97, 83).T)
+
+
+def test_hashes_of_many_tensors_are_those_of_each():
+    """Of several shapes, dtypes and strides in turn, more of a kind than are hashed at a time."""
+    shapes = [(64, 65), (3, 5), (0, 4), (5000,)]
+    tensors = [
+        random_weight(*shape, dtype=dtype, seed=i) for i in range(9) for shape in shapes for dtype in FLOATS[1:3]
+    ]
+    tensors += [tensor.mT.contiguous().mT for tensor in tensors if tensor.dim() > 1]
+    together = [fingerprint.record() for fingerprint in Fingerprint.of_each(tensors)]
+    assert together == [Fingerprint(tensor).record() for tensor in tensors]
+    assert Fingerprint.of_each([]) == []
