@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -168,14 +169,9 @@ def _matrix_shape(shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
 def _bounds(
     n: int, dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
 ) -> tuple[int, int]:
-    """Return which of the n entries along a dimension are on this rank; raise ValueError if they are not one run."""
+    """Return where the run of the n entries along a dimension that are on this rank begins and ends."""
     here = _entries(n, dim, mesh, coordinate, placements)
-    if not len(here):
-        return 0, 0
-    start = int(here[0])
-    if not torch.equal(here, torch.arange(start, start + len(here), device="cpu")):
-        raise ValueError(f"placements {tuple(placements)} give this rank several runs of dimension {dim}")
-    return start, start + len(here)
+    return (int(here[0]), int(here[-1]) + 1) if len(here) else (0, 0)
 
 
 def _entries(n: int, dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> Tensor:
@@ -199,10 +195,10 @@ def _shards(placement: Any, dim: int) -> bool:
 
 def _along_zero(placement: Any) -> Any:
     """Return the same placement for dimension 0."""
+    if not _is_strided(placement):
+        return _plain_shard()
     module: Any = sys.modules["torch.distributed.tensor.placement_types"]
-    if isinstance(placement, module._StridedShard):
-        return module._StridedShard(0, split_factor=placement.split_factor)
-    return module.Shard(0)
+    return module._StridedShard(0, split_factor=placement.split_factor)
 
 
 def _spec(tensor: Tensor) -> Any:
@@ -210,7 +206,7 @@ def _spec(tensor: Tensor) -> Any:
 
 
 def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = None) -> list[str]:
-    """Say why the parts of a sharded tensor cannot be read and written where they are.
+    """Say why the parts of a sharded tensor cannot be read and written where they are; alike on all ranks of its mesh.
 
     Args:
         letter: names it.
@@ -218,7 +214,7 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
         view: of W as a matrix; None for a factor, of which all can be brought.
     """
     spec = _spec(tensor)
-    kinds = f"a DTensor with the placements {tuple(spec.placements)}"
+    kinds = f"a DTensor (FSDP2, tensor parallelism) with the placements {tuple(spec.placements)}"
     if spec.mesh.get_coordinate() is None:
         ranks = sorted(spec.mesh.mesh.flatten().tolist())
         return [
@@ -230,6 +226,14 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
             f"{letter} is {kinds}: its parts have yet to be summed up over the ranks, so that no rank has its numbers. "
             "Redistribute it to Shard or Replicate before the optimizer is built"
         ]
+    shape, mesh = tuple(tensor.shape), tuple(spec.mesh.shape)
+    if (found := _uneven(shape, mesh, spec.placements)) is not None:
+        dim, parts = found
+        return [
+            f"{letter} is {kinds}, and dimension {dim} of its shape {shape} is cut so unevenly over the mesh of {mesh} "
+            "ranks that the placements do not say which part a rank has: give the layer a size that can be divided by "
+            f"{parts}, or let only one of FSDP2 and tensor parallelism shard it"
+        ]
     if view is None:
         return []
     sharded = {placement.dim for placement in spec.placements if not placement.is_replicate()}
@@ -238,11 +242,74 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
             f"{letter} is {kinds}, and a convolution's W can be moved in place where it is sharded along dimension 0, "
             "its output channels, alone: shard it there (fully_shard does), or keep this layer whole"
         ]
-    try:
-        piece_of(tensor, view)
-    except ValueError as error:
-        return [f"{letter} is {kinds}: {error}, and only one run can be moved in place: shard it evenly"]
+    if (several := _scattered(shape, mesh, spec.placements)) is not None:
+        return [
+            f"{letter} is {kinds}, which give a rank several runs of dimension {several}, and only one run can be moved in "
+            "place: redistribute it to Shard, as parallelize_module and fully_shard have it, or keep this layer whole"
+        ]
     return []
+
+
+@lru_cache(maxsize=4096)
+def _uneven(shape: tuple[int, ...], mesh: tuple[int, ...], placements: Any) -> tuple[int, int] | None:
+    """Return the dimension that FSDP2 cuts in another way than the placements say, and into how many parts.
+
+    FSDP2 cuts what tensor parallelism has left on a rank. `_StridedShard` says that from the other side, which comes to
+    the same unless the last parts have fewer entries than others, or none.
+    """
+    for k, placement in enumerate(placements):
+        if not _is_strided(placement):
+            continue
+        dim = placement.dim
+        later = prod(
+            size for size, other in zip(mesh[k + 1 :], placements[k + 1 :], strict=True) if _shards(other, dim)
+        )
+        if placement.split_factor != later:
+            continue
+        for at in product(*map(range, mesh)):
+            cut = torch.arange(shape[dim], device="cpu")
+            for size, place, other in reversed(list(zip(mesh, at, placements, strict=True))):
+                if _shards(other, dim):
+                    cut = _split_entries(cut, size, _plain_shard())[place]
+            if not torch.equal(cut, _entries(shape[dim], dim, mesh, at, placements)):
+                return dim, prod(size for size, other in zip(mesh, placements, strict=True) if _shards(other, dim))
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _scattered(shape: tuple[int, ...], mesh: tuple[int, ...], placements: Any) -> int | None:
+    """Return a dimension of which some rank has several runs."""
+    for dim in {placement.dim for placement in placements if _is_strided(placement)}:
+        for at in product(*map(range, mesh)):
+            here = _entries(shape[dim], dim, mesh, at, placements)
+            if len(here) and int(here[-1] - here[0]) != len(here) - 1:
+                return int(dim)
+    return None
+
+
+def _is_strided(placement: Any) -> bool:
+    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
+    return isinstance(placement, module._StridedShard)
+
+
+def _plain_shard() -> Any:
+    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
+    return module.Shard(0)
+
+
+def mesh_problem(tensors: Sequence[Tensor]) -> str | None:
+    """Say why the ranks of these tensors do not form one group, of which all know alike who is in it."""
+    meshes = {mesh for tensor in tensors if is_sharded(tensor) for mesh in [_spec(tensor).mesh]}
+    ranks = ranks_of(tensors)
+    if not meshes or any(mesh.size() == len(ranks) for mesh in meshes):
+        return None
+    found = sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
+    named = " and ".join(f"{list(held)}" for held in found)
+    return (
+        f"its tensors are DTensors (FSDP2, tensor parallelism) on device meshes of the ranks {named}, and none of "
+        f"these meshes holds all of {list(ranks)}: shard W, A and B over one mesh, or replicate them along its other "
+        "dimension"
+    )
 
 
 def at_hand(factor: Tensor, side: int, W: Tensor, view: MatrixView) -> bool:

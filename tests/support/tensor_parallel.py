@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
@@ -81,6 +82,13 @@ def train(model: Block, optimizer: torch.optim.Optimizer, steps: Sequence[int], 
         optimizer.zero_grad()
         model(batch(step)[rows]).float().square().mean().backward()
         optimizer.step()
+
+
+def fully_sharded_weight(W: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
+    """What FSDP2 along "dp" makes of a W that tensor parallelism has sharded over "tp" along a dimension of it."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(distribute_tensor(W, mesh["tp"], [Shard(dim)], src_data_rank=None))
+    return fully_shard(layer, mesh=mesh["dp"]).weight
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -5,14 +5,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
 
 from deltaopt.layouts import MatrixView
 from deltaopt.sharding import gather_all, piece_of
 from tests.support.sharded_layers import placed
+from tests.support.tensor_parallel import fully_sharded_weight
 from tests.support.threads import noted, on_threads
 
 pytestmark = pytest.mark.extra
@@ -55,17 +54,10 @@ def test_gather_all_brings_everything_by_one_collective_for_each_dimension_of_th
     assert len(calls) == 4 * needed
 
 
-def fully_sharded_on_tensor_parallel(mesh: DeviceMesh, W: torch.Tensor, dim: int) -> torch.Tensor:
-    """What FSDP2 makes of a layer that tensor parallelism has sharded along `dim`."""
-    layer = nn.Linear(1, 1, bias=False)
-    layer.weight = nn.Parameter(distribute_tensor(W, mesh["tp"], [Shard(dim)], src_data_rank=None))
-    return fully_shard(layer, mesh=mesh["dp"]).weight
-
-
 def gather_strided(rank: int, sizes: list[int]) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     wholes = [numbers((n, 3), torch.float32) for n in sizes]
-    parts = [fully_sharded_on_tensor_parallel(mesh, W, 0) for W in wholes]
+    parts = [fully_sharded_weight(W, mesh, 0) for W in wholes]
     found = gather_all(parts)
     assert all(map(torch.equal, found, wholes))
     doubled = gather_all(parts, [part.to_local() * 2 for part in parts])
