@@ -147,7 +147,8 @@ def moved_by_others(triples: Sequence[LoRATriple]) -> set[LoRATriple]:
 
     A layer that leaves the movement of other adapters out of its output by itself is not among them.
     """
-    others = [claim for claim in list(_living) if claim._wrote and not claim.owner.at_base]
+    with _lock:
+        others = [claim for claim in _living if claim._wrote and not claim.owner.at_base]
     moved = [matrix for claim in others if (matrix := claim._matrix()) is not None and claim.moved()]
     if not moved:
         return set()

@@ -305,7 +305,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._backward_watch.look(weights)
             if is_state_initialisation(self._inner):
                 return self._inner_step(weights, closure, [])
-            self._set_ratios()  # lambda_t; 0 for t < K
+            roll_call.facts["update_ratio"] = self._set_ratios()  # lambda_t; 0 for t < K
             losses: list[Any] = []
             writer = self._writer("move")
             self._rule.before_step(weights, writer, closure)  # A_t, B_t
@@ -995,11 +995,12 @@ class DeltaLoRAOptimizer(Optimizer):
             weight.claim = Claim(weight.triple, self._claimant, waits, off_base(weight))
         claims.take([weight.claim for weight in weights if weight.claim is not None])
 
-    def _set_ratios(self) -> None:
-        """Give every weight the update_ratio of this step; a callable is asked once for its group."""
+    def _set_ratios(self) -> list[float]:
+        """Give every weight the update_ratio of this step, and return that of each group; a callable is asked once."""
         ratios = {group: group.ratio_at(self._step_count) for group in self._groups}
         for weight in self._weights:
             weight.ratio = ratios[weight.group]
+        return list(ratios.values())
 
     def _writer(self, event: str) -> Writer:
         """Return the writer of an event, with noise of its own."""
@@ -1045,10 +1046,8 @@ class DeltaLoRAOptimizer(Optimizer):
         """Return what has to be the same on all ranks for one step of sharded weights."""
         if self._rule.ranks is None:
             return {}
-        ratios = [group.ratio_at(self._step_count) for group in self._groups]
         return {
             "step count": self._step_count,
-            "update_ratio": ratios if len(ratios) > 1 else ratios[0],
             "rounding, rounding_seed": tuple(self._rounding),
             "weight_update": self._rule.name,
             "triples": len(self._weights),

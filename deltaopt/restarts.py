@@ -18,7 +18,7 @@ from deltaopt.messages import layers
 from deltaopt.random_starts import put_normal_, put_uniform_, start_generator
 from deltaopt.roll_call import RollCall
 from deltaopt.rounding.writer import Writer, put_
-from deltaopt.sharding import local_part
+from deltaopt.sharding import as_whole, local_part
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 
@@ -288,7 +288,7 @@ def lora_start(generator: torch.Generator | None, writer: Writer) -> Reinit:
             put_normal_(A, 1.0, numbers)
             B.zero_()
             return
-        _, right = triple.view.factors(triple.W, A, B)
+        _, right = triple.view.factors(*map(as_whole, (triple.W, A, B)))
         A.zero_()
         put_uniform_(B, right.shape[-1] ** -0.5, numbers)
 

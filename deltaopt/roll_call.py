@@ -22,14 +22,14 @@ class RollCall:
         facts: that have to be the same on all ranks.
 
     Attributes:
-        ranks: as given.
+        ranks, facts: as given; more facts may be added before the meeting.
         failed: True if a rank has failed, or has not come.
     """
 
     def __init__(self, ranks: Ranks | None, event: str, facts: Mapping[str, object] | None = None) -> None:
         self.ranks = ranks
         self._event = event
-        self._facts = facts
+        self.facts = dict(facts or {})
         self._over = False
         self.failed = False
 
@@ -42,7 +42,7 @@ class RollCall:
         if self._over or self.ranks is None:
             return
         self._over = self.failed = True  # until it is known to be well
-        self.ranks.meet(self._event, self._facts)
+        self.ranks.meet(self._event, self.facts)
         self.failed = False
 
     def tell(self, error: BaseException) -> None:
@@ -51,7 +51,7 @@ class RollCall:
             return
         self._over = self.failed = True
         with suppress(BaseException):  # the caller raises its own error
-            self.ranks.meet(self._event, self._facts, error)
+            self.ranks.meet(self._event, self.facts, error)
 
     def before(self, finish: Callable[[], None], succeeded: Callable[[], bool] = lambda: True) -> Callable[[], None]:
         """Return a function that meets and then calls `finish`, which looks at `failed`.
