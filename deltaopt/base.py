@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from deltaopt.all_or_nothing import note_result
 from deltaopt.base_hooks import subtract_always
 from deltaopt.checkpoint.files import load
-from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.layer_output import output_problem
 from deltaopt.lowrank import Term, change_of
 from deltaopt.messages import Problem, raise_problems
 from deltaopt.overwritten import BY_SOMEBODY_ELSE, overwritten
 from deltaopt.rounding.blocks import add_product_, full_precision
 from deltaopt.rounding.writer import add_terms_, put_
+from deltaopt.sharding import gathered, part_like, sharded_matrix
 from deltaopt.weight import WeightState
 
 BaseSource: TypeAlias = "Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]"
@@ -35,7 +35,10 @@ METHODS = (None, "copy", "hooks")
 
 
 class Pristine:
-    """Pristine weights from elsewhere, found by what is in them: names differ between libraries."""
+    """Pristine weights from elsewhere, found by what is in them: names differ between libraries.
+
+    They may be sharded, as those of a model are. All ranks have to look in the same ones then, or for a sharded W.
+    """
 
     def __init__(self, source: BaseSource) -> None:
         self._by_shape: dict[torch.Size, list[Tensor]] = {}
@@ -46,9 +49,11 @@ class Pristine:
         """Return the part of the tensor that this W was before its first move; None if no tensor is."""
         assert weight.base is not None
         expected, dtype = weight.base.record(), getattr(torch, weight.base.dtype)
-        for tensor in self._by_shape.get(weight.tensors.W.shape, ()):
-            part = weight.triple.view.part(tensor.detach().to(dtype))
-            if Fingerprint(part).record() == expected:
+        W, piece = weight.tensors.W, weight.piece
+        for tensor in self._by_shape.get(W.shape, ()):
+            here = gathered(tensor.detach()) if piece is None else part_like(tensor.detach(), W, piece.stored)
+            part = weight.view.part(here.to(dtype))
+            if weight.fingerprint_of(part).record() == expected:
                 return part
         return None
 
@@ -80,7 +85,7 @@ class Visit:
             if weight.base is not None
         }
         self._ways = _ways_to_base(self._terms, pristine, method)
-        self._moved: dict[WeightState, Tensor] = {}
+        self._moved: dict[WeightState, _Bits] = {}
         self._hooks: list[RemovableHandle] = []
         raise_problems(
             RuntimeError,
@@ -97,7 +102,7 @@ class Visit:
                 assert owner is not None
                 note_result(self._hooks, partial(subtract_always, owner, weight.tensors.W, weight.triple.view, terms))
             elif terms or isinstance(way, Tensor):
-                self._moved[weight] = weight.part().detach().clone()
+                self._moved[weight] = _Bits.of(weight)
                 if isinstance(way, Tensor):
                     put_(weight, way)
                 else:
@@ -109,13 +114,41 @@ class Visit:
         """Give every W its bits again; may be called again after an exception."""
         for handle in self._hooks:
             handle.remove()
-        for weight, bits in self._moved.items():
-            put_(weight, bits)
-            weight.note_restored()
+        for bits in self._moved.values():
+            bits.put_back()
 
     def unfinished(self) -> list[str]:
         """Return the labels of the weights that may be at their base."""
         return [weight.label for weight in self._moved]
+
+
+class _Bits(NamedTuple):
+    """What W was before its base was brought back; of a sharded W this rank's part, and where that is."""
+
+    weight: WeightState
+    bits: Tensor
+    here: Tensor | None
+
+    @classmethod
+    def of(cls, weight: WeightState) -> _Bits:
+        """Copy W as it is now."""
+        return cls(weight, weight.part().detach().clone(), None if weight.piece is None else weight.here.detach())
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the bits into W. The model may have been moved or cast since.
+
+        FSDP2 may have gathered the base for a forward pass and kept it: then that tensor gets the bits too.
+        """
+        weight = self.weight
+        if self.here is None or not weight.is_gathered:
+            put_(weight, self.bits)
+            weight.note_restored()
+            return
+        weight.view.part(self.here).copy_(self.bits)
+        W: Tensor = weight.tensors.W.detach()
+        W.copy_(weight.whole(self.here))
+        weight.note_restored(self.here)
 
 
 @torch.no_grad()
@@ -125,18 +158,19 @@ def _take_off_(weight: WeightState, terms: Sequence[Term]) -> None:
     if total is None or part.dtype != total.A.dtype:
         add_terms_(weight, part, terms, -1.0)
         return
-    view = weight.triple.view
+    view, (A, B) = weight.view, weight.cut(total.A, total.B)
     with full_precision(part.device):
-        add_product_(view.part_matrix(part), total.A, view.ordered(total.B, weight.tensors.W), -1.0)
+        add_product_(view.part_matrix(part), A, view.ordered(B, weight.here), -1.0)
 
 
 @torch.no_grad()
 def residual(weight: WeightState, source: BaseSource | None) -> Tensor:
     """Return what rounding did to W; see `DeltaLoRAOptimizer.residual`."""
-    view, W = weight.triple.view, weight.tensors.W
+    view = weight.view
     if problems := weight.weight_problems():
         raise RuntimeError(f"{weight.label}: {problems[0]}")
-    return view.in_order_of_factors(view.part_matrix(_residual(weight, source)), W)
+    matrix = view.in_order_of_factors(view.part_matrix(_residual(weight, source)), weight.here)
+    return matrix if weight.piece is None else sharded_matrix(matrix, weight.piece, weight.tensors.W)
 
 
 def _residual(weight: WeightState, source: BaseSource | None) -> Tensor:
@@ -172,7 +206,7 @@ def base_by_compensation(weight: WeightState) -> Tensor | None:
     full = weight.full_part()
     add_terms_(weight, full, weight.displacement(), -1.0)
     found = full.to(part.dtype)
-    return found if Fingerprint(found).record() == weight.base.record() else None
+    return found if weight.fingerprint_of(found).record() == weight.base.record() else None
 
 
 @torch.no_grad()
@@ -236,6 +270,8 @@ def _ways_to_base(
 def _exact_base(weight: WeightState, without_terms: bool, pristine: Pristine | None) -> Tensor | str | _NoWay | None:
     """Return the exact base; "computed" where W is it; a reason if the source lacks it; None if it is not known."""
     assert weight.base is not None
+    if weight.is_gathered:
+        return _NoWay(weight.weight_problems()[0])
     if pristine is not None:
         found = pristine.find(weight)
         if found is None:

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from deltaopt.sharding import local_part, piece_of
 from deltaopt.tensors import is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple
 
@@ -130,8 +131,11 @@ class Claim:
 
 def _matrix_of(triple: LoRATriple) -> Tensor | None:
     with suppress(RuntimeError, ValueError, IndexError):
-        W = triple.W
-        return triple.view.weight(W) if is_plain(W) and not W.is_meta and W.numel() else None
+        W, view = triple.W, triple.view
+        piece = piece_of(W, view)
+        if piece is not None:
+            W, view = local_part(W.detach()), piece.view
+        return view.weight(W) if is_plain(W) and not W.is_meta and W.numel() else None
     return None
 
 

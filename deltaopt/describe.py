@@ -27,6 +27,7 @@ from deltaopt.groups import DeltaGroup, Settings, parse_triples
 from deltaopt.integrations import surveyed, tied_places
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import RULES, DeltaLoRAOptimizer
+from deltaopt.sharding import as_whole, is_sharded, local_part
 from deltaopt.tensors import FLOATS, NOT_LOADED, is_plain, overlapping_pairs
 from deltaopt.triple import LoRATriple, named_apart
 from deltaopt.weight import WeightState
@@ -176,10 +177,12 @@ def _row(
     weight: WeightState, takes: Sequence[str], problems: Mapping[str, Mapping[WeightState, str]], shared: Shared
 ) -> TakenLayer:
     triple, tensors = weight.triple, weight.tensors
-    A, B = weight.factors()
+    A, B = weight.triple.view.factors(*map(as_whole, (tensors.W, tensors.A, tensors.B)))
     shape = tuple(tensors.W.shape) if _is_numbers(tensors.W) else (A.shape[-2], B.shape[-1])
     r, size = A.shape[-1], tensors.compute_dtype().itemsize
-    copies = 1 if tensors.W.device.type in ("cpu", "meta") else 3
+    kept = size * (A.numel() + B.numel()) * (1 if tensors.W.device.type in ("cpu", "meta") else 3)
+    if weight.is_sharded:  # what is here of them, as they are
+        kept = sum(local_part(parameter).nbytes for parameter in tensors.parameters)
     return TakenLayer(
         name=triple.label,
         shape=shape,
@@ -195,7 +198,7 @@ def _row(
         why=next((found[weight] for found in problems.values() if weight in found), ""),
         sharing=shared.sentences,
         moves=A.numel() // r * B.shape[-1],
-        kept_bytes=copies * size * (A.numel() + B.numel()),
+        kept_bytes=kept,
     )
 
 
@@ -234,7 +237,10 @@ def _shared(weights: Sequence[WeightState], loaded: bool, known: Mapping[int, st
 
 
 def _on_one_weight(weights: Sequence[WeightState]) -> dict[WeightState, int]:
-    """Return the weights that share the memory of their W with others, and with how many, themselves included."""
+    """Return the weights that share the memory of their W with others, and with how many, themselves included.
+
+    Two triples of one sharded W are refused.
+    """
     readable = [weight for weight in weights if is_plain(weight.tensors.W)]
     pairs = overlapping_pairs([weight.tensors.W for weight in readable])
     return {readable[i]: count + 1 for i, count in Counter(i for pair in pairs for i in pair).items()}
@@ -271,6 +277,8 @@ def _is_numbers(tensor: Tensor) -> bool:
 
 def _dtype(tensor: Tensor) -> str:
     kind = str(tensor.dtype).removeprefix("torch.")
+    if is_sharded(tensor):
+        return f"{_dtype(local_part(tensor.detach()))}, sharded"
     return kind if is_plain(tensor) else f"{kind} {type(tensor).__name__}"
 
 

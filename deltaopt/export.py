@@ -11,8 +11,9 @@ from deltaopt.messages import problems_of, raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.outside import warn_before_export
 from deltaopt.rounding.writer import add_terms_
+from deltaopt.sharding import is_same_memory, with_local_part
 from deltaopt.tensors import outside_inference_mode, same_view
-from deltaopt.weight import looked_up_once
+from deltaopt.weight import WeightState, looked_up_once
 from deltaopt.wrappers import unwrap
 
 
@@ -72,7 +73,8 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
 
     Returns:
         By name of the triple: a tensor of W's shape and dtype, computed in float64 and rounded once. Triples of rows or
-        columns of one weight get all of it, with all of their branches; so do those of several adapters.
+        columns of one weight get all of it, with all of their branches; so do those of several adapters. Of a sharded
+        W it is sharded in the same way, and all ranks have to call this.
 
     Raises:
         TypeError: for another optimizer.
@@ -91,14 +93,21 @@ def merged_weights(optimizer: DeltaLoRAOptimizer) -> dict[str, Tensor]:
     merged = {}
     for weight in weights:
         own = weight.tensors.W
-        W = own.detach().clone()
-        fused = [other for other in weights if other.tensors.W.data_ptr() == own.data_ptr()]  # rows, columns, adapters
+        here = weight.here.detach().clone()
+        fused = [other for other in weights if is_same_memory(other.tensors.W, own)]  # rows, columns, adapters
         for other in fused:
             with outside_inference_mode():
                 part = other.full_part()
-            adapters = [each for each in fused if same_view(each.matrix(), other.matrix())]
+            adapters = [each for each in fused if _is_same_part(each, other)]
             add_terms_(other, part, [each.branch() for each in adapters])
-            largest = torch.finfo(W.dtype).max
-            other.triple.view.part(W).copy_(part.clamp_(-largest, largest) if W.element_size() == 2 else part)
-        merged[weight.label] = W
+            largest = torch.finfo(here.dtype).max
+            other.view.part(here).copy_(part.clamp_(-largest, largest) if here.element_size() == 2 else part)
+        merged[weight.label] = with_local_part(own.detach(), here)
     return merged
+
+
+def _is_same_part(one: WeightState, other: WeightState) -> bool:
+    """Tell if two triples of one W move the same part of it."""
+    if one.piece is not None:  # what is here of it may be empty
+        return one.triple.view == other.triple.view
+    return same_view(one.matrix(), other.matrix())

@@ -50,9 +50,9 @@ def movement_metrics(optimizer: DeltaLoRAOptimizer) -> dict[str, float]:
         ``moved_weights``: the number of weights whose D is not zero.
         ``skipped_updates``: see `DeltaLoRAOptimizer.skipped_updates`.
 
-        The second and third are left out where no W can be read (quantized, sharded), and those layers are left out of
-        them. The fourth is left out where nothing has moved; layers whose D is kept as a matrix as large as W, after a
-        ratio that changed often, are left out of it. A stack of experts counts as one layer.
+        The second and third are left out where no W can be read (quantized, offloaded), and those layers are left out
+        of them. The fourth is left out where nothing has moved; layers whose D is kept as a matrix as large as W, after
+        a ratio that changed often, are left out of it. A stack of experts counts as one layer.
 
     Raises:
         RuntimeError: if a displacement is not known any more; or in `base_weights`.
@@ -95,5 +95,5 @@ def _figures(weight: WeightState) -> Figures:
     rank = None if sigma is None or norm == 0 else effective_rank(sigma)
     if weight.weight_problems():
         return Figures(norm, None, None, rank)
-    base, (cosine,) = cosines_to_base(weight.matrix().detach(), product_of(weight.displacement()), asked)
+    base, (cosine,) = cosines_to_base(weight, product_of(weight.displacement()), asked)
     return Figures(norm, base, cosine, rank)

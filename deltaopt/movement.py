@@ -114,10 +114,11 @@ class RunningMovement:
         return self._terms
 
     def base(self) -> Tensor | None:
-        """Return the copy of ``keep_base``, if it is of the base."""
+        """Return the copy of ``keep_base``, if it is of the base; of a sharded W all ranks gather it."""
         base = self.state.base
         usable = base is not None and self.state.copies_base and not self.is_overwritten()
-        return self.state.base_copy(base) if usable and base is not None else None
+        copy = self.state.base_copy(base) if usable and base is not None else None
+        return None if copy is None else self.state.whole(copy)
 
     def is_overwritten(self) -> bool:
         """Tell if another optimizer has written W since: then a copy of the base lacks what that one has moved."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltaopt.ledger import combined
 from deltaopt.lowrank import LowRank, Term, joined
+from deltaopt.weight import WeightState
 
 ELEMENTS = 1 << 20
 """Elements of a matrix that are looked at at a time."""
@@ -57,26 +58,39 @@ def effective_rank(sigma: Tensor) -> float:
     return float(torch.special.entr(p).sum(-1).exp().mean())
 
 
-def cosines_to_base(W: Tensor, held: LowRank | None, *ends: LowRank | None) -> tuple[float, list[float | None]]:
+def cosines_to_base(
+    weight: WeightState, held: LowRank | None, *ends: LowRank | None
+) -> tuple[float, list[float | None]]:
     """Return ||W0||, and for each D of `ends` the cosine of W0 + D and W0 as vectors; None where one is zero.
 
+    Of a sharded W each rank looks at its block; all have to call this.
+
     Args:
-        W: (c, d) or (e, c, d), as it is now.
+        weight: whose W can be read, as it is now.
         held: the product that W0 was changed by to become W; None for none.
         ends: products; None for zero.
     """
-    base, squares, inner = 0.0, [0.0] * len(ends), [0.0] * len(ends)
-    for rows in _rows_of(W, held, ends):
+    W = weight.matrix().detach()
+    sums = torch.zeros(1 + 2 * len(ends), dtype=_double(W), device=W.device)
+    for rows in _rows_of(W, _here(weight, held), [_here(weight, D) for D in ends]):
         W0, *moved = rows
-        base += _sum(W0 * W0)
-        for i, W1 in enumerate(moved):
-            squares[i] += _sum(W1 * W1)
-            inner[i] += _sum(W0 * W1)
+        numbers = [W0 * W0, *(W1 * W1 for W1 in moved), *(W0 * W1 for W1 in moved)]
+        sums += torch.stack([number.sum(dtype=sums.dtype) for number in numbers])
+    base, *others = weight.summed(sums).tolist()
+    squares, inner = others[: len(ends)], others[len(ends) :]
     found = [
         product / math.sqrt(base * square) if base > 0 and square > 0 else None
         for product, square in zip(inner, squares, strict=True)
     ]
     return math.sqrt(base), found
+
+
+def _here(weight: WeightState, D: LowRank | None) -> LowRank | None:
+    """Return the rows and columns of a product that W's matrix has here, in its order of columns."""
+    if D is None:
+        return None
+    A, B = weight.cut(D.A, D.B)
+    return LowRank(A, weight.view.ordered(B, weight.here))
 
 
 def _core(D: LowRank, eps: float | None = None) -> tuple[Tensor, Tensor]:

@@ -223,14 +223,14 @@ class _Known:
         part = weight.part().detach()
         base = None if weight.base is None else weight.base_copy(weight.base)
         if not terms:
-            self.base_norm, self.kept = _norm(part), 1.0
+            self.base_norm, self.kept = _norm(weight, part), 1.0
         elif base is not None:
-            self.base_norm = _norm(base)
+            self.base_norm = _norm(weight, base)
         elif at_base:
             self.note = "the norm of the base, and what rounding kept, are not looked at within base_weights()"
         else:
             moved = _Product(joined(terms), dense)
-            square = _norm(part) ** 2 - 2 * moved.inner(weight, part) + moved.norm() ** 2
+            square = _norm(weight, part) ** 2 - 2 * moved.inner(weight, part) + moved.norm() ** 2
             self.base_norm = math.sqrt(max(square, 0.0))
         if terms and part.element_size() > 2:
             self.kept = 1.0
@@ -274,18 +274,26 @@ class _Product:
         return float((self._core if self._dense is None else self._dense).norm())
 
     def inner(self, weight: WeightState, part: Tensor) -> float:
-        """Return the inner product with a tensor like the part of W that moves, which is read in blocks."""
-        matrix = weight.triple.view.part_matrix(part)
+        """Return the inner product with a tensor like the part of W that moves, which is read in blocks.
+
+        Of a sharded W each rank has a block; all have to call this.
+        """
+        matrix = weight.view.part_matrix(part)
         order = self._order(weight, matrix)
-        total = 0.0
+        total = matrix.new_zeros((), dtype=torch.float64)
+        dense = self._dense
+        if dense is not None:
+            dense = (dense if weight.piece is None else weight.piece.block_of(dense))[..., order]
+        else:
+            Q_A, Q_B = weight.cut(self._Q_A, self._Q_B.mT)
+            Q_B, core = Q_B.mT[..., order, :], self._core if weight.piece is None else weight.piece.lead_of(self._core)
         for place, rows in _blocks(matrix):
             block = matrix[place][rows].to(torch.float64)
-            if self._dense is not None:
-                total += float((block * self._dense[place][rows][:, order]).sum())
+            if dense is not None:
+                total += (block * dense[place][rows]).sum()
             else:
-                projected = self._Q_A[place][rows].mT @ block @ self._Q_B[place][order]
-                total += float((projected * self._core[place]).sum())
-        return total
+                total += (Q_A[place][rows].mT @ block @ Q_B[place] * core[place]).sum()
+        return float(weight.summed(total))
 
     def inner_of_branch(self, weight: WeightState) -> float:
         """Return the inner product with what a folded branch holds for W."""
@@ -300,7 +308,7 @@ class _Product:
     def _order(self, weight: WeightState, matrix: Tensor) -> Tensor:
         """Return the places of the columns of W's matrix among those of B."""
         columns = torch.arange(matrix.shape[-1], device=matrix.device).unsqueeze(0)
-        return weight.triple.view.ordered(columns, weight.tensors.W)[0]
+        return weight.view.ordered(columns, weight.here)[0]
 
 
 def _blocks(matrix: Tensor) -> Iterator[tuple[tuple[int, ...], slice]]:
@@ -313,9 +321,13 @@ def _blocks(matrix: Tensor) -> Iterator[tuple[tuple[int, ...], slice]]:
             yield place, slice(start, start + size)
 
 
-def _norm(tensor: Tensor) -> float:
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return float(torch.linalg.vector_norm(tensor, dtype=dtype))
+def _norm(weight: WeightState, part: Tensor) -> float:
+    """Return the norm of a tensor like the part of W that moves, which may be a copy in host memory."""
+    dtype = torch.float64 if part.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(part, dtype=dtype)
+    if weight.piece is None:
+        return float(norm)
+    return math.sqrt(float(weight.summed(norm.to(weight.here.device, torch.float64) ** 2)))
 
 
 def _facts(layer: LayerReport) -> tuple[Any, ...]:

@@ -49,11 +49,40 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Tell if two tensors begin at one place in memory; of a sharded one, which may be empty here, it is the object."""
+    if one is other or is_sharded(one) or is_sharded(other):
+        return one is other
+    return one.data_ptr() == other.data_ptr()
+
+
 def as_whole(tensor: Tensor) -> Tensor:
     """Return a tensor without numbers that has the shape and strides of all of a sharded one; another one as it is."""
     if not is_sharded(tensor):
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def without_numbers(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory that is sharded as `tensor` is: what `with_local_part` needs of it."""
+    return with_local_part(tensor.detach(), local_part(tensor.detach()).to("meta"))
+
+
+def part_like(tensor: Tensor, W: Tensor, stored: Block) -> Tensor:
+    """Return what a sharded W would have on this rank of another tensor of its shape, whole or sharded in any way.
+
+    All ranks have to call this, with tensors that are sharded alike.
+
+    Args:
+        tensor: of the shape of W.
+        W: sharded.
+        stored: where this rank's part of W lies in it.
+    """
+    if is_sharded(tensor):
+        if _spec(tensor).mesh == _spec(W).mesh and _spec(tensor).placements == _spec(W).placements:
+            return local_part(tensor)
+        tensor = gathered(tensor)
+    return tensor[tuple(slice(*bounds) for bounds in stored)]
 
 
 def with_local_part(tensor: Tensor, local: Tensor, trailing: Sequence[int] = ()) -> Tensor:
@@ -112,6 +141,14 @@ class Piece(NamedTuple):
         """View the columns of a (..., r, d) that are those of this block."""
         *lead, _, columns = (slice(*bounds) for bounds in self.block)
         return B[(*lead, slice(None), columns)]
+
+    def lead_of(self, stack: Tensor) -> Tensor:
+        """View the matrices of a stack (e, ...) that are those of this block; a single matrix as it is."""
+        return stack[tuple(slice(*bounds) for bounds in self.block[:-2])]
+
+    def block_of(self, matrix: Tensor) -> Tensor:
+        """View this block of a whole (..., c, d)."""
+        return matrix[tuple(slice(*bounds) for bounds in self.block)]
 
     def place_of_part(self) -> tuple[list[int], list[int] | None]:
         """Return where the part of W that moves begins on this rank, and the whole part's shape; None if W's own."""
@@ -203,6 +240,30 @@ def _along_zero(placement: Any) -> Any:
 
 def _spec(tensor: Tensor) -> Any:
     return tensor._spec  # type: ignore[attr-defined]
+
+
+def sharded_matrix(matrix: Tensor, piece: Piece, W: Tensor) -> Tensor:
+    """Return the sharded tensor whose block on each rank is `matrix`; all ranks have to call this.
+
+    Where torch has no placement for such blocks (a part of W alone, or a convolution in loralib's order), they are
+    gathered, and all of the matrix comes back.
+
+    Args:
+        matrix: this rank's block, in the order of the rows and columns of the whole matrix.
+        piece: tells where it lies.
+        W: sharded.
+    """
+    layout = piece.view.layout if piece.view.moves_all else None
+    if layout in ("transposed", "embedding", "transposed_experts"):
+        return with_local_part(W, matrix.mT).mT
+    if layout == "conv":
+        return with_local_part(W, matrix.view(local_part(W).shape)).flatten(1)
+    if layout in ("linear", "experts"):
+        return with_local_part(W, matrix)
+    whole = matrix.new_zeros(piece.whole)
+    if piece.is_first:
+        piece.block_of(whole).copy_(matrix)
+    return summed_over_ranks([whole], [W])[0]
 
 
 def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = None) -> list[str]:

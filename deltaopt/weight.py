@@ -27,6 +27,7 @@ from deltaopt.sharding import (
     piece_of,
     sharding_problems,
     summed_over_ranks,
+    without_numbers,
 )
 from deltaopt.tensors import is_plain, offload_problems, tensor_problems
 from deltaopt.triple import LoRATriple
@@ -64,7 +65,6 @@ class WeightState:
             that is not known.
         base_sample: some elements of the base, which tell if somebody else writes W; None if not known.
         written_by_others: True if W was written since, as far as torch counts that, and nobody has looked at it yet.
-        piece: this rank's block of a sharded W, as the last event has found it; None of a W that is here as a whole.
         is_sharded: True if W, A or B was sharded then.
     """
 
@@ -82,8 +82,9 @@ class WeightState:
         self.folded_since: int | None = None
         self.base_sample: Tensor | None = None
         self.written_by_others = False
-        self.piece: Piece | None = None
+        self._piece: Piece | None = None
         self.is_sharded = False
+        self._pattern: Tensor | None = None  # a W that is sharded, without its numbers
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -111,6 +112,7 @@ class WeightState:
         """Look the tensors up for an event; return True if one of them is not what was checked last."""
         self._tensors = self.triple.tensors()
         if replaced := self._tensors.signature() != self._checked:
+            self._checked = None  # until these tensors have passed: they may be refused, and those of before come back
             self._find_piece(self._tensors)
         if self.base is not None:
             self._is_base_again(self._tensors.W)  # before the event writes it
@@ -120,8 +122,25 @@ class WeightState:
         """Note which block of a sharded W is here, unless `weight_problems` has to say why none is."""
         W = tensors.W
         self.is_sharded = any(map(is_sharded, (W, *tensors.stored)))
+        if self._is_gathered(W):
+            return
         has_piece = is_sharded(W) and not self._sharding_problems(W)
-        self.piece = piece_of(W, self.triple.view) if has_piece else None
+        self._piece = piece_of(W, self.triple.view) if has_piece else None
+        self._pattern = without_numbers(W) if has_piece else None
+
+    def _is_gathered(self, W: Tensor) -> bool:
+        """Tell if W was sharded and is whole now: FSDP2 puts another tensor in its place for a forward pass."""
+        return self._piece is not None and not is_sharded(W)
+
+    @property
+    def piece(self) -> Piece | None:
+        """This rank's block of a sharded W; None of a W that is here as a whole, and was in the last event.
+
+        It stays while FSDP2 has gathered W for a forward pass.
+        """
+        if self._piece is None and is_sharded(W := self.tensors.W) and not self._sharding_problems(W):
+            self._find_piece(self.tensors)  # W was sharded since the last event
+        return self._piece
 
     def accept(self) -> None:
         """Note that the tensors that were looked up have passed all checks."""
@@ -129,13 +148,19 @@ class WeightState:
 
     def forget(self) -> None:
         """Let go of the tensors after an event, so that a replaced W is freed; note how it has left W."""
-        if self._tensors is not None and self.base is not None and (version := _version(self.here)) != self._left:
-            self._left, self._back = version, False
+        if self._tensors is not None and self.base is not None and not self._is_gathered(self._tensors.W):
+            version = _version(self.here)
+            if version != self._left:
+                self._left, self._back = version, False
         self._tensors = None
 
-    def note_restored(self) -> None:
-        """Note that W has the bits again that the last event left there."""
-        W = local_part(self.triple.W)
+    def note_restored(self, here: Tensor | None = None) -> None:
+        """Note that W has the bits again that the last event left there.
+
+        Args:
+            here: of a sharded W that is gathered now, the tensor that this rank holds.
+        """
+        W = local_part(self.triple.W) if here is None else here
         if self.base is not None and is_plain(W) and not W.is_meta:
             self._left = _version(W)
 
@@ -153,6 +178,11 @@ class WeightState:
     def view(self) -> MatrixView:
         """The view of `here` as a matrix: that of the triple, but for rows and columns that are on other ranks."""
         return self.triple.view if self.piece is None else self.piece.view
+
+    @property
+    def is_gathered(self) -> bool:
+        """True if W is sharded, and FSDP2 has put all of it in its place for a forward pass, and kept it there."""
+        return self._is_gathered(self.tensors.W)
 
     def matrix(self) -> Tensor:
         """View the part of W that moves as a (c, d) or (e, c, d) matrix; of a sharded W the block that is here."""
@@ -180,6 +210,12 @@ class WeightState:
     def weight_problems(self) -> list[str]:
         """Say why W cannot be read as a matrix and written in place."""
         W = self.tensors.W
+        if self._is_gathered(W):
+            return [
+                "W was sharded and is whole now, as FSDP2 makes it for a forward pass and keeps it where "
+                "reshard_after_forward is False, which it is for the outermost module: what is written into it is "
+                "lost. Call model.reshard() first"
+            ]
         found = self._sharding_problems(W) if is_sharded(W) else []
         found = found or tensor_problems("W", local_part(W))
         module = self.triple.weight_module()
@@ -277,8 +313,8 @@ class WeightState:
 
     def _is_base_again(self, W: Tensor) -> bool:
         """Tell if somebody has loaded the base into a W that has moved; looks into it if it was written by others."""
-        if self.piece is not None and not is_sharded(W):
-            return self._back  # W as FSDP2 has gathered it for a forward pass
+        if self._is_gathered(W):
+            return self._back
         here = local_part(W)
         if self.base is not None and is_plain(here) and not W.is_meta and (version := _version(here)) != self._left:
             self._left = version
@@ -294,7 +330,7 @@ class WeightState:
         """Take the fingerprint of a tensor that is like `part()`, a copy of the base, say."""
         if self.piece is None:
             return Fingerprint(part)
-        return Fingerprint.of_pieces([part], [self.piece], [self.tensors.W])[0]
+        return Fingerprint.of_pieces([part], [self.piece], [self._like()])[0]
 
     def whole_hash(self, hashed: Callable[[Tensor], int] = whole_hash) -> int:
         """Hash all of the part of W that moves; of a sharded W on all ranks.
@@ -309,6 +345,30 @@ class WeightState:
         start, shape = self.piece.place_of_part()
         own = whole_hash_part(self.part(), start, self.tensors.W.shape if shape is None else shape)
         return int(summed_over_ranks([own * self.piece.is_first], [self.tensors.W])[0])
+
+    def _like(self) -> Tensor:
+        """Return a tensor that is sharded as W is, while W itself may be gathered for a forward pass."""
+        return self.tensors.W if self._pattern is None else self._pattern
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Return all of a tensor that is like a W of which all moves; of a sharded one all ranks have to call this.
+
+        Args:
+            part: what is here of it, a copy of the base, say.
+        """
+        if self.piece is None:
+            return part
+        return gather_all([self._like()], [part.to(self.tensors.W.device)])[0]
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """Return the sum over the ranks of what each has found of its block of W; all have to call this.
+
+        Args:
+            numbers: on W's device. They are returned as they are where W is not sharded.
+        """
+        if self.piece is None:
+            return numbers
+        return summed_over_ranks([numbers * self.piece.is_first], [self._like()])[0]
 
     def note_base(self) -> None:
         """Take W as it is now as its base, unless it has moved before. Called before every write."""
@@ -392,7 +452,8 @@ class WeightState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
-        return {**self.__dict__, "_tensors": None, "_checked": None, "_left": None, "claim": None}
+        left_out = ("_tensors", "_checked", "_left", "claim", "_pattern")
+        return {**self.__dict__, **dict.fromkeys(left_out)}
 
 
 def note_bases(weights: Sequence[WeightState]) -> None:

@@ -28,7 +28,7 @@ class LayerChange(NamedTuple):
 
     Attributes:
         name: of the triple, or of the parameter.
-        base_norm: ||W0||; None if W cannot be read (quantized, sharded).
+        base_norm: ||W0||; None if W cannot be read (quantized, offloaded).
         weight_norm: ||D||, how far W was asked to move.
         branch_norm: ||s A B||.
         change_norm: ||W* - W0||.
@@ -125,7 +125,7 @@ def _layer_change(weight: WeightState) -> LayerChange:
     base, cosine, weight_cosine = None, None, None
     if not weight.weight_problems():
         held = product_of(weight.displacement())
-        base, (cosine, weight_cosine) = cosines_to_base(weight.matrix().detach(), held, change, D)
+        base, (cosine, weight_cosine) = cosines_to_base(weight, held, change, D)
     return LayerChange(
         triple.label,
         base,
@@ -172,7 +172,10 @@ def _weights(source: object) -> list[WeightState]:
     if isinstance(source, Iterable) and not isinstance(source, (nn.Module, Tensor)):
         triples = list(source)
         if triples and all(isinstance(triple, LoRATriple) for triple in triples):
-            return [WeightState(triple, DeltaGroup([triple], Settings(0.0, 0, 1.0))) for triple in triples]
+            weights = [WeightState(triple, DeltaGroup([triple], Settings(0.0, 0, 1.0))) for triple in triples]
+            for weight in weights:
+                weight.resolve()
+            return weights
     optimizer = unwrap(source)
     return list(optimizer.weights())
 
