@@ -40,7 +40,7 @@ ORDER = [
     *("base_hooks", "movement", "layer_output"),
     *("stored_factors", "averaged", "save_watch"),
     *("norms", "upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
-    *("checkpoint.fingerprint", "checkpoint.files", "checkpoint.readable"),
+    *("checkpoint.fingerprint", "checkpoint.compensation", "checkpoint.files", "checkpoint.readable"),
     *("guard", "lowrank", "layouts", "scaling", "factors", "compiled", "tensors", "sharding"),
     *("description", "tables", "all_or_nothing", "plain", "pickled", "messages", "naming", "modules", "schedules"),
 ]
