@@ -29,6 +29,7 @@ from deltaopt.messages import Problem, layers, names, problems_of, raise_problem
 from deltaopt.modules import modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.roll_call import RollCall
 from deltaopt.save_watch import SaveWatch
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
@@ -102,7 +103,7 @@ def save_adapter(
 
     Files of the same names are replaced, other files in the folder stay. A process that is killed while it writes
     leaves the old adapter, the new one, or a folder without ``adapter_config.json``. With several processes, call it
-    in one of them.
+    in one of them; where parameters are sharded (FSDP2, tensor parallelism), in all of them: the first one writes.
 
     Args:
         model: a PeftModel, or a model with transformers' ``add_adapter``; it is not changed.
@@ -126,7 +127,22 @@ def save_adapter(
         NotADirectoryError: if `directory` is a file.
     """
     optimizer = unwrap(optimizer)
-    model = with_config(model)
+    roll_call = RollCall(optimizer.ranks, "save_adapter()")
+    with roll_call.told():
+        saved = _save_adapter(with_config(model), optimizer, directory, rank, adapter, roll_call.is_first)
+        roll_call.meet()
+    return saved
+
+
+def _save_adapter(
+    model: nn.Module,
+    optimizer: DeltaLoRAOptimizer,
+    directory: PathLike,
+    rank: int | None,
+    adapter: str | None,
+    writes: bool,
+) -> SavedAdapter:
+    """Do what `save_adapter` does on one rank, which writes the files or leaves that to another one."""
     weights = _peft_weights(optimizer)
     adapter = _adapter_to_save(model, sorted({triple.adapter for triple in weights}), adapter)
     weights = {triple: weight for triple, weight in weights.items() if triple.adapter == adapter}
@@ -135,7 +151,7 @@ def save_adapter(
     _warn_of_other_bases(weights.values())
     changes = [LayerChange(triple.layer, exported[triple.label], triple.branch_scaling) for triple in weights]
     without = [LayerChange(layer, adalora.no_change(layer), 1.0) for _, layer in _without_rank(model, adapter, weights)]
-    ranks = write_adapter(model, adapter, changes + without, directory)[: len(changes)]
+    ranks = write_adapter(model, adapter, changes + without, directory, writes)[: len(changes)]
     return SavedAdapter(
         {triple.label: exported[triple.label].error for triple in weights},
         {triple.label: rank for triple, rank in zip(weights, ranks, strict=True)},

@@ -26,6 +26,7 @@ from deltaopt.integrations.peft.moved_config import plain
 from deltaopt.lowrank import LowRank
 from deltaopt.modules import modules_of
 from deltaopt.naming import names_without_wrappers, short_names
+from deltaopt.sharding import gathered
 
 PREFIX = "base_model.model."
 """The prefix of the names of the base model's modules in a PeftModel, and in every adapter file."""
@@ -45,7 +46,9 @@ class LayerChange(NamedTuple):
     scaling: float
 
 
-def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike) -> list[int]:
+def write_adapter(
+    model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike, writes: bool = True
+) -> list[int]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` with these changes as the adapter's factors.
 
     A model of diffusers gets ``pytorch_lora_weights.safetensors`` too. An adapter of AdaLoRA is written as one of LoRA.
@@ -55,6 +58,7 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
         adapter: its name in the model.
         changes: of every layer that holds it.
         directory: the folder; other files in it stay.
+        writes: False where another rank writes the files. What is sharded is gathered on all of them.
 
     Returns:
         The rank that was written for each change.
@@ -63,6 +67,8 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
     names = _names(model)
     tensors = _tensors(model, adapter, changes, names)
     config = _config(model, adapter, changes, names)
+    if not writes:
+        return [change.rank for _, change, _ in changes]
     with replacing_together(directory, last=CONFIG_NAME) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         component = component_of(_base_model(model))
@@ -104,7 +110,7 @@ def _tensors(
     short = short_names(model, picked)
     picked = {short[key]: tensor for key, tensor in picked.items()}
     picked = {key: tensor for key, tensor in picked.items() if key not in replaced} | factors
-    return _separate({prefix + key: tensor.detach().contiguous() for key, tensor in picked.items()})
+    return _separate({prefix + key: gathered(tensor.detach()).contiguous() for key, tensor in picked.items()})
 
 
 @contextmanager
