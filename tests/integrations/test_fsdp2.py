@@ -31,6 +31,7 @@ from tests.support.sharded_runs import (
     triples_of,
     whole,
 )
+from tests.support.threads import on_threads
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 some_kinds = pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16-compensated"])

@@ -26,7 +26,7 @@ from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, has_move
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
-from deltaopt.modules import modules_of
+from deltaopt.modules import class_of, modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.roll_call import RollCall
@@ -262,12 +262,13 @@ def _warn_of_other_bases(weights: Iterable[WeightState]) -> None:
 
 
 def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | None:
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if type(layer) not in SUPPORTED and type(layer).__module__ not in QUANTIZED:
+    kind = class_of(layer)
+    if kind not in SUPPORTED and kind.__module__ not in QUANTIZED:
         supported = ", ".join(cls.__name__ for cls in SUPPORTED)
         return (
-            f"it is a {kind} (another method than LoRA, or an unknown base). W can be moved in lora.{supported}, and "
-            f'with weight_update="folded" the base may be quantized ({", ".join(QUANTIZED)})'
+            f"it is a {kind.__module__}.{kind.__qualname__} (another method than LoRA, or an unknown base). W can be "
+            f'moved in lora.{supported}, and with weight_update="folded" the base may be quantized '
+            f"({', '.join(QUANTIZED)})"
         )
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
@@ -286,7 +287,8 @@ def _other_content(layer: BaseTunerLayer) -> str:
     """Say what a layer holds that does not hold the adapter."""
     if others := sorted(lora_adapters(layer)):
         return f"it holds {', '.join(map(repr, others))} only"
-    return f"it is a {type(layer).__module__}.{type(layer).__qualname__}, which is another method than LoRA"
+    kind = class_of(layer)
+    return f"it is a {kind.__module__}.{kind.__qualname__}, which is another method than LoRA"
 
 
 def _label(name: str, layer: lora.LoraLayer) -> str:

@@ -24,7 +24,7 @@ from deltaopt.integrations.diffusers import LORA_FILE, component_of, lora_file
 from deltaopt.integrations.peft.adalora import as_lora, is_adalora, is_adalora_config
 from deltaopt.integrations.peft.moved_config import plain
 from deltaopt.lowrank import LowRank
-from deltaopt.modules import modules_of
+from deltaopt.modules import class_of, modules_of
 from deltaopt.naming import names_without_wrappers, short_names
 from deltaopt.sharding import gathered
 
@@ -206,7 +206,7 @@ def _auto_mapping(model: nn.Module, config: LoraConfig) -> dict[str, str] | None
     """Return the class of the base, by which PEFT's AutoPeftModel finds it where there is no task type."""
     if config.task_type is not None:
         return None
-    base = type(_base_model(model))
+    base = class_of(_base_model(model))
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 
