@@ -19,7 +19,7 @@ from deltaopt.groups import ParamsInput, as_list
 from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
 from deltaopt.rule import UpdateRule
-from deltaopt.sharding import as_whole, is_sharded, local_part
+from deltaopt.sharding import as_whole, is_sharded, local_part, mesh_problem
 from deltaopt.tensors import FLOATS, overlapping_pairs, same_view
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
@@ -67,7 +67,16 @@ def set_problems(weights: Sequence[WeightState], readable: set[WeightState], rul
         readable: those whose W can be read and written in place.
         rule: of the optimizer.
     """
-    return [*_name_problems(weights), *_sharing_problems(weights, readable, rule)]
+    return [*_name_problems(weights), *_sharing_problems(weights, readable, rule), *_mesh_problems(weights)]
+
+
+def _mesh_problems(weights: Sequence[WeightState]) -> list[Problem]:
+    """Say which layers have sharded tensors, if the ranks of all of these do not form one group."""
+    tensors = {weight: (weight.tensors.W, *weight.tensors.stored) for weight in weights}
+    problem = mesh_problem([tensor for held in tensors.values() for tensor in held])
+    if problem is None:
+        return []
+    return [Problem(weight.label, problem) for weight, held in tensors.items() if any(map(is_sharded, held))]
 
 
 def check_training(weights: Iterable[WeightState]) -> None:

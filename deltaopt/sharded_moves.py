@@ -23,12 +23,20 @@ from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.factor_buffers import factored_delta
 from deltaopt.host import Host
 from deltaopt.ledger import Factors, Ledger
+from deltaopt.messages import Problem, raise_problems
 from deltaopt.rounding.batch import Addition, KernelBatch
 from deltaopt.rounding.blocks import full_precision
 from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
-from deltaopt.sharding import Block, at_hand, gather_all, is_sharded, local_part, with_local_part
+from deltaopt.sharding import Block, at_hand, gather_all, local_part, parts_unlinked, with_local_part
 from deltaopt.weight import WeightState, note_bases
+
+DIFFERENT = (
+    "W is sharded (FSDP2, tensor parallelism) and its factors are not, or over fewer ranks, and they differ between "
+    "ranks, so that each rank would move its part of W by another delta. Nothing keeps such factors equal: average "
+    "their gradients over the ranks before step() (DistributedDataParallel, or dist.all_reduce), or shard them with W "
+    "(fully_shard)"
+)
 
 
 class _Slot:
@@ -43,6 +51,7 @@ class _Slot:
         coef: lambda times s, of this step.
         count: the number of moves after it.
         changed, continues: what all ranks have found: A or B has changed in this step; the start is the last end.
+        differs: the same: factors that are not sharded with W are not equal on all ranks.
         delta: U and V of this rank's block; None until they are made.
         whole_start: A and B before the inner step, all of them, where the ledger gets a term of them.
         written: an entry for each block of W that was written.
@@ -58,7 +67,7 @@ class _Slot:
         self.now: list[Tensor] = []
         self.coef = 0.0
         self.count: int | None = None
-        self.changed = self.continues = False
+        self.changed = self.continues = self.differs = False
         self.delta: tuple[Tensor, Tensor] | None = None
         self.whole_start: Factors | None = None
         self.written: list[Any] = []
@@ -89,42 +98,40 @@ class _Slot:
             torch._foreach_copy_(self.end, self.now)
 
     def own_facts(self) -> list[Tensor]:
-        """Return what this rank knows: not finite, changed, other than the last end; and hashes of whole parameters."""
+        """Return what this rank knows: not finite, changed, other than the last end; hashes of what may differ."""
         self.now = self.now or self.parts()
         device = self.now[0].device
         finite = torch.stack([part.isfinite().all() for part in (*self.start, *self.now)]).all()
         changed = ~torch.stack([_equal(old, new) for old, new in zip(self.start, self.now, strict=True)]).all()
         other = torch.tensor(self.start is not self.end, device=device)
         facts = [torch.stack([~finite, changed, other]).to(torch.int64)]
-        if self.weight.piece is not None:
-            hashes = [content_hash(part, samples=None) for part in self._whole_parts()]
-            facts += [torch.stack([number, ~number]) for number in hashes]
+        for part, count, at in self._unlinked():
+            number = content_hash(part, samples=None)
+            hashes = number.new_full((count, 2), torch.iinfo(torch.int64).min)
+            hashes[at, 0], hashes[at, 1] = number, ~number
+            facts.append(hashes.view(-1))
         return facts
 
-    def _whole_parts(self) -> list[Tensor]:
-        parameters = self.weight.tensors.parameters
-        return [part for parameter, part in zip(parameters, self.now, strict=True) if not is_sharded(parameter)]
+    def _unlinked(self) -> list[tuple[Tensor, int, int]]:
+        """Return the parts here of parameters that may differ between the ranks of W; of how many, and which."""
+        if self.weight.piece is None:
+            return []
+        tensors = self.weight.tensors
+        return [
+            (part, *found)
+            for parameter, part in zip(tensors.parameters, self.now, strict=True)
+            if (found := parts_unlinked(parameter, tensors.W)) is not None
+        ]
 
     def take(self, facts: list[int]) -> bool:
-        """Take from `facts` what all ranks have found of this weight; return whether all of it is finite.
-
-        Raises:
-            ValueError: on all ranks, if whole factors next to a sharded W differ between them.
-        """
+        """Take from `facts` what all ranks have found of this weight; return whether all of it is finite."""
         not_finite, changed, other = facts[:3]
         del facts[:3]
-        self.changed, self.continues = bool(changed), not other
-        if self.weight.piece is not None:
-            for _ in self._whole_parts():
-                highest, lowest = facts[0], ~facts[1]
-                del facts[:2]
-                if highest != lowest:
-                    raise ValueError(
-                        f"{self.weight.label}: W is sharded and its factors are whole, and they are not the same on "
-                        "all ranks, so that each rank would move its part of W by another delta (W was not moved, on "
-                        "no rank). Nothing keeps such factors equal: average their gradients over the ranks before "
-                        "step() (DistributedDataParallel, or dist.all_reduce), or shard them too (fully_shard)"
-                    )
+        self.changed, self.continues, self.differs = bool(changed), not other, False
+        for _, count, _ in self._unlinked():
+            hashes = facts[: 2 * count]
+            del facts[: 2 * count]
+            self.differs |= any(hashes[i] != ~hashes[i + 1] for i in range(0, 2 * count, 2))
         return not not_finite
 
     @property
@@ -198,11 +205,13 @@ class ShardedMoves:
         """Take what all ranks together know; return whether all factors are finite.
 
         Raises:
-            ValueError: on all ranks, if whole factors next to a sharded W differ.
+            ValueError: on all ranks, if factors that are not sharded with W differ.
         """
         finite = True
         for slot in self.slots:
             finite &= slot.take(facts)
+        differing = [Problem(slot.weight.label, DIFFERENT) for slot in self.slots if slot.differs]
+        raise_problems(ValueError, "W was not moved, on no rank", differing)
         return finite
 
     def note_bases(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -205,18 +206,23 @@ def _matrix_shape(shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
 def _bounds(
     n: int, dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
 ) -> tuple[int, int]:
-    """Return which of the n entries along a dimension are on this rank; raise ValueError if they are not one run."""
+    """Return where the run of the n entries along a dimension that are on this rank begins and ends."""
+    here = _entries(n, dim, mesh, coordinate, placements)
+    return (int(here[0]), int(here[-1]) + 1) if len(here) else (0, 0)
+
+
+def _entries(n: int, dim: int, mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]) -> Tensor:
+    """Return the places of the entries along a dimension that are on this rank."""
     here = torch.arange(n, device="cpu")
     for size, at, placement in zip(mesh, coordinate, placements, strict=True):
         if _shards(placement, dim):
-            pieces, _ = _along_zero(placement)._split_tensor(here, size, with_padding=False, contiguous=False)
-            here = pieces[at]
-    if not len(here):
-        return 0, 0
-    start = int(here[0])
-    if not torch.equal(here, torch.arange(start, start + len(here), device="cpu")):
-        raise ValueError(f"placements {tuple(placements)} give this rank several runs of dimension {dim}")
-    return start, start + len(here)
+            here = _split_entries(here, size, placement)[at]
+    return here
+
+
+def _split_entries(here: Tensor, size: int, placement: Any) -> list[Tensor]:
+    """Cut a vector as a placement cuts its dimension for this many ranks."""
+    return _along_zero(placement)._split_tensor(here, size, with_padding=False, contiguous=False)[0]  # type: ignore[no-any-return]
 
 
 def _shards(placement: Any, dim: int) -> bool:
@@ -226,10 +232,10 @@ def _shards(placement: Any, dim: int) -> bool:
 
 def _along_zero(placement: Any) -> Any:
     """Return the same placement for dimension 0."""
+    if not _is_strided(placement):
+        return _plain_shard()
     module: Any = sys.modules["torch.distributed.tensor.placement_types"]
-    if isinstance(placement, module._StridedShard):
-        return module._StridedShard(0, split_factor=placement.split_factor)
-    return module.Shard(0)
+    return module._StridedShard(0, split_factor=placement.split_factor)
 
 
 def _spec(tensor: Tensor) -> Any:
@@ -261,7 +267,7 @@ def sharded_matrix(matrix: Tensor, piece: Piece, W: Tensor) -> Tensor:
 
 
 def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = None) -> list[str]:
-    """Say why the parts of a sharded tensor cannot be read and written where they are.
+    """Say why the parts of a sharded tensor cannot be read and written where they are; alike on all ranks of its mesh.
 
     Args:
         letter: names it.
@@ -269,7 +275,7 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
         view: of W as a matrix; None for a factor, of which all can be brought.
     """
     spec = _spec(tensor)
-    kinds = f"a DTensor with the placements {tuple(spec.placements)}"
+    kinds = f"a DTensor (FSDP2, tensor parallelism) with the placements {tuple(spec.placements)}"
     if spec.mesh.get_coordinate() is None:
         ranks = sorted(spec.mesh.mesh.flatten().tolist())
         return [
@@ -281,6 +287,14 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
             f"{letter} is {kinds}: its parts have yet to be summed up over the ranks, so that no rank has its numbers. "
             "Redistribute it to Shard or Replicate before the optimizer is built"
         ]
+    shape, mesh = tuple(tensor.shape), tuple(spec.mesh.shape)
+    if (found := _uneven(shape, mesh, spec.placements)) is not None:
+        dim, parts = found
+        return [
+            f"{letter} is {kinds}, and dimension {dim} of its shape {shape} is cut so unevenly over the mesh of {mesh} "
+            "ranks that the placements do not say which part a rank has: give the layer a size that can be divided by "
+            f"{parts}, or let only one of FSDP2 and tensor parallelism shard it"
+        ]
     if view is None:
         return []
     sharded = {placement.dim for placement in spec.placements if not placement.is_replicate()}
@@ -289,11 +303,74 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
             f"{letter} is {kinds}, and a convolution's W can be moved in place where it is sharded along dimension 0, "
             "its output channels, alone: shard it there (fully_shard does), or keep this layer whole"
         ]
-    try:
-        piece_of(tensor, view)
-    except ValueError as error:
-        return [f"{letter} is {kinds}: {error}, and only one run can be moved in place: shard it evenly"]
+    if (several := _scattered(shape, mesh, spec.placements)) is not None:
+        return [
+            f"{letter} is {kinds}, which give a rank several runs of dimension {several}, and only one run can be "
+            "moved in place: redistribute it to Shard, as parallelize_module and fully_shard have it, or keep this layer whole"
+        ]
     return []
+
+
+@lru_cache(maxsize=4096)
+def _uneven(shape: tuple[int, ...], mesh: tuple[int, ...], placements: Any) -> tuple[int, int] | None:
+    """Return the dimension that FSDP2 cuts in another way than the placements say, and into how many parts.
+
+    FSDP2 cuts what tensor parallelism has left on a rank. `_StridedShard` says that from the other side, which comes to
+    the same unless the last parts have fewer entries than others, or none.
+    """
+    for k, placement in enumerate(placements):
+        if not _is_strided(placement):
+            continue
+        dim = placement.dim
+        later = prod(
+            size for size, other in zip(mesh[k + 1 :], placements[k + 1 :], strict=True) if _shards(other, dim)
+        )
+        if placement.split_factor != later:
+            continue
+        for at in product(*map(range, mesh)):
+            cut = torch.arange(shape[dim], device="cpu")
+            for size, place, other in reversed(list(zip(mesh, at, placements, strict=True))):
+                if _shards(other, dim):
+                    cut = _split_entries(cut, size, _plain_shard())[place]
+            if not torch.equal(cut, _entries(shape[dim], dim, mesh, at, placements)):
+                return dim, prod(size for size, other in zip(mesh, placements, strict=True) if _shards(other, dim))
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _scattered(shape: tuple[int, ...], mesh: tuple[int, ...], placements: Any) -> int | None:
+    """Return a dimension of which some rank has several runs."""
+    for dim in {placement.dim for placement in placements if _is_strided(placement)}:
+        for at in product(*map(range, mesh)):
+            here = _entries(shape[dim], dim, mesh, at, placements)
+            if len(here) and int(here[-1] - here[0]) != len(here) - 1:
+                return int(dim)
+    return None
+
+
+def _is_strided(placement: Any) -> bool:
+    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
+    return isinstance(placement, module._StridedShard)
+
+
+def _plain_shard() -> Any:
+    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
+    return module.Shard(0)
+
+
+def mesh_problem(tensors: Sequence[Tensor]) -> str | None:
+    """Say why the ranks of these tensors do not form one group, of which all know alike who is in it."""
+    meshes = {mesh for tensor in tensors if is_sharded(tensor) for mesh in [_spec(tensor).mesh]}
+    ranks = ranks_of(tensors)
+    if not meshes or any(mesh.size() == len(ranks) for mesh in meshes):
+        return None
+    found = sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
+    named = " and ".join(f"{list(held)}" for held in found)
+    return (
+        f"its tensors are DTensors (FSDP2, tensor parallelism) on device meshes of the ranks {named}, and none of "
+        f"these meshes holds all of {list(ranks)}: shard W, A and B over one mesh, or replicate them along its other "
+        "dimension"
+    )
 
 
 def at_hand(factor: Tensor, side: int, W: Tensor, view: MatrixView) -> bool:
@@ -316,6 +393,26 @@ def at_hand(factor: Tensor, side: int, W: Tensor, view: MatrixView) -> bool:
     )
 
 
+def parts_unlinked(factor: Tensor, W: Tensor) -> tuple[int, int] | None:
+    """Say how a factor lies next to a sharded W if nothing keeps it the same for all ranks of W.
+
+    A plain factor is the whole of it on each rank. One on a mesh of fewer ranks, as FSDP2 makes of what tensor
+    parallelism has left whole, has equal parts on the ranks that have the same place in their mesh.
+
+    Returns:
+        The number of parts, and which of them is here; None if the factor's mesh holds all ranks of W.
+    """
+    if not is_sharded(factor):
+        return 1, 0
+    mesh, ranks = _spec(factor).mesh, set(_spec(W).mesh.mesh.flatten().tolist())
+    if ranks <= set(mesh.mesh.flatten().tolist()):
+        return None
+    at = 0
+    for place, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
+        at = at * size + place
+    return mesh.size(), at
+
+
 def _split(placement: Any) -> tuple[type, int]:
     return type(placement), getattr(placement, "split_factor", 1)
 
@@ -329,7 +426,12 @@ def highest(numbers: Tensor, group: Any) -> Tensor:
 
 
 def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> list[Tensor]:
-    """Add up each 0-d number over all ranks that hold parts of a sharded tensor, by one collective for each mesh."""
+    """Add up tensors of one shape over all ranks that hold parts of a sharded one, by one collective for each mesh.
+
+    Args:
+        numbers: one for each of `sharded`.
+        sharded: DTensors.
+    """
     import torch.distributed as dist
 
     meshes: dict[Any, list[int]] = {}
@@ -345,8 +447,22 @@ def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> l
     return found
 
 
+def placed_in_whole(part: Tensor, piece: Piece, W: Tensor) -> Tensor:
+    """Return all of a matrix of bytes of which each rank has a block, by one sum with zeros over the ranks of W.
+
+    Args:
+        part: this rank's block, uint8, with further dimensions behind those of the matrix.
+        piece: where it lies.
+        W: tells which ranks hold the others.
+    """
+    whole = part.new_zeros((*piece.whole, *part.shape[len(piece.whole) :]))
+    if piece.is_first:
+        whole[tuple(slice(*bounds) for bounds in piece.block)] = part
+    return summed_over_ranks([whole], [W])[0]
+
+
 def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Return all of each sharded tensor, by one collective for all that are sharded along one mesh dimension.
+    """Return all of each sharded tensor, by one collective for each dimension of a mesh along which any is sharded.
 
     Every rank has to call this with its parts of the same tensors. Plain and replicated ones come back as they are.
 
@@ -354,55 +470,65 @@ def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = Non
         tensors: of any dtypes and shapes.
         locals_: other values of the local parts, in the order of `tensors`. Default: their own.
     """
-    parts = [local_part(tensor.detach()) for tensor in tensors] if locals_ is None else list(locals_)
-    found: list[Tensor] = list(parts)
-    groups: dict[tuple[Any, int], list[int]] = {}
+    found = [local_part(tensor.detach()) for tensor in tensors] if locals_ is None else list(locals_)
+    by_mesh: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if not is_sharded(tensor):
-            continue
-        spec = _spec(tensor)
-        sharded = [k for k, placement in enumerate(spec.placements) if not placement.is_replicate()]
-        if not sharded:
-            continue
-        if len(sharded) == 1 and type(spec.placements[sharded[0]]) is _shard_type():
-            groups.setdefault((spec.mesh, sharded[0]), []).append(i)
-        else:  # sharded along several dimensions of the mesh
-            found[i] = gathered(with_local_part(tensor, parts[i]))
-    for (mesh, mesh_dim), members in groups.items():
-        kinds = [_Kind.of(tensors[i], parts[i], mesh, mesh_dim) for i in members]
-        for i, whole in zip(members, _gather(kinds, [parts[i] for i in members], mesh, mesh_dim), strict=True):
-            found[i] = whole
+        if is_sharded(tensor):
+            by_mesh.setdefault(_spec(tensor).mesh, []).append(i)
+    for mesh, members in by_mesh.items():
+        # A later dimension of the mesh cuts what an earlier one has left, so it is put together before.
+        for mesh_dim in reversed(range(mesh.ndim)):
+            cut = [i for i in members if not _spec(tensors[i]).placements[mesh_dim].is_replicate()]
+            if cut:
+                cuts = [_cut(tensors[i], mesh_dim) for i in cut]
+                for i, whole in zip(cut, _gather(cuts, [found[i] for i in cut], mesh, mesh_dim), strict=True):
+                    found[i] = whole
     return found
 
 
-def _shard_type() -> Any:
-    module: Any = sys.modules["torch.distributed.tensor.placement_types"]
-    return module.Shard
+class _Cut(NamedTuple):
+    """How one dimension of a mesh cuts what the earlier ones have left of a tensor here.
 
-
-class _Kind(NamedTuple):
-    """The sizes of one tensor's parts along the sharded dimension, by rank; its shape and dtype."""
+    Attributes:
+        dim: of the tensor, that is cut.
+        shapes: of the parts, by rank.
+        order: the places of the parts' entries, one part after the other; None if that is their order.
+    """
 
     dim: int
-    sizes: list[int]
-    shape: list[int]
-    dtype: torch.dtype
+    shapes: list[list[int]]
+    order: Tensor | None
 
-    @classmethod
-    def of(cls, tensor: Tensor, part: Tensor, mesh: Any, mesh_dim: int) -> _Kind:
-        placement, n = _spec(tensor).placements[mesh_dim], mesh.size(mesh_dim)
-        dim = placement.dim % tensor.dim()
-        sizes = [placement.local_shard_size_and_offset(tensor.shape[dim], n, rank)[0] for rank in range(n)]
-        return cls(dim, sizes, list(tensor.shape), part.dtype)
-
-    def shape_of(self, rank: int) -> list[int]:
-        return [*self.shape[: self.dim], self.sizes[rank], *self.shape[self.dim + 1 :]]
-
-    def nbytes(self, rank: int) -> int:
-        return prod(self.shape_of(rank)) * self.dtype.itemsize
+    def put_together(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return what was cut."""
+        whole = torch.cat(list(parts), self.dim)
+        return whole if self.order is None else whole.index_select(self.dim, self.order.argsort().to(whole.device))
 
 
-def _gather(kinds: Sequence[_Kind], parts: Sequence[Tensor], mesh: Any, mesh_dim: int) -> list[Tensor]:
+def _cut(tensor: Tensor, mesh_dim: int) -> _Cut:
+    spec = _spec(tensor)
+    return _known_cut(
+        tuple(tensor.shape), tuple(spec.mesh.shape), tuple(spec.mesh.get_coordinate()), spec.placements, mesh_dim
+    )
+
+
+@lru_cache(maxsize=4096)
+def _known_cut(
+    shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any, mesh_dim: int
+) -> _Cut:
+    before = [
+        len(_entries(n, dim, mesh[:mesh_dim], coordinate[:mesh_dim], placements[:mesh_dim]))
+        for dim, n in enumerate(shape)
+    ]
+    placement = placements[mesh_dim]
+    parts = _split_entries(torch.arange(before[placement.dim], device="cpu"), mesh[mesh_dim], placement)
+    shapes = [[*before[: placement.dim], len(part), *before[placement.dim + 1 :]] for part in parts]
+    order = torch.cat(parts)
+    in_order = torch.equal(order, torch.arange(len(order), device="cpu"))
+    return _Cut(placement.dim, shapes, None if in_order else order)
+
+
+def _gather(cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: int) -> list[Tensor]:
     """Gather the parts of several tensors, as bytes: no backend can send every dtype.
 
     Where there are many more ranks than rows an all-gather would be padded to a row for each rank. A sum with zeros
@@ -411,7 +537,8 @@ def _gather(kinds: Sequence[_Kind], parts: Sequence[Tensor], mesh: Any, mesh_dim
     import torch.distributed as dist
 
     n, group, here = mesh.size(mesh_dim), mesh.get_group(mesh_dim), mesh.get_local_rank(mesh_dim)
-    totals = [sum(kind.nbytes(rank) for kind in kinds) for rank in range(n)]
+    sizes = [[prod(shape) * part.element_size() for shape in cut.shapes] for cut, part in zip(cuts, parts, strict=True)]
+    totals = [sum(by_rank[rank] for by_rank in sizes) for rank in range(n)]
     mine = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
     longest = max(totals)
     if n * longest > 2 * sum(totals):
@@ -426,13 +553,11 @@ def _gather(kinds: Sequence[_Kind], parts: Sequence[Tensor], mesh: Any, mesh_dim
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, and that of torch 2.5
         gather(received, padded, group=group)
     read, wholes = list(starts), []
-    for kind in kinds:
+    for cut, part, by_rank in zip(cuts, parts, sizes, strict=True):
         shards = []
-        for rank in range(n):
-            stop = read[rank] + kind.nbytes(rank)
+        for rank, (shape, nbytes) in enumerate(zip(cut.shapes, by_rank, strict=True)):
             # A clone, since a view of another dtype has to begin at a multiple of its size.
-            shard = received[read[rank] : stop].clone().view(kind.dtype)
-            shards.append(shard.view(kind.shape_of(rank)))
-            read[rank] = stop
-        wholes.append(torch.cat(shards, kind.dim))
+            shards.append(received[read[rank] : read[rank] + nbytes].clone().view(part.dtype).view(shape))
+            read[rank] += nbytes
+        wholes.append(cut.put_together(shards))
     return wholes

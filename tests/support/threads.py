@@ -7,9 +7,11 @@ global generator depend on the other threads, so each has to take a generator of
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import _set_thread_isolation_mode
@@ -81,3 +83,23 @@ def on_threads(work: Callable[..., Any], *arguments: Any, world_size: int = 4, l
     if len(results) < world_size:
         raise AssertionError(f"after {limit:g} s these had not ended: {', '.join(late)}")
     return [results[rank] for rank in range(world_size)]
+
+
+@contextmanager
+def noted(*names: str) -> Iterator[list[str]]:
+    """Note the names of these functions of torch.distributed as they are called, by all threads together.
+
+    torch's own `CommDebugMode` does not see what these groups do.
+    """
+    calls: list[str] = []
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    functions = {name: counting(name, getattr(dist, name)) for name in names}
+    with mock.patch.multiple(dist, **functions):
+        yield calls

@@ -29,8 +29,10 @@ from deltaopt.messages import Problem, layers, names, problems_of, raise_problem
 from deltaopt.modules import class_of, modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.ranks import Ranks
 from deltaopt.roll_call import RollCall
 from deltaopt.save_watch import SaveWatch
+from deltaopt.sharding import ranks_of
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 from deltaopt.wrappers import unwrap
@@ -127,7 +129,8 @@ def save_adapter(
         NotADirectoryError: if `directory` is a file.
     """
     optimizer = unwrap(optimizer)
-    roll_call = RollCall(optimizer.ranks, "save_adapter()")
+    holders = () if optimizer.ranks is not None else ranks_of(list(model.parameters()))
+    roll_call = RollCall(Ranks(holders) if holders else optimizer.ranks, "save_adapter()")
     with roll_call.told():
         saved = _save_adapter(with_config(model), optimizer, directory, rank, adapter, roll_call.is_first)
         roll_call.meet()

@@ -52,6 +52,7 @@ def write_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` with these changes as the adapter's factors.
 
     A model of diffusers gets ``pytorch_lora_weights.safetensors`` too. An adapter of AdaLoRA is written as one of LoRA.
+    With a sharded model all ranks call this, and rank 0 writes.
 
     Args:
         model: with a `peft_config` that holds `adapter`.
@@ -76,7 +77,7 @@ def write_adapter(
             named, metadata = lora_file(component, tensors, config.to_dict(), PREFIX)
             save_file(named, folder / LORA_FILE, metadata=metadata)
         config.save_pretrained(folder, auto_mapping_dict=_auto_mapping(model, config))
-    return [change.rank for _, change, _ in changes]
+    return ranks
 
 
 def _tensors(
