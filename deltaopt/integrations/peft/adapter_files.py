@@ -68,8 +68,9 @@ def write_adapter(
     names = _names(model)
     tensors = _tensors(model, adapter, changes, names)
     config = _config(model, adapter, changes, names)
+    ranks = [change.rank for _, change, _ in changes]
     if not writes:
-        return [change.rank for _, change, _ in changes]
+        return ranks
     with replacing_together(directory, last=CONFIG_NAME) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         component = component_of(_base_model(model))
