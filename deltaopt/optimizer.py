@@ -77,6 +77,7 @@ from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
 from deltaopt.overwritten import refuse_overwritten
 from deltaopt.plain import plain
+from deltaopt.ranks import Ranks
 from deltaopt.recall import Recall
 from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
@@ -360,6 +361,11 @@ class DeltaLoRAOptimizer(Optimizer):
     def triples(self) -> list[LoRATriple]:
         """All registered triples, in order."""
         return [triple for group in self._groups for triple in group.triples]
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that share sharded weights or factors, as the last event has found them; None if there are none."""
+        return self._rule.ranks
 
     @property
     def weight_update(self) -> str:

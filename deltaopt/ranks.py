@@ -67,6 +67,11 @@ class Ranks:
         return f"Ranks({list(self.ranks)}, timeout={self.timeout})"
 
     @property
+    def is_first(self) -> bool:
+        """True on the lowest of these ranks."""
+        return self._alone() or dist.get_rank() == self.ranks[0]
+
+    @property
     def group(self) -> Any:
         """A process group of these ranks for tensors on the device. The first use of it is a collective."""
         if len(self.ranks) == dist.get_world_size():

@@ -33,6 +33,11 @@ class RollCall:
         self._over = False
         self.failed = False
 
+    @property
+    def is_first(self) -> bool:
+        """True on one of the ranks, which writes files for all; in a process that shares nothing too."""
+        return self.ranks is None or self.ranks.is_first
+
     def meet(self, contents: Mapping[str, object] | None = None) -> None:
         """Return once all ranks are in the event.
 

@@ -24,7 +24,7 @@ def base_model() -> nn.Module:
 
 
 def test_all_ranks_of_a_sharded_model_save_and_the_first_one_writes(tmp_path):
-    on_all_ranks(save_on_rank, tmp_path, str(tmp_path))
+    on_all_ranks(save_on_rank, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["rank 0"]
 
 
