@@ -74,12 +74,18 @@ class Resumption(NamedTuple):
             weight.note_write()
             writer.add_terms_(weight, weight.displacement(), self.written)
             note_rebuilt(weight, self.saved)
-        elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
+        elif self._has_compensation(writer):
             weight.writable_compensation(weight.part()).copy_(self.compensation)
         if weight.moved:
             weight.triple.weight_moves()
         else:
             weight.triple.weight_rests()
+
+    def _has_compensation(self, writer: Writer) -> bool:
+        """Tell if the saved run had cut something off from a W, which it cannot have before it wrote one."""
+        if self.compensation is None or writer.rounding.of(self.weight.tensors.W.dtype) != "compensated":
+            return False
+        return self.weight.base is not None
 
     def note_base_sample(self, present: Tensor | None) -> None:
         """Note what tells later if somebody else writes W, or had done so in the saved run; last of all.
