@@ -19,6 +19,7 @@ from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
     add_ledgers,
     add_record,
+    check_complete,
     check_record,
     inner_state,
     own_form,
@@ -873,8 +874,9 @@ class DeltaLoRAOptimizer(Optimizer):
                     state_dict = pre_hook(self, state_dict) or state_dict
                     self._look_up(rescaled)  # a hook may load or replace parameters
                 record, ledgers, compensations, inner_state = self._read(state_dict, weights)
-                saved = {"the saved ledgers": [record, ledgers], "the saved compensations": sorted(compensations)}
-                roll_call.meet({"step count": record["step_count"], **saved})
+                forms = resume.forms_of_compensations(weights, compensations) if record["ledgers"] else []
+                contents = {"the saved ledgers": [record, ledgers], "the saved compensations": forms}
+                roll_call.meet({"step count": record["step_count"], **contents})
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
@@ -924,6 +926,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         record, inner = split_record(state_dict)
         check_record(record, self._groups, weights, self.weight_update)
+        check_complete(inner)
         ledgers, compensations, inner = split_ledgers(inner, record["schema"])
         names = present_names(record, weights)
         return _Saved(record, under_present_names(ledgers, names), under_present_names(compensations, names), inner)
