@@ -394,6 +394,11 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
 
+    @property
+    def is_sharded(self) -> bool:
+        """True if W, A or B was sharded at the last event, so that all ranks have to take part in the next one."""
+        return self._rule.ranks is not None
+
     def report(self) -> Report:
         """Tell if W moved: for each layer how often, how far, what rounding kept of it, and what the next step does.
 
