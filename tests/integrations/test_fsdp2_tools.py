@@ -1,4 +1,4 @@
-"""FSDP2 under Accelerate and Trainer, in two processes: training, what they save, and what they resume."""
+"""FSDP2 under Accelerate, Trainer, Lightning and TRL, in two processes: what they train, save and resume."""
 
 import warnings
 from collections.abc import Callable
@@ -83,7 +83,6 @@ def prepared(run: ModelRun, kind: str) -> Callable[[list[Tensor]], None]:
         ("in_place", "zero", SHARDED),
         ("in_place", "later", FULL),
         ("folded", "zero", FULL),
-        ("folded", "later", SHARDED),
     ],
 )
 def test_accelerate_follows_one_process_and_resumes_bit_for_bit(rule, start, kind, tmp_path):
@@ -255,3 +254,77 @@ def best_on_rank(rank: int, kind: str, folder: Path) -> Tensor:
     assert distance(logits_of(trainer.model), run.record.logits[2]) <= LOGITS
     assert distance(run.record.logits[4], run.record.logits[2]) > 1e-2
     return run.record.logits[2]
+
+
+# Lightning
+
+
+@pytest.mark.parametrize(("rule", "distributed"), [("in_place", True), ("folded", False)])
+def test_lightning_follows_one_process_and_resumes_bit_for_bit(rule, distributed, tmp_path):
+    """With `ModelParallelStrategy`, whose checkpoint is a folder that all ranks write, or one file."""
+    pytest.importorskip("lightning", reason="runs where lightning is installed")
+    assert_same_on_ranks(on_all_ranks(lightning_on_rank, rule, distributed, tmp_path))
+
+
+def lightning_on_rank(rank: int, rule: str, distributed: bool, folder: Path) -> dict[str, Tensor]:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from tests.integrations.test_lightning import AdapterModule, fit
+
+    class ShardedModule(AdapterModule):
+        def configure_model(self) -> None:
+            mesh = self.device_mesh["data_parallel"]
+            if not isinstance(self.model, FSDPModule):
+                for layer in self.model.get_base_model().model.layers:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(self.model, mesh=mesh)
+
+    def fitted(steps: int, module: AdapterModule, checkpoint: Path | None = None) -> Any:
+        strategy = ModelParallelStrategy(WORLD, 1, save_distributed_checkpoint=distributed)
+        return fit(module, folder, steps, checkpoint, batch=2, devices=WORLD, strategy=strategy)
+
+    run, half, resumed, alone = (kind(torch.float64, rule) for kind in [ShardedModule] * 3 + [AdapterModule])
+    fitted(6, run)
+    fitted(3, half).save_checkpoint(folder / "half.ckpt")
+    trainer = fitted(6, resumed, folder / "half.ckpt")
+    assert trainer.optimizers[0].step_count == 6
+    assert same(whole(resumed.model), whole(run.model))
+    assert branch_scalings(resumed.model) == branch_scalings(run.model)
+
+    optimizer = optimizer_for(alone.model, start_step=1, weight_update=rule)
+    scheduler = lr_scheduler.LinearLR(optimizer, total_iters=8)
+    for _ in range(6):
+        plain_loop(alone.model, optimizer, batches(1))
+        scheduler.step()
+    expected = whole(alone.model)
+    for name, p in whole(run.model).items():
+        assert relative(p, expected[name]) <= EXACT, name
+    return whole(run.model)
+
+
+# TRL
+
+
+@pytest.mark.parametrize(("rule", "start"), [("in_place", "config"), ("folded", "config_later")])
+def test_the_reference_of_dpo_is_the_sharded_base(rule, start, tmp_path):
+    """Its log-probabilities in each forward pass equal those of a frozen copy that is not sharded."""
+    pytest.importorskip("trl", reason="runs where trl is installed")
+    off, moved = assert_same_on_ranks(on_all_ranks(dpo_on_rank, rule, start, tmp_path))
+    assert max(off) <= LOGITS
+    assert min(moved) > 0.1
+
+
+def dpo_on_rank(rank: int, rule: str, start: str, folder: Path) -> tuple[list[float], list[float]]:
+    from tests.support import trl_runs
+
+    model = trl_runs.STARTS[start].model()
+    frozen = trl_runs.frozen_copy(model)
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    with fsdp_on_cpus():
+        trainer = trl_runs.trainer_for("dpo", start, rule, folder, model, None, fsdp, {})
+    record = trl_runs.ReferenceRecord(trainer, frozen)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, FSDPModule)
+    assert len(record.passes) == trl_runs.STEPS
+    assert max(record.passes) <= LOGITS
+    return record.off, record.moved
