@@ -986,6 +986,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rule = rule
         self._events = Events()
         self._claimant = Claimant()
+        self._compared: Ranks | None = None  # whose settings were the same
         self._backward_watch = BackwardWatch()
         self._seen = False  # no tensors yet: in a copy of a model that holds its optimizer, modules are not complete
         self._step_count = step_count
@@ -1058,6 +1059,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 if use is not None:
                     check_claims(self._weights, what, use)
                 roll_call.ranks = self._rule.ranks  # the parameters may have been sharded since the last event
+                self._compare_settings(what)
                 if what != "step()":  # which meets after its inner step
                     roll_call.meet()
                 self._roll_call = roll_call
@@ -1066,16 +1068,16 @@ class DeltaLoRAOptimizer(Optimizer):
                 for weight in self._weights:
                     weight.forget()
 
+    def _compare_settings(self, what: str) -> None:
+        """Raise RanksDisagreeError on all ranks if they have set sharded weights up differently; in the first event."""
+        ranks = self._rule.ranks
+        if ranks is not self._compared and ranks is not None:
+            synced.check(ranks, synced.facts_of(self._run_facts(), self._groups, self._weights, False), None, what)
+        self._compared = ranks
+
     def _facts(self) -> dict[str, object]:
-        """Return what has to be the same on all ranks for one step of sharded weights."""
-        if self._rule.ranks is None:
-            return {}
-        return {
-            "step count": self._step_count,
-            "rounding, rounding_seed": tuple(self._rounding),
-            "weight_update": self._rule.name,
-            "triples": len(self._weights),
-        }
+        """Return what has to be the same on all ranks in each event of sharded weights."""
+        return {} if self._rule.ranks is None else {"step count": self._step_count}
 
     def _look_up(self, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed."""
