@@ -499,3 +499,24 @@ def folded_on_rank(rank: int, kind: str) -> None:
     assert_same_displacements(run)
     assert math.isclose(branched(run.model)[0].scaling, 0.75)
     assert isinstance(branched(run.model)[0], Branched)
+
+
+def test_triples_that_are_added_later_move_their_pieces():
+    on_all_ranks(added_on_rank)
+
+
+def added_on_rank(rank: int) -> None:
+    run = ShardedRun(rank)
+    model = run.new_model()
+    first, *rest = triples_of(model)
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [first], lr=1e-2, **run.options)
+    optimizer.add_param_group({"triples": rest})
+    for t in range(3):
+        run.backward(model, t)
+        optimizer.step()
+    run.train(3)
+    for W, expected in zip(run.weights(model), run.weights(run.model), strict=True):
+        run.assert_as(whole(W), whole(expected))
+    with optimizer.base_weights():
+        for W, base in zip(run.weights(model), run.weights(run.frozen), strict=True):
+            torch.testing.assert_close(whole(W), base, **COMPUTED)
