@@ -64,8 +64,8 @@ def compare(parser: argparse.ArgumentParser, options: argparse.Namespace, group:
         batches = Batches(task, load_tokenizer(folder), options)
         check_start_step(options.start_step, batches.steps)
         build_model(folder, len(task.labels), options.alpha, batches, options)  # what is wrong with it shows here
-        where = {"machine": machine(device), "processes": group.count}
-        unfinished = Unfinished(options.out / "unfinished.json", settings | where) if group.first else None
+        measured = settings | {"machine": machine(device)}
+        unfinished = Unfinished(options.out / "unfinished.json", measured) if group.first else None
         checkpoint = Checkpoint(options.out, settings, options.save_every, group)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
@@ -522,6 +522,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "processes": Processes().count,
         "platform": platform.platform(),
     }
 

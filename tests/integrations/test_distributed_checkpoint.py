@@ -256,9 +256,9 @@ def test_saving_a_flattened_optimizer_state_is_refused():
         dcp.get_optimizer_state_dict(run.model, run.optimizer, options=options)
 
 
-def test_a_compensated_run_on_two_ranks_resumes_from_a_state_on_one_rank(tmp_path):
+def test_a_compensated_run_on_two_ranks_resumes_from_a_state_on_one_rank():
     """Torch sends it tensor by tensor, and there is no int16 to send. set_state_dict would load the model last."""
-    on_all_ranks(compensated_on_rank, tmp_path)
+    on_all_ranks(compensated_on_rank)
 
 
 def compensated_on_rank(rank: int) -> None:
