@@ -525,3 +525,35 @@ def added_on_rank(rank: int) -> None:
     with optimizer.base_weights():
         for W, base in zip(run.weights(model), run.weights(run.frozen), strict=True):
             torch.testing.assert_close(whole(W), base, **COMPUTED)
+
+
+@some_kinds
+def test_a_state_of_shards_fits_the_whole_weights_in_one_process(kind):
+    on_all_ranks(in_one_process_on_rank, kind)
+
+
+def in_one_process_on_rank(rank: int, kind: str) -> None:
+    run = ShardedRun(rank, kind).train(3)
+    model = net(run.dtype)
+    model.load_state_dict({name: whole(p) for name, p in run.model.state_dict().items()})
+    optimizer = run.new_optimizer(model)
+    optimizer.load_state_dict(gathered(run.optimizer.state_dict()))
+    before = [W.clone() for W in run.weights(model)]
+    assert all(torch.equal(whole(W), old) for W, old in zip(run.weights(run.model), before, strict=True))
+    run.backward(model, run.t)
+    optimizer.step()
+    run.train(1)
+    for W, expected in zip(run.weights(model), run.weights(run.model), strict=True):
+        torch.testing.assert_close(W, whole(expected), rtol=2.0**-7, atol=1e-6)
+    for triple in optimizer.triples:
+        name = triple.label
+        found, expected = (each.displacement(name).product() for each in (optimizer, run.optimizer))
+        torch.testing.assert_close(found, expected, **COMPUTED)
+
+
+def gathered(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gathered(value) for value in state]
+    return whole(state) if isinstance(state, Tensor) else state
