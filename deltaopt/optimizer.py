@@ -786,6 +786,8 @@ class DeltaLoRAOptimizer(Optimizer):
         added = _registered(groups, self._keep_base, [weight.label for weight in self._weights])
         weights = [*self._weights, *added]
         check_not_folded([weight.triple for weight in added])
+        for weight in added:
+            weight.resolve()
         check_weights(weights, self._rule, new=added)
         check_local_sgd(self._inner, added, self._rule, self._rounding)
         check_no_weight_trains(self._weights, options[0].get("params", ()))
@@ -797,6 +799,7 @@ class DeltaLoRAOptimizer(Optimizer):
             if held or len(self._inner.param_groups) > before:
                 self._groups, self._weights = all_groups, weights
                 self._take(added)
+                self._rule.ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
 
         warn_of_folded([weight.triple for weight in added])
         for weight in added:
