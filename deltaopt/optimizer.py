@@ -81,7 +81,7 @@ from deltaopt.ranks import Ranks
 from deltaopt.recall import Recall
 from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
-from deltaopt.roll_call import RollCall, checked_timeout, ranks_that_share
+from deltaopt.roll_call import RollCall, checked_timeout, look_at_written, ranks_that_share
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.save_watch import SaveWatch
@@ -1065,6 +1065,8 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._compare_settings(what)
                 if what != "step()":  # which meets after its inner step
                     roll_call.meet()
+                    if roll_call.ranks is not None:
+                        look_at_written(self._weights, roll_call.ranks)
                 self._roll_call = roll_call
                 yield self._weights
             finally:

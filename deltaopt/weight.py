@@ -114,7 +114,7 @@ class WeightState:
         if replaced := self._tensors.signature() != self._checked:
             self._checked = None  # until these tensors have passed: they may be refused, and those of before come back
             self._find_piece(self._tensors)
-        if self.base is not None:
+        if self.base is not None and not self.is_sharded:  # for those `look_at_written`
             self._is_base_again(self._tensors.W)  # before the event writes it
         return replaced
 
@@ -321,6 +321,16 @@ class WeightState:
             self._back = self.fingerprint_of(self.view.part(here.detach())).record() == self.base.record()
             self.written_by_others = not self._back
         return self._back
+
+    def is_written(self) -> bool:
+        """Tell if W was written since the last event, on this rank and as far as torch counts that."""
+        W = self.tensors.W
+        return self.base is not None and not self._is_gathered(W) and _version(local_part(W)) != self._left
+
+    def look_at_written(self) -> None:
+        """Look into a sharded W that some rank has found written; all ranks have to call this."""
+        self._left = None
+        self._is_base_again(self.tensors.W)
 
     def fingerprint(self) -> Fingerprint:
         """Take the fingerprint of the part of W that moves; of a sharded W on all ranks, of all of it."""
