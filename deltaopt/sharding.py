@@ -306,7 +306,8 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
     if (several := _scattered(shape, mesh, spec.placements)) is not None:
         return [
             f"{letter} is {kinds}, which give a rank several runs of dimension {several}, and only one run can be "
-            "moved in place: redistribute it to Shard, as parallelize_module and fully_shard have it, or keep this layer whole"
+            "moved in place: redistribute it to Shard, as parallelize_module and fully_shard have it, or keep this "
+            "layer whole"
         ]
     return []
 
