@@ -26,7 +26,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x.to(next(self.base.parameters()).dtype))
-        return out + SCALING * self.lora_B(self.lora_A(x.float())) if self.active else out
+        return out + SCALING * self.lora_B(self.lora_A(x.float())) if self.active else out.clone()
 
 
 class Block(nn.Module):
