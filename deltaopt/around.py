@@ -93,7 +93,7 @@ def check_local_sgd(inner: Optimizer, weights: Iterable[WeightState], rule: Upda
 
 def _caller(reasons: Mapping[str, str]) -> str | None:
     """Return the reason of the innermost caller that is one of these modules."""
-    if reasons.keys().isdisjoint(sys.modules):
+    if not any(name in sys.modules for name in reasons):
         return None
     frame = sys._getframe(2)
     while frame is not None:

@@ -25,6 +25,7 @@ from deltaopt.description import (
 )
 from deltaopt.groups import DeltaGroup, Settings, parse_triples
 from deltaopt.integrations import surveyed, tied_places
+from deltaopt.modules import class_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import RULES, DeltaLoRAOptimizer
 from deltaopt.sharding import as_whole, is_sharded, local_part
@@ -308,6 +309,6 @@ def _unbranched(model: nn.Module, triples: Iterable[LoRATriple], lora_layers: It
         if weight is None or weight.dim() < 2 or weight.requires_grad or id(module) in inside or id(weight) in taken:
             continue
         if all(id(parameter) not in taken for parameter in module._parameters.values()):
-            found[name] = type(module).__name__
+            found[name] = class_of(module).__name__
     names_of = names_without_wrappers(model, found)
     return [LeftOut(UNBRANCHED, names_of[name] or "the model itself", kind) for name, kind in found.items()]

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from deltaopt.layouts import MatrixView
 from deltaopt.lowrank import Term, joined
+from deltaopt.modules import class_of
 from deltaopt.rounding.blocks import full_precision
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
@@ -48,7 +49,7 @@ def output_problem(module: nn.Module | None, view: MatrixView, tied: bool = Fals
     if _is_known(module, view) and (view.layout != "conv" or view.moves_all):
         return None
     return (
-        f"what a {type(module).__name__} with the layout {view.layout!r} computes from W is not known here (hooks "
+        f"what a {class_of(module).__name__} with the layout {view.layout!r} computes from W is not known here (hooks "
         "know nn.Linear, Conv1D, nn.Embedding without max_norm, convolutions, and classes made from these that inherit "
         "their forward pass)"
     )
@@ -57,7 +58,7 @@ def output_problem(module: nn.Module | None, view: MatrixView, tied: bool = Fals
 def _is_known(module: nn.Module, view: MatrixView) -> bool:
     """Tell if the forward pass is one of torch's own; what a subclass computes is its own (Gemma scales embeddings)."""
     if view.layout == "transposed":
-        return type(module).__name__ == "Conv1D"
+        return class_of(module).__name__ == "Conv1D"
     own: Any = type(module)
     known = any(isinstance(module, kind) and own.forward is kind.forward for kind in KINDS.get(view.layout, ()))
     return known and getattr(module, "max_norm", None) is None

@@ -1,4 +1,7 @@
-"""All modules of a model in one walk without recursion: torch's own hands each module through a generator a level."""
+"""All modules of a model in one walk without recursion, and their classes.
+
+torch's own walk hands each module through a generator a level.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +28,11 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
             children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
             waiting += reversed(children)
     return found
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module; of one that `fully_shard` was called on, the class that it had before."""
+    kind = type(module)
+    while len(kind.__bases__) == 2 and kind.__bases__[0].__module__.startswith("torch.distributed."):
+        kind = kind.__bases__[1]
+    return kind

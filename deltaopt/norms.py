@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from deltaopt.ledger import combined
 from deltaopt.lowrank import LowRank, Term, joined
-from deltaopt.weight import WeightState
+
+if TYPE_CHECKING:
+    from deltaopt.weight import WeightState
 
 ELEMENTS = 1 << 20
 """Elements of a matrix that are looked at at a time."""

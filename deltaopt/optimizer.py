@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, overload
@@ -77,10 +77,11 @@ from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
 from deltaopt.overwritten import refuse_overwritten
 from deltaopt.plain import plain
+from deltaopt.ranks import Ranks
 from deltaopt.recall import Recall
 from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
-from deltaopt.roll_call import RollCall, checked_timeout, fingerprint_of, ranks_that_share
+from deltaopt.roll_call import RollCall, checked_timeout, ranks_that_share
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.save_watch import SaveWatch
@@ -97,6 +98,22 @@ class Account(NamedTuple):
 
     triple: LoRATriple
     ledger: Ledger
+
+
+class _Saved(NamedTuple):
+    """A state_dict, taken apart.
+
+    Attributes:
+        record: the settings, and what is known of each triple.
+        ledgers: the record of each ledger, by the name that its triple has now.
+        compensations: what rounding had cut off, by the same names.
+        inner: the inner optimizer's state.
+    """
+
+    record: dict[str, Any]
+    ledgers: dict[str, Any]
+    compensations: dict[str, Any]
+    inner: dict[str, Any]
 
 
 class DeltaLoRAOptimizer(Optimizer):
@@ -344,6 +361,11 @@ class DeltaLoRAOptimizer(Optimizer):
     def triples(self) -> list[LoRATriple]:
         """All registered triples, in order."""
         return [triple for group in self._groups for triple in group.triples]
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that share sharded weights or factors, as the last event has found them; None if there are none."""
+        return self._rule.ranks
 
     @property
     def weight_update(self) -> str:
@@ -668,10 +690,10 @@ class DeltaLoRAOptimizer(Optimizer):
             refuse_overwritten(weights, "resync()")
             self._set_ratios()
             return restarts.Resync(weights, self._writer("resync"))
-        record, inner_state = split_record(state_dict)
-        check_record(record, self._groups, weights, self.weight_update)
-        ledgers, *_ = split_ledgers(inner_state, record["schema"])
-        ledgers = under_present_names(ledgers, present_names(record, weights))
+        roll_call = RollCall(self._rule.ranks, "resync()")
+        with roll_call.told():
+            record, ledgers, *_ = self._read(state_dict, weights)
+            roll_call.meet({"step count": record["step_count"], "the saved ledgers": [record, ledgers]})
         branches = [triple for group in record["groups"] for triple in group["triples"]]
         return Recall(weights, ledgers, self._writer("resync"), partial(self._rule.restore, weights, branches))
 
@@ -844,17 +866,14 @@ class DeltaLoRAOptimizer(Optimizer):
         # An event that was interrupted is not completed here: the weights were loaded just now.
         self._backward_watch.forget()
         with self._resolved("load_state_dict()", rescaled, waiting=False, use=None) as weights:
-            state_dict = state_dict.copy()
-            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-                state_dict = pre_hook(self, state_dict) or state_dict
-                self._look_up(rescaled)  # a hook may load or replace parameters
-            record, inner_state = split_record(state_dict)
-            check_record(record, self._groups, weights, self.weight_update)
-            ledgers, compensations, inner_state = split_ledgers(inner_state, record["schema"])
-            ledgers, compensations = (
-                under_present_names(entries, present_names(record, weights)) for entries in (ledgers, compensations)
-            )
-            self._refuse_other_state(record, ledgers)
+            roll_call = RollCall(self._rule.ranks, "load_state_dict()")
+            with roll_call.told():
+                state_dict = state_dict.copy()
+                for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                    state_dict = pre_hook(self, state_dict) or state_dict
+                    self._look_up(rescaled)  # a hook may load or replace parameters
+                record, ledgers, compensations, inner_state = self._read(state_dict, weights)
+                roll_call.meet({"step count": record["step_count"], "the saved ledgers": [record, ledgers]})
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
@@ -863,7 +882,6 @@ class DeltaLoRAOptimizer(Optimizer):
             factors = [] if record["ledgers"] else resume.rescaled_factors(weights, saved)
             groups, loaded = self._inner.param_groups, list[Any]()
             uncompensated: list[str] = []
-
             together = RollCall(self._rule.ranks, "the inner optimizer's part of load_state_dict()")
 
             def finish() -> None:
@@ -897,11 +915,17 @@ class DeltaLoRAOptimizer(Optimizer):
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
 
-    def _refuse_other_state(self, record: Mapping[str, Any], ledgers: Mapping[str, Any]) -> None:
-        """Raise RanksDisagreeError on all ranks if they load different states of sharded weights."""
-        if self._rule.ranks is not None:
-            facts = {"step count": record["step_count"], "the saved ledgers": fingerprint_of([record, ledgers])}
-            self._rule.ranks.meet("load_state_dict()", facts)
+    def _read(self, state_dict: dict[str, Any], weights: Sequence[WeightState]) -> _Saved:
+        """Take a state apart, with the names that its triples have now.
+
+        Raises:
+            ValueError: if it is not a state for these triples and this update rule, or damaged.
+        """
+        record, inner = split_record(state_dict)
+        check_record(record, self._groups, weights, self.weight_update)
+        ledgers, compensations, inner = split_ledgers(inner, record["schema"])
+        names = present_names(record, weights)
+        return _Saved(record, under_present_names(ledgers, names), under_present_names(compensations, names), inner)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Some wrappers (Lightning's, Fabric's) derive their class from ours, so that our methods run on the wrapper. It
@@ -1106,11 +1130,8 @@ class DeltaLoRAOptimizer(Optimizer):
     def _called_together(self, what: str) -> Iterator[RollCall]:
         """Give the roll call of an event; an exception before it is told to the other ranks."""
         roll_call = RollCall(self._rule.ranks, what, self._facts())
-        try:
+        with roll_call.told():
             yield roll_call
-        except BaseException as error:
-            roll_call.tell(error)
-            raise
 
     def _refuse_at_base(self, what: str) -> None:
         if self._claimant.at_base:

@@ -31,8 +31,11 @@ GRACE = 3.0
 NAMED = 8
 """Ranks that one sentence names; it counts the others."""
 
-WITHOUT_CONNECTIONS = ("threaded", "fake")
-"""Backends of torch whose ranks are not processes: gloo cannot connect them."""
+THREADED = "threaded"
+"""The backend of torch's own tests, whose ranks are threads: gloo does not connect them."""
+
+SIMULATED = "fake"
+"""The backend of torch that has one real rank, which the others are taken to agree with."""
 
 HINTS = {"step count": "a rank has left out a step()"}
 """What a fact that differs is a sign of."""
@@ -62,6 +65,11 @@ class Ranks:
 
     def __repr__(self) -> str:
         return f"Ranks({list(self.ranks)}, timeout={self.timeout})"
+
+    @property
+    def is_first(self) -> bool:
+        """True on the lowest of these ranks."""
+        return self._alone() or dist.get_rank() == self.ranks[0]
 
     @property
     def group(self) -> Any:
@@ -133,7 +141,9 @@ class Ranks:
         return dict(zip(self.ranks, control.exchange_json(event, value, max(map(int, sizes))), strict=True))
 
     def _alone(self) -> bool:
-        return not (dist.is_available() and dist.is_initialized()) or len(self.ranks) < 2
+        if not (dist.is_available() and dist.is_initialized()) or len(self.ranks) < 2:
+            return True
+        return bool(dist.get_backend() == SIMULATED)
 
     def _control(self) -> _Control:
         """Return the control group of these ranks, which all optimizers of this process share."""
@@ -177,7 +187,7 @@ class _Control:
             raise self._broke(event, error) from error
 
     def _new_group(self) -> Any:
-        if self.backend in WITHOUT_CONNECTIONS:
+        if self.backend == THREADED:
             return dist.new_group(list(self.ranks), use_local_synchronization=True)
         # Not by `new_group`: its name depends on how many groups this rank has made, which may differ between ranks.
         store = dist.distributed_c10d.PrefixStore(f"{self.name}/gloo", self.store)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from deltaopt.ranks import Ranks
 from deltaopt.sharding import ranks_of
@@ -33,8 +33,16 @@ class RollCall:
         self._over = False
         self.failed = False
 
-    def meet(self) -> None:
+    @property
+    def is_first(self) -> bool:
+        """True on one of the ranks, which writes files for all; in a process that shares nothing too."""
+        return self.ranks is None or self.ranks.is_first
+
+    def meet(self, contents: Mapping[str, object] | None = None) -> None:
         """Return once all ranks are in the event.
+
+        Args:
+            contents: more facts by name, each of which is compared by a short hash of all that it holds.
 
         Raises:
             RanksDisagreeError: if one has failed, is in another event, or does not come.
@@ -42,6 +50,8 @@ class RollCall:
         if self._over or self.ranks is None:
             return
         self._over = self.failed = True  # until it is known to be well
+        for name, content in (contents or {}).items():
+            self.facts[name] = content if isinstance(content, int) else _fingerprint_of(content)
         self.ranks.meet(self._event, self.facts)
         self.failed = False
 
@@ -52,6 +62,15 @@ class RollCall:
         self._over = self.failed = True
         with suppress(BaseException):  # the caller raises its own error
             self.ranks.meet(self._event, self.facts, error)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell the other ranks of an exception within it, if they are still to meet."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(error)
+            raise
 
     def before(self, finish: Callable[[], None], succeeded: Callable[[], bool] = lambda: True) -> Callable[[], None]:
         """Return a function that meets and then calls `finish`, which looks at `failed`.
@@ -71,7 +90,7 @@ class RollCall:
         return together
 
 
-def fingerprint_of(facts: object) -> str:
+def _fingerprint_of(facts: object) -> str:
     """Return a short text that is another one for other facts: numbers, strings, lists and dicts."""
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 

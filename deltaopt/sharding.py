@@ -429,7 +429,12 @@ def highest(numbers: Tensor, group: Any) -> Tensor:
 
 
 def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> list[Tensor]:
-    """Add up each 0-d number over all ranks that hold parts of a sharded tensor, by one collective for each mesh."""
+    """Add up tensors of one shape over all ranks that hold parts of a sharded one, by one collective for each mesh.
+
+    Args:
+        numbers: one for each of `sharded`.
+        sharded: DTensors.
+    """
     import torch.distributed as dist
 
     meshes: dict[Any, list[int]] = {}
@@ -443,6 +448,20 @@ def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> l
         for i, number in zip(members, total.unbind(), strict=True):
             found[i] = number
     return found
+
+
+def placed_in_whole(part: Tensor, piece: Piece, W: Tensor) -> Tensor:
+    """Return all of a matrix of bytes of which each rank has a block, by one sum with zeros over the ranks of W.
+
+    Args:
+        part: this rank's block, uint8, with further dimensions behind those of the matrix.
+        piece: where it lies.
+        W: tells which ranks hold the others.
+    """
+    whole = part.new_zeros((*piece.whole, *part.shape[len(piece.whole) :]))
+    if piece.is_first:
+        whole[tuple(slice(*bounds) for bounds in piece.block)] = part
+    return summed_over_ranks([whole], [W])[0]
 
 
 def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None) -> list[Tensor]:

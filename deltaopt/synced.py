@@ -18,7 +18,7 @@ from torch import Tensor
 from deltaopt.checkpoint.fingerprint import whole_hash
 from deltaopt.groups import DeltaGroup
 from deltaopt.layouts import shape
-from deltaopt.messages import NAMED, NAMED_OF_SEVERAL, layers
+from deltaopt.messages import layers
 from deltaopt.ranks import Ranks, RanksDisagreeError, alike, named, on_ranks
 from deltaopt.sharding import is_sharded
 from deltaopt.tensors import is_plain
@@ -30,8 +30,6 @@ Facts = dict[str, str | None]
 """Values by name as text. None is not compared: a rank cannot read it, or keeps it in a form of its own."""
 
 SAME = "give every rank the same"
-
-FOLLOWS = "it follows from A, B and the settings of each step: see the other lines, or the steps before this call"
 
 WAYS_OUT = {
     "step count": (
@@ -50,14 +48,14 @@ WAYS_OUT = {
         "DistributedDataParallel copies rank 0's once, in its constructor, and not with init_sync=False"
     ),
     "A and B": "their gradients were not averaged, a rank has left out a step(), or they began with other values",
-    "the compensation": FOLLOWS,
     "the base": "W was another one when it first moved: load or broadcast the weights before",
-    "the ledger": FOLLOWS,
+    "the compensation": "it was lost on a rank: load_state_dict() with the whole state on every rank",
+    "the ledger": "A and B were others in an earlier step, or W was loaded with the state of another one",
 }
 """By what differs: why, and what to do. Settings have `SAME`."""
 
-BITS = ("A and B", "W", "the compensation", "the base", "the ledger")
-"""Compared as hashes, which a message does not show."""
+BITS = ("A and B", "W", "the base", "the compensation", "the ledger")
+"""Compared as hashes, which a message does not show. The first ones may be the cause of the others."""
 
 CLOSING = (
     "What differs stays different: load one checkpoint of the model and of the optimizer on every rank; or, before the "
@@ -114,10 +112,9 @@ def _layer(weight: WeightState) -> Facts:
     stored = (tensors.W, *tensors.stored)
     readable = is_plain(tensors.W) and not weight.weight_problems()
     kept = weight.compensation
-    ratio = "a callable" if callable(group.update_ratio) else str(group.update_ratio)
+    ratio = f"a callable, last {weight.ratio}" if callable(group.update_ratio) else str(group.update_ratio)
     return {
         "update_ratio": ratio,
-        "the present update_ratio": str(weight.ratio),
         "start_step": str(group.start_step),
         "scaling": f"{triple.scaling}",
         "the folded update_ratio": str(triple.folded),
@@ -153,17 +150,21 @@ def _bits(*tensors: Tensor) -> str | None:
     return hashlib.blake2b(str(hashes).encode(), digest_size=8).hexdigest()
 
 
-class _Found(NamedTuple):
-    """One sort of difference between some ranks: layers that have it are told in one line.
+_Parts = tuple[tuple[int, ...], ...]
+"""Ranks with equal values, the most first."""
+
+
+class _Setting(NamedTuple):
+    """A setting that differs: layers in which it does so alike are told in one line.
 
     Attributes:
-        name: of what differs.
-        between: the ranks with equal values, the most first.
-        values: in that order, where a message shows them.
+        name: of the setting.
+        between: the ranks.
+        values: in that order.
     """
 
     name: str
-    between: tuple[tuple[int, ...], ...]
+    between: _Parts
     values: tuple[str, ...]
 
 
@@ -177,14 +178,18 @@ def differences(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
             lines.append(f"{name}: {on_ranks(values)}: {WAYS_OUT.get(name, SAME)}")
     by_layer = {rank: dict(it["layers"]) for rank, it in said.items()}
     lines += _sets(by_layer)
-    found: dict[_Found, list[str]] = {}
+    found: dict[_Setting, list[str]] = {}
+    bits: dict[_Parts, dict[str, list[str]]] = {}
     for label in dict.fromkeys(label for facts in by_layer.values() for label in facts):
-        for one in _found({rank: facts[label] for rank, facts in by_layer.items() if label in facts}):
-            found.setdefault(one, []).append(label)
-    order = list(next(iter(next(iter(by_layer.values())).values()), {}))
-    sorts = sorted(found, key=lambda one: order.index(one.name) if one.name in order else len(order))
-    names = NAMED if len(sorts) == 1 else NAMED_OF_SEVERAL
-    return [*lines, *(_line(one, layers(found[one], named=names)) for one in sorts)]
+        for name, parts in _parted({rank: facts[label] for rank, facts in by_layer.items() if label in facts}):
+            between = tuple(tuple(ranks) for _, ranks in parts)
+            if name in BITS:
+                bits.setdefault(between, {}).setdefault(name, []).append(label)
+            else:
+                found.setdefault(_Setting(name, between, tuple(value for value, _ in parts)), []).append(label)
+    lines += [_setting_line(setting, labels) for setting, labels in found.items()]
+    explained = bool(lines)
+    return lines + [line for between, names in bits.items() for line in _bits_lines(between, names, explained)]
 
 
 def _sets(by_layer: Mapping[int, Mapping[str, Any]]) -> list[str]:
@@ -209,24 +214,40 @@ def _sets(by_layer: Mapping[int, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _found(facts: Mapping[int, Facts]) -> list[_Found]:
-    """Return how one layer differs between ranks."""
+def _parted(facts: Mapping[int, Facts]) -> list[tuple[str, list[tuple[str, list[int]]]]]:
+    """Return each fact of one layer that differs, with its values and their ranks: those of most ranks first."""
     found = []
     for name in next(iter(facts.values()), {}):
         values = {rank: value for rank, its in facts.items() if (value := its.get(name)) is not None}
         if len(set(values.values())) > 1:
-            parts = sorted(alike(values), key=lambda part: (-len(part[1]), part[1]))
-            shown = () if name in BITS else tuple(value for value, _ in parts)
-            found.append(_Found(name, tuple(tuple(ranks) for _, ranks in parts), shown))
+            found.append((name, sorted(alike(values), key=lambda part: (-len(part[1]), part[1]))))
     return found
 
 
-def _line(found: _Found, of: str) -> str:
-    way_out = WAYS_OUT.get(found.name, SAME)
-    first, *others = found.between
-    if found.values:
-        values = {rank: value for value, ranks in zip(found.values, found.between, strict=True) for rank in ranks}
-        return f"{found.name} of {of}: {on_ranks(values)}: {way_out}"
+def _setting_line(setting: _Setting, labels: Sequence[str]) -> str:
+    values = {rank: value for value, ranks in zip(setting.values, setting.between, strict=True) for rank in ranks}
+    return f"{setting.name} of {layers(labels)}: {on_ranks(values)}: {WAYS_OUT.get(setting.name, SAME)}"
+
+
+def _bits_lines(between: _Parts, names: Mapping[str, list[str]], explained: bool) -> list[str]:
+    """Return a line for all that differs in the same layers between these ranks.
+
+    Args:
+        between: the ranks.
+        names: of what differs there, with the layers.
+        explained: other lines tell the cause.
+    """
+    first, *others = between
     ranks = sorted(rank for part in others for rank in part)
     differ = f"{named(ranks)} {'differs' if len(ranks) == 1 else 'differ'} from {named(first)}"
-    return f"{found.name} of {of}: {differ}{', and each other' * (len(others) > 1)}: {way_out}"
+    differ += ", and each other" * (len(others) > 1)
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name in BITS:
+        if name in names:
+            together.setdefault(tuple(names[name]), []).append(name)
+    lines = []
+    for labels, its in together.items():
+        line = f"{', '.join(its)} of {layers(labels)}: {differ}"
+        lines.append(line if explained else f"{line}: {WAYS_OUT[its[0]]}")
+        explained = True
+    return lines

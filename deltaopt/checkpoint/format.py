@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deltaopt.checkpoint.compensation import saved_compensation
 from deltaopt.checkpoint.records import ledger_records, triple_record
 from deltaopt.groups import DeltaGroup, checked_count, checked_ratio
 from deltaopt.messages import Problem, raise_problems
@@ -198,7 +199,7 @@ def add_ledgers(
         state[number] = {KEY: "", **state[number], **ledger}
         compensation = compensations.get(weight)
         if compensation is not None:
-            state[number][COMPENSATION + weight.label] = compensation
+            state[number][COMPENSATION + weight.label] = saved_compensation(weight, compensation)
     return {**state_dict, "state": state}
 
 
@@ -213,7 +214,8 @@ def split_ledgers(
             own ledgers are those of a fresh optimizer.
 
     Returns:
-        The records of the ledgers and the compensations, by the triples' names, and the state_dict without them.
+        The records of the ledgers and the compensations as they were saved, by the triples' names, and the state_dict
+        without them.
 
     Raises:
         ValueError: if a ledger was edited or cut off.

@@ -16,14 +16,17 @@ from deltaopt.groups import checked_count
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import Term
 from deltaopt.overwritten import Difference, overwriting
-from deltaopt.sharding import gathered
-from deltaopt.tensors import FLOATS
+from deltaopt.sharding import gathered, is_sharded
+from deltaopt.tensors import FLOATS, offload_problems
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState, fingerprints
 
 IDENTITY = "(identity)"
 """Stands for the numbers of an identity matrix, next to a ledger's dense one; no base64."""
 
+
+SHARDED, ELSEWHERE, PACKED = "sharded", "offloaded", "packed"
+"""Why a W could not be read. The numbers of a packed one are not those of the weight that it was made of."""
 
 HASHING = 2
 WHOLE_HASHES = {1: numbered_blocks_hash, HASHING: whole_hash}
@@ -81,6 +84,7 @@ def _ledger_record(weight: WeightState, now: dict[str, Any] | None, difference: 
         "folded_since": weight.folded_since,
         "base": None if weight.base is None else weight.base.record(),
         "W": now,
+        "unreadable": None if now is not None else unreadable(weight),
         "hashing": HASHING,
         "overwritten": _difference_record(difference),
         "whole": weight.whole_hash() if hides else None,
@@ -97,6 +101,14 @@ def weight_records(weights: Sequence[WeightState]) -> list[dict[str, Any] | None
     readable = [weight for weight in weights if not weight.weight_problems()]
     found = dict(zip(readable, fingerprints(readable), strict=True))
     return [found[weight].record() if weight in found else None for weight in weights]
+
+
+def unreadable(weight: WeightState) -> str:
+    """Return what sort of W cannot be read: `SHARDED`, `ELSEWHERE` or `PACKED`."""
+    W, module = weight.tensors.W, weight.triple.weight_module()
+    if is_sharded(W) or hasattr(W, "ds_id"):
+        return SHARDED
+    return ELSEWHERE if W.is_meta or (module is not None and offload_problems(module)) else PACKED
 
 
 def factor_fingerprint(factor: Tensor, hashed: Callable[[Tensor], int] = whole_hash) -> Fingerprint:
@@ -128,6 +140,7 @@ class SavedLedger:
         whole: the hash of all of W, where its fingerprint was that of its base; else None.
         whole_hash: the function that has made it, and the hashes of A and B.
         W: the record of W's fingerprint when it was saved; None of a W that could not be read.
+        unreadable: why it could not, see `unreadable`; None if it could, or an earlier version has saved it.
         overwritten: what somebody else had made of the base until then; None if nothing is known of that.
         now: the record of the fingerprint of each parameter of A, then of B, when it was saved.
         bits: A, or the parameter whose rows it is, as it was; None of a run whose state_dicts give it as it is.
@@ -156,6 +169,7 @@ class SavedLedger:
         self.overwritten = _difference_of(record.get("overwritten"))
         W = record["W"]
         self.W = None if W is None else Fingerprint.of_record(W).record()
+        self.unreadable = None if record.get("unreadable") is None else str(record["unreadable"])
 
     @property
     def end_is_live(self) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import call_the_rest
-from deltaopt.checkpoint.records import SavedLedger, factor_fingerprint, weight_records
+from deltaopt.checkpoint.compensation import loaded_compensation
+from deltaopt.checkpoint.records import PACKED, SavedLedger, factor_fingerprint, unreadable, weight_records
 from deltaopt.messages import Problem, layers, problems_of, raise_problems
 from deltaopt.overwritten import base_samples
 from deltaopt.rounding.blocks import cut_off
@@ -26,6 +27,9 @@ from deltaopt.weight import Compensation, WeightState
 _rebuilt_for: dict[int, int] = {}
 """Hash of all of a W that was rebuilt -> the hash that was saved of the one it was rebuilt for. They differ by
 rounding, so this is how a second load of the same state knows it. Facts about contents, hence for the process."""
+
+
+LOAD_IN_ITS_FORMAT = "load the base in the format it was trained in"
 
 
 class WeightMismatchError(ValueError):
@@ -199,6 +203,7 @@ def warn(decided: Sequence[Resumption], uncompensated: list[str], writer: Writer
             RuntimeWarning,
             stacklevel=3,
         )
+    _warn_of_what_was_not_compared(decided)
     _warn_of_what_was_done(decided, writer)
     _warn_of_bases_not_kept([resumption.weight for resumption in decided])
 
@@ -218,6 +223,20 @@ def _compensate(left_alone: Sequence[WeightState], writer: Writer) -> list[str]:
         add_terms_(weight, full, weight.displacement())
         weight.compensation = Compensation(cut_off(part, full), part.dtype)
     return missing
+
+
+def _warn_of_what_was_not_compared(decided: Sequence[Resumption]) -> None:
+    """Say where an earlier version could not read W and did not say why, which may be that it was quantized."""
+    unknown = [r.weight for r in decided if r.saved.W is None and r.saved.unreadable is None]
+    readable = [weight.label for weight in unknown if not weight.weight_problems()]
+    if readable:
+        warnings.warn(
+            f"the W of {layers(readable)} could not be read when the state was saved (it was sharded, quantized or "
+            "offloaded), so it was not compared with the one that is there: see that it is the base that was "
+            "fine-tuned, in the format it was trained in",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_what_was_done(decided: Sequence[Resumption], writer: Writer) -> None:
@@ -288,15 +307,17 @@ def _check_shapes(saved: SavedLedger, expected: list[list[int]]) -> None:
 
 
 def _checked_compensation(weight: WeightState, kept: Any) -> Tensor | None:
+    """Return the saved compensation as int16, this rank's part of it where W is sharded."""
     if kept is None:
         return None
+    if isinstance(kept, Tensor) and (bits := loaded_compensation(weight, kept)) is not None:
+        return bits
     shape = weight.part().shape
-    if isinstance(kept, Tensor) and kept.dtype == torch.int16 and kept.shape == shape:
-        return kept
     found = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
     raise ValueError(
-        f"{weight.label}: its saved compensation is damaged, expected torch.int16 of shape {tuple(shape)}, got "
-        f"{found}. Take another checkpoint, or load deltaopt.without_compensation(state)"
+        f"{weight.label}: its saved compensation is damaged, expected torch.uint8 of shape {(*shape, 2)} (or, of an "
+        f"earlier version, torch.int16 of shape {tuple(shape)}), got {found}. Take another checkpoint, or load "
+        "deltaopt.without_compensation(state)"
     )
 
 
@@ -322,7 +343,7 @@ def _decide(
     found = factor_problems(weight, saved)
     ledger = saved.ledger
     if W is None or saved.W is None:
-        return _left_alone(weight, saved, None), found + _format_problems(W, saved)
+        return _left_alone(weight, saved, None), found + _unread_problems(weight, W, saved)
     part = weight.part()
     match = _what_is_there(weight, W, saved)
     if match == "rebuilt":  # in other bits than were saved, by this optimizer if it knows what it cut off
@@ -379,15 +400,27 @@ def _saved_hash(saved: SavedLedger) -> int:
     return int(saved.W["hash"]) if saved.whole is None else saved.whole
 
 
-def _format_problems(W: dict[str, Any] | None, saved: SavedLedger) -> list[str]:
-    """Say if W could be read when the state was saved and cannot now, or the other way round."""
+def _unread_problems(weight: WeightState, W: dict[str, Any] | None, saved: SavedLedger) -> list[str]:
+    """Say why a W that cannot be read, or could not when the state was saved, is not taken for the one that was saved.
+
+    One that was never written and is only sharded or elsewhere is taken: nothing has to be done to it.
+    """
     if W is None and saved.W is None:
         return []
-    here, then = ("cannot be read", "could") if W is None else ("can be read", "could not")
-    return [
-        f"W {here} now (quantized or offloaded weights cannot) and {then} when the state was saved: load the base in "
-        "the format it was trained in"
-    ]
+    written = "was written in the saved run, so that its contents have to be compared: "
+    if W is None:
+        [problem, *_], form = weight.weight_problems(), unreadable(weight)
+        assert saved.W is not None
+        if form != PACKED and saved.base is None:
+            dtype = str(weight.tensors.W.dtype).removeprefix("torch.")
+            return [] if dtype == saved.W["dtype"] else [f"W {_difference({**saved.W, 'dtype': dtype}, saved.W)}"]
+        way_out = LOAD_IN_ITS_FORMAT if form == PACKED else written + "resume where it can be read"
+        return [f"W cannot be read now ({problem}) and could when the state was saved: {way_out}"]
+    if saved.unreadable != PACKED and saved.base is None:
+        return []
+    form = saved.unreadable or "sharded, quantized or offloaded"
+    way_out = LOAD_IN_ITS_FORMAT if saved.unreadable == PACKED else written + "resume in the form in which it was saved"
+    return [f"W can be read now (it was {form}) and could not when the state was saved: {way_out}"]
 
 
 def _as_saved(factor: Tensor, dtype: str) -> Tensor:

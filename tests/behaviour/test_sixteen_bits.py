@@ -218,17 +218,48 @@ def test_a_run_may_continue_with_another_rounding():
     assert full(back).dtype == torch.bfloat16
 
 
+def compensation_in(state):
+    """Return the entries of the one parameter that has it in its state, and its key there."""
+    [(entries, key)] = [(e, key) for e in state["state"].values() for key in e if "compensation" in key]
+    return entries, key
+
+
+@in_16_bits
+def test_a_state_holds_the_compensation_as_bytes(dtype):
+    run = SmallSteps(dtype, rounding="compensated").train(5)
+    entries, key = compensation_in(run.optimizer.state_dict())
+    kept = internals.compensation_of(run.optimizer)
+    assert (entries[key].dtype, entries[key].shape) == (torch.uint8, (*run.stored.W.shape, 2))
+    words = entries[key].to(torch.int32)
+    assert kept.any()
+    assert torch.equal((words[..., 0] | words[..., 1] << 8).to(torch.int16), kept)
+    assert entries[key].data_ptr() == kept.data_ptr()  # no copy, as with other tensors of a state
+
+
+@in_16_bits
+def test_a_compensation_of_an_earlier_version_is_read(dtype):
+    """States of schema 4 and 5 hold it as int16."""
+    run = SmallSteps(dtype, rounding="compensated").train(5)
+    state = through_a_file(run.optimizer.state_dict())
+    entries, key = compensation_in(state)
+    entries[key] = internals.compensation_of(run.optimizer).clone()
+    twin = SmallSteps(dtype, rounding="compensated")
+    for here, there in zip(twin.tensors, run.tensors, strict=True):
+        here.copy_(there)
+    twin.optimizer.load_state_dict(state)
+    assert torch.equal(internals.compensation_of(twin.optimizer), internals.compensation_of(run.optimizer))
+
+
 @pytest.mark.parametrize("damage", ["shape", "dtype", "type"])
 def test_refuses_a_damaged_compensation(damage):
     run = SmallSteps(rounding="compensated").train(3)
     state = copy.deepcopy(run.optimizer.state_dict())
-    (entries,) = (e for e in state["state"].values() if any("compensation" in key for key in e))
-    (key,) = (key for key in entries if "compensation" in key)
+    entries, key = compensation_in(state)
     entries[key] = {"shape": entries[key][1:], "dtype": entries[key].float(), "type": "?"}[damage]
     refused(
         lambda: run.optimizer.load_state_dict(state),
         ValueError,
-        r"q0: its saved compensation is damaged, expected torch.int16 of shape",
+        r"q0: its saved compensation is damaged, expected torch.uint8 of shape \(.*, 2\) \(or, .* torch.int16 of shape",
         kept=lambda: (full(run), run.optimizer.state_dict()),
     )
 

@@ -34,7 +34,10 @@ def test_a_script_runs_by_itself(block, tmp_path):
         pytest.skip(f"runs where {' and '.join(missing)} is installed")
     (tmp_path / block.title).write_text(block.code, "utf8")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error:::__main__", block.title]
+    environment |= {"PYTHONWARNINGS": "error:::__main__", "OMP_NUM_THREADS": "1"}
+    ranks = re.match(r"# torchrun (--nproc_per_node=\d+) ", block.code)
+    launcher = ["-m", "torch.distributed.run", "--standalone", ranks[1]] if ranks else []
+    command = [sys.executable, *launcher, block.title]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

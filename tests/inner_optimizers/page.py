@@ -45,7 +45,8 @@ they have one (`tests/unit/test_in_backward.py`):
 
 - LOMO and AdaLOMO, the layerwise optimizers of transformers (`optim="galore_adamw_layerwise"`) and torchtune's
   `OptimizerInBackwardWrapper`, when the optimizer is built.
-- Factors with `torch.distributed.optim._apply_optimizer_in_backward`, then or in the first step.
+- Factors with `torch.distributed.optim._apply_optimizer_in_backward`, then or in the first step, and a
+  `DeltaLoRAOptimizer` that it makes.
 - Optimizers in hooks (`register_post_accumulate_grad_hook`), in the second step: no factor has a gradient, and some
   have changed.
 - A `DeltaLoRAOptimizer` in such a hook: `step()` raises within a backward pass.

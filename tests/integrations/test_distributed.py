@@ -1,4 +1,4 @@
-"""Several ranks: data parallel and fully sharded models under the folded rule, one test per behaviour."""
+"""Several ranks: data parallel and fully sharded models of PEFT, one test per behaviour."""
 
 import contextlib
 import copy
@@ -26,6 +26,7 @@ from tests.support.peft_runs import (
     assert_models_follow,
     branch_scalings,
     each_start,
+    effective,
     peft_asks_by_an_old_name,
 )
 from tests.support.strategies import each_rule
@@ -92,45 +93,48 @@ def sharded_too_late_on_rank(rank: int, rule: str) -> None:
     shard(run.model)
     before = whole(run.model)
     loss_of(run.model, batches(1)[0]).backward()
-    message = r"A is not among the parameters .*q_proj" if rule == "folded" else r"W is a .*DTensor.*q_proj"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"A is not among the parameters .*q_proj"):
         run.optimizer.step()
     assert same(whole(run.model), before)
     assert branch_scalings(run.model) == {FIRST_SCALING}
 
 
-def test_sharded_factors_are_refused_in_place():
-    on_all_ranks(sharded_in_place_on_rank)
+def test_folded_factors_that_are_sharded_are_registered_by_their_places():
+    on_all_ranks(registered_as_tensors_on_rank)
 
 
-def sharded_in_place_on_rank(rank: int) -> None:
-    run = ModelRun("in_place")
-    shard(run.model)
-    with pytest.raises(
-        ValueError, match=r"W is a torch.distributed.tensor.DTensor.*Take weight_update=.folded.*q_proj"
-    ):
-        optimizer_for(run.model)
-    layer = next(iter(layers(run.model).values()))
+def registered_as_tensors_on_rank(rank: int) -> None:
+    model = ModelRun("in_place").model
+    shard(model)
+    layer = next(iter(layers(model).values()))
     W, A, B = layer.base_layer.weight, layer.lora_B["default"].weight, layer.lora_A["default"].weight
     triple = LoRATriple(W, A, B, scaling=torch.tensor(1.0), name="q")
     with pytest.raises(ValueError, match=r"q: A is sharded and was registered as a tensor.*register \(module, 'A'\)"):
         DeltaLoRAOptimizer(torch.optim.SGD, [triple], weight_update="folded")
 
 
-def test_a_product_that_is_not_zero_is_refused_with_sharded_weights():
+def test_a_product_that_is_not_zero_is_taken_from_sharded_weights():
     on_all_ranks(nonzero_product_on_rank)
 
 
 def nonzero_product_on_rank(rank: int) -> None:
-    run = ModelRun("folded", "later", start_step=0)
+    run, alone = ModelRun("folded", "later"), ModelRun("in_place", "later")
+    before = alone.effective()
     shard(run.model)
-    optimizer = optimizer_for(run.model, weight_update="folded")
-    before = whole(run.model)
-    loss_of(run.model, batches(1)[0]).backward()
-    with pytest.raises(RuntimeError, match=r"the product A @ B is not zero.*\n.*is a .*DTensor"):
-        optimizer.step()
-    assert same(whole(run.model), before)
-    assert branch_scalings(run.model) == {FIRST_SCALING}
+    for each, options in ((run, {"weight_update": "folded"}), (alone, {})):
+        each.optimizer = optimizer_for(each.model, torch.optim.SGD, start_step=K, lr=0.05, **options)
+    data = batches(K + 3)
+    run.train(shares(data, rank))
+    alone.train(data)
+    run.model.reshard()
+    assert branch_scalings(run.model) == {FIRST_SCALING * (1 + RATIO)}
+    trained = ModelRun("folded", "later").model
+    trained.load_state_dict(whole(run.model))
+    for layer in layers(trained).values():
+        layer.scaling["default"] = FIRST_SCALING * (1 + RATIO)
+    for name, W in effective(trained).items():
+        assert relative(W, alone.effective()[name]) <= EXACT
+        assert relative(W, before[name]) > 1e-3
 
 
 def test_a_sharded_factor_that_was_replaced_is_followed():
@@ -176,22 +180,23 @@ SHARDED: dict[str, dict] = {
 }
 
 
+@each_rule
 @pytest.mark.parametrize("way", SHARDED)
-def test_sharded_factors_follow_one_process_and_resume_bit_for_bit(way):
-    on_all_ranks(sharded_factors_on_rank, way)
+def test_sharded_models_follow_one_process_and_resume_bit_for_bit(way, rule):
+    on_all_ranks(sharded_models_on_rank, way, rule)
 
 
-def sharded_factors_on_rank(rank: int, way: str) -> None:
+def sharded_models_on_rank(rank: int, way: str, rule: str) -> None:
     """FSDP2 brings gradients to the shards past the hooks of the sharded parameters."""
 
     def new() -> ModelRun:
-        run = ModelRun("folded")
+        run = ModelRun(rule)
         if "checkpointing" in way:
             run.model.enable_input_require_grads()
             run.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": "reent" in way})
             run.model.train()
         shard(run.model, **SHARDED[way])
-        run.optimizer = optimizer_for(run.model, torch.optim.SGD, weight_update="folded", momentum=0.9, lr=0.05)
+        run.optimizer = optimizer_for(run.model, torch.optim.SGD, weight_update=rule, momentum=0.9, lr=0.05)
         return run
 
     micro = 2 if way == "accumulation" else 1
@@ -222,7 +227,12 @@ def sharded_factors_on_rank(rank: int, way: str) -> None:
     for sharded, resumed, p in zip(run.factors(), twin.factors(), alone.factors(), strict=True):
         assert relative(sharded.full_tensor(), p) <= EXACT, way
         assert torch.equal(sharded.full_tensor(), resumed.full_tensor()), way
-    assert branch_scalings(run.model) == branch_scalings(twin.model) == {FIRST_SCALING * (1 + RATIO)}
+    if rule == "in_place":
+        for name, W in whole(run.model).items():
+            assert torch.equal(W, whole(twin.model)[name]), way
+            assert relative(W, dict(alone.model.named_parameters())[name]) <= EXACT, way
+    ratio = RATIO if rule == "folded" else 0
+    assert branch_scalings(run.model) == branch_scalings(twin.model) == {FIRST_SCALING * (1 + ratio)}
     name = run.optimizer.triples[0].label
     moved = [r.optimizer.displacement(name).product() for r in (run, alone)]
     assert relative(*moved) <= EXACT
@@ -266,7 +276,6 @@ def conversion_on_rank(rank: int) -> None:
 
 @each_start
 def test_factors_that_stay_whole_follow_with_sharded_weights(start):
-    """Or are refused, where the product is not zero at step K."""
     on_all_ranks(whole_factors_on_rank, start)
 
 
@@ -286,14 +295,6 @@ def whole_factors_on_rank(rank: int, start: str) -> None:
             nn.utils.clip_grad_norm_(run.factors(), 0.05)
             run.step()
 
-    if start == "later":
-        train(batches(K))
-        before = [p.detach().clone() for p in run.factors()]
-        with pytest.raises(RuntimeError, match=r"the product A @ B is not zero.*\n.*is a .*DTensor"):
-            train(batches(1))
-        assert same([p.detach() for p in run.factors()], before)
-        assert branch_scalings(run.model) == {FIRST_SCALING}
-        return
     alone = ModelRun("in_place", start)
     train(batches(8))
     for ids in batches(8):

@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.nn.parallel import DistributedDataParallel
 
+from deltaopt.checkpoint.compensation import compensation_bits
 from tests.support.compare import assert_same_bits, bits
-from tests.support.internals import as_schema_4, terms_of
+from tests.support.distributed import assert_same_on_all_ranks, on_all_ranks, shares
+from tests.support.internals import as_schema_4, compensation_of, terms_of
 from tests.support.models import batches, layers
 from tests.support.peft_runs import (
     DATA,
@@ -219,6 +224,29 @@ def test_a_checkpoint_of_schema_4_is_loaded_by_a_planner_that_allows_missing_key
     assert_same_runs(run, other)
 
 
+def test_a_compensation_of_an_earlier_version_comes_through_one_file(tmp_path):
+    """It was int16 of W's shape, for which the template of a fresh optimizer has no place."""
+    options = {"dtype": torch.bfloat16, "factors": torch.float32, "rounding": "compensated"}
+    run, other = ModelRun(**options).train(batches(3)), ModelRun(**options)
+    run.optimizer.zero_grad()
+    model, optimizer = copy.deepcopy(dcp.get_state_dict(run.model, run.optimizer))
+    for entries in optimizer["state"].values():
+        for key in [key for key in entries if "compensation" in key]:
+            entries[key] = compensation_bits(entries[key])
+    checkpoint.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path / "old")
+    model, optimizer = dcp.get_state_dict(other.model, other.optimizer)
+    with pytest.raises(CheckpointException, match=r"Size mismatch between saved .* for optimizer.*compensation"):
+        checkpoint.load({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path / "old")
+    dcp_to_torch_save(tmp_path / "old", tmp_path / "old.pt")
+    state = torch.load(tmp_path / "old.pt", weights_only=True)
+    dcp.set_model_state_dict(other.model, state["model"])
+    dcp.set_optimizer_state_dict(other.model, other.optimizer, state["optimizer"])
+    for r in (run, other):
+        r.train(batches(3, seed=2))
+    assert_same_bits(other.model, bits(run.model))
+    assert torch.equal(compensation_of(other.optimizer), compensation_of(run.optimizer))
+
+
 def test_saving_a_flattened_optimizer_state_is_refused():
     """By torch: it would drop what differs between the parameters and is no tensor."""
     run = begun()
@@ -226,3 +254,33 @@ def test_saving_a_flattened_optimizer_state_is_refused():
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=True)
     with pytest.raises(NotImplementedError, match=r"Flattening optimizer state_dict only supports .*'str'"):
         dcp.get_optimizer_state_dict(run.model, run.optimizer, options=options)
+
+
+def test_a_compensated_run_on_two_ranks_resumes_from_a_state_on_one_rank():
+    """Torch sends it tensor by tensor, and there is no int16 to send. set_state_dict would load the model last."""
+    on_all_ranks(compensated_on_rank)
+
+
+def compensated_on_rank(rank: int) -> None:
+    def new() -> ModelRun:
+        run = ModelRun(dtype=torch.bfloat16, factors=torch.float32, rounding="compensated")
+        run.model = DistributedDataParallel(run.model)
+        return run
+
+    run, twin = new(), new()
+    run.train(shares(batches(3), rank))
+    run.optimizer.zero_grad()
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    model, state = copy.deepcopy(dcp.get_state_dict(run.model, run.optimizer, options=options))
+    assert bool(model) == bool(state) == (rank == 0)
+    dcp.set_model_state_dict(twin.model, model, options=options)
+    dcp.set_optimizer_state_dict(twin.model, twin.optimizer, state, options=options)
+    assert twin.optimizer.step_count == 3
+    for r in (run, twin):
+        r.train(shares(batches(3, seed=2), rank))
+    assert_same_bits(twin.model, bits(run.model))
+    for i in range(len(run.optimizer.triples)):
+        kept = compensation_of(run.optimizer, i)
+        assert kept.any()
+        assert torch.equal(compensation_of(twin.optimizer, i), kept)
+    assert_same_on_all_ranks(twin.model)

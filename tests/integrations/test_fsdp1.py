@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-from deltaopt import DeltaLoRAOptimizer
+from deltaopt import DeltaLoRAOptimizer, find_triples
 from tests.support.compare import relative
 from tests.support.distributed import on_all_ranks
 from tests.support.models import batches, causal_lm, loss_of
@@ -158,6 +158,20 @@ def whole_and_folded_on_rank(rank: int) -> None:
 def test_views_of_a_flattened_parameter_are_refused(strategy, tmp_path):
     """PEFT's policy puts factors and frozen weights into units of their own, which needs no original parameters."""
     on_all_ranks(views_on_rank, tmp_path, strategy)
+
+
+def test_the_names_are_those_of_the_model(tmp_path):
+    on_all_ranks(names_on_rank, tmp_path)
+
+
+def names_on_rank(rank: int) -> None:
+    model = causal_lm()
+    names = [triple.label for triple in find_triples(model)]
+    decoder = model.base_model.model.model
+    for i, layer in enumerate(decoder.layers):
+        decoder.layers[i] = wrapped(layer, "NO_SHARD")
+    optimizer = DeltaLoRAOptimizer.for_model(wrapped(model, "NO_SHARD"), torch.optim.AdamW, lr=LR)
+    assert [triple.label for triple in optimizer.triples] == names
 
 
 def trains_by_itself(module: nn.Module) -> bool:

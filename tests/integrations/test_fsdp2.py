@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -18,7 +19,19 @@ from deltaopt import DeltaLoRAOptimizer, export_adapter, merged_weights
 from deltaopt.analysis import layer_changes
 from deltaopt.metrics import movement_metrics
 from tests.support.distributed import on_all_ranks
-from tests.support.sharded_runs import KINDS, WAYS, Branched, ShardedRun, branched, net, shard, switch, triples_of, whole
+from tests.support.sharded_runs import (
+    KINDS,
+    WAYS,
+    Branched,
+    ShardedRun,
+    branched,
+    net,
+    shard,
+    switch,
+    triples_of,
+    whole,
+)
+from tests.support.threads import on_threads
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 some_kinds = pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16-compensated"])
@@ -47,6 +60,31 @@ def test_fifty_steps_do_not_drift_apart(kind):
 def fifty_steps_on_rank(rank: int, kind: str) -> None:
     run = ShardedRun(rank, kind).train(50)
     run.assert_follows(**({"rtol": 1e-5, "atol": 1e-6} if kind == "float32" else {}))
+
+
+@pytest.mark.parametrize("way", ["layers", "one piece, not resharded", "columns", "factors ignored"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_hybrid_sharding_moves_every_replica_alike(way, kind):
+    on_threads(hybrid_on_rank, way, kind)
+
+
+def hybrid_on_rank(rank: int, way: str, kind: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    run = ShardedRun(rank, kind, way, world=4, mesh=mesh, keep_base="cpu").train(3)
+    run.assert_follows()
+    run.both(lambda optimizer: optimizer.restart())
+    run.train(2).assert_follows()
+    run.assert_moved()
+    parts = [torch.empty_like(W.to_local()) for W in run.weights(run.model) for _ in range(2)]
+    for i, W in enumerate(run.weights(run.model)):
+        dist.all_gather(parts[2 * i : 2 * i + 2], W.to_local(), group=mesh.get_group("replicas"))
+        assert torch.equal(parts[2 * i], parts[2 * i + 1])
+    assert_same_displacements(run)
+    reports = run.both(lambda optimizer: optimizer.report())
+    assert str(reports[0]) == str(reports[1])
+    with run.optimizer.base_weights():
+        for W, base in zip(run.weights(run.model), run.weights(run.frozen), strict=True):
+            assert torch.equal(whole(W), base)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -1,5 +1,7 @@
 """Lightning's Trainer: its checkpoints hold the whole model, or what a module leaves in them."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,7 +47,9 @@ class AdapterModule(lightning.LightningModule):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
 
-def fit(module: AdapterModule, folder, steps: int, checkpoint=None) -> lightning.Trainer:
+def fit(
+    module: AdapterModule, folder, steps: int, checkpoint=None, batch: int = 4, **options: Any
+) -> lightning.Trainer:
     trainer = lightning.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -54,9 +58,10 @@ def fit(module: AdapterModule, folder, steps: int, checkpoint=None) -> lightning
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
+        **options,
     )
     # One batch: where in the data a resumed fit continues is Lightning's own matter.
-    data = torch.utils.data.DataLoader(batches(1)[0], batch_size=4)
+    data = torch.utils.data.DataLoader(batches(1)[0], batch_size=batch)
     trainer.fit(module, data, ckpt_path=checkpoint)
     assert trainer.global_step == steps
     return trainer

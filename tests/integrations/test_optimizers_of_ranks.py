@@ -15,7 +15,7 @@ from torch.distributed.optim import (
 )
 
 from deltaopt import DeltaLoRAOptimizer
-from tests.support.compare import bits, refused, relative, same
+from tests.support.compare import bits, refused, relative, same, through_a_file
 from tests.support.distributed import assert_same_on_all_ranks, on_all_ranks
 from tests.support.small_ranks import (
     LR,
@@ -199,6 +199,26 @@ def local_sgd_on_rank(rank: int, way: str) -> None:
             assert torch.equal(moved, first)
             spacing = 2.0**-8 * now[W].abs().max().double()
             assert (moved - asked).abs().max() <= spacing
+
+
+@each_rule
+@pytest.mark.usefixtures("_one_rank")
+def test_local_sgd_inside_resumes(rule):
+    """Its own count of steps is in the state: the next average comes when it would have come."""
+    model, other = small_model(), small_model()
+    optimizer, resumed = (local_sgd_inside(each, weight_update=rule) for each in (model, other))
+    data = list(small_batches(10))
+    for batch in data[:7]:
+        backward(model, batch)
+        optimizer.step()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert resumed.inner.averager.step == 7
+    for each, own in ((model, optimizer), (other, resumed)):
+        for batch in data[7:]:
+            backward(each, batch)
+            own.step()
+    assert same(bits(other), bits(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -96,14 +96,19 @@ def another_adapter_on_rank(rank: int) -> None:
         torch.testing.assert_close(grad, gradients[1][name], **EXACT)
 
 
+@each_rule
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("parts", ["layers", "linears"])
-def test_a_fully_sharded_model_gives_the_base(parts, reshard):
-    """Folded from a product that is zero: W is sharded, and never written."""
-    on_all_ranks(fully_sharded_on_rank, parts, reshard)
+def test_a_fully_sharded_model_gives_the_base(parts, reshard, rule):
+    on_all_ranks(fully_sharded_on_rank, parts, reshard, rule)
 
 
-def fully_sharded_on_rank(rank: int, parts: str, reshard: bool) -> None:
+@pytest.mark.parametrize("parts", ["layers", "linears"])
+def test_a_fully_sharded_model_gives_the_base_that_was_kept(parts):
+    on_all_ranks(fully_sharded_on_rank, parts, True, "in_place", "cpu")
+
+
+def fully_sharded_on_rank(rank: int, parts: str, reshard: bool, rule: str, keep_base: str | None = None) -> None:
     model = causal_lm(B_zero=True)
     frozen = copy.deepcopy(model)
     if parts == "layers":
@@ -112,7 +117,7 @@ def fully_sharded_on_rank(rank: int, parts: str, reshard: bool) -> None:
         found = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for part in (*found, model):
         fully_shard(part, reshard_after_forward=reshard)
-    optimizer = optimizer_for(model, weight_update="folded")
+    optimizer = optimizer_for(model, weight_update=rule, keep_base=keep_base)
     for ids in shares(batches(4), rank):
         optimizer.zero_grad()
         loss_of(model, ids).backward()

@@ -226,6 +226,17 @@ def test_a_process_without_a_group_is_alone(ranks):
         Ranks(ranks).meet("step()", error=ZeroDivisionError("own"))
 
 
+def test_the_only_real_rank_of_a_simulated_group_is_alone():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        Ranks(range(8)).meet("step()", {"step count": 1})
+        assert Ranks(range(8)).gather("step()", "a") == {0: "a"}
+    finally:
+        dist.destroy_process_group()
+
+
 def test_more_facts_than_a_meeting_compares_are_refused():
     with pytest.raises(ValueError, match="at most 6 facts, got 7"):
         Ranks([0]).meet("step()", dict.fromkeys("abcdefg"))

@@ -82,10 +82,10 @@ def test_an_exception_ends_the_wait_of_the_other_rank(monkeypatch):
 def test_a_hang_is_ended_and_shows_where_it_was():
     before = [answer[2] for answer in on_all_ranks(who)]
     start = time.monotonic()
-    places = r"(?s)rank 0: took longer than 1 s.*in barrier.*so much is done.*rank 1: took .*in wait_for_the_other"
+    places = r"(?s)rank 0: took longer than 2 s.*in barrier.*so much is done.*rank 1: took .*in wait_for_the_other"
     with pytest.raises(AssertionError, match=places):
-        on_all_ranks(wait_for_the_other, limit=1.0)
-    assert time.monotonic() - start < 5
+        on_all_ranks(wait_for_the_other, limit=2.0)
+    assert time.monotonic() - start < 30
     for pid in before:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

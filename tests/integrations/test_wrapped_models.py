@@ -90,7 +90,7 @@ def moved(optimizer: DeltaLoRAOptimizer) -> list[Tensor]:
     return [triple.W.clone() for triple in optimizer.triples]
 
 
-@pytest.mark.parametrize("wrapper", ["compile", "compiled layers", "DDP of compile"])
+@pytest.mark.parametrize("wrapper", ["compile", "compiled layers", "DDP", "DDP of compile"])
 def test_the_noise_of_rounding_is_the_same(wrapper):
     """It is keyed by the name."""
     _, optimizer = trained(lambda model: model, dtype=torch.bfloat16)
@@ -120,6 +120,24 @@ def test_a_state_with_the_names_of_a_wrapper_loads_without_and_the_reverse(saved
         for each in (optimizer, resumed):
             random_steps(each, 2, seed=5)
         assert same(moved(resumed), moved(optimizer))
+
+
+@pytest.mark.parametrize("wrapped_later", [False, True])
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_a_run_changes_between_a_model_and_its_wrapper(rounding, wrapped_later):
+    """`for_model` of a model in DDP and of the model itself: the states fit, and so does the noise to come."""
+    options = {"rounding": rounding, "rounding_seed": 3}
+    ddp = nn.parallel.DistributedDataParallel
+    model, other = causal_lm(torch.bfloat16, factors=torch.float32), causal_lm(torch.bfloat16, factors=torch.float32)
+    first = optimizer_for(model if wrapped_later else ddp(model), **options)
+    second = optimizer_for(ddp(other) if wrapped_later else other, **options)
+    assert [triple.label for triple in first.triples] == [triple.label for triple in second.triples] == plain_names()
+    random_steps(first, 3)
+    other.load_state_dict(model.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for each in (first, second):
+        random_steps(each, 3, seed=5)
+    assert same(moved(second), moved(first))
 
 
 def test_a_state_of_other_layers_is_refused():

@@ -84,16 +84,13 @@ class Run:
                     factor.grad = self.placed(gradient, factor.placements if isinstance(factor, DTensor) else WHOLE)
             self.optimizer.step()
 
-    def weights(self) -> list[Tensor]:
-        return [whole(W) for W, *_ in self.tensors]
-
     def displacements(self) -> list[Tensor]:
         return [self.optimizer.displacement(f"layer {i}").product() for i in range(len(self.tensors))]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on each rank a copy of its own."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+def part(tensor: Tensor) -> Tensor:
+    """A copy of what this rank holds."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def result_on_rank(
@@ -102,12 +99,17 @@ def result_on_rank(
     placements: Any,
     layers: Sequence[Layer],
     dtype: torch.dtype,
-    events: Any,
+    events: str,
     options: Any,
-) -> tuple[list[Tensor], list[Tensor]]:
+    expected: Sequence[Tensor],
+) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """Return this rank's part of every W with its part of what is expected, and the displacements."""
     run = Run(layers, dtype, placements, init_device_mesh("cpu", tuple(shape)), **options)
     EVENTS[events](run)
-    return run.weights(), run.displacements()
+    parts = [
+        (part(W), part(run.placed(W_0, placements[0]))) for (W, *_), W_0 in zip(run.tensors, expected, strict=True)
+    ]
+    return parts, run.displacements()
 
 
 def result_alone(
@@ -115,7 +117,7 @@ def result_alone(
 ) -> tuple[list[Tensor], list[Tensor]]:
     run = Run(layers, dtype, **options)
     EVENTS[events](run)
-    return run.weights(), run.displacements()
+    return [W.detach().clone() for W, *_ in run.tensors], run.displacements()
 
 
 def _restart(run: Run) -> None:

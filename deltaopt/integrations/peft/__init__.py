@@ -26,10 +26,13 @@ from deltaopt.integrations.peft.triple import CONVOLUTIONS, PeftTriple, has_move
 from deltaopt.integrations.protocol import describes_itself
 from deltaopt.integrations.survey import Survey
 from deltaopt.messages import Problem, layers, names, problems_of, raise_problems
-from deltaopt.modules import modules_of
+from deltaopt.modules import class_of, modules_of
 from deltaopt.naming import names_without_wrappers
 from deltaopt.optimizer import DeltaLoRAOptimizer
+from deltaopt.ranks import Ranks
+from deltaopt.roll_call import RollCall
 from deltaopt.save_watch import SaveWatch
+from deltaopt.sharding import ranks_of
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
 from deltaopt.wrappers import unwrap
@@ -102,7 +105,7 @@ def save_adapter(
 
     Files of the same names are replaced, other files in the folder stay. A process that is killed while it writes
     leaves the old adapter, the new one, or a folder without ``adapter_config.json``. With several processes, call it
-    in one of them.
+    in one of them; where parameters are sharded (FSDP2, tensor parallelism), in all of them: the first one writes.
 
     Args:
         model: a PeftModel, or a model with transformers' ``add_adapter``; it is not changed.
@@ -126,7 +129,23 @@ def save_adapter(
         NotADirectoryError: if `directory` is a file.
     """
     optimizer = unwrap(optimizer)
-    model = with_config(model)
+    holders = () if optimizer.ranks is not None else ranks_of(list(model.parameters()))
+    roll_call = RollCall(Ranks(holders) if holders else optimizer.ranks, "save_adapter()")
+    with roll_call.told():
+        saved = _save_adapter(with_config(model), optimizer, directory, rank, adapter, roll_call.is_first)
+        roll_call.meet()
+    return saved
+
+
+def _save_adapter(
+    model: nn.Module,
+    optimizer: DeltaLoRAOptimizer,
+    directory: PathLike,
+    rank: int | None,
+    adapter: str | None,
+    writes: bool,
+) -> SavedAdapter:
+    """Do what `save_adapter` does on one rank, which writes the files or leaves that to another one."""
     weights = _peft_weights(optimizer)
     adapter = _adapter_to_save(model, sorted({triple.adapter for triple in weights}), adapter)
     weights = {triple: weight for triple, weight in weights.items() if triple.adapter == adapter}
@@ -135,7 +154,7 @@ def save_adapter(
     _warn_of_other_bases(weights.values())
     changes = [LayerChange(triple.layer, exported[triple.label], triple.branch_scaling) for triple in weights]
     without = [LayerChange(layer, adalora.no_change(layer), 1.0) for _, layer in _without_rank(model, adapter, weights)]
-    ranks = write_adapter(model, adapter, changes + without, directory)[: len(changes)]
+    ranks = write_adapter(model, adapter, changes + without, directory, writes)[: len(changes)]
     return SavedAdapter(
         {triple.label: exported[triple.label].error for triple in weights},
         {triple.label: rank for triple, rank in zip(weights, ranks, strict=True)},
@@ -246,12 +265,13 @@ def _warn_of_other_bases(weights: Iterable[WeightState]) -> None:
 
 
 def _refusal(layer: lora.LoraLayer, adapter: str, allow_dropout: bool) -> str | None:
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if type(layer) not in SUPPORTED and type(layer).__module__ not in QUANTIZED:
+    kind = class_of(layer)
+    if kind not in SUPPORTED and kind.__module__ not in QUANTIZED:
         supported = ", ".join(cls.__name__ for cls in SUPPORTED)
         return (
-            f"it is a {kind} (another method than LoRA, or an unknown base). W can be moved in lora.{supported}, and "
-            f'with weight_update="folded" the base may be quantized ({", ".join(QUANTIZED)})'
+            f"it is a {kind.__module__}.{kind.__qualname__} (another method than LoRA, or an unknown base). W can be "
+            f'moved in lora.{supported}, and with weight_update="folded" the base may be quantized '
+            f"({', '.join(QUANTIZED)})"
         )
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
@@ -270,7 +290,8 @@ def _other_content(layer: BaseTunerLayer) -> str:
     """Say what a layer holds that does not hold the adapter."""
     if others := sorted(lora_adapters(layer)):
         return f"it holds {', '.join(map(repr, others))} only"
-    return f"it is a {type(layer).__module__}.{type(layer).__qualname__}, which is another method than LoRA"
+    kind = class_of(layer)
+    return f"it is a {kind.__module__}.{kind.__qualname__}, which is another method than LoRA"
 
 
 def _label(name: str, layer: lora.LoraLayer) -> str:

@@ -24,8 +24,9 @@ from deltaopt.integrations.diffusers import LORA_FILE, component_of, lora_file
 from deltaopt.integrations.peft.adalora import as_lora, is_adalora, is_adalora_config
 from deltaopt.integrations.peft.moved_config import plain
 from deltaopt.lowrank import LowRank
-from deltaopt.modules import modules_of
+from deltaopt.modules import class_of, modules_of
 from deltaopt.naming import names_without_wrappers, short_names
+from deltaopt.sharding import gathered
 
 PREFIX = "base_model.model."
 """The prefix of the names of the base model's modules in a PeftModel, and in every adapter file."""
@@ -45,16 +46,20 @@ class LayerChange(NamedTuple):
     scaling: float
 
 
-def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike) -> list[int]:
+def write_adapter(
+    model: nn.Module, adapter: str, changes: Sequence[LayerChange], directory: PathLike, writes: bool = True
+) -> list[int]:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` with these changes as the adapter's factors.
 
     A model of diffusers gets ``pytorch_lora_weights.safetensors`` too. An adapter of AdaLoRA is written as one of LoRA.
+    With a sharded model all ranks call this, and rank 0 writes.
 
     Args:
         model: with a `peft_config` that holds `adapter`.
         adapter: its name in the model.
         changes: of every layer that holds it.
         directory: the folder; other files in it stay.
+        writes: False where another rank writes the files. What is sharded is gathered on all of them.
 
     Returns:
         The rank that was written for each change.
@@ -63,6 +68,9 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
     names = _names(model)
     tensors = _tensors(model, adapter, changes, names)
     config = _config(model, adapter, changes, names)
+    ranks = [change.rank for _, change, _ in changes]
+    if not writes:
+        return ranks
     with replacing_together(directory, last=CONFIG_NAME) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         component = component_of(_base_model(model))
@@ -70,7 +78,7 @@ def write_adapter(model: nn.Module, adapter: str, changes: Sequence[LayerChange]
             named, metadata = lora_file(component, tensors, config.to_dict(), PREFIX)
             save_file(named, folder / LORA_FILE, metadata=metadata)
         config.save_pretrained(folder, auto_mapping_dict=_auto_mapping(model, config))
-    return [change.rank for _, change, _ in changes]
+    return ranks
 
 
 def _tensors(
@@ -104,7 +112,7 @@ def _tensors(
     short = short_names(model, picked)
     picked = {short[key]: tensor for key, tensor in picked.items()}
     picked = {key: tensor for key, tensor in picked.items() if key not in replaced} | factors
-    return _separate({prefix + key: tensor.detach().contiguous() for key, tensor in picked.items()})
+    return _separate({prefix + key: gathered(tensor.detach()).contiguous() for key, tensor in picked.items()})
 
 
 @contextmanager
@@ -200,7 +208,7 @@ def _auto_mapping(model: nn.Module, config: LoraConfig) -> dict[str, str] | None
     """Return the class of the base, by which PEFT's AutoPeftModel finds it where there is no task type."""
     if config.task_type is not None:
         return None
-    base = type(_base_model(model))
+    base = class_of(_base_model(model))
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
 
 

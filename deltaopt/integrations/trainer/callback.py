@@ -57,24 +57,28 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
     - Where Trainer saves the adapter alone, ``optimizer.pt`` leaves out what compensated rounding cut off from each W,
       which is rebuilt from the base.
     - A run in which no W has moved says so at its end, with the reason.
+    - With several processes they are compared when training begins, at each save and when it ends:
+      `DeltaLoRAOptimizer.check_synced`. Every element of each W is read for that.
 
     Args:
         trainer: whose callback it is. Default: it finds the Trainer that has it among its callbacks. When training
             begins it takes the first place among them, so that the others see what it has added to the logs.
         resume_from: the folder of the checkpoint that is resumed, if it was written with ``save_only_model=True`` and
             has been moved since.
+        check_ranks: compare the processes. Turn it off where they have other layers on purpose.
 
     Raises:
         TypeError: if `trainer` is none; when training begins, if Trainer's optimizer is no `DeltaLoRAOptimizer`.
         ValueError: when training begins, if the callback is another Trainer's, or the run is resumed without the
             movement of W, or with that of another run. `WeightMismatchError` is one: A and B are not those of the
             checkpoint. W is left alone then.
+        RanksDisagreeError: when training begins or ends and at a save, in all processes, if they are not the same.
 
     Example:
         >>> callbacks = [DeltaLoRACallback()]  # Trainer(..., callbacks=callbacks)
     """
 
-    def __init__(self, trainer: Any = None, resume_from: PathLike | None = None) -> None:
+    def __init__(self, trainer: Any = None, resume_from: PathLike | None = None, *, check_ranks: bool = True) -> None:
         if trainer is not None and not hasattr(trainer, "callback_handler"):
             raise TypeError(
                 f"DeltaLoRACallback: expected the Trainer, got a {type(trainer).__name__}: "
@@ -83,6 +87,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         self._given = trainer
         self._found: Any = None
         self._resume_from = resume_from
+        self._check_ranks = check_ranks
         self._run = uuid.uuid4().hex
         self._reasons = Reasons()
         self._exported: set[tuple[Path, int]] = set()
@@ -104,6 +109,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
             self._resume(args, state, optimizer)
         pointer = {"run": self._run, "folder": str(self._run_folder(args)), "small": bool(args.save_only_model)}
         state.stateful_callbacks[POINTER] = pointer
+        self._check(args, optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Note what a run without any movement has to say at its end."""
@@ -131,6 +137,7 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write the adapter for the pristine base into the checkpoint, and the small state if it has no other."""
         optimizer, folder = unwrapped(optimizer), self._checkpoint(args, state)
+        self._check(args, optimizer)
         self._export(args, state, model, optimizer, folder)
         if args.save_only_model:
             content = {"run": self._run, "step": state.global_step, "optimizer": small_state(optimizer)}
@@ -157,12 +164,17 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
             self._follow_best(Path(state.best_model_checkpoint), optimizer)
         self._exported.clear()
         self._save_whole_states()
+        self._check(args, optimizer)
         if nothing:
             warnings.warn(
                 f"Delta-LoRA has moved no weight in this run, which was plain LoRA: {self._reasons.of(optimizer)}",
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _check(self, args: Any, optimizer: DeltaLoRAOptimizer) -> None:
+        if self._check_ranks and args.world_size > 1:
+            optimizer.check_synced()
 
     def _save_whole_states(self) -> None:
         if self._leaving_out is not None:
