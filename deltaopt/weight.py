@@ -90,6 +90,7 @@ class WeightState:
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
         self._tensors: Tensors | None = None
         self._checked: tuple[object, ...] | None = None
+        self._accepted_W: weakref.ref[Tensor] | None = None
         self._left: tuple[int, int] | None = None  # the version of W after the last event that moved or read it
         self._back = False  # W was its base again when `_left` was noted
 
@@ -144,7 +145,11 @@ class WeightState:
 
     def accept(self) -> None:
         """Note that the tensors that were looked up have passed all checks."""
-        self._checked = self.tensors.signature()
+        self._checked, self._accepted_W = self.tensors.signature(), weakref.ref(self.tensors.W)
+
+    def has_found(self, W: Tensor) -> bool:
+        """Tell if this is the W that the last event has found."""
+        return self._accepted_W is not None and self._accepted_W() is W
 
     def forget(self) -> None:
         """Let go of the tensors after an event, so that a replaced W is freed; note how it has left W."""
@@ -462,7 +467,7 @@ class WeightState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
-        left_out = ("_tensors", "_checked", "_left", "claim", "_pattern")
+        left_out = ("_tensors", "_checked", "_accepted_W", "_left", "claim", "_pattern")
         return {**self.__dict__, **dict.fromkeys(left_out)}
 
 
