@@ -85,6 +85,7 @@ from deltaopt.roll_call import RollCall, checked_timeout, look_at_written, ranks
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.save_watch import SaveWatch
+from deltaopt.sharded_moves import FactorsDifferError
 from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
@@ -190,7 +191,7 @@ class DeltaLoRAOptimizer(Optimizer):
     _rounding: Rounding
     _groups: list[DeltaGroup]
     _rule: UpdateRule
-    _roll_call: RollCall
+    _roll_call: RollCall  # of the event under way
     _weights: list[WeightState]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DeltaLoRAOptimizer:  # noqa: D102
@@ -326,24 +327,30 @@ class DeltaLoRAOptimizer(Optimizer):
             losses: list[Any] = []
             writer = self._writer("move")
             self._rule.before_step(weights, writer, closure)  # A_t, B_t
-            follow = roll_call.before(
-                partial(self._follow, weights, writer, losses, self._step_count), succeeded=lambda: bool(losses)
-            )
+            finish = partial(self._follow, weights, writer, losses, self._step_count, roll_call)
+            follow = roll_call.before(finish, succeeded=lambda: bool(losses))
             with self._events.begin("step()", follow, self._rule.unwritten, losses):
                 loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}; then `follow`: W_{t+1}
             self._backward_watch.note()
             self._rule.warn(stacklevel=3)  # torch wraps `step`
             return loss
 
-    def _follow(self, weights: Sequence[WeightState], writer: Writer, losses: list[Any], t: int) -> None:
+    def _follow(
+        self, weights: Sequence[WeightState], writer: Writer, losses: list[Any], t: int, roll_call: RollCall
+    ) -> None:
         """Compute W_{t+1} = W_t + lambda_t s (A_{t+1} B_{t+1} - A_t B_t), and count the step.
 
-        An inner step that raised may have changed some factors: their W follow them, and the step is not counted.
+        An inner step that raised may have changed some factors: their W follow them, and the step is not counted. Of
+        sharded weights none moves if a rank has failed.
         """
-        if self._roll_call.failed:
-            self._rule.forget()  # no rank moves its part of W
+        if roll_call.failed:
+            self._rule.forget()
             return
-        self._rule.after_step(weights, writer, whole=bool(losses))
+        try:
+            self._rule.after_step(weights, writer, whole=bool(losses))
+        except FactorsDifferError:
+            roll_call.failed = True
+            raise
         if losses:
             self._step_count, self._repeats = t + 1, 0
 
