@@ -1,4 +1,6 @@
-"""Sharded tensors: which piece of W a rank holds, and bringing what others hold. The only file that knows DTensor.
+"""Sharded tensors: which piece of W a rank holds, and bringing what is on other ranks.
+
+DTensor is known here alone, and in split_output.py.
 
 FSDP2 and tensor parallelism make a DTensor of a parameter: each rank has a block of it, which mesh and placements tell.
 A W that moves in place is never gathered: each rank adds its rows of A times its columns of B to its block.

@@ -77,46 +77,47 @@ def ranks_of(group: Any) -> Ranks:
     return Ranks(found if dist.get_rank() in found else ())
 
 
-def check(ranks: Ranks, facts: Mapping[str, Any] | None, error: Exception | None) -> None:
+def check(ranks: Ranks, facts: Mapping[str, Any] | None, error: Exception | None, event: str = EVENT) -> None:
     """Compare what all ranks say; a collective.
 
     Args:
         ranks: that are compared.
         facts: of this rank, see `facts_of`.
         error: why this rank has none.
+        event: that compares them, for messages.
 
     Raises:
         RanksDisagreeError: on all ranks, with everything that differs.
         Exception: `error`, on the rank that has it.
     """
-    lines = differences(ranks.gather(EVENT, facts, error))
+    lines = differences(ranks.gather(event, facts, error))
     if lines:
         raise RanksDisagreeError("\n".join(["the ranks are not in sync:", *(f"  {line}" for line in lines), CLOSING]))
 
 
-def facts_of(run: Mapping[str, object], groups: Sequence[DeltaGroup], weights: Sequence[WeightState]) -> dict[str, Any]:
+def facts_of(
+    run: Mapping[str, object], groups: Sequence[DeltaGroup], weights: Sequence[WeightState], contents: bool = True
+) -> dict[str, Any]:
     """Return what is compared of this rank: of the run as a whole, and of each layer in order.
 
     Args:
         run: settings and counts of the optimizer, by name.
         groups: of the triples.
-        weights: all of them. Every element of each W is read, and the device is waited for.
+        weights: all of them.
+        contents: compare what is in the tensors too. Every element of each W is read, and the device is waited for.
     """
     from deltaopt import __version__
 
     whole = {**run, "number of groups": len(groups), "torch": torch.__version__, "deltaopt": __version__}
     return {
         "run": {name: str(value) for name, value in whole.items()},
-        "layers": [[weight.label, _layer(weight)] for weight in weights],
+        "layers": [[weight.label, _settings(weight) | (_contents(weight) if contents else {})] for weight in weights],
     }
 
 
-def _layer(weight: WeightState) -> Facts:
+def _settings(weight: WeightState) -> Facts:
     triple, group, tensors = weight.triple, weight.group, weight.tensors
     stored = (tensors.W, *tensors.stored)
-    readable = is_plain(local_part(tensors.W)) and not weight.weight_problems()
-    is_gathered = weight.piece is not None and not is_sharded(tensors.W)
-    kept, place = weight.compensation, place_of(tensors.W)
     ratio = f"a callable, last {weight.ratio}" if callable(group.update_ratio) else str(group.update_ratio)
     return {
         "update_ratio": ratio,
@@ -127,6 +128,14 @@ def _layer(weight: WeightState) -> Facts:
         "shapes": ", ".join(map(shape, stored)),
         "dtypes": ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in stored),
         "placements": ", ".join(map(_placed, stored)) if any(map(is_sharded, stored)) else None,
+    }
+
+
+def _contents(weight: WeightState) -> Facts:
+    tensors, kept, place = weight.tensors, weight.compensation, place_of(weight.tensors.W)
+    is_gathered = weight.piece is not None and not is_sharded(tensors.W)
+    readable = is_plain(local_part(tensors.W)) and not weight.weight_problems()
+    return {
         "A and B": _bits(*tensors.stored),
         "W": _bits(weight.part(), place=place) if readable else None,
         "the compensation": "none" if kept is None else None if is_gathered else _bits(kept.bits, place=place),

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
 
 from deltaopt.integrations.peft import save_adapter
+from deltaopt.integrations.trainer import DeltaLoRAFactory
 from tests.support.compare import relative, same
 from tests.support.distributed import WORLD, on_all_ranks, shares
 from tests.support.fsdp_rig import fsdp_on_cpus, plugin
@@ -322,6 +323,10 @@ def dpo_on_rank(rank: int, rule: str, start: str, folder: Path) -> tuple[list[fl
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     with fsdp_on_cpus():
         trainer = trl_runs.trainer_for("dpo", start, rule, folder, model, None, fsdp, {})
+    trainer.optimizer = None  # the factory makes another one when Trainer has the model ready
+    options = {"lr": trl_runs.LEARNING_RATE, "update_ratio": trl_runs.UPDATE_RATIO, "weight_update": rule}
+    options |= trl_runs.STARTS[start].options
+    trainer.optimizer_cls_and_kwargs = (DeltaLoRAFactory, options)
     record = trl_runs.ReferenceRecord(trainer, frozen)
     trainer.train()
     assert isinstance(trainer.model_wrapped, FSDPModule)
