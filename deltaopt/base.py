@@ -100,7 +100,10 @@ class Visit:
             if way == "hooks" and terms:
                 owner = weight.triple.weight_module()
                 assert owner is not None
-                note_result(self._hooks, partial(subtract_always, owner, weight.tensors.W, weight.triple.view, terms))
+                note_result(
+                    self._hooks,
+                    partial(subtract_always, owner, weight.tensors.W, weight.triple.view, terms, weight.label),
+                )
             elif terms or isinstance(way, Tensor):
                 self._moved[weight] = _Bits.of(weight)
                 if isinstance(way, Tensor):

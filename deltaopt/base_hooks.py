@@ -32,6 +32,8 @@ from deltaopt.lowrank import Term
 from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, RunningMovement, copied, is_shared
 from deltaopt.pickled import IfInstalled
 from deltaopt.scaling import holder_of
+from deltaopt.sharding import is_sharded
+from deltaopt.split_output import mask_of, split_change, split_problem
 
 Absence: TypeAlias = "bool | list[int]"
 """Where a branch takes no part: nowhere (False), in all rows of the batch (True), or in these rows."""
@@ -161,6 +163,13 @@ class OutputHook:
 
     def pulled_back(self, grad: Tensor, x: Tensor, rows: list[int] | None) -> Tensor:
         """Return the gradient that x gets by what `corrected` adds to the output."""
+        owner, name = self.holder(self.module)
+        if is_sharded(getattr(owner, name)):
+            raise RuntimeError(
+                f"{self.label}: {NEEDS_THE_BASE}, and its gradient cannot be computed in a compiled graph: its W is "
+                "split over several ranks (tensor parallelism). Run this pass within optimizer.base_weights(), or "
+                "without torch.compile"
+            )
         pulled = torch.zeros_like(x)
         chosen = slice(None) if rows is None else rows
         grad = grad[chosen]
@@ -185,6 +194,9 @@ class OutputHook:
     def _corrected(
         self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further = ((), {})
     ) -> Tensor:
+        owner, name = self.holder(module)
+        if is_sharded(W := getattr(owner, name)):
+            return self._corrected_part(module, W, output, x, rows)
         if rows is not None:  # further arguments may have rows of their own, or none
             change = self._change(module, x, further) if any(further) else self._change(module, x[rows])
             change = change[rows] if any(further) and change is not None else change
@@ -194,6 +206,21 @@ class OutputHook:
             return forward_with(*self.holder(module), base, x, further).to(output.dtype)
         change = self._change(module, x, further)
         return output if change is None else _sum(output, change)
+
+    def _corrected_part(self, module: nn.Module, W: Tensor, output: Any, x: Tensor, rows: list[int] | None) -> Tensor:
+        """Return what is here of the output of a layer that tensor parallelism has split, corrected."""
+        terms = self._terms(module)
+        if not terms:
+            return output  # type: ignore[no-any-return]
+        at_rest = isinstance(self.movement, RunningMovement) and self.movement.state.has_found(W)
+        problem = self.problem or split_problem(output, x, W, self._view, module, at_rest)
+        if problem is not None:
+            raise RuntimeError(
+                f"{self.label}: {NEEDS_THE_BASE}, and it cannot be computed: {problem}. Run this pass within "
+                'optimizer.base_weights(), with keep_base="cpu" or "device" where W has 16 bits'
+            )
+        change = split_change(output, x, W, _minus(terms), self._view)
+        return _sum(output, change if rows is None else change * mask_of(rows, change))
 
     def _change(self, module: nn.Module, x: Tensor, further: Further = ((), {})) -> Tensor | None:
         """Return what has to be added to the output for x; None if that is nothing."""
@@ -425,20 +452,31 @@ def hook_of(module: nn.Module, kind: type[Hook], branch: object) -> Hook | None:
     return None
 
 
-def subtract_always(owner: nn.Module, W: Tensor, view: MatrixView, terms: Sequence[Term]) -> RemovableHandle:
+def subtract_always(
+    owner: nn.Module, W: Tensor, view: MatrixView, terms: Sequence[Term], label: str
+) -> RemovableHandle:
     """Let the module of a W give W x minus the product of the terms and x, until the handle is removed."""
-    return owner.register_forward_hook(_Subtraction(W, view, terms), with_kwargs=True)
+    return owner.register_forward_hook(_Subtraction(owner, W, view, terms, label), with_kwargs=True, prepend=True)
 
 
 class _Subtraction:
     """The hook of `subtract_always`. A deep copy of the model keeps it, and so computes with the base for good."""
 
-    def __init__(self, W: Tensor, view: MatrixView, terms: Sequence[Term]) -> None:
-        self._W, self._view, self._terms = W, view, terms
+    def __init__(self, owner: nn.Module, W: Tensor, view: MatrixView, terms: Sequence[Term], label: str) -> None:
+        self._W, self._view, self._terms, self._label = W, view, terms, label
+        self._name = next((name for name, p in owner.named_parameters(recurse=False) if p is W), None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return _sum(output, product_on(module, self._W, x, _minus(self._terms), self._view))
+        W = self._W if self._name is None else getattr(module, self._name)  # FSDP2 brings all of it for this pass
+        if not is_sharded(W):
+            return _sum(output, product_on(module, self._W, x, _minus(self._terms), self._view))
+        if (problem := split_problem(output, x, W, self._view, module, W is self._W)) is not None:
+            raise RuntimeError(
+                f"{self._label}: the base's output cannot be computed: {problem}. Take base_weights(method='copy'), "
+                'with keep_base="cpu" or "device" where W has 16 bits'
+            )
+        return _sum(output, split_change(output, x, W, _minus(self._terms), self._view))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Subtraction:
         return self  # as a function would be

@@ -99,7 +99,7 @@ def _of_model(model: nn.Module, adapter: str) -> Description:
     others = {names_of[name]: p for name, p in parameters.items() if p.requires_grad and id(p) not in known}
     left_out = [*refused, *bad, *elsewhere, *_without_weight(others)]
     left_out += _unbranched(model, found.triples, found.layers)
-    return Description(f"this {type(model).__name__} (adapter {adapter!r})", rows, left_out, loaded)
+    return Description(f"this {class_of(model).__name__} (adapter {adapter!r})", rows, left_out, loaded)
 
 
 def _of_optimizer(candidate: Any) -> Description:

@@ -82,10 +82,11 @@ from deltaopt.ranks import Ranks
 from deltaopt.recall import Recall
 from deltaopt.report import Report, at_a_glance, report_of
 from deltaopt.restarts import Reinit, lora_start
-from deltaopt.roll_call import RollCall, checked_timeout, ranks_that_share
+from deltaopt.roll_call import RollCall, checked_timeout, look_at_written, ranks_that_share
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.save_watch import SaveWatch
+from deltaopt.sharded_moves import FactorsDifferError
 from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
@@ -191,7 +192,7 @@ class DeltaLoRAOptimizer(Optimizer):
     _rounding: Rounding
     _groups: list[DeltaGroup]
     _rule: UpdateRule
-    _roll_call: RollCall
+    _roll_call: RollCall  # of the event under way
     _weights: list[WeightState]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> DeltaLoRAOptimizer:  # noqa: D102
@@ -327,24 +328,30 @@ class DeltaLoRAOptimizer(Optimizer):
             losses: list[Any] = []
             writer = self._writer("move")
             self._rule.before_step(weights, writer, closure)  # A_t, B_t
-            follow = roll_call.before(
-                partial(self._follow, weights, writer, losses, self._step_count), succeeded=lambda: bool(losses)
-            )
+            finish = partial(self._follow, weights, writer, losses, self._step_count, roll_call)
+            follow = roll_call.before(finish, succeeded=lambda: bool(losses))
             with self._events.begin("step()", follow, self._rule.unwritten, losses):
                 loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}; then `follow`: W_{t+1}
             self._backward_watch.note()
             self._rule.warn(stacklevel=3)  # torch wraps `step`
             return loss
 
-    def _follow(self, weights: Sequence[WeightState], writer: Writer, losses: list[Any], t: int) -> None:
+    def _follow(
+        self, weights: Sequence[WeightState], writer: Writer, losses: list[Any], t: int, roll_call: RollCall
+    ) -> None:
         """Compute W_{t+1} = W_t + lambda_t s (A_{t+1} B_{t+1} - A_t B_t), and count the step.
 
-        An inner step that raised may have changed some factors: their W follow them, and the step is not counted.
+        An inner step that raised may have changed some factors: their W follow them, and the step is not counted. Of
+        sharded weights none moves if a rank has failed.
         """
-        if self._roll_call.failed:
-            self._rule.forget()  # no rank moves its part of W
+        if roll_call.failed:
+            self._rule.forget()
             return
-        self._rule.after_step(weights, writer, whole=bool(losses))
+        try:
+            self._rule.after_step(weights, writer, whole=bool(losses))
+        except FactorsDifferError:
+            roll_call.failed = True
+            raise
         if losses:
             self._step_count, self._repeats = t + 1, 0
 
@@ -395,6 +402,11 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
 
+    @property
+    def is_sharded(self) -> bool:
+        """True if W, A or B was sharded at the last event, so that all ranks have to take part in the next one."""
+        return self._rule.ranks is not None
+
     def report(self) -> Report:
         """Tell if W moved: for each layer how often, how far, what rounding kept of it, and what the next step does.
 
@@ -419,9 +431,10 @@ class DeltaLoRAOptimizer(Optimizer):
         It is a collective: all ranks of `group` have to call it, at the same place. One process alone returns at once.
         It compares W, A, B, what compensated rounding keeps, the bases and the ledgers bit for bit, the settings, the
         triples with their names and order, the counts of steps, the class of the inner optimizer, and the versions of
-        torch and deltaopt. It reads every W once and waits for the device. Tensors that are sharded or packed are left
-        out. A step sends nothing between ranks, so call it where a difference has to be found: before the first step,
-        and before a checkpoint is written. Not for ranks that have other triples on purpose (pipeline stages).
+        torch and deltaopt. It reads every W once and waits for the device. Packed tensors are left out. Of sharded
+        ones the ranks that hold the same part are compared. A step does not do that, so call it where a difference has
+        to be found: before the first step, and before a checkpoint is written. Not for ranks that have other triples on
+        purpose (pipeline stages).
 
         Args:
             group: the ranks to compare. Default: all.
@@ -430,11 +443,17 @@ class DeltaLoRAOptimizer(Optimizer):
             RanksDisagreeError: with everything that differs, where, and what to do. Also if a rank does not come within
                 the timeout of the default group, which it names, or fails in this call.
             RuntimeError: in `base_weights`.
+            ValueError: if tensors are sharded over ranks that are not in `group`.
         """
         ranks = synced.ranks_of(group)
         if len(ranks.ranks) < 2:
             return
         facts, failed = None, None
+        if self._rule.ranks is not None and not {*self._rule.ranks.ranks} <= {*ranks.ranks}:
+            raise ValueError(
+                f"check_synced() of the ranks {list(ranks.ranks)}, and W, A and B are sharded over the ranks "
+                f"{list(self._rule.ranks.ranks)}: give it a group that holds all of these"
+            )
         try:
             with self._between_steps(synced.EVENT, None):
                 facts = synced.facts_of(self._run_facts(), self._groups, self._weights)
@@ -787,6 +806,8 @@ class DeltaLoRAOptimizer(Optimizer):
         added = _registered(groups, self._keep_base, [weight.label for weight in self._weights])
         weights = [*self._weights, *added]
         check_not_folded([weight.triple for weight in added])
+        for weight in added:
+            weight.resolve()
         check_weights(weights, self._rule, new=added)
         check_local_sgd(self._inner, added, self._rule, self._rounding)
         check_no_weight_trains(self._weights, options[0].get("params", ()))
@@ -798,6 +819,7 @@ class DeltaLoRAOptimizer(Optimizer):
             if held or len(self._inner.param_groups) > before:
                 self._groups, self._weights = all_groups, weights
                 self._take(added)
+                self._rule.ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
 
         warn_of_folded([weight.triple for weight in added])
         for weight in added:
@@ -990,6 +1012,7 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rule = rule
         self._events = Events()
         self._claimant = Claimant()
+        self._compared: Ranks | None = None  # whose settings were the same
         self._backward_watch = BackwardWatch()
         self._seen = False  # no tensors yet: in a copy of a model that holds its optimizer, modules are not complete
         self._step_count = step_count
@@ -1062,24 +1085,27 @@ class DeltaLoRAOptimizer(Optimizer):
                 if use is not None:
                     check_claims(self._weights, what, use)
                 roll_call.ranks = self._rule.ranks  # the parameters may have been sharded since the last event
+                self._compare_settings(what)
                 if what != "step()":  # which meets after its inner step
                     roll_call.meet()
+                    if roll_call.ranks is not None:
+                        look_at_written(self._weights, roll_call.ranks)
                 self._roll_call = roll_call
                 yield self._weights
             finally:
                 for weight in self._weights:
                     weight.forget()
 
+    def _compare_settings(self, what: str) -> None:
+        """Raise RanksDisagreeError on all ranks if they have set sharded weights up differently; in the first event."""
+        ranks = self._rule.ranks
+        if ranks is not self._compared and ranks is not None:
+            synced.check(ranks, synced.facts_of(self._run_facts(), self._groups, self._weights, False), None, what)
+        self._compared = ranks
+
     def _facts(self) -> dict[str, object]:
-        """Return what has to be the same on all ranks for one step of sharded weights."""
-        if self._rule.ranks is None:
-            return {}
-        return {
-            "step count": self._step_count,
-            "rounding, rounding_seed": tuple(self._rounding),
-            "weight_update": self._rule.name,
-            "triples": len(self._weights),
-        }
+        """Return what has to be the same on all ranks in each event of sharded weights."""
+        return {} if self._rule.ranks is None else {"step count": self._step_count}
 
     def _look_up(self, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed."""

@@ -1,4 +1,4 @@
-"""The roll call of one event: all ranks that share sharded tensors are in it and none has failed, or none goes on."""
+"""The roll call of one event: all ranks that share sharded tensors are in it and well, or each of them stops."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
+import torch
+
 from deltaopt.ranks import Ranks
-from deltaopt.sharding import ranks_of
+from deltaopt.sharding import highest, ranks_of
 from deltaopt.weight import WeightState
 
 
@@ -107,6 +109,20 @@ def ranks_that_share(weights: Sequence[WeightState], timeout: float | None, know
     if not ranks:
         return None
     return known if known is not None and known.ranks == ranks else Ranks(ranks, timeout)
+
+
+def look_at_written(weights: Sequence[WeightState], ranks: Ranks) -> None:
+    """Look into each sharded W that was written since the last event on any rank; all of them have to call this.
+
+    A loader may leave out a rank that holds nothing of a W, and so has nothing to write.
+    """
+    sharded = [weight for weight in weights if weight.is_sharded]
+    if not sharded:
+        return
+    written = torch.tensor([weight.is_written() for weight in sharded], device=sharded[0].tensors.W.device)
+    for weight, found in zip(sharded, highest(written.to(torch.int64), ranks.group).tolist(), strict=True):
+        if found:
+            weight.look_at_written()
 
 
 def checked_timeout(timeout: object) -> float | None:

@@ -39,6 +39,10 @@ DIFFERENT = (
 )
 
 
+class FactorsDifferError(ValueError):
+    """Factors that nothing keeps equal differ between ranks that would move their blocks of one W by them."""
+
+
 class _Slot:
     """One weight, and its rank's parts of the parameters of A and B.
 
@@ -205,13 +209,13 @@ class ShardedMoves:
         """Take what all ranks together know; return whether all factors are finite.
 
         Raises:
-            ValueError: on all ranks, if factors that are not sharded with W differ.
+            FactorsDifferError: on all ranks, if factors that are not sharded with W differ.
         """
         finite = True
         for slot in self.slots:
             finite &= slot.take(facts)
         differing = [Problem(slot.weight.label, DIFFERENT) for slot in self.slots if slot.differs]
-        raise_problems(ValueError, "W was not moved, on no rank", differing)
+        raise_problems(FactorsDifferError, "W was not moved, on no rank", differing)
         return finite
 
     def note_bases(self) -> None:

@@ -1,4 +1,6 @@
-"""Sharded tensors: which piece of W a rank holds, and bringing what others hold. The only file that knows DTensor.
+"""Sharded tensors: which piece of W a rank holds, and bringing what is on other ranks.
+
+DTensor is known here alone, and in split_output.py.
 
 FSDP2 and tensor parallelism make a DTensor of a parameter: each rank has a block of it, which mesh and placements tell.
 A W that moves in place is never gathered: each rank adds its rows of A times its columns of B to its block.
@@ -118,6 +120,18 @@ def absent_ranks(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     ranks = ranks_of(tensors)
     here = dist.get_world_size() if ranks and dist.is_initialized() else 1
     return tuple(rank for rank in ranks if rank >= here)
+
+
+def place_of(tensor: Tensor) -> str:
+    """Return a text that is the same on all ranks that hold the same part of a sharded tensor; empty for another one.
+
+    Ranks of two meshes, as FSDP2 has on top of tensor parallelism, hold the same of what both have sharded alike.
+    """
+    if not is_sharded(tensor):
+        return ""
+    spec = _spec(tensor)
+    at = zip(spec.mesh.get_coordinate(), spec.mesh.shape, spec.placements, strict=True)
+    return ", ".join(f"{place} of {size}" for place, size, placement in at if not placement.is_replicate())
 
 
 class Piece(NamedTuple):

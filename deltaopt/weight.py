@@ -90,6 +90,7 @@ class WeightState:
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
         self._tensors: Tensors | None = None
         self._checked: tuple[object, ...] | None = None
+        self._accepted_W: weakref.ref[Tensor] | None = None
         self._left: tuple[int, int] | None = None  # the version of W after the last event that moved or read it
         self._back = False  # W was its base again when `_left` was noted
 
@@ -114,7 +115,7 @@ class WeightState:
         if replaced := self._tensors.signature() != self._checked:
             self._checked = None  # until these tensors have passed: they may be refused, and those of before come back
             self._find_piece(self._tensors)
-        if self.base is not None:
+        if self.base is not None and not self.is_sharded:  # for those `look_at_written`
             self._is_base_again(self._tensors.W)  # before the event writes it
         return replaced
 
@@ -144,7 +145,11 @@ class WeightState:
 
     def accept(self) -> None:
         """Note that the tensors that were looked up have passed all checks."""
-        self._checked = self.tensors.signature()
+        self._checked, self._accepted_W = self.tensors.signature(), weakref.ref(self.tensors.W)
+
+    def has_found(self, W: Tensor) -> bool:
+        """Tell if this is the W that the last event has found."""
+        return self._accepted_W is not None and self._accepted_W() is W
 
     def forget(self) -> None:
         """Let go of the tensors after an event, so that a replaced W is freed; note how it has left W."""
@@ -322,6 +327,16 @@ class WeightState:
             self.written_by_others = not self._back
         return self._back
 
+    def is_written(self) -> bool:
+        """Tell if W was written since the last event, on this rank and as far as torch counts that."""
+        W = self.tensors.W
+        return self.base is not None and not self._is_gathered(W) and _version(local_part(W)) != self._left
+
+    def look_at_written(self) -> None:
+        """Look into a sharded W that some rank has found written; all ranks have to call this."""
+        self._left = None
+        self._is_base_again(self.tensors.W)
+
     def fingerprint(self) -> Fingerprint:
         """Take the fingerprint of the part of W that moves; of a sharded W on all ranks, of all of it."""
         return self.fingerprint_of(self.part())
@@ -452,7 +467,7 @@ class WeightState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks its tensors up, and has them checked, at its first step: modules may not be complete yet.
-        left_out = ("_tensors", "_checked", "_left", "claim", "_pattern")
+        left_out = ("_tensors", "_checked", "_accepted_W", "_left", "claim", "_pattern")
         return {**self.__dict__, **dict.fromkeys(left_out)}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from deltaopt.messages import names
+from deltaopt.modules import class_of
 
 
 def why_none(model: nn.Module, adapter: str, libraries: Mapping[str, str]) -> str:
@@ -24,14 +25,14 @@ def why_none(model: nn.Module, adapter: str, libraries: Mapping[str, str]) -> st
             explain = getattr(importlib.import_module(integration), "why_none", None)
             reason = None if explain is None else explain(model, adapter)
             if reason is not None:
-                return f"no LoRA layer to train in this {type(model).__name__}: {reason}"
-    return f"no LoRA layer in this {type(model).__name__}: {_unknown(model)}"
+                return f"no LoRA layer to train in this {class_of(model).__name__}: {reason}"
+    return f"no LoRA layer in this {class_of(model).__name__}: {_unknown(model)}"
 
 
 def _unknown(model: nn.Module) -> str:
     branches = {name: module for name, module in model.named_modules() if _looks_like_a_branch(module)}
     if branches:
-        kinds = sorted({type(module).__name__ for module in branches.values()})
+        kinds = sorted({class_of(module).__name__ for module in branches.values()})
         return (
             f"{names(list(branches))} of class {', '.join(kinds)} look{'s' * (len(branches) == 1)} like LoRA, but the "
             "class is not known here. Register LoRATriple(W, A, B, scaling=alpha / r) by hand, or give the class a "

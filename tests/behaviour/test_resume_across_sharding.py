@@ -89,12 +89,14 @@ def test_a_state_of_an_earlier_version_does_not_say_why_and_is_taken_with_a_warn
     state = run.optimizer.state_dict()
     change_ledger(state, "q", without_reason)
     change_ledger(state, "q", lambda record: record.update(W=None))
+    twin = Run(sharded=False).take(run)
     match = r"the W of 1 layer \(q\) could not be read when .* \(it was sharded, quantized or offloaded\)"
-    for sharded in (False, True):
-        twin = Run(sharded).take(run)
-        with pytest.warns(RuntimeWarning, match=match):
-            twin.optimizer.load_state_dict(state)
-        assert twin.optimizer.step_count == 3
+    with pytest.warns(RuntimeWarning, match=match):
+        twin.optimizer.load_state_dict(state)
+    again = Run(sharded=True).take(run)
+    with pytest.warns(RuntimeWarning, match=match):
+        again.optimizer.load_state_dict(state)
+    assert twin.optimizer.step_count == again.optimizer.step_count == 3
 
 
 WRITTEN = (

@@ -41,7 +41,7 @@ COMPUTED = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@some_kinds
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_weights_move_as_in_one_process(way, kind):
     on_all_ranks(moves_on_rank, way, kind)
 
@@ -62,8 +62,15 @@ def fifty_steps_on_rank(rank: int, kind: str) -> None:
     run.assert_follows(**({"rtol": 1e-5, "atol": 1e-6} if kind == "float32" else {}))
 
 
-@pytest.mark.parametrize("way", ["layers", "one piece, not resharded", "columns", "factors ignored"])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        ("layers", "float32"),
+        ("one piece, not resharded", "bfloat16"),
+        ("columns", "float32"),
+        ("factors ignored", "bfloat16"),
+    ],
+)
 def test_hybrid_sharding_moves_every_replica_alike(way, kind):
     on_threads(hybrid_on_rank, way, kind)
 
@@ -220,7 +227,7 @@ def sharded_source(run: ShardedRun) -> dict[str, Tensor]:
 
 
 @some_kinds
-@pytest.mark.parametrize("keep_base", [None, "cpu", "device"])
+@pytest.mark.parametrize("keep_base", [None, "device"])
 def test_a_report_says_what_it_says_in_one_process(kind, keep_base):
     on_all_ranks(report_on_rank, kind, keep_base)
 
@@ -288,7 +295,7 @@ def collectives_on_rank(rank: int) -> None:
     assert found == {"allreduce": 1, "allgather_base": 1}
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["float32", "float16"])
 def test_a_factor_that_is_not_finite_on_one_rank_stops_every_move(kind):
     on_all_ranks(nan_on_rank, kind)
 
@@ -400,9 +407,7 @@ def assert_gives_the_base(run: ShardedRun, **tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("way", ["layers", "linear layers", "one piece, not resharded", "W ignored", "factors ignored"])
-@pytest.mark.parametrize(
-    ("kind", "keep_base"), [("float32", None), ("float32", "cpu"), ("bfloat16", "cpu"), ("bfloat16", "device")]
-)
+@pytest.mark.parametrize(("kind", "keep_base"), [("float32", None), ("bfloat16", "cpu")])
 def test_a_branch_that_is_off_leaves_the_base(way, kind, keep_base):
     on_all_ranks(off_on_rank, way, kind, keep_base)
 
@@ -499,3 +504,56 @@ def folded_on_rank(rank: int, kind: str) -> None:
     assert_same_displacements(run)
     assert math.isclose(branched(run.model)[0].scaling, 0.75)
     assert isinstance(branched(run.model)[0], Branched)
+
+
+def test_triples_that_are_added_later_move_their_pieces():
+    on_all_ranks(added_on_rank)
+
+
+def added_on_rank(rank: int) -> None:
+    run = ShardedRun(rank)
+    model = run.new_model()
+    first, *rest = triples_of(model)
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [first], lr=1e-2, **run.options)
+    optimizer.add_param_group({"triples": rest})
+    for t in range(3):
+        run.backward(model, t)
+        optimizer.step()
+    run.train(3)
+    for W, expected in zip(run.weights(model), run.weights(run.model), strict=True):
+        run.assert_as(whole(W), whole(expected))
+    with optimizer.base_weights():
+        for W, base in zip(run.weights(model), run.weights(run.frozen), strict=True):
+            torch.testing.assert_close(whole(W), base, **COMPUTED)
+
+
+@some_kinds
+def test_a_state_of_shards_fits_the_whole_weights_in_one_process(kind):
+    on_all_ranks(in_one_process_on_rank, kind)
+
+
+def in_one_process_on_rank(rank: int, kind: str) -> None:
+    run = ShardedRun(rank, kind).train(3)
+    model = net(run.dtype)
+    model.load_state_dict({name: whole(p) for name, p in run.model.state_dict().items()})
+    optimizer = run.new_optimizer(model)
+    optimizer.load_state_dict(gathered(run.optimizer.state_dict()))
+    before = [W.clone() for W in run.weights(model)]
+    assert all(torch.equal(whole(W), old) for W, old in zip(run.weights(run.model), before, strict=True))
+    run.backward(model, run.t)
+    optimizer.step()
+    run.train(1)
+    for W, expected in zip(run.weights(model), run.weights(run.model), strict=True):
+        torch.testing.assert_close(W, whole(expected), rtol=2.0**-7, atol=1e-6)
+    for triple in optimizer.triples:
+        name = triple.label
+        found, expected = (each.displacement(name).product() for each in (optimizer, run.optimizer))
+        torch.testing.assert_close(found, expected, **COMPUTED)
+
+
+def gathered(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gathered(value) for value in state]
+    return whole(state) if isinstance(state, Tensor) else state

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, export_adapter, merged_weights
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, describe, export_adapter, merged_weights
 from deltaopt.integrations.peft import save_adapter
 from tests.support import containers
 from tests.support.compare import close, relative
@@ -200,3 +200,29 @@ def unsaved_on_rank(rank: int, folder: Path) -> None:
     error, message = (NotADirectoryError, "0") if rank == 0 else (RuntimeError, "rank 0 raised NotADirectoryError")
     with pytest.raises(error, match=message):
         save_adapter(run.model, run.optimizer, folder / "0")
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d_gpt2", "conv2d"])
+def test_layers_that_are_sharded_by_themselves_are_known_by_their_class(name):
+    on_all_ranks(by_themselves_on_rank, name)
+
+
+def by_themselves_on_rank(rank: int, name: str) -> None:
+    """FSDP2 gives a module a class of its own, whose name is another one."""
+    from tests.integrations.test_peft import RATIO, case
+    from tests.support.peft_layers import lora_layers, output, train_model
+
+    torch.manual_seed(0)
+    plain, model, x = case(name)
+    for layer in lora_layers(model).values():
+        fully_shard(layer.base_layer)
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=2e-2, update_ratio=RATIO)
+    assert len(optimizer.triples) == len(lora_layers(model))
+    train_model(model, optimizer, x)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(output(model, x), output(plain, x), rtol=0, atol=1e-11)
+    with torch.no_grad():
+        assert (output(model, x) - output(plain, x)).abs().max() > 1e-2
+    assert "FSDP" not in str(describe(model))

@@ -124,14 +124,63 @@ def has_another_setting(rank: int, option: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [
-        ("update_ratio", 3.0, "update_ratio: [2.0] on rank 0, [3.0] on rank 1"),
-        ("start_step", 1, "update_ratio: [2.0] on rank 0, [0.0] on rank 1"),
-        ("rounding_seed", 7, "rounding, rounding_seed: ('auto', 0) on rank 0, ('auto', 7) on rank 1"),
-        ("rounding", "nearest", "rounding, rounding_seed: ('auto', 0) on rank 0, ('nearest', 0) on rank 1"),
+        ("update_ratio", 3.0, "update_ratio of 2 layers (layer 0, layer 1): 2.0 on rank 0, 3.0 on rank 1"),
+        ("start_step", 1, "start_step of 2 layers (layer 0, layer 1): 0 on rank 0, 1 on rank 1"),
+        ("rounding_seed", 7, "rounding_seed: 0 on rank 0, 7 on rank 1"),
+        ("rounding", "nearest", "rounding: auto on rank 0, nearest on rank 1"),
+        ("keep_base", "cpu", "keep_base: None on rank 0, cpu on rank 1"),
     ],
 )
 def test_ranks_with_different_settings_are_told_at_the_first_step(option, value, text):
     assert_told(on_all_ranks(has_another_setting, option, value), text, text)
+
+
+def has_other_layers(rank: int, layers: Any, dtypes: Any) -> Any:
+    run = Run(layers[rank], dtypes[rank], SHARDED, init_device_mesh("cpu", (WORLD,)))
+    return told(run, lambda: run.steps(1))
+
+
+@pytest.mark.parametrize(
+    ("layers", "dtypes", "text"),
+    [
+        ([LAYERS, LAYERS[:1]], [torch.float32] * 2, "1 layer (layer 1) only on rank 0"),
+        (
+            [LAYERS, LAYERS[::-1]],
+            [torch.float32] * 2,
+            "shapes of 1 layer (layer 0): (13, 17), (13, 4)",
+        ),
+        ([LAYERS] * 2, [torch.float32, torch.bfloat16], "dtypes of 2 layers (layer 0, layer 1): float32, float32"),
+    ],
+    ids=["sets", "order", "dtypes"],
+)
+def test_ranks_with_different_layers_are_told_at_the_first_step(layers, dtypes, text):
+    assert_told(on_all_ranks(has_other_layers, layers, dtypes), text, text)
+
+
+def has_another_version(rank: int) -> Any:
+    import deltaopt
+
+    run, version = run_on_rank(steps=0), deltaopt.__version__
+    deltaopt.__version__ = f"{version}.{rank}"
+    try:
+        return told(run, lambda: run.steps(1))
+    finally:
+        deltaopt.__version__ = version
+
+
+def test_ranks_with_different_versions_are_told_at_the_first_step():
+    assert_told(on_all_ranks(has_another_version), *["install the same version everywhere"] * 2)
+
+
+def sets_another_ratio_later(rank: int) -> Any:
+    run = run_on_rank()
+    run.optimizer.groups[0].update_ratio = 2.0 + rank
+    return told(run, lambda: run.steps(1))
+
+
+def test_a_ratio_that_is_set_on_one_rank_is_told_at_the_next_step():
+    text = "update_ratio: [2.0] on rank 0, [3.0] on rank 1"
+    assert_told(on_all_ranks(sets_another_ratio_later), text, text)
 
 
 def has_nan_on_one_rank(rank: int) -> Any:
@@ -156,12 +205,14 @@ def has_factors_of_its_own(rank: int) -> Any:
     if rank == 1:
         with torch.no_grad():
             run.tensors[1][2][0, 0] += 2.0**-20
-    return told(run, lambda: run.steps(1))
+    return told(run, lambda: run.steps(1)), (told(run, run.optimizer.state_dict)[0], run.optimizer.step_count)
 
 
 def test_whole_factors_that_differ_next_to_a_sharded_weight_are_refused_on_all_ranks():
-    text = "ValueError: W was not moved, on no rank:\n  layer 1: W is sharded"
-    assert_told(on_all_ranks(has_factors_of_its_own), text, text)
+    text = "FactorsDifferError: W was not moved, on no rank:\n  layer 1: W is sharded"
+    results = on_all_ranks(has_factors_of_its_own)
+    assert_told([first for first, _ in results], text, text)
+    assert [after for _, after in results] == [("fine", 1)] * WORLD  # a refused step is not counted
 
 
 def fails_in_its_restart(rank: int) -> Any:

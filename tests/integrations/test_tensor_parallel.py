@@ -10,11 +10,10 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from deltaopt import DeltaLoRAOptimizer
 from tests.support.compare import relative
 from tests.support.distributed import on_all_ranks
 from tests.support.sharded_layers import OnPartOfTheMesh, Spread, here, placed, set_gradients, trained
-from tests.support.tensor_parallel import Block, block, split, train, triples_of, twin_of, whole
+from tests.support.tensor_parallel import Block, Course, assert_same_course, block, course, followed, split
 from tests.support.threads import on_threads
 
 pytestmark = pytest.mark.extra
@@ -35,24 +34,27 @@ TWO_DIMENSIONS = [
 ]
 
 
-def compare_with_one_process(rank: int, mesh_shape: tuple[int, ...], layers: list[Spread], kind, settings) -> None:
-    dtype, rounding = kind
-    alone = trained(layers, dtype, STEPS, rounding=rounding, **settings)
+def compare_with_one_process(
+    rank: int, mesh_shape: tuple[int, ...], layers: list[Spread], dtype, settings, expected, displacements
+) -> list:
     mesh = init_device_mesh("cpu", mesh_shape)
-    spread = trained(layers, dtype, STEPS, mesh, rounding=rounding, **settings)
-    for one, other, layer in zip(alone.triples, spread.triples, layers, strict=True):
-        W, A, B = (
-            here(placed(tensor.detach(), mesh, placements))
-            for tensor, placements in zip((one.W, one.A, one.B), layer.placements, strict=True)
-        )
-        assert torch.equal(here(other.A), A), layer
-        assert torch.equal(here(other.B), B), layer
-        if dtype is torch.float32:  # the last place of a product depends on the sizes
-            torch.testing.assert_close(here(other.W), W, rtol=1e-6, atol=1e-5)
-        else:
-            assert torch.equal(here(other.W), W), layer
-        assert relative(spread.displacement(one.name).product(), alone.displacement(one.name).product()) < 1e-6
-    assert [w.base.record() for w in spread._weights] == [w.base.record() for w in alone._weights]
+    spread = trained(layers, dtype, STEPS, mesh, **settings)
+    for triple, layer, tensors, moved in zip(spread.triples, layers, expected, displacements, strict=True):
+        for found, tensor, placements in zip((triple.W, triple.A, triple.B), tensors, layer.placements, strict=True):
+            assert torch.equal(here(found), here(placed(tensor, mesh, placements))), layer
+        assert relative(spread.displacement(triple.name).product(), moved) < 1e-6
+    return [weight.base and weight.base.record() for weight in spread._weights]
+
+
+def compare(mesh: tuple[int, ...], layers: list[Spread], kind: tuple, settings: dict) -> None:
+    settings = {**settings, "rounding": kind[1]}
+    alone = trained(layers, kind[0], STEPS, **settings)
+    expected = [tuple(t.detach() for t in (triple.W, triple.A, triple.B)) for triple in alone.triples]
+    displacements = [alone.displacement(triple.name).product() for triple in alone.triples]
+    bases = [weight.base and weight.base.record() for weight in alone._weights]
+    arguments = (mesh, layers, kind[0], settings, expected, displacements)
+    size = torch.Size(mesh).numel()
+    assert on_threads(compare_with_one_process, *arguments, world_size=size) == [bases] * size
 
 
 @st.composite
@@ -73,45 +75,32 @@ SETTINGS = st.fixed_dictionaries(
 @settings(max_examples=20)
 @given(layers=spread_layers(ONE_DIMENSION), kind=st.sampled_from(KINDS), settings=SETTINGS)
 def test_every_placement_on_two_ranks_moves_w_as_in_one_process(layers, kind, settings):
-    on_threads(compare_with_one_process, (2,), layers, kind, settings, world_size=2)
+    compare((2,), layers, kind, settings)
 
 
 @settings(max_examples=12)
 @given(layers=spread_layers(TWO_DIMENSIONS), kind=st.sampled_from(KINDS), settings=SETTINGS)
 def test_every_placement_on_two_by_two_ranks_moves_w_as_in_one_process(layers, kind, settings):
-    on_threads(compare_with_one_process, (2, 2), layers, kind, settings)
+    compare((2, 2), layers, kind, settings)
 
 
-def split_over_two(rank: int, kind, settings) -> list:
-    """A model split by parallelize_module, next to one process that is given the same factors, and one that trains."""
-    dtype, rounding = kind
-    model, twin, alone = split(block(dtype), init_device_mesh("cpu", (2,))), block(dtype), block(dtype)
-    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples_of(model), lr=1e-2, rounding=rounding, **settings)
-    follower = twin_of(model, twin, rounding=rounding, **settings)
-    reference = DeltaLoRAOptimizer(torch.optim.AdamW, triples_of(alone), lr=1e-2, rounding=rounding, **settings)
-    for step in range(STEPS):
-        train(model, optimizer, [step])
-        follower.step()
-        train(alone, reference, [step])
-    found = [whole(triple.W) for triple in optimizer.triples]
-    start = block(dtype)
-    for W, triple, one, base in zip(found, follower.triples, reference.triples, triples_of(start), strict=True):
-        if dtype is torch.float32:
-            torch.testing.assert_close(W, triple.W.detach(), rtol=0, atol=2e-7)
-            assert relative(W - base.W, one.W.detach() - base.W) < 1e-5
-        else:
-            assert torch.equal(W, triple.W)
-        assert relative(optimizer.displacement(one.name).product(), follower.displacement(one.name).product()) < 1e-6
+def split_over_two(rank: int, dtype: torch.dtype, settings: dict) -> tuple[Course, dict[str, int]]:
+    found, optimizer = course(split(block(dtype), init_device_mesh("cpu", (2,))), STEPS, **settings)
     with CommDebugMode() as seen:
         optimizer.step()
-    return [{str(call): count for call, count in seen.get_comm_counts().items()}, found]
+    return found, {str(call): count for call, count in seen.get_comm_counts().items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parallelize_module_moves_w_as_in_one_process_and_gathers_nothing(kind):
-    (calls, first), (_, second) = on_all_ranks(split_over_two, kind, {"start_step": 1})
-    assert all(map(torch.equal, first, second))
-    assert calls == {"c10d.allreduce_": 1}
+    dtype, settings = kind[0], {"rounding": kind[1], "start_step": 1}
+    (found, calls), (other, _) = on_all_ranks(split_over_two, dtype, settings)
+    assert all(map(torch.equal, found.weights, other.weights))
+    assert calls == {"c10d.allreduce_": 1}  # the verdict of all ranks
+    assert_same_course(found, followed(block(dtype), found.factors, **settings))
+    if dtype is torch.float32:
+        alone, _ = course(block(dtype), STEPS, **settings)
+        assert all(relative(*pair) < 1e-4 for pair in zip(found.displacements, alone.displacements, strict=True))
 
 
 def fully_sharded(model: Block, mesh: DeviceMesh) -> Block:
@@ -122,35 +111,24 @@ def fully_sharded(model: Block, mesh: DeviceMesh) -> Block:
     return fully_shard(model, mesh=mesh["dp"])
 
 
-def fully_sharded_on_split(rank: int, kind) -> list:
-    dtype, rounding = kind
+def fully_sharded_on_split(rank: int, dtype: torch.dtype, settings: dict) -> Course:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model, twin = fully_sharded(block(dtype), mesh), block(dtype)
+    model = fully_sharded(block(dtype), mesh)
     placements = [tuple(layer.base.weight.placements) for layer in (model.up, model.down)]
     assert placements == [(_StridedShard(0, split_factor=2), Shard(0)), (Shard(0), Shard(1))]
-    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples_of(model), lr=1e-2, rounding=rounding)
-    follower = twin_of(model, twin, rounding=rounding)
     rows = slice(0, 2) if mesh.get_local_rank("dp") == 0 else slice(2, 4)
-    for step in range(STEPS):
-        train(model, optimizer, [step], rows)
-        follower.step()
-    for triple, one in zip(optimizer.triples, follower.triples, strict=True):
-        if dtype is torch.float32:
-            torch.testing.assert_close(whole(triple.W), one.W.detach(), rtol=0, atol=2e-7)
-        else:
-            assert torch.equal(whole(triple.W), one.W)
-        assert relative(optimizer.displacement(one.name).product(), follower.displacement(one.name).product()) < 1e-6
-    return [whole(triple.W).float() for triple in optimizer.triples]
+    return course(model, STEPS, rows, **settings)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fully_shard_on_tensor_parallelism_moves_w_as_in_one_process(kind):
-    found = on_threads(fully_sharded_on_split, kind)
-    alone = block(kind[0])
-    reference = DeltaLoRAOptimizer(torch.optim.AdamW, triples_of(alone), lr=1e-2, rounding=kind[1])
-    train(alone, reference, range(STEPS))
-    for W, triple in zip(found[0], reference.triples, strict=True):
-        assert relative(W, triple.W.detach()) < (1e-5 if kind[0] is torch.float32 else 1e-2)
+    dtype, settings = kind[0], {"rounding": kind[1]}
+    found, *others = on_threads(fully_sharded_on_split, dtype, settings)
+    assert all(torch.equal(W, other) for rank in others for W, other in zip(found.weights, rank.weights, strict=True))
+    assert_same_course(found, followed(block(dtype), found.factors, **settings))
+    if dtype is torch.float32:
+        alone, _ = course(block(dtype), STEPS, **settings)
+        assert all(relative(*pair) < 1e-4 for pair in zip(found.displacements, alone.displacements, strict=True))
 
 
 def factors_that_differ(rank: int, mesh_shape: tuple[int, ...], layers: list[Spread]) -> None:

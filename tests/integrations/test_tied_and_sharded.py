@@ -19,8 +19,8 @@ from tests.support.small_ranks import LoRALinear, triples_of
 pytestmark = pytest.mark.extra
 
 
-def test_a_tied_and_sharded_lm_head_is_refused(tmp_path):
-    on_all_ranks(tied_lm_head_on_rank, tmp_path)
+def test_a_tied_and_sharded_lm_head_is_refused():
+    on_all_ranks(tied_lm_head_on_rank)
 
 
 def tied_lm_head_on_rank(rank: int) -> None:
@@ -43,8 +43,8 @@ def one_row() -> nn.Sequential:
     return model
 
 
-def test_a_tied_weight_with_an_empty_piece_is_found(tmp_path):
-    on_all_ranks(empty_piece_on_rank, tmp_path)
+def test_a_tied_weight_with_an_empty_piece_is_found():
+    on_all_ranks(empty_piece_on_rank)
 
 
 def empty_piece_on_rank(rank: int) -> None:
@@ -54,8 +54,8 @@ def empty_piece_on_rank(rank: int) -> None:
     assert names == ["0.base.weight", "1.weight"]
 
 
-def test_two_triples_of_one_sharded_weight_are_refused(tmp_path):
-    on_all_ranks(two_triples_on_rank, tmp_path)
+def test_two_triples_of_one_sharded_weight_are_refused():
+    on_all_ranks(two_triples_on_rank)
 
 
 def two_triples_on_rank(rank: int) -> None:

@@ -1,4 +1,7 @@
-"""Layers whose W, A and B are laid out over a mesh of ranks, trained by gradients that are known whole."""
+"""Layers whose W, A and B are laid out over a mesh of ranks, trained by gradients that are known whole.
+
+All numbers are eighths and small, so that sums of products are exact in float32, in whatever order they are formed.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,6 +48,10 @@ def here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _eighths(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(-8, 9, tuple(shape), generator=generator) / 8
+
+
 def triples_of(layers: Sequence[Spread], dtype: torch.dtype, mesh: DeviceMesh | None = None) -> list[LoRATriple]:
     """Triples with the same numbers on every mesh."""
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +60,7 @@ def triples_of(layers: Sequence[Spread], dtype: torch.dtype, mesh: DeviceMesh | 
         shapes = [(c, d), (c, r), (r, d)]
         if layout == "transposed":
             shapes[0] = (d, c)
-        W, A, B = (torch.randn(shape, generator=generator) for shape in shapes)
+        W, A, B = (_eighths(shape, generator) for shape in shapes)
         W, A, B = (placed(t, mesh, p) for t, p in zip((W.to(dtype), A, B), placements, strict=True))
         parameters = nn.Parameter(W, requires_grad=False), nn.Parameter(A), nn.Parameter(B)
         found.append(LoRATriple(*parameters, scaling=0.5, layout=layout, name=f"layer{i}"))
@@ -64,7 +71,7 @@ def set_gradients(triples: Sequence[LoRATriple], step: int) -> None:
     """Give A and B gradients that all ranks know."""
     generator = torch.Generator().manual_seed(1000 + step)
     for factor in (factor for triple in triples for factor in (triple.A, triple.B)):
-        grad = torch.randn(factor.shape, generator=generator)
+        grad = _eighths(factor.shape, generator)
         is_spread = isinstance(factor, DTensor)
         factor.grad = placed(grad, factor.device_mesh, factor.placements) if is_spread else grad
 
@@ -73,7 +80,7 @@ def trained(
     layers: Sequence[Spread], dtype: torch.dtype, steps: int, mesh: DeviceMesh | None = None, **settings: Any
 ) -> DeltaLoRAOptimizer:
     """Train the layers by SGD, whose steps on an element need no other one."""
-    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples_of(layers, dtype, mesh), lr=0.05, momentum=0.5, **settings)
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, triples_of(layers, dtype, mesh), lr=1.0, **settings)
     for step in range(steps):
         set_gradients(optimizer.triples, step)
         optimizer.step()

@@ -1,7 +1,7 @@
 """A model of nn.Linear with low-rank branches, split by `parallelize_module`, and its twin in one process."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x.to(next(self.base.parameters()).dtype))
-        return out + SCALING * self.lora_B(self.lora_A(x.float())) if self.active else out
+        return out + SCALING * self.lora_B(self.lora_A(x.float())) if self.active else out.clone()
 
 
 class Block(nn.Module):
@@ -97,28 +97,61 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-class Following(torch.optim.Optimizer):
-    """Gives its parameters the values that those of another model have, all of them."""
+class Course(NamedTuple):
+    """What a split model has gone through, all of it whole: W at the end, A and B after each step."""
 
-    def __init__(self, params: Any, followed: Callable[[], Sequence[Tensor]]) -> None:
+    weights: list[Tensor]
+    displacements: list[Tensor]
+    factors: list[list[Tensor]]
+
+
+def factors_of(model: Block) -> list[Tensor]:
+    return [factor for triple in triples_of(model) for factor in (triple.A, triple.B)]
+
+
+def course(model: Block, steps: int, rows: slice = slice(None), **settings: Any) -> tuple[Course, DeltaLoRAOptimizer]:
+    """Train a model, with these rows of each batch."""
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples_of(model), lr=1e-2, **settings)
+    factors = []
+    for step in range(steps):
+        train(model, optimizer, [step], rows)
+        factors.append([whole(factor) for factor in factors_of(model)])
+    weights = [whole(triple.W) for triple in optimizer.triples]
+    displacements = [optimizer.displacement(triple.name).product() for triple in optimizer.triples]
+    return Course(weights, displacements, factors), optimizer
+
+
+class Following(torch.optim.Optimizer):
+    """Gives its parameters the values that those of another run have had."""
+
+    def __init__(self, params: Any, values: Iterable[Sequence[Tensor]]) -> None:
         super().__init__(params, {})
-        self._followed = followed
+        self._values = iter(values)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        followed = self._followed()
-        for p, value in zip(self.param_groups[0]["params"], followed, strict=True):
-            p.copy_(whole(value))
+        for p, value in zip(self.param_groups[0]["params"], next(self._values), strict=True):
+            p.copy_(value)
 
 
-def twin_of(model: Block, twin: Block, **settings: Any) -> DeltaLoRAOptimizer:
-    """An optimizer of one process whose W follow the factors of a split model."""
-    optimizer = DeltaLoRAOptimizer(
-        Following,
-        triples_of(twin),
-        followed=lambda: [factor for triple in triples_of(model) for factor in (triple.A, triple.B)],
-        **settings,
-    )
-    for p in twin.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    return optimizer
+def followed(model: Block, factors: Sequence[Sequence[Tensor]], **settings: Any) -> Course:
+    """The same course of W in one process, whose factors are those of another run."""
+    optimizer = DeltaLoRAOptimizer(Following, triples_of(model), values=factors, **settings)
+    for p in factors_of(model):
+        p.grad = torch.zeros_like(p)
+    for _ in factors:
+        optimizer.step()
+    weights = [triple.W.detach() for triple in optimizer.triples]
+    displacements = [optimizer.displacement(triple.name).product() for triple in optimizer.triples]
+    return Course(weights, displacements, list(factors))
+
+
+def assert_same_course(found: Course, expected: Course) -> None:
+    """Bits in 16 bits, and the last place in float32, where a product depends on the sizes."""
+    for W, other in zip(found.weights, expected.weights, strict=True):
+        if W.dtype is torch.float32:
+            torch.testing.assert_close(W, other, rtol=0, atol=5e-7)
+        else:
+            assert torch.equal(W, other)
+    for moved, other in zip(found.displacements, expected.displacements, strict=True):
+        torch.testing.assert_close(moved, other, rtol=1e-5, atol=1e-6)

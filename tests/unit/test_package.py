@@ -39,7 +39,7 @@ ORDER = [
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer", "norms"),
     *("weight", "claims", "groups", "inner", "in_backward", "triple", "triple_tensors"),
-    *("base_hooks", "movement", "layer_output"),
+    *("base_hooks", "movement", "split_output", "layer_output"),
     *("stored_factors", "averaged", "save_watch"),
     *("upkeep", "outside", "overwritten", "ledger", "rounding._triton", "rounding.blocks", "rounding.noise"),
     *("checkpoint.fingerprint", "checkpoint.compensation", "checkpoint.files", "checkpoint.readable"),
