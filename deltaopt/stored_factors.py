@@ -203,7 +203,7 @@ class StoredFactor:
         if value.shape != A.shape:  # torch refuses it
             return value
         # A dict that was made of an unscaled branch holds A itself, which has the numbers of the scaled branch by now.
-        if factor != 1.0 and same_view(local_part(value.detach()), local_part(A.detach())):
+        if mark is not None and factor != 1.0 and same_view(local_part(value.detach()), local_part(A.detach())):
             self.load = None
             return value
         given_at = _factor_of(value.to(A.dtype)) if mark is None else mark.get(self.name)  # files have other dtypes
