@@ -20,9 +20,14 @@ from deltaopt.all_or_nothing import note
 
 
 class FiniteGuard:
-    """Decides whether a step's update is applied, counts the ones that are not, warns about the first."""
+    """Decides whether a step's update is applied, counts the ones that are not, warns about the first.
+
+    Attributes:
+        on_all_ranks: True where the ranks decide together: none of them applies what another one does not.
+    """
 
     def __init__(self, skipped: int = 0) -> None:
+        self.on_all_ranks = False
         self._before = skipped
         self._count: Tensor | None = None
         self._arrived: tuple[Tensor, torch.cuda.Event] | None = None
@@ -85,7 +90,7 @@ class FiniteGuard:
     def _warn_if(self, skipped: bool, stacklevel: int) -> None:
         if skipped:
             self._warned = True
-            where, others = _of_ranks()
+            where, others = ("", "") if self.on_all_ranks else _of_ranks()
             warnings.warn(
                 f"a LoRA factor became NaN or infinite{where}: the update of every W{' there' if where else ''} was "
                 f"skipped, and W is as it was. {others}Later ones are counted in optimizer.skipped_updates without a "

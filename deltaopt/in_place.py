@@ -145,6 +145,7 @@ class InPlaceUpdate(UpdateRule):
         self._move = None
         self.watch.rests = False
         self.watch.note(move.sharded.changed_outside)
+        move.sharded.changed_outside = []
         for part in move.parts:
             part.release()
         self._complete_ledgers(wait=False)
@@ -178,6 +179,7 @@ class InPlaceUpdate(UpdateRule):
         Raises:
             ValueError: on all ranks, if whole factors next to a sharded W differ between them.
         """
+        self._guard.on_all_ranks = bool(sharded.slots)
         if not sharded.slots:
             return self._guard.verdict(marks)
         assert self.ranks is not None

@@ -35,20 +35,23 @@ def test_refuses_factors_on_another_device():
     assert "q: A is on meta and W on cpu: move them to one device" in message
 
 
-def test_refuses_a_weight_that_was_sharded_since(tmp_path):
+def test_moves_a_weight_that_was_sharded_since(tmp_path):
     """Put a DTensor in place of the Parameter after the optimizer was built, as FSDP2 and tensor parallelism do."""
     dist = pytest.importorskip("torch.distributed.tensor", reason="runs where torch is built with distributed")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         linear = nn.Linear(6, 4, bias=False).requires_grad_(False)
-        triple = LoRATriple((linear, "weight"), *small_layer()[1:], name="q")
-        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1)
+        W, (_, A, B) = linear.weight.clone(), small_layer()
+        triple = LoRATriple((linear, "weight"), A, B, name="q")
+        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, update_ratio=2.0)
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         sharded = dist.distribute_tensor(linear.weight, mesh, [dist.Shard(0)])
         linear.weight = nn.Parameter(sharded, requires_grad=False)
-        with pytest.raises(ValueError, match=r"q: W is a torch.distributed.tensor.DTensor, expected a plain tensor"):
-            optimizer.step()
+        A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+        before = (A @ B).detach()
+        optimizer.step()
+        torch.testing.assert_close(linear.weight.full_tensor(), W + 2.0 * ((A @ B).detach() - before))
     finally:
         torch.distributed.destroy_process_group()
 
