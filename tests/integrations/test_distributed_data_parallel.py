@@ -279,7 +279,8 @@ def threads_on_rank(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
         start = model.weight.clone()
         for step in range(3):
             optimizer.zero_grad()
-            ddp(torch.randn(4, 900, generator=torch.Generator().manual_seed(2 * step + rank))).square().mean().backward()
+            x = torch.randn(4, 900, generator=torch.Generator().manual_seed(2 * step + rank))
+            ddp(x).square().mean().backward()
             optimizer.step()
     finally:
         torch.set_num_threads(before)

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, RanksDisagreeError, export_adapter
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, RanksDisagreeError, export_adapter, merged_weights
+from deltaopt.integrations.trainer import DeltaLoRAFactory
 from tests.integrations.test_tensor_parallel_base import load_split, save_llama
 from tests.support.compare import relative
 from tests.support.distributed import on_all_ranks
 from tests.support.peft_runs import peft_asks_by_an_old_name
 from tests.support.sharded_layers import here
 from tests.support.sharded_runs import LR, ShardedRun, branched, net, triples_of, whole
-from tests.support.strategies import each_rule
+from tests.support.strategies import RULES, each_rule
 from tests.support.tensor_parallel import SCALING, Adapted, Block, batch, block, split
 from tests.support.threads import on_threads
 
@@ -127,6 +129,48 @@ def mixed_precision_on_rank(rank: int, output: torch.dtype | None) -> tuple[list
     return lora, folded
 
 
+EVENTS: dict[str, Callable[[DeltaLoRAOptimizer], Any]] = {
+    "restart": lambda optimizer: optimizer.restart(),
+    "resync": lambda optimizer: optimizer.resync(),
+    "rebase": lambda optimizer: optimizer.rebase(),
+    "merged_weights": merged_weights,
+    "residual": lambda optimizer: {"l1": optimizer.residual("l1")},
+    "report": lambda optimizer: str(optimizer.report()),
+}
+
+
+@pytest.mark.parametrize("start", [{"zero": True}, {"start_step": 1, "keep_base": "cpu"}], ids=["zero", "later"])
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_event_of_a_folded_run_is_that_of_one_process(event, start):
+    on_all_ranks(event_on_rank, event, start)
+
+
+def event_on_rank(rank: int, event: str, start: dict[str, Any]) -> None:
+    run = ShardedRun(rank, weight_update="folded", **start)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            for model in (run.model, run.alone):  # the reference, which then follows, has to see gradients as well
+                run.backward(model, run.t)
+            run.optimizer.step()
+            run.follow()
+            run.t += 1
+
+    train(3)
+    found, expected = run.both(EVENTS[event])
+    if event in ("merged_weights", "residual"):
+        for name, value in expected.items():
+            torch.testing.assert_close(whole(found[name]), value, rtol=1e-5, atol=1e-6)
+    elif event == "report":
+        assert found == expected
+    run.assert_follows()
+    train(2)
+    run.assert_follows()
+    for triple in run.optimizer.triples:
+        moved, of_reference = run.both(lambda optimizer, name=triple.label: optimizer.displacement(name).product())
+        torch.testing.assert_close(moved, of_reference, rtol=1e-5, atol=1e-6)
+
+
 # ranks that do not act alike
 
 
@@ -190,6 +234,49 @@ def alone_on_rank(rank: int, call: str, rule: str) -> str:
         CALLS[call](run.optimizer)
     assert all(torch.equal(W.to_local(), old) for W, old in zip(run.weights(run.model), before, strict=True))
     return str(told.value)
+
+
+@pytest.mark.parametrize("name", ["update_ratio", "start_step", "scaling"])
+def test_other_settings_on_one_rank_of_a_folded_run_are_told_at_the_first_step(name):
+    for said in on_all_ranks(another_setting_on_rank, name):
+        assert re.search(rf"{name} of 3 layers \(l0, l1, l2\): [\d.]+ on rank 0, [\d.]+ on rank 1: give every", said)
+
+
+def another_setting_on_rank(rank: int, name: str) -> str:
+    run = ShardedRun(rank, weight_update="folded", zero=True, **({name: rank} if name != "scaling" else {}))
+    if name == "scaling":
+        for layer in branched(run.model):
+            layer.scaling *= 1 + rank
+        run.optimizer = run.new_optimizer(run.model)
+    run.backward(run.model, 0)
+    with pytest.raises(RanksDisagreeError) as told:
+        run.optimizer.step()
+    return str(told.value)
+
+
+def test_an_error_of_one_rank_in_a_folded_step_ends_it_on_all():
+    first, second = on_all_ranks(error_on_rank)
+    assert first.startswith("rank 1 raised ArithmeticError: of this rank alone")
+    assert second == "of this rank alone"
+
+
+def error_on_rank(rank: int) -> str:
+    run = ShardedRun(rank, weight_update="folded", zero=True, rank_timeout=5.0)
+    for step in range(2):
+        run.backward(run.model, step)
+        run.optimizer.step()
+    if rank == 1:
+
+        def fail(closure: Any = None) -> None:
+            raise ArithmeticError("of this rank alone")
+
+        run.optimizer.inner.step = fail
+    run.backward(run.model, 2)
+    try:
+        run.optimizer.step()
+    except (ArithmeticError, RanksDisagreeError) as error:
+        return str(error)
+    return "fine"
 
 
 # tensor parallelism
@@ -314,3 +401,36 @@ def test_folded_factors_that_transformers_leaves_whole_and_nobody_averages_are_f
     first, second = on_all_ranks(folded_factors_that_nobody_averages, str(tmp_path))
     assert first == second
     assert "A and B of 6 layers" in first
+
+
+def averaged_by_trainer(rank: int, folder: str, rule: str) -> list[Tensor]:
+    """Effective weights after a training in which each rank had rows of its own."""
+    from tests.support.trainer_runs import OPTIONS, arguments, ours, transformers
+
+    torch.manual_seed(0)
+    model = load_split(folder, fsdp_size=2)
+    before = [whole(W) for W, *_ in llama_parts(model)]
+    data = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) + i} for i in range(12)]
+    trainer = transformers.Trainer(
+        model,
+        arguments(Path(folder) / "out"),
+        train_dataset=data,
+        optimizer_cls_and_kwargs=(DeltaLoRAFactory, {**OPTIONS, "weight_update": rule}),
+    )
+    trainer.train()
+    ours(trainer).check_synced()
+    for (W, A, B, s), start in zip(llama_parts(model), before, strict=True):
+        moved = whole(W) - start
+        if rule == "folded":
+            assert not moved.any()
+        else:
+            torch.testing.assert_close(moved, OPTIONS["update_ratio"] * s * whole(A) @ whole(B), rtol=1e-4, atol=1e-6)
+    return effective(llama_parts(model))
+
+
+def test_factors_that_trainer_averages_next_to_fsdp2_are_the_same(tmp_path):
+    save_llama(tmp_path)
+    in_place, folded = (on_all_ranks(averaged_by_trainer, str(tmp_path), rule) for rule in RULES)
+    for results in (in_place, folded):
+        assert all(map(torch.equal, *results))
+    assert max(map(relative, in_place[0], folded[0])) < 10 * ROUNDED
