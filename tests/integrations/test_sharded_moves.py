@@ -1,5 +1,6 @@
 """W moves in place where it is sharded: every placement gives the bits of one process, in every layout and event."""
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import sharded
+from tests.support.distributed import WORLD, on_all_ranks
+from tests.support.internals import as_on_a_gpu
 from tests.support.sharded import S0, S1, WHOLE, Layer, R, linear, transposed
 from tests.support.threads import on_threads
 
@@ -124,6 +127,37 @@ def test_layers_that_are_sharded_along_their_first_dimension_move_as_on_one_proc
 @pytest.mark.parametrize("placement", [S1, sharded.Shard(2)], ids=str)
 def test_experts_that_are_sharded_along_another_dimension_move_as_on_one_process(placement):
     compare((2,), ([placement], [S0], [S0]), EXPERTS, torch.bfloat16)
+
+
+def interprets() -> bool:
+    """Tell if Triton runs its kernels on the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from deltaopt.rounding import _triton
+
+    return bool(_triton.is_available(torch.device("cpu")))
+
+
+def by_the_kernel_on_rank(rank: int, placements: Any, dtype: torch.dtype, rounding: str, expected: Any) -> Any:
+    from deltaopt.rounding import _triton
+
+    options = {"rounding": rounding, "weight_update": as_on_a_gpu(kernel=_triton)}
+    return sharded.result_on_rank(rank, (WORLD,), placements, UNEVEN, dtype, "steps", options, expected)
+
+
+@pytest.mark.skipif(not interprets(), reason="runs where Triton interprets (TRITON_INTERPRET=1, no CUDA)")
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.bfloat16, "stochastic"), (torch.float16, "compensated")], ids=str
+)
+@pytest.mark.parametrize("placements", [([S0], [S0], [S0]), ([S1], [S0], [R])], ids=["rows", "columns"])
+def test_the_kernel_writes_the_same_bits_into_blocks(placements, dtype, rounding):
+    weights, _ = sharded.result_alone(UNEVEN, dtype, "steps", {"rounding": rounding})
+    for parts, _ in on_all_ranks(by_the_kernel_on_rank, placements, dtype, rounding, weights):
+        for W, expected in parts:
+            off = W.view(torch.int16).int() - expected.view(torch.int16).int()
+            # The kernel sums the products in another order, which shows in float32's last place.
+            assert int(off.abs().max() if off.numel() else 0) <= 1
+            assert int(off.count_nonzero()) <= 1
 
 
 @pytest.mark.extra
