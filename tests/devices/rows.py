@@ -227,7 +227,7 @@ FULLY_SHARDED = Section(
             FOLDED + "an_event_of_a_folded_run_is_that_of_one_process",
         ),
         Row(
-            "exports, `displacement`, `report`, `merged_weights`, `residual`",
+            "exports, `displacement`, `report`, merged weights, residuals",
             "to rounding",
             "to rounding",
             (
@@ -483,7 +483,7 @@ TENSOR_PARALLEL = Section(
                 FOLDED + "folded_factors_that_transformers_leaves_whole_and_nobody_averages_are_found",
             ),
             "Nobody averages the gradients of A and B, so that they differ between ranks with any optimizer. In place "
-            "no part of W moves. The folded rule writes no W and compares nothing in a step: `check_synced()` names them.",
+            "no part of W moves. The folded rule writes no W and compares none in a step: `check_synced()` does.",
         ),
         both(
             "the same under Trainer, which averages them",
