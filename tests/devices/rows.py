@@ -536,7 +536,7 @@ WITHIN = Section(
             OPTIMIZERS + "a_step_by_zero_redundancy_is_refused",
             note="By its name.",
         ),
-        both("its `overlap_with_ddp`", "upstream", note="torch takes it with NCCL only."),
+        both("its `overlap_with_ddp`", "upstream", note="torch refuses its hook with gloo, where it may hang."),
         Row(
             "`PostLocalSGDOptimizer` inside: float32",
             "differs: 1e-5",
