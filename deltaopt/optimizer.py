@@ -401,6 +401,11 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
 
+    @property
+    def is_sharded(self) -> bool:
+        """True if W, A or B was sharded at the last event, so that all ranks have to take part in the next one."""
+        return self._rule.ranks is not None
+
     def report(self) -> Report:
         """Tell if W moved: for each layer how often, how far, what rounding kept of it, and what the next step does.
 
@@ -425,9 +430,10 @@ class DeltaLoRAOptimizer(Optimizer):
         It is a collective: all ranks of `group` have to call it, at the same place. One process alone returns at once.
         It compares W, A, B, what compensated rounding keeps, the bases and the ledgers bit for bit, the settings, the
         triples with their names and order, the counts of steps, the class of the inner optimizer, and the versions of
-        torch and deltaopt. It reads every W once and waits for the device. Tensors that are sharded or packed are left
-        out. A step sends nothing between ranks, so call it where a difference has to be found: before the first step,
-        and before a checkpoint is written. Not for ranks that have other triples on purpose (pipeline stages).
+        torch and deltaopt. It reads every W once and waits for the device. Packed tensors are left out. Of sharded
+        ones the ranks that hold the same part are compared. A step does not do that, so call it where a difference has
+        to be found: before the first step, and before a checkpoint is written. Not for ranks that have other triples on
+        purpose (pipeline stages).
 
         Args:
             group: the ranks to compare. Default: all.
@@ -436,11 +442,17 @@ class DeltaLoRAOptimizer(Optimizer):
             RanksDisagreeError: with everything that differs, where, and what to do. Also if a rank does not come within
                 the timeout of the default group, which it names, or fails in this call.
             RuntimeError: in `base_weights`.
+            ValueError: if tensors are sharded over ranks that are not in `group`.
         """
         ranks = synced.ranks_of(group)
         if len(ranks.ranks) < 2:
             return
         facts, failed = None, None
+        if self._rule.ranks is not None and not {*self._rule.ranks.ranks} <= {*ranks.ranks}:
+            raise ValueError(
+                f"check_synced() of the ranks {list(ranks.ranks)}, and W, A and B are sharded over the ranks "
+                f"{list(self._rule.ranks.ranks)}: give it a group that holds all of these"
+            )
         try:
             with self._between_steps(synced.EVENT, None):
                 facts = synced.facts_of(self._run_facts(), self._groups, self._weights)

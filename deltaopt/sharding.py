@@ -113,6 +113,18 @@ def ranks_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(sorted({int(rank) for mesh in meshes.values() for rank in mesh.mesh.flatten().tolist()}))
 
 
+def place_of(tensor: Tensor) -> str:
+    """Return a text that is the same on all ranks that hold the same part of a sharded tensor; empty for another one.
+
+    Ranks of two meshes, as FSDP2 has on top of tensor parallelism, hold the same of what both have sharded alike.
+    """
+    if not is_sharded(tensor):
+        return ""
+    spec = _spec(tensor)
+    at = zip(spec.mesh.get_coordinate(), spec.mesh.shape, spec.placements, strict=True)
+    return ", ".join(f"{place} of {size}" for place, size, placement in at if not placement.is_replicate())
+
+
 class Piece(NamedTuple):
     """The block of W's matrix, or of the part of it that moves, that one rank holds.
 

@@ -21,7 +21,7 @@ from deltaopt.averaged import Follower, Rescale
 from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.messages import warn_user
 from deltaopt.pickled import IfInstalled
-from deltaopt.sharding import local_part
+from deltaopt.sharding import is_sharded, local_part
 
 MARK = "deltaopt"
 """In a module's metadata of a state_dict: by name, the factors that its values were multiplied by."""
@@ -206,7 +206,8 @@ class StoredFactor:
         if factor == 1.0:
             _remember(value.to(A.dtype), factor if given_at is None else given_at)
             return value
-        if mark is None and _is_same(value, A):
+        # torch's loading of full states has written them into a sharded A already, and hands that over.
+        if mark is None and not is_sharded(A) and _is_same(value, A):
             return value
         if _is_same(value, stored_form(A, factor)):
             return A.detach().clone()
