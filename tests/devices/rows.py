@@ -22,6 +22,8 @@ FSDP1 = "integrations/test_fsdp1.py::test_"
 OPTIMIZERS = "integrations/test_optimizers_of_ranks.py::test_"
 IN_BACKWARD = "unit/test_in_backward.py::test_"
 TOOLS = "integrations/test_distributed_tools.py::test_"
+SHARDED_TOOLS = "integrations/test_fsdp2_tools.py::test_"
+LOOP = "integrations/test_fsdp2_loop.py::test_"
 SAVE = "integrations/test_save_adapter_on_ranks.py::test_"
 CALLBACK = "integrations/test_trainer_ranks.py::test_"
 
@@ -280,6 +282,18 @@ FULLY_SHARDED = Section(
             RANKS + "ranks_in_different_calls_are_told_which",
             MEETING + "a_rank_whose_process_has_ended_is_named",
             note="The rank that did not come is named, after `rank_timeout` seconds; no process aborts.",
+        ),
+        both(
+            "`GradScaler`, with an overflow in the shard of one rank",
+            "exact",
+            LOOP + "a_step_that_the_scaler_leaves_out_on_one_rank_is_left_out_on_all",
+            note="No rank steps.",
+        ),
+        both(
+            "`copy.deepcopy` and pickling of the optimizer",
+            "upstream",
+            LOOP + "the_layers_of_fsdp2_can_be_neither_copied_nor_pickled",
+            note="torch refuses both for modules that are sharded. `state_dict()` can be copied.",
         ),
         both(
             "an error, other settings or other layers on one rank",
@@ -595,7 +609,8 @@ WITHIN = Section(
 
 LAUNCHED = Section(
     "Accelerate, Trainer, Lightning, TRL",
-    "Two processes, as torchrun starts them.",
+    "Two processes, as torchrun starts them. Accelerate and Trainer leave FSDP out on CPUs: these tests replace what "
+    "they see of the hardware, and nothing else.",
     (
         both(
             "Accelerate, DDP: model or optimizer prepared first",
@@ -618,6 +633,13 @@ LAUNCHED = Section(
             "than 1e-3. So it is in place, and folded after a start with a product. `save_adapter` writes all of it.",
         ),
         both(
+            "Accelerate, FSDP2: sharded and full states",
+            "to rounding",
+            SHARDED_TOOLS + "accelerate_follows_one_process_and_resumes_bit_for_bit",
+            SHARDED_TOOLS + "a_full_state_that_is_loaded_again_gives_a_scaled_branch_its_factors",
+            note="In float64, to 1e-10; resumes bit for bit. `save_adapter`, which all ranks call, to 2e-5 of the logits.",
+        ),
+        both(
             "`accelerate launch --cpu` with FSDP or DeepSpeed",
             "upstream",
             note="accelerate leaves these plugins out on CPUs, and without a configuration file it starts one process.",
@@ -630,15 +652,35 @@ LAUNCHED = Section(
             note="1e-5 of the logits. A checkpoint of Trainer has the adapter alone, from which each rank rebuilds W.",
         ),
         both(
+            "Trainer, FSDP2, with `resume_from_checkpoint`",
+            "to rounding",
+            SHARDED_TOOLS + "trainer_follows_one_process_and_resumes",
+            SHARDED_TOOLS + "a_sharded_checkpoint_without_the_optimizer_holds_how_far_w_has_moved",
+            SHARDED_TOOLS + "the_best_model_has_the_w_of_its_step_and_is_what_is_pushed",
+            note="2e-5 of the logits.",
+        ),
+        both(
             "Lightning, DDP, with resume",
             "exact",
             TOOLS + "lightning_follows_one_process_and_resumes_bit_for_bit",
             note="The resumed run, bit for bit. One process on the whole batch to rounding, bfloat16 to 2e-2.",
         ),
         both(
+            "Lightning, `ModelParallelStrategy` with FSDP2, with resume",
+            "exact",
+            SHARDED_TOOLS + "lightning_follows_one_process_and_resumes_bit_for_bit",
+            note="The resumed run, bit for bit.",
+        ),
+        both(
             "TRL's DPO, DDP",
             "to rounding",
             TOOLS + "the_reference_of_dpo_is_the_base_on_every_rank",
+            note="1e-5 of the log-probabilities of a frozen copy.",
+        ),
+        both(
+            "TRL's DPO, FSDP2",
+            "to rounding",
+            SHARDED_TOOLS + "the_reference_of_dpo_is_the_sharded_base",
             note="1e-5 of the log-probabilities of a frozen copy.",
         ),
     ),
