@@ -282,7 +282,8 @@ class _Follower:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         factor = looked_up(self._source, self._label)
-        if factor.requires_grad and factor is not self._on() and not is_sharded(factor):
+        # On tensor parallelism what is in its place is a DTensor too: the one that has a hook already is the shard.
+        if factor.requires_grad and factor is not self._on() and _divisor_of(factor) is None:
             factor.register_hook(self._divide)
             self._on = weakref.ref(factor)
 

@@ -112,14 +112,15 @@ def in_sync_on_rank(rank: int, rule: str, dtype: torch.dtype, rounding: str) -> 
     return run.told()
 
 
-def scaled_run(rank: int) -> Run:
+def scaled_run(rank: int, **options) -> Run:
     run = Run(rank)
     scalings = [torch.tensor(1.0) for _ in NAMES]
     triples = [
         LoRATriple(layer.weight, layer.A, layer.B, scaling=scaling, name=name)
         for layer, scaling, name in zip(run.model, scalings, NAMES, strict=True)
     ]
-    run.optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, lr=0.01, weight_update="folded", start_step=2)
+    options = {"lr": 0.01, "weight_update": "folded", "start_step": 2, **options}
+    run.optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, triples, **options)
     return run
 
 
@@ -245,6 +246,32 @@ def schedule_on_rank(rank: int) -> str:
 
 def setting_on_rank(rank: int, *options: dict) -> str:
     return Run(rank, model_of(torch.bfloat16), **{"rounding": "auto", **options[rank]}).train(2).told()
+
+
+CAUSES = {
+    "another W": "W, the base of 3 layers (first, second, third): rank 1 differs from rank 0",
+    "a NaN after the average": "A and B of 1 layer (first): rank 1 differs from rank 0",
+    "a step left out": "step count: 3 on rank 0, 2 on rank 1: a rank has left out a step()",
+    "another ratio": f"update_ratio{OF_ALL}: 2.0 on rank 0, 3.0 on rank 1: give every rank the same",
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_what_differs_in_a_folded_run_is_found(cause):
+    assert any(line.startswith(CAUSES[cause]) for line in lines_of(folded_difference_on_rank, cause))
+
+
+def folded_difference_on_rank(rank: int, cause: str) -> str:
+    run = scaled_run(rank, **({"update_ratio": 3.0} if cause == "another ratio" and rank == 1 else {})).train(2)
+    run.backward()
+    if rank == 1 and cause == "another W":
+        for layer in run.model:
+            layer.weight.data[0, 0] += 1
+    if rank == 1 and cause == "a NaN after the average":
+        run.model[0].A.grad[0, 0] = torch.nan
+    if rank == 0 or cause != "a step left out":
+        run.optimizer.step()
+    return run.told()
 
 
 def test_triples_of_other_names_or_of_another_set_are_found():

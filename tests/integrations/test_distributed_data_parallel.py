@@ -262,6 +262,32 @@ def different_on_rank(rank: int, kind: Kind, first: str, keep_base: str | None) 
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ranks_with_other_numbers_of_threads_stay_equal(dtype):
+    assert_same_on_ranks(on_all_ranks(threads_on_rank, dtype))
+
+
+def threads_on_rank(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A product is divided over the threads, and not what each element is the sum of."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 + rank)
+    try:
+        torch.manual_seed(0)
+        model = Layer(900, 700, dtype, zero=False)
+        optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [model.triple("one")], lr=0.01, update_ratio=RATIO)
+        ddp = DistributedDataParallel(model)
+        start = model.weight.clone()
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(4, 900, generator=torch.Generator().manual_seed(2 * step + rank))
+            ddp(x).square().mean().backward()
+            optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(model.weight, start)
+    return model.state_dict()
+
+
 @each_rule
 def test_a_run_resumes_from_the_adapter_and_the_base(rule):
     """Every rank rebuilds the same bits."""
@@ -308,7 +334,7 @@ def nan_on_rank(rank: int, kind: Kind) -> list[Tensor]:
     loss = (run.forward(x) - y).square().mean()
     (loss * (float("nan") if rank == 1 else 1.0)).backward()
     if kind.rule == "in_place":
-        with pytest.warns(RuntimeWarning, match="became NaN.*the update of every W was skipped"):
+        with pytest.warns(RuntimeWarning, match="became NaN.*the update of every W there was skipped"):
             run.optimizer.step()
     else:
         run.optimizer.step()

@@ -59,8 +59,8 @@ def left_alone(model: FullyShardedDataParallel) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("built_first", [False, True])
-def test_whole_parameters_follow_one_process(built_first, tmp_path):
-    on_all_ranks(whole_parameters_on_rank, tmp_path, built_first)
+def test_whole_parameters_follow_one_process(built_first):
+    on_all_ranks(whole_parameters_on_rank, built_first)
 
 
 def whole_parameters_on_rank(rank: int, built_first: bool) -> None:
@@ -77,8 +77,8 @@ def whole_parameters_on_rank(rank: int, built_first: bool) -> None:
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_steps_within_summoned_parameters_follow_one_process(strategy, tmp_path):
-    on_all_ranks(summoned_on_rank, tmp_path, strategy)
+def test_steps_within_summoned_parameters_follow_one_process(strategy):
+    on_all_ranks(summoned_on_rank, strategy)
 
 
 def summoned_on_rank(rank: int, strategy: str) -> None:
@@ -114,8 +114,8 @@ def summoned_on_rank(rank: int, strategy: str) -> None:
 
 @each_rule
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_pieces_are_refused_by_the_name_of_fsdp1(strategy, rule, tmp_path):
-    on_all_ranks(pieces_on_rank, tmp_path, strategy, rule)
+def test_pieces_are_refused_by_the_name_of_fsdp1(strategy, rule):
+    on_all_ranks(pieces_on_rank, strategy, rule)
 
 
 def pieces_on_rank(rank: int, strategy: str, rule: str) -> None:
@@ -137,9 +137,9 @@ def pieces_on_rank(rank: int, strategy: str, rule: str) -> None:
         early.step()
 
 
-def test_whole_parameters_are_refused_in_the_folded_rule(tmp_path):
+def test_whole_parameters_are_refused_in_the_folded_rule():
     """The gradients reach the flattened parameter and not A and B, whose hooks are to divide them."""
-    on_all_ranks(whole_and_folded_on_rank, tmp_path)
+    on_all_ranks(whole_and_folded_on_rank)
 
 
 def whole_and_folded_on_rank(rank: int) -> None:
@@ -155,13 +155,13 @@ def whole_and_folded_on_rank(rank: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD"])
-def test_views_of_a_flattened_parameter_are_refused(strategy, tmp_path):
+def test_views_of_a_flattened_parameter_are_refused(strategy):
     """PEFT's policy puts factors and frozen weights into units of their own, which needs no original parameters."""
-    on_all_ranks(views_on_rank, tmp_path, strategy)
+    on_all_ranks(views_on_rank, strategy)
 
 
-def test_the_names_are_those_of_the_model(tmp_path):
-    on_all_ranks(names_on_rank, tmp_path)
+def test_the_names_are_those_of_the_model():
+    on_all_ranks(names_on_rank)
 
 
 def names_on_rank(rank: int) -> None:
@@ -195,5 +195,6 @@ def views_on_rank(rank: int, strategy: str) -> None:
     loss_of(outer, batches(1)[0]).backward()
     with pytest.raises(ValueError, match=message):
         early.step()
-    with pytest.raises(ValueError, match=message):
-        DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=LR)
+    for rule, said in (("in_place", message), ("folded", r"\n  A and B are parameters of FSDP1 ")):
+        with pytest.raises(ValueError, match=said):
+            DeltaLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=LR, weight_update=rule)

@@ -54,8 +54,8 @@ def zero_inside(model: nn.Module, rule: str, built: bool) -> DeltaLoRAOptimizer:
 
 @each_rule
 @pytest.mark.parametrize("built", [False, True])
-def test_zero_redundancy_inside_follows_one_process_and_resumes(rule, built, tmp_path):
-    on_all_ranks(zero_inside_on_rank, tmp_path, rule, built)
+def test_zero_redundancy_inside_follows_one_process_and_resumes(rule, built):
+    on_all_ranks(zero_inside_on_rank, rule, built)
 
 
 def zero_inside_on_rank(rank: int, rule: str, built: bool) -> None:
@@ -165,8 +165,8 @@ LOCAL_SGD = {
 
 
 @pytest.mark.parametrize("way", LOCAL_SGD)
-def test_local_sgd_leaves_every_rank_with_the_same_weights(way, tmp_path):
-    on_all_ranks(local_sgd_on_rank, tmp_path, way)
+def test_local_sgd_leaves_every_rank_with_the_same_weights(way):
+    on_all_ranks(local_sgd_on_rank, way)
 
 
 def local_sgd_on_rank(rank: int, way: str) -> None:
