@@ -143,7 +143,7 @@ class Ranks:
     def _alone(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()) or len(self.ranks) < 2:
             return True
-        return bool(dist.get_backend() == SIMULATED)
+        return dist.get_backend() == SIMULATED or dist.get_rank() not in self.ranks
 
     def _control(self) -> _Control:
         """Return the control group of these ranks, which all optimizers of this process share."""
