@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
-
 from tests.support.distributed import WORLD, on_all_ranks
 from tests.support.sharded import S0, WHOLE, R, Run, linear
 
