@@ -392,7 +392,16 @@ def _what_is_there(weight: WeightState, W: dict[str, Any], saved: SavedLedger) -
         return "saved"
     if saved.whole is not None and weight.whole_hash(saved.whole_hash) == saved.whole:
         return "saved"
-    return "rebuilt" if _rebuilt_for and _rebuilt_for.get(weight.whole_hash()) == _saved_hash(saved) else None
+    return "rebuilt" if _is_rebuilt(weight, saved) else None
+
+
+def _is_rebuilt(weight: WeightState, saved: SavedLedger) -> bool:
+    """Tell if W was rebuilt for this state before: of a sharded W if all ranks know that, and all have to ask."""
+    if weight.piece is None and not _rebuilt_for:
+        return False
+    knows = _rebuilt_for.get(weight.whole_hash()) == _saved_hash(saved)
+    knowing, ranks = weight.summed(torch.tensor([knows, True], dtype=torch.int64, device=weight.here.device)).tolist()
+    return bool(knowing == ranks)
 
 
 def _saved_hash(saved: SavedLedger) -> int:

@@ -1,8 +1,10 @@
 """Ranks that share sharded weights end every event alike: all of them move W, or all raise and none does."""
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.checkpoint import resume
 from tests.support.distributed import WORLD, on_all_ranks
 from tests.support.sharded import S0, WHOLE, R, Run, linear
 
@@ -306,6 +309,26 @@ def test_a_state_that_is_refused_on_one_rank_is_loaded_on_none():
     assert "rank 1 raised" in results[0][0]
     assert "Error" in results[1][0]
     assert all(same for _, same, _ in results)
+
+
+def has_rebuilt_another_weight_alone(rank: int) -> Any:
+    run = run_on_rank()
+    state, other = run.optimizer.state_dict(), run_on_rank(steps=0)
+    with torch.no_grad():
+        for (_, *saved), (_, *factors) in zip(run.tensors, other.tensors, strict=True):
+            for then, factor in zip(saved, factors, strict=True):
+                factor.copy_(then)
+    known = {1: 2} if rank == 0 else {}  # as where one rank has loaded a state of a whole model before
+    with mock.patch.dict(resume._rebuilt_for, known, clear=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 16 bits are rebuilt up to rounding
+        other.optimizer.load_state_dict(state)
+        return all(
+            (W - then).abs().max().item() < 0.1 for (W, *_), (then, *_) in zip(other.tensors, run.tensors, strict=True)
+        )
+
+
+def test_what_one_rank_has_rebuilt_before_does_not_take_it_elsewhere():
+    assert on_all_ranks(has_rebuilt_another_weight_alone, limit=30.0) == [True] * WORLD
 
 
 def counts_collectives(rank: int, placements: Any) -> Any:
