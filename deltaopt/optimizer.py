@@ -19,6 +19,7 @@ from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
     add_ledgers,
     add_record,
+    check_complete,
     check_record,
     inner_state,
     own_form,
@@ -321,7 +322,7 @@ class DeltaLoRAOptimizer(Optimizer):
             check_no_schedule_free_around(self._inner)
             if closure is None:
                 self._backward_watch.look(weights)
-            if is_state_initialisation(self._inner):
+            if is_state_initialisation(self._inner, self._rule.ranks):
                 return self._inner_step(weights, closure, [])
             roll_call.facts["update_ratio"] = self._set_ratios()  # lambda_t; 0 for t < K
             losses: list[Any] = []
@@ -401,6 +402,11 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         return self._rule.nbytes + sum(weight.nbytes for weight in self._weights)
 
+    @property
+    def is_sharded(self) -> bool:
+        """True if W, A or B was sharded at the last event, so that all ranks have to take part in the next one."""
+        return self._rule.ranks is not None
+
     def report(self) -> Report:
         """Tell if W moved: for each layer how often, how far, what rounding kept of it, and what the next step does.
 
@@ -425,9 +431,10 @@ class DeltaLoRAOptimizer(Optimizer):
         It is a collective: all ranks of `group` have to call it, at the same place. One process alone returns at once.
         It compares W, A, B, what compensated rounding keeps, the bases and the ledgers bit for bit, the settings, the
         triples with their names and order, the counts of steps, the class of the inner optimizer, and the versions of
-        torch and deltaopt. It reads every W once and waits for the device. Tensors that are sharded or packed are left
-        out. A step sends nothing between ranks, so call it where a difference has to be found: before the first step,
-        and before a checkpoint is written. Not for ranks that have other triples on purpose (pipeline stages).
+        torch and deltaopt. It reads every W once and waits for the device. Packed tensors are left out. Of sharded
+        ones the ranks that hold the same part are compared. A step does not do that, so call it where a difference has
+        to be found: before the first step, and before a checkpoint is written. Not for ranks that have other triples on
+        purpose (pipeline stages).
 
         Args:
             group: the ranks to compare. Default: all.
@@ -436,11 +443,17 @@ class DeltaLoRAOptimizer(Optimizer):
             RanksDisagreeError: with everything that differs, where, and what to do. Also if a rank does not come within
                 the timeout of the default group, which it names, or fails in this call.
             RuntimeError: in `base_weights`.
+            ValueError: if tensors are sharded over ranks that are not in `group`.
         """
         ranks = synced.ranks_of(group)
         if len(ranks.ranks) < 2:
             return
         facts, failed = None, None
+        if self._rule.ranks is not None and not {*self._rule.ranks.ranks} <= {*ranks.ranks}:
+            raise ValueError(
+                f"check_synced() of the ranks {list(ranks.ranks)}, and W, A and B are sharded over the ranks "
+                f"{list(self._rule.ranks.ranks)}: give it a group that holds all of these"
+            )
         try:
             with self._between_steps(synced.EVENT, None):
                 facts = synced.facts_of(self._run_facts(), self._groups, self._weights)
@@ -883,7 +896,9 @@ class DeltaLoRAOptimizer(Optimizer):
                     state_dict = pre_hook(self, state_dict) or state_dict
                     self._look_up(rescaled)  # a hook may load or replace parameters
                 record, ledgers, compensations, inner_state = self._read(state_dict, weights)
-                roll_call.meet({"step count": record["step_count"], "the saved ledgers": [record, ledgers]})
+                forms = resume.forms_of_compensations(weights, compensations) if record["ledgers"] else []
+                contents = {"the saved ledgers": [record, ledgers], "the saved compensations": forms}
+                roll_call.meet({"step count": record["step_count"], **contents})
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
@@ -933,6 +948,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         record, inner = split_record(state_dict)
         check_record(record, self._groups, weights, self.weight_update)
+        check_complete(inner)
         ledgers, compensations, inner = split_ledgers(inner, record["schema"])
         names = present_names(record, weights)
         return _Saved(record, under_present_names(ledgers, names), under_present_names(compensations, names), inner)
@@ -1123,12 +1139,15 @@ class DeltaLoRAOptimizer(Optimizer):
         self._seen = True
 
     def _compensations(self) -> dict[WeightState, Tensor | None]:
-        """Return what a checkpoint keeps of each compensation; zeros where every W moves and has none yet."""
+        """Return what a checkpoint keeps of each compensation; zeros where W has none yet and may be written.
+
+        So the state of a fresh optimizer has a place for all that a distributed checkpoint may hold.
+        """
         writer = self._writer("move")
+        keeps = [self._rule.moves_weights or weight.compensation is not None for weight in self._weights]
         return {
-            weight: writer.compensation(weight)
-            for weight in self._weights
-            if self._rule.moves_weights or weight.compensation is not None
+            weight: writer.compensation(weight) if kept else writer.no_compensation(weight)
+            for weight, kept in zip(self._weights, keeps, strict=True)
         }
 
     def _weight(self, name: str) -> WeightState:

@@ -1,4 +1,4 @@
-"""The roll call of one event: all ranks that share sharded tensors are in it and none has failed, or none goes on."""
+"""The roll call of one event: all ranks that share sharded tensors are in it and well, or each of them stops."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from deltaopt.averaged import Follower, Rescale
 from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.messages import warn_user
 from deltaopt.pickled import IfInstalled
-from deltaopt.sharding import local_part
+from deltaopt.sharding import is_sharded, local_part
+from deltaopt.tensors import same_view
 
 MARK = "deltaopt"
 """In a module's metadata of a state_dict: by name, the factors that its values were multiplied by."""
@@ -201,12 +202,17 @@ class StoredFactor:
         factor = self.factor
         if value.shape != A.shape:  # torch refuses it
             return value
+        # A dict that was made of an unscaled branch holds A itself, which has the numbers of the scaled branch by now.
+        if mark is not None and factor != 1.0 and same_view(local_part(value.detach()), local_part(A.detach())):
+            self.load = None
+            return value
         given_at = _factor_of(value.to(A.dtype)) if mark is None else mark.get(self.name)  # files have other dtypes
         self._note_load(given_at, call)
         if factor == 1.0:
             _remember(value.to(A.dtype), factor if given_at is None else given_at)
             return value
-        if mark is None and _is_same(value, A):
+        # torch's loading of full states has written them into a sharded A already, and hands that over.
+        if mark is None and not is_sharded(A) and _is_same(value, A):
             return value
         if _is_same(value, stored_form(A, factor)):
             return A.detach().clone()

@@ -1,7 +1,8 @@
-"""What has to be the same on all ranks of a data-parallel run, compared: `DeltaLoRAOptimizer.check_synced`.
+"""What has to be the same on the ranks of a run, compared: `DeltaLoRAOptimizer.check_synced`.
 
-Nothing is sent in a step. A W that is moved by equal steps from equal bits stays equal; where one of these was not
-equal, nothing else would show it: the factors are the same on all ranks, and each W is another one.
+Under data parallelism nothing is sent in a step. A W that is moved by equal steps from equal bits stays equal; where
+one of these was not equal, nothing else would show it: the factors are the same on all ranks, and each W is another
+one. So it is with a block of a sharded W that several ranks hold.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from deltaopt.groups import DeltaGroup
 from deltaopt.layouts import shape
 from deltaopt.messages import layers
 from deltaopt.ranks import Ranks, RanksDisagreeError, alike, named, on_ranks
-from deltaopt.sharding import is_sharded
+from deltaopt.sharding import is_sharded, local_part, place_of
 from deltaopt.tensors import is_plain
 from deltaopt.weight import WeightState
 
 EVENT = "check_synced()"
 
-Facts = dict[str, str | None]
+Bits = list[list[str]]
+"""Of each tensor, which part of it is on this rank, and the hash of that: compared between ranks with the same part."""
+
+Facts = dict[str, str | Bits | None]
 """Values by name as text. None is not compared: a rank cannot read it, or keeps it in a form of its own."""
 
 SAME = "give every rank the same"
@@ -123,16 +127,18 @@ def _settings(weight: WeightState) -> Facts:
         "layout": f"{triple.layout}, rows={triple.rows}, columns={triple.columns}",
         "shapes": ", ".join(map(shape, stored)),
         "dtypes": ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in stored),
+        "placements": ", ".join(map(_placed, stored)) if any(map(is_sharded, stored)) else None,
     }
 
 
 def _contents(weight: WeightState) -> Facts:
-    tensors, kept = weight.tensors, weight.compensation
-    readable = is_plain(tensors.W) and not weight.weight_problems()
+    tensors, kept, place = weight.tensors, weight.compensation, place_of(weight.tensors.W)
+    is_gathered = weight.piece is not None and not is_sharded(tensors.W)
+    readable = is_plain(local_part(tensors.W)) and not weight.weight_problems()
     return {
         "A and B": _bits(*tensors.stored),
-        "W": _bits(weight.part()) if readable else None,
-        "the compensation": "none" if kept is None else _bits(kept.bits),
+        "W": _bits(weight.part(), place=place) if readable else None,
+        "the compensation": "none" if kept is None else None if is_gathered else _bits(kept.bits, place=place),
         "the base": "none" if weight.base is None else str(weight.base.record()),
         "the ledger": _ledger(weight),
     }
@@ -151,12 +157,26 @@ def _ledger(weight: WeightState) -> str | None:
     return json.dumps([ledger.coef, [term.coef for term in terms], hashes])
 
 
-def _bits(*tensors: Tensor) -> str | None:
-    """Return a hash of all elements; None where one of the tensors is not whole or not readable here."""
-    if any(is_sharded(tensor) or not is_plain(tensor) or tensor.is_meta for tensor in tensors):
+def _placed(tensor: Tensor) -> str:
+    if not is_sharded(tensor):
+        return "whole"
+    sharded: Any = tensor
+    return f"{tuple(sharded.placements)} on a mesh of {tuple(sharded.device_mesh.shape)}"
+
+
+def _bits(*tensors: Tensor, place: str = "") -> Bits | None:
+    """Return hashes of all elements that are here; None where one of the tensors is not readable here.
+
+    Args:
+        tensors: sharded or not.
+        place: which part of a sharded one these tensors are, where they are not sharded themselves.
+    """
+    if any(not is_plain(local_part(tensor)) or tensor.is_meta for tensor in tensors):
         return None
-    hashes = [whole_hash(tensor) for tensor in tensors]
-    return hashlib.blake2b(str(hashes).encode(), digest_size=8).hexdigest()
+    hashes: dict[str, list[int]] = {}
+    for tensor in tensors:
+        hashes.setdefault(place_of(tensor) or place, []).append(whole_hash(local_part(tensor)))
+    return [[at, hashlib.blake2b(str(found).encode(), digest_size=8).hexdigest()] for at, found in hashes.items()]
 
 
 _Parts = tuple[tuple[int, ...], ...]
@@ -228,9 +248,19 @@ def _parted(facts: Mapping[int, Facts]) -> list[tuple[str, list[tuple[str, list[
     found = []
     for name in next(iter(facts.values()), {}):
         values = {rank: value for rank, its in facts.items() if (value := its.get(name)) is not None}
-        if len(set(values.values())) > 1:
-            found.append((name, sorted(alike(values), key=lambda part: (-len(part[1]), part[1]))))
+        for compared in _comparable(values):
+            if len(set(compared.values())) > 1:
+                found.append((name, sorted(alike(compared), key=lambda part: (-len(part[1]), part[1]))))
     return found
+
+
+def _comparable(values: Mapping[int, str | Bits]) -> list[dict[int, str]]:
+    """Return values of ranks as text, those that have to be equal together: all, or those of one part of a tensor."""
+    bits = {rank: value for rank, value in values.items() if not isinstance(value, str)}
+    if not any(bits.values()) or len(bits) < len(values):
+        return [{rank: str(value) for rank, value in values.items()}]
+    places = dict.fromkeys(place for value in bits.values() for place, _ in value)
+    return [{rank: hash_ for rank, value in bits.items() for at, hash_ in value if at == place} for place in places]
 
 
 def _setting_line(setting: _Setting, labels: Sequence[str]) -> str:

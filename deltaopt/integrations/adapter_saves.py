@@ -34,6 +34,10 @@ def _saves_the_movement(trainer: Any) -> bool:
     return saves_its_optimizer or _has_the_callback(trainer)
 
 
+def _only_loads(_: Any) -> bool:
+    return True
+
+
 def _has_the_callback(owner: Any) -> bool:
     """Tell if this is a Trainer with a DeltaLoRACallback, which writes the movement of W next to each adapter."""
     callbacks = getattr(getattr(owner, "callback_handler", None), "callbacks", [])
@@ -57,5 +61,6 @@ RESUMABLE_SAVES.update(
     {
         ("transformers", "_save_checkpoint"): _saves_the_movement,
         ("transformers", "push_to_hub"): _has_the_callback,
+        ("accelerate", "load_fsdp_model"): _only_loads,  # it asks for the adapter to learn its names and shapes
     }
 )

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, RanksDisagreeError
+from tests.support import sharded
 from tests.support.distributed import WORLD, on_all_ranks
 from tests.support.threads import on_threads
 
@@ -396,3 +398,85 @@ def unreadable_on_rank(rank: int) -> str:
     A, B = torch.zeros(4, 2, requires_grad=True), torch.ones(2, 6, requires_grad=True)
     triple = LoRATriple(W, A, B, scaling=torch.tensor(1.0))
     return told(DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, weight_update="folded").check_synced)
+
+
+# Sharded tensors: four ranks, two of which hold the same part of each.
+
+WAYS = {
+    "HSDP": ([sharded.R, sharded.S0],) * 3,
+    "HSDP with whole factors": ([sharded.R, sharded.S0], sharded.WHOLE, sharded.WHOLE),
+    "tensor parallel, by columns": ([sharded.R, sharded.S0], [sharded.R, sharded.S0], [sharded.R, sharded.R]),
+    "tensor parallel, by rows": ([sharded.R, sharded.S1], [sharded.R, sharded.R], [sharded.R, sharded.S1]),
+}
+SIZES = [sharded.linear(7, 6, 3), sharded.linear(5, 7, 1)]
+BOTH = " of 2 layers (layer 0, layer 1)"
+
+
+def sharded_run(way: str, **options) -> sharded.Run:
+    mesh = init_device_mesh("cpu", (2, 2))
+    return sharded.Run(SIZES, torch.bfloat16, WAYS[way], mesh, rounding="compensated", **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sharded_ranks_are_in_sync(way):
+    assert on_threads(sharded_in_sync_on_thread, way) == ["in sync"] * 4
+
+
+def sharded_in_sync_on_thread(rank: int, way: str) -> str:
+    run = sharded_run(way, keep_base="cpu")
+    run.optimizer.check_synced()
+    run.steps(3)
+    return told(run.optimizer.check_synced)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_that_differs_from_that_of_its_replicas_is_found(way):
+    first, *others = on_threads(block_differs_on_thread, way)
+    assert others == [first] * 3
+    _, line, *more, _ = first.splitlines()
+    assert line.startswith("  W of 1 layer (layer 1): rank 2 differs from rank 0: load or broadcast the weights")
+    assert more == []
+
+
+def block_differs_on_thread(rank: int, way: str) -> str:
+    run = sharded_run(way)
+    run.steps(2)
+    if rank == 2:  # the other rank with the first block is 0
+        run.tensors[1][0].detach().to_local()[0, 0] += 1
+    return told(run.optimizer.check_synced)
+
+
+def test_replicas_of_factors_compensations_and_settings_that_differ_are_found():
+    first, *others = on_threads(replicas_differ_on_thread)
+    assert others == [first] * 3
+    lines = [line.strip() for line in first.splitlines()[1:-1]]
+    assert lines == [
+        f"update_ratio{BOTH}: 2.0 on ranks 0-1, 3, 1.5 on rank 2: give every rank the same",
+        "A and B of 1 layer (layer 0): rank 3 differs from rank 1",
+        "the compensation of 1 layer (layer 1): rank 2 differs from rank 0",
+    ]
+
+
+def replicas_differ_on_thread(rank: int) -> str:
+    run = sharded_run("HSDP")
+    run.steps(2)
+    if rank == 3:
+        run.tensors[0][1].detach().to_local()[0, 0] += 1
+    if rank == 2:
+        run.optimizer._weights[1].compensation.bits[0, 0] += 1
+        run.optimizer.groups[0].update_ratio = 1.5
+    return told(run.optimizer.check_synced)
+
+
+def test_a_group_without_ranks_that_hold_parts_is_refused():
+    assert on_threads(part_of_the_ranks_on_thread) == ["refused", "refused", "in sync", "in sync"]
+
+
+def part_of_the_ranks_on_thread(rank: int) -> str:
+    run, group = sharded_run("HSDP"), dist.new_group([0, 1])
+    if rank < 2:
+        with pytest.raises(ValueError, match=r"over the ranks \[0, 1, 2, 3\]: give it a group that holds all of these"):
+            run.optimizer.check_synced(group)
+        return "refused"
+    run.optimizer.check_synced(group)  # of which this rank is none
+    return "in sync"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import uuid
 import warnings
 from pathlib import Path
@@ -17,12 +18,14 @@ from deltaopt.checkpoint.files import PathLike, load, save
 from deltaopt.integrations.peft import save_adapter
 from deltaopt.integrations.peft.adalora import AdaLoraTriple
 from deltaopt.integrations.trainer.factory import DeltaLoRAFactory
+from deltaopt.integrations.trainer.fsdp import is_of_fsdp, resync_from
 from deltaopt.integrations.trainer.owner import is_owned, trainer_of
 from deltaopt.integrations.trainer.reasons import Reasons
 from deltaopt.integrations.trainer.small_state import saves_adapter_alone, small_state, whole_state
 from deltaopt.metrics import has_moved, movement_metrics
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.small_states import leave_out_compensation
+from deltaopt.synced import ranks_of
 from deltaopt.wrappers import unwrap
 
 EXPORT = "export"
@@ -150,6 +153,9 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         """Write that adapter before files are sent to the Hub: into the checkpoint, and into what is sent."""
         optimizer = unwrapped(optimizer)
         checkpoint = self._checkpoint(args, state)
+        if optimizer.is_sharded:
+            self._keep_pushed_right(args, state)
+            return
         if self._trainer_with(args).is_in_train and checkpoint.is_dir():
             self._export(args, state, model, optimizer, checkpoint)
         self._export(args, state, model, optimizer, Path(args.output_dir))
@@ -161,10 +167,12 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
         optimizer = unwrapped(optimizer)
         nothing = not has_moved(optimizer)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._follow_best(Path(state.best_model_checkpoint), optimizer)
+            self._follow_best(Path(state.best_model_checkpoint), optimizer, self._trainer_with(args))
         self._exported.clear()
         self._save_whole_states()
         self._check(args, optimizer)
+        if args.push_to_hub and optimizer.is_sharded:  # one process alone will push
+            self._export(args, state, model, optimizer, Path(args.output_dir))
         if nothing:
             warnings.warn(
                 f"Delta-LoRA has moved no weight in this run, which was plain LoRA: {self._reasons.of(optimizer)}",
@@ -226,11 +234,14 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
             "DeltaLoRACallback(resume_from=folder)"
         )
 
-    def _follow_best(self, folder: Path, optimizer: DeltaLoRAOptimizer) -> None:
+    def _follow_best(self, folder: Path, optimizer: DeltaLoRAOptimizer, trainer: Any) -> None:
         """Move W to where it was at the best step, whose A and B Trainer has loaded."""
         if not any(weight.moved for weight in optimizer.weights()):
             return  # a folded branch follows A and B
         try:
+            if is_of_fsdp(trainer) and not (folder / STATE).is_file():
+                resync_from(folder, trainer, optimizer)
+                return
             if (folder / "optimizer.pt").is_file():
                 state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
             else:
@@ -245,18 +256,28 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def _export(self, args: Any, state: Any, model: nn.Module, optimizer: DeltaLoRAOptimizer, folder: Path) -> None:
-        """Write the adapter for the pristine base, if the adapter of `folder` itself is not that."""
+        """Write the adapter for the pristine base, if the adapter of `folder` itself is not that.
+
+        Where parameters are sharded all processes have to come here, and one of them writes.
+        """
         trainer, mark, target = self._trainer_with(args), (folder, state.global_step), folder / EXPORT
         if any(isinstance(triple, AdaLoraTriple) for triple in optimizer.triples):
             target = target / OF_ADALORA
-        if not args.should_save or (mark in self._exported and trainer.is_in_train):
+        writes = args.should_save or optimizer.is_sharded
+        if not writes or (mark in self._exported and trainer.is_in_train):
             return
-        # An earlier run may have left an adapter there, which must not stay next to the new one.
-        if not any(weight.moved for weight in optimizer.weights()) and not target.exists():
-            return
+        if not any(weight.moved for weight in optimizer.weights()):
+            # An earlier run may have left an adapter there, which must not stay next to the new one.
+            left = [target.exists()]
+            if optimizer.is_sharded:  # and the processes may see other disks
+                left = list(ranks_of(None).gather("on_save()", left[0]).values())
+            if not any(left):
+                return
         try:
             saved = save_adapter(trainer.accelerator.unwrap_model(model), optimizer, target)
         except (ValueError, TypeError, RuntimeError) as error:
+            if not args.should_save:
+                return
             warnings.warn(
                 f"{target} was not written, and the adapter in {folder} alone is not the trained model: {error}",
                 UserWarning,
@@ -264,12 +285,26 @@ class DeltaLoRACallback(TrainerCallback):  # type: ignore[misc]
             )
             return
         self._exported = {each for each in self._exported if each[1] == state.global_step} | {mark}
-        if not self._has_said_rank:
+        if args.should_save and not self._has_said_rank:
             self._has_said_rank = True
             logger.warning(
                 f"DeltaLoRACallback: {target} is the adapter to use and to serve (rank {saved.rank}; {saved.server}). "
                 f"The adapter in {folder} itself is for resuming: W has moved with it."
             )
+
+    def _keep_pushed_right(self, args: Any, state: Any) -> None:
+        """See that no adapter of another step is sent, in the one process that sends, which cannot make one alone."""
+        target = Path(args.output_dir)
+        if (target, state.global_step) in self._exported and not self._trainer_with(args).is_in_train:
+            return
+        shutil.rmtree(target / EXPORT, ignore_errors=True)
+        warnings.warn(
+            f"what is pushed now has no folder {EXPORT!r} with the adapter for the pristine base: the weights are "
+            "sharded, so that all processes have to make it, and one of them pushes. It is in each checkpoint when "
+            "that is complete, and in what trainer.push_to_hub() sends after the training",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def _trainer_with(self, args: Any) -> Any:
         """Return the Trainer whose callback this is, and whose arguments these are.
