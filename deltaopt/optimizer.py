@@ -417,8 +417,8 @@ class DeltaLoRAOptimizer(Optimizer):
         Raises:
             RuntimeError: if another optimizer has moved a W since.
         """
-        check_claims(self._weights, "report()", "read")
         with outside_inference_mode(), self._called_together("report()") as roll_call:
+            check_claims(self._weights, "report()", "read")
             self._events.complete()
             self._rule.flush()
             roll_call.meet()
@@ -493,8 +493,8 @@ class DeltaLoRAOptimizer(Optimizer):
             KeyError: if there is no such triple.
             RuntimeError: if it is not known any more, with the reason.
         """
-        check_claims(self._weights, "displacement()", "read")
         with outside_inference_mode(), self._called_together("displacement()") as roll_call:
+            check_claims(self._weights, "displacement()", "read")
             self._events.complete()
             self._rule.flush()
             roll_call.meet()
@@ -1081,11 +1081,10 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._refuse_at_base(what)
                 if waiting:
                     self._rule.flush()
-                self._look_up(rescaled)
+                self._look_up(rescaled, roll_call)
                 if use is not None:
                     check_claims(self._weights, what, use)
-                roll_call.ranks = self._rule.ranks  # the parameters may have been sharded since the last event
-                self._compare_settings(what)
+                self._compare_settings(what, roll_call)
                 if what != "step()":  # which meets after its inner step
                     roll_call.meet()
                     if roll_call.ranks is not None:
@@ -1096,27 +1095,37 @@ class DeltaLoRAOptimizer(Optimizer):
                 for weight in self._weights:
                     weight.forget()
 
-    def _compare_settings(self, what: str) -> None:
+    def _compare_settings(self, what: str, roll_call: RollCall) -> None:
         """Raise RanksDisagreeError on all ranks if they have set sharded weights up differently; in the first event."""
         ranks = self._rule.ranks
         if ranks is not self._compared and ranks is not None:
-            synced.check(ranks, synced.facts_of(self._run_facts(), self._groups, self._weights, False), None, what)
+            facts = synced.facts_of(self._run_facts(), self._groups, self._weights, False)
+            with roll_call.instead():
+                synced.check(ranks, facts, None, what)
         self._compared = ranks
 
     def _facts(self) -> dict[str, object]:
         """Return what has to be the same on all ranks in each event of sharded weights."""
         return {} if self._rule.ranks is None else {"step count": self._step_count}
 
-    def _look_up(self, rescaled: bool = False) -> None:
-        """Look the tensors of all weights up; run all checks again if any of them changed."""
+    def _look_up(self, rescaled: bool = False, roll_call: RollCall | None = None) -> None:
+        """Look the tensors of all weights up; run all checks again if any of them changed.
+
+        Args:
+            rescaled: see `_resolved`.
+            roll_call: gets the ranks of parameters that were sharded since the last event, before the checks.
+        """
         weights = self._weights
         for weight in weights:
             if weight.triple.output_hook is not None:
                 weight.triple.output_hook.attend()
         replaced = [weight for weight in weights if weight.resolve()]
         if replaced:
+            ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
+            if roll_call is not None:
+                roll_call.ranks = ranks
             check_weights(weights, self._rule)
-            self._rule.ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
+            self._rule.ranks = ranks
             check_local_sgd(self._inner, weights, self._rule, self._rounding)
         check_branches(weights, rescaled)
         check_output_hooks(weights)

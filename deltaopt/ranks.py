@@ -28,6 +28,9 @@ WIDTH = 8192
 GRACE = 3.0
 """Seconds for the others to come, once the connection to one rank is closed."""
 
+SIGNALS = timedelta(seconds=0.5)
+"""How long a signal handler waits for its turn at most, while this rank waits for the others."""
+
 NAMED = 8
 """Ranks that one sentence names; it counts the others."""
 
@@ -143,7 +146,7 @@ class Ranks:
     def _alone(self) -> bool:
         if not (dist.is_available() and dist.is_initialized()) or len(self.ranks) < 2:
             return True
-        return bool(dist.get_backend() == SIMULATED)
+        return dist.get_backend() == SIMULATED or dist.get_rank() not in self.ranks
 
     def _control(self) -> _Control:
         """Return the control group of these ranks, which all optimizers of this process share."""
@@ -198,7 +201,7 @@ class _Control:
         """Return the tensors of all ranks, which have one shape and dtype."""
         found = [torch.empty_like(tensor) for _ in self.ranks]
         try:
-            self.group.allgather([found], [tensor]).wait()
+            _wait(self.group.allgather([found], [tensor]))
         except RuntimeError as error:
             raise self._broke(event, error) from error
         return found
@@ -261,6 +264,20 @@ class _Control:
 
 _controls: weakref.WeakKeyDictionary[Any, dict[Any, _Control]] = weakref.WeakKeyDictionary()
 """By the default group: another one after `destroy_process_group` has others."""
+
+
+def _wait(work: Any) -> None:
+    """Wait for what has been sent, in short stretches: a signal handler, that of Ctrl-C too, runs only between them.
+
+    A rank that does not come would else keep the others from being ended for the whole timeout.
+    """
+    while isinstance(work, dist.Work) and not work.is_completed():
+        try:
+            work.wait(SIGNALS)
+        except RuntimeError:
+            if work.is_completed():  # it has failed; else only this stretch has ended
+                break
+    work.wait()  # raises what has failed
 
 
 def _default_timeout() -> float:

@@ -74,6 +74,15 @@ class RollCall:
             self.tell(error)
             raise
 
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Take a meeting of the same ranks for this one if it fails: all of them know that, and have left the event."""
+        try:
+            yield
+        except BaseException:
+            self._over = self.failed = True
+            raise
+
     def before(self, finish: Callable[[], None], succeeded: Callable[[], bool] = lambda: True) -> Callable[[], None]:
         """Return a function that meets and then calls `finish`, which looks at `failed`.
 

@@ -28,7 +28,7 @@ from deltaopt.rounding.batch import Addition, KernelBatch
 from deltaopt.rounding.blocks import full_precision
 from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
-from deltaopt.sharding import Block, at_hand, gather_all, local_part, parts_unlinked, with_local_part
+from deltaopt.sharding import Block, at_hand, gather_all, is_sharded_alike, local_part, parts_unlinked, with_local_part
 from deltaopt.weight import WeightState, note_bases
 
 DIFFERENT = (
@@ -94,9 +94,9 @@ class _Slot:
 
     def keep_end(self) -> None:
         """Keep A' and B' as what the move has left."""
-        if self.end is None or [part.shape for part in self.end] != [part.shape for part in self.now]:
+        parameters = self.weight.tensors.parameters
+        if self.end is None or not all(map(_is_alike, parameters, self.shards)):
             self.end = [part.clone() for part in self.now]
-            parameters = self.weight.tensors.parameters
             self.shards = [with_local_part(*pair) for pair in zip(parameters, self.end, strict=True)]
         else:
             torch._foreach_copy_(self.end, self.now)
@@ -371,6 +371,11 @@ def _whole_end(weight: WeightState, shards: Sequence[Tensor]) -> Factors:
     """Gather A and B as the last move left them; all ranks have to call this."""
     _, A, B = weight.branch_of(shards).cloned()
     return A, B
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    """Tell if this rank's part of one tensor may be kept in that of the other."""
+    return is_sharded_alike(one, other) and one.dtype == other.dtype and one.device == other.device
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -30,6 +30,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_sharded_alike(one: Tensor, other: Tensor) -> bool:
+    """Tell if each rank has the same part of two tensors, which have one shape then."""
+    if is_sharded(one) and is_sharded(other):
+        ours, theirs = _spec(one), _spec(other)
+        return bool(one.shape == other.shape and ours.mesh == theirs.mesh and ours.placements == theirs.placements)
+    return one.shape == other.shape and not is_sharded(one) and not is_sharded(other)
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """Return all of a sharded tensor; every rank has to call this. Another tensor comes back as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -67,7 +75,7 @@ def as_whole(tensor: Tensor) -> Tensor:
 
 def without_numbers(tensor: Tensor) -> Tensor:
     """Return a tensor without memory that is sharded as `tensor` is: what `with_local_part` needs of it."""
-    return with_local_part(tensor.detach(), local_part(tensor.detach()).to("meta"))
+    return with_local_part(tensor, local_part(tensor.detach()).to("meta"))
 
 
 def part_like(tensor: Tensor, W: Tensor, stored: Block) -> Tensor:
@@ -81,7 +89,7 @@ def part_like(tensor: Tensor, W: Tensor, stored: Block) -> Tensor:
         stored: where this rank's part of W lies in it.
     """
     if is_sharded(tensor):
-        if _spec(tensor).mesh == _spec(W).mesh and _spec(tensor).placements == _spec(W).placements:
+        if is_sharded_alike(tensor, W):
             return local_part(tensor)
         tensor = gather_all([tensor])[0]
     return tensor[tuple(slice(*bounds) for bounds in stored)]

@@ -23,6 +23,7 @@ from deltaopt.sharding import (
     gather_all,
     gathered,
     is_sharded,
+    is_sharded_alike,
     local_part,
     piece_of,
     sharding_problems,
@@ -125,9 +126,15 @@ class WeightState:
         self.is_sharded = any(map(is_sharded, (W, *tensors.stored)))
         if self._is_gathered(W):
             return
-        has_piece = is_sharded(W) and not self._sharding_problems(W)
-        self._piece = piece_of(W, self.triple.view) if has_piece else None
-        self._pattern = without_numbers(W) if has_piece else None
+        if not is_sharded(W) or self._sharding_problems(W):
+            self._piece = self._pattern = None
+            return
+        piece = piece_of(W, self.triple.view)
+        # By what all ranks know alike. A copy that was pickled has no pattern.
+        is_kept = piece == self._piece if self._pattern is None else is_sharded_alike(W, self._pattern)
+        if not is_kept:  # W is sharded in another way than before, and these are of the part that was here then
+            self.compensation, self._base_copy, self._copied = None, None, None
+        self._piece, self._pattern = piece, without_numbers(W)
 
     def _is_gathered(self, W: Tensor) -> bool:
         """Tell if W was sharded and is whole now: FSDP2 puts another tensor in its place for a forward pass."""

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 
@@ -244,3 +245,27 @@ def test_more_facts_than_a_meeting_compares_are_refused():
 
 def test_the_ranks_are_shown():
     assert repr(Ranks([1, 0], timeout=2.0)) == "Ranks([0, 1], timeout=2.0)"
+
+
+def is_interrupted_on_rank(rank: int) -> tuple[str, float]:
+    ranks = Ranks(range(WORLD), timeout=30.5)
+    ranks.meet("step()")
+    if rank == 1:
+        time.sleep(3)
+        return "", 0.0
+    begin = time.monotonic()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        ranks.meet("step()")
+    except KeyboardInterrupt:
+        return "interrupted", time.monotonic() - begin
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return "fine", time.monotonic() - begin
+
+
+def test_a_signal_ends_the_wait_for_a_rank_that_does_not_come():
+    (said, seconds), _ = on_all_ranks(is_interrupted_on_rank)
+    assert said == "interrupted"
+    assert seconds < 2

@@ -8,7 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.sharding import gather_all
 from tests.support import sharded
 from tests.support.distributed import WORLD, on_all_ranks
 from tests.support.internals import as_on_a_gpu
@@ -127,6 +131,52 @@ def test_layers_that_are_sharded_along_their_first_dimension_move_as_on_one_proc
 @pytest.mark.parametrize("placement", [S1, sharded.Shard(2)], ids=str)
 def test_experts_that_are_sharded_along_another_dimension_move_as_on_one_process(placement):
     compare((2,), ([placement], [S0], [S0]), EXPERTS, torch.bfloat16)
+
+
+def is_sharded_anew_on_rank(rank: int, shape: tuple[int, ...], before: Any, after: Any, options: dict[str, Any]) -> Any:
+    """Train on one process and sharded, in another way after two steps; return both, and what base_weights gives."""
+    mesh = init_device_mesh("cpu", shape)
+    runs = []
+    for is_whole in (True, False):
+        generator, owner = torch.Generator().manual_seed(0), torch.nn.Module()
+
+        def placed(tensor: Any, placements: Any, is_whole: bool = is_whole) -> Any:
+            return tensor if is_whole else distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+        for name, shape in (("W", (8, 6)), ("A", (8, 2)), ("B", (2, 6))):
+            whole = torch.randn(shape, generator=generator)
+            setattr(owner, name, torch.nn.Parameter(placed(whole, before), name != "W"))
+        base = gather_all([owner.W])[0].clone()
+        triple = LoRATriple((owner, "W"), (owner, "A"), (owner, "B"), name="layer")
+        optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, **options)
+        for step in range(4):
+            if step == 2:
+                for name in "WAB":
+                    whole = gather_all([getattr(owner, name)])[0]
+                    setattr(owner, name, torch.nn.Parameter(placed(whole, after), name != "W"))
+                optimizer.param_groups[0]["params"] = [owner.A, owner.B]
+            for factor in (owner.A, owner.B):
+                factor.grad = factor.detach() * 0.5
+            optimizer.step()
+        with optimizer.base_weights():
+            difference = gather_all([owner.W])[0].clone() - base
+        runs.append((gather_all([owner.W])[0].clone(), optimizer.displacement("layer").product(), difference))
+    return runs
+
+
+@pytest.mark.parametrize(("before", "after"), [([S0, R], [R, S0]), ([S0, S1], [S1, S0]), ([S0, S0], [S1, S1])], ids=str)
+def test_weights_that_are_sharded_in_another_way_between_steps_move_as_on_one_process(before, after):
+    assert_same_runs(on_threads(is_sharded_anew_on_rank, (2, 2), before, after, {}))
+
+
+def test_a_copy_of_the_base_is_not_taken_for_that_of_another_part():
+    assert_same_runs(on_all_ranks(is_sharded_anew_on_rank, (WORLD,), [S0], [S1], {"keep_base": "cpu"}))
+
+
+def assert_same_runs(results: list[Any]) -> None:
+    for alone, together in results:
+        for expected, found in zip(alone, together, strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
 
 
 def interprets() -> bool:

@@ -1,14 +1,18 @@
 """Ranks that share sharded weights end every event alike: all of them move W, or all raise and none does."""
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from deltaopt import DeltaLoRAOptimizer, LoRATriple
+from deltaopt.checkpoint import resume
 from tests.support.distributed import WORLD, on_all_ranks
 from tests.support.sharded import S0, WHOLE, R, Run, linear
 
@@ -75,6 +79,49 @@ def fails_its_checks(rank: int) -> Any:
 
 def test_a_check_that_fails_on_one_rank_ends_the_step_on_all():
     assert_told(on_all_ranks(fails_its_checks), "ValueError: these triples cannot be", "rank 0 raised ValueError")
+
+
+def fails_its_look_up(rank: int, are_sharded_later: bool) -> Any:
+    mesh, owner = init_device_mesh("cpu", (WORLD,)), torch.nn.Module()
+    generator = torch.Generator().manual_seed(0)
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        setattr(owner, name, torch.nn.Parameter(tensor, requires_grad=name != "W"))
+
+    def shard() -> None:
+        for name in "WAB":
+            put(name, distribute_tensor(getattr(owner, name).detach(), mesh, [S0], src_data_rank=None))
+
+    for name, shape in (("W", (8, 6)), ("A", (8, 2)), ("B", (2, 6))):
+        put(name, torch.randn(shape, generator=generator))
+    if not are_sharded_later:
+        shard()
+    triple = LoRATriple((owner, "W"), (owner, "A"), (owner, "B"), name="layer")
+    optimizer = DeltaLoRAOptimizer(torch.optim.SGD, [triple], lr=0.1, rank_timeout=30.0)
+    if are_sharded_later:
+        shard()
+    factors = [owner.A, owner.B]
+    for factor in factors:
+        factor.grad = factor.detach() * 1.0
+    optimizer.param_groups[0]["params"] = factors[rank == 0 :]
+    begin, said = time.monotonic(), []
+    for _ in range(2):
+        try:
+            optimizer.step()
+            said.append("fine")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        optimizer.param_groups[0]["params"] = factors
+    return said, time.monotonic() - begin
+
+
+@pytest.mark.parametrize("are_sharded_later", [False, True])
+def test_a_tensor_that_is_refused_on_one_rank_in_the_first_event_is_told_on_all(are_sharded_later):
+    ((here, *after), seconds), ((there, *after_there), _) = on_all_ranks(fails_its_look_up, are_sharded_later)
+    assert here.startswith("ValueError: the inner optimizer does not fit")
+    assert there.startswith("RanksDisagreeError: rank 0 raised ValueError: the inner optimizer does not fit")
+    assert after == after_there == ["fine"]  # none is a meeting ahead
+    assert seconds < 20
 
 
 def leaves_out_a_step(rank: int) -> Any:
@@ -262,6 +309,26 @@ def test_a_state_that_is_refused_on_one_rank_is_loaded_on_none():
     assert "rank 1 raised" in results[0][0]
     assert "Error" in results[1][0]
     assert all(same for _, same, _ in results)
+
+
+def has_rebuilt_another_weight_alone(rank: int) -> Any:
+    run = run_on_rank()
+    state, other = run.optimizer.state_dict(), run_on_rank(steps=0)
+    with torch.no_grad():
+        for (_, *saved), (_, *factors) in zip(run.tensors, other.tensors, strict=True):
+            for then, factor in zip(saved, factors, strict=True):
+                factor.copy_(then)
+    known = {1: 2} if rank == 0 else {}  # as where one rank has loaded a state of a whole model before
+    with mock.patch.dict(resume._rebuilt_for, known, clear=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 16 bits are rebuilt up to rounding
+        other.optimizer.load_state_dict(state)
+        return all(
+            (W - then).abs().max().item() < 0.1 for (W, *_), (then, *_) in zip(other.tensors, run.tensors, strict=True)
+        )
+
+
+def test_what_one_rank_has_rebuilt_before_does_not_take_it_elsewhere():
+    assert on_all_ranks(has_rebuilt_another_weight_alone, limit=30.0) == [True] * WORLD
 
 
 def counts_collectives(rank: int, placements: Any) -> Any:
