@@ -33,7 +33,7 @@ from deltaopt.movement import CopiedMovement, FollowedMovement, Movement, Runnin
 from deltaopt.pickled import IfInstalled
 from deltaopt.scaling import holder_of
 from deltaopt.sharding import is_sharded
-from deltaopt.split_output import mask_of, split_change, split_problem
+from deltaopt.split_output import is_whole, mask_of, split_change, split_problem
 
 Absence: TypeAlias = "bool | list[int]"
 """Where a branch takes no part: nowhere (False), in all rows of the batch (True), or in these rows."""
@@ -195,7 +195,8 @@ class OutputHook:
         self, module: nn.Module, output: Tensor, x: Tensor, rows: list[int] | None, further: Further = ((), {})
     ) -> Tensor:
         owner, name = self.holder(module)
-        if is_sharded(W := getattr(owner, name)):
+        W = getattr(owner, name)
+        if is_sharded(W) and not (self._is_at_rest(W) and is_whole(output, x, W, self._view, module)):
             return self._corrected_part(module, W, output, x, rows)
         if rows is not None:  # further arguments may have rows of their own, or none
             change = self._change(module, x, further) if any(further) else self._change(module, x[rows])
@@ -212,8 +213,7 @@ class OutputHook:
         terms = self._terms(module)
         if not terms:
             return output  # type: ignore[no-any-return]
-        at_rest = isinstance(self.movement, RunningMovement) and self.movement.state.has_found(W)
-        problem = self.problem or split_problem(output, x, W, self._view, module, at_rest)
+        problem = self.problem or split_problem(output, x, W, self._view, module, self._is_at_rest(W))
         if problem is not None:
             raise RuntimeError(
                 f"{self.label}: {NEEDS_THE_BASE}, and it cannot be computed: {problem}. Run this pass within "
@@ -221,6 +221,10 @@ class OutputHook:
             )
         change = split_change(output, x, W, _minus(terms), self._view)
         return _sum(output, change if rows is None else change * mask_of(rows, change))
+
+    def _is_at_rest(self, W: Tensor) -> bool:
+        """Tell if W is the tensor that is there between forward passes, too."""
+        return isinstance(self.movement, RunningMovement) and self.movement.state.has_found(W)
 
     def _change(self, module: nn.Module, x: Tensor, further: Further = ((), {})) -> Tensor | None:
         """Return what has to be added to the output for x; None if that is nothing."""

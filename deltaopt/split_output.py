@@ -62,6 +62,21 @@ def split_problem(
     return None
 
 
+def is_whole(output: object, x: object, W: Tensor, view: MatrixView, module: nn.Module) -> bool:
+    """Tell if FSDP2 had W as a whole here for this forward pass, and has put it back into parts since.
+
+    The arguments are those of `split_problem`; W is the tensor that is there between forward passes, too.
+    """
+    if not is_unit_of_fsdp2(module) or not isinstance(output, Tensor) or not isinstance(x, Tensor):
+        return False
+    if is_sharded(output) or is_sharded(x):
+        return False
+    if view.layout not in KNOWN:  # tensor parallelism of other layers is refused where W is not at rest
+        return _mesh(W).ndim == 1
+    c, d = (W.shape[-1], W.shape[-2]) if view.layout == "transposed" else (W.shape[-2], W.shape[-1])
+    return bool(x.shape[-1:] == (d,) and output.shape[-1:] == (c,))
+
+
 def split_change(output: Tensor, x: Tensor, W: Tensor, terms: Sequence[Term], view: MatrixView) -> Tensor:
     """Return what the sum of the terms adds to the output, laid out so that it can be added to it.
 
