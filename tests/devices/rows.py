@@ -637,7 +637,7 @@ LAUNCHED = Section(
             "to rounding",
             SHARDED_TOOLS + "accelerate_follows_one_process_and_resumes_bit_for_bit",
             SHARDED_TOOLS + "a_full_state_that_is_loaded_again_gives_a_scaled_branch_its_factors",
-            note="In float64, to 1e-10; resumes bit for bit. `save_adapter`, which all ranks call, to 2e-5 of the logits.",
+            note="In float64, to 1e-10. Resumes bit for bit. `save_adapter`, by all ranks, to 2e-5 of the logits.",
         ),
         both(
             "`accelerate launch --cpu` with FSDP or DeepSpeed",
