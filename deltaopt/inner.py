@@ -16,10 +16,14 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deltaopt.messages import names
-from deltaopt.sharding import gathered
+from deltaopt.ranks import Ranks
+from deltaopt.sharding import local_part
 
 OURS = ("update_ratio", "start_step", "scaling", "rounding", "rounding_seed", "weight_update", "keep_base")
 """Keyword arguments of `DeltaLoRAOptimizer` that are no options of an inner optimizer."""
+
+LOOK = "the look at the gradients in step()"
+"""What ranks are in that ask each other if a step with a learning rate of 0 has gradients."""
 
 LEAVES_FROZEN_ALONE: set[tuple[str, str]] = set()
 """Module and class of optimizers that may hold a frozen W: they do not touch parameters without a gradient.
@@ -154,16 +158,21 @@ def nested(inner: Optimizer) -> list[Optimizer]:
     return list(found.values())
 
 
-def is_state_initialisation(inner: Optimizer) -> bool:
+def is_state_initialisation(inner: Optimizer, ranks: Ranks | None = None) -> bool:
     """Tell if the step to come only makes the inner state exist.
 
     torch.distributed.checkpoint calls `step` for that wherever `state` is empty, with lr = 0 and zero
     gradients. The gradients are looked at, which waits for the device, only then.
+
+    Args:
+        inner: about to step.
+        ranks: that share sharded tensors, and have to decide alike: each sees its part of the gradients.
     """
     if inner.state or not all(_is_zero(g.get("lr", 1.0)) for g in inner.param_groups):
         return False
     grads = [p.grad for g in inner.param_groups for p in g["params"] if p.grad is not None]
-    return bool(grads) and not any(bool(gathered(grad).any()) for grad in grads)  # of shards ranks could disagree
+    is_zero = bool(grads) and not any(bool(local_part(grad).any()) for grad in grads)
+    return is_zero if ranks is None else all(ranks.gather(LOOK, is_zero).values())
 
 
 def _is_zero(lr: float | Tensor | None) -> bool:

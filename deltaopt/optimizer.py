@@ -19,6 +19,7 @@ from deltaopt.checkpoint import resume
 from deltaopt.checkpoint.format import (
     add_ledgers,
     add_record,
+    check_complete,
     check_record,
     inner_state,
     own_form,
@@ -321,7 +322,7 @@ class DeltaLoRAOptimizer(Optimizer):
             check_no_schedule_free_around(self._inner)
             if closure is None:
                 self._backward_watch.look(weights)
-            if is_state_initialisation(self._inner):
+            if is_state_initialisation(self._inner, self._rule.ranks):
                 return self._inner_step(weights, closure, [])
             roll_call.facts["update_ratio"] = self._set_ratios()  # lambda_t; 0 for t < K
             losses: list[Any] = []
@@ -895,7 +896,9 @@ class DeltaLoRAOptimizer(Optimizer):
                     state_dict = pre_hook(self, state_dict) or state_dict
                     self._look_up(rescaled)  # a hook may load or replace parameters
                 record, ledgers, compensations, inner_state = self._read(state_dict, weights)
-                roll_call.meet({"step count": record["step_count"], "the saved ledgers": [record, ledgers]})
+                forms = resume.forms_of_compensations(weights, compensations) if record["ledgers"] else []
+                contents = {"the saved ledgers": [record, ledgers], "the saved compensations": forms}
+                roll_call.meet({"step count": record["step_count"], **contents})
             decided = resume.plan(weights, ledgers, compensations) if record["ledgers"] else []
             rounding = self._rounding._replace(seed=record["rounding_seed"])
             writer = rounding.during("resume", record["step_count"])
@@ -945,6 +948,7 @@ class DeltaLoRAOptimizer(Optimizer):
         """
         record, inner = split_record(state_dict)
         check_record(record, self._groups, weights, self.weight_update)
+        check_complete(inner)
         ledgers, compensations, inner = split_ledgers(inner, record["schema"])
         names = present_names(record, weights)
         return _Saved(record, under_present_names(ledgers, names), under_present_names(compensations, names), inner)
@@ -1126,12 +1130,15 @@ class DeltaLoRAOptimizer(Optimizer):
         self._seen = True
 
     def _compensations(self) -> dict[WeightState, Tensor | None]:
-        """Return what a checkpoint keeps of each compensation; zeros where every W moves and has none yet."""
+        """Return what a checkpoint keeps of each compensation; zeros where W has none yet and may be written.
+
+        So the state of a fresh optimizer has a place for all that a distributed checkpoint may hold.
+        """
         writer = self._writer("move")
+        keeps = [self._rule.moves_weights or weight.compensation is not None for weight in self._weights]
         return {
-            weight: writer.compensation(weight)
-            for weight in self._weights
-            if self._rule.moves_weights or weight.compensation is not None
+            weight: writer.compensation(weight) if kept else writer.no_compensation(weight)
+            for weight, kept in zip(self._weights, keeps, strict=True)
         }
 
     def _weight(self, name: str) -> WeightState:

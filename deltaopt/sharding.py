@@ -71,19 +71,19 @@ def without_numbers(tensor: Tensor) -> Tensor:
 
 
 def part_like(tensor: Tensor, W: Tensor, stored: Block) -> Tensor:
-    """Return what a sharded W would have on this rank of another tensor of its shape, whole or sharded in any way.
+    """Return what a sharded W would have on this rank of a tensor of its shape, which may have more dimensions behind.
 
     All ranks have to call this, with tensors that are sharded alike.
 
     Args:
-        tensor: of the shape of W.
+        tensor: whole or sharded in any way.
         W: sharded.
         stored: where this rank's part of W lies in it.
     """
     if is_sharded(tensor):
         if _spec(tensor).mesh == _spec(W).mesh and _spec(tensor).placements == _spec(W).placements:
             return local_part(tensor)
-        tensor = gathered(tensor)
+        tensor = gather_all([tensor])[0]
     return tensor[tuple(slice(*bounds) for bounds in stored)]
 
 
@@ -111,6 +111,15 @@ def ranks_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """Return the global ranks that hold parts of these tensors, ascending; none where nothing is sharded."""
     meshes = {id(mesh): mesh for tensor in tensors if is_sharded(tensor) for mesh in [_spec(tensor).mesh]}
     return tuple(sorted({int(rank) for mesh in meshes.values() for rank in mesh.mesh.flatten().tolist()}))
+
+
+def absent_ranks(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the ranks, of those that hold parts of these tensors, that this job does not have; none if it has all."""
+    import torch.distributed as dist
+
+    ranks = ranks_of(tensors)
+    here = dist.get_world_size() if ranks and dist.is_initialized() else 1
+    return tuple(rank for rank in ranks if rank >= here)
 
 
 def place_of(tensor: Tensor) -> str:

@@ -22,6 +22,7 @@ from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.messages import warn_user
 from deltaopt.pickled import IfInstalled
 from deltaopt.sharding import is_sharded, local_part
+from deltaopt.tensors import same_view
 
 MARK = "deltaopt"
 """In a module's metadata of a state_dict: by name, the factors that its values were multiplied by."""
@@ -200,6 +201,10 @@ class StoredFactor:
         """Return what A becomes by loading this value, which is for the first scaling."""
         factor = self.factor
         if value.shape != A.shape:  # torch refuses it
+            return value
+        # A dict that was made of an unscaled branch holds A itself, which has the numbers of the scaled branch by now.
+        if mark is not None and factor != 1.0 and same_view(local_part(value.detach()), local_part(A.detach())):
+            self.load = None
             return value
         given_at = _factor_of(value.to(A.dtype)) if mark is None else mark.get(self.name)  # files have other dtypes
         self._note_load(given_at, call)

@@ -1,4 +1,4 @@
-"""One thread a worker, deterministic data, hypothesis profiles, and the marker for CUDA."""
+"""One thread a worker, deterministic data, hypothesis profiles, and the markers for CUDA and for the night."""
 
 import os
 
@@ -18,10 +18,15 @@ pytest.register_assert_rewrite("tests.support")
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
 settings.register_profile("default", max_examples=25, **common)
 settings.register_profile("nightly", **{**common, "max_examples": 1000, "derandomize": False})
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+settings.load_profile(PROFILE)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if PROFILE != "nightly":
+        later = [item for item in items if "nightly" in item.keywords]
+        items[:] = [item for item in items if "nightly" not in item.keywords]
+        config.hook.pytest_deselected(items=later)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deltaopt.sharding import is_sharded, local_part, placed_in_whole, with_local_part
+from deltaopt.sharding import gather_all, part_like, placed_in_whole, with_local_part
 
 if TYPE_CHECKING:
     from deltaopt.weight import WeightState
@@ -30,24 +30,44 @@ def saved_compensation(weight: WeightState, bits: Tensor) -> Tensor:
     return placed_in_whole(found, piece, weight.tensors.W)
 
 
-def loaded_compensation(weight: WeightState, kept: Tensor) -> Tensor | None:
-    """Return a saved compensation as int16, this rank's part of it where W is sharded; None if it is of no such W.
+def is_compensation(weight: WeightState, kept: object) -> bool:
+    """Tell if this is a compensation of W, as a state of this or an earlier version holds it.
 
     Args:
         weight: with its tensors resolved.
-        kept: as a state of this or an earlier version holds it, sharded as W is, or whole.
+        kept: in one piece, or sharded in any way.
     """
-    piece, shape = weight.piece, weight.part().shape
-    if piece is not None and not is_sharded(kept):
-        expected = weight.tensors.W.shape if piece.view.moves_all else piece.whole
-        if kept.shape[: len(expected)] != torch.Size(expected):
-            return None
-        block = piece.stored if piece.view.moves_all else piece.block
-        kept = kept[tuple(slice(*bounds) for bounds in block)]
-    part = local_part(kept)
-    if part.dtype == torch.uint8 and part.shape == (*shape, 2):
-        return compensation_bits(part)
-    return part if part.dtype == torch.int16 and part.shape == shape else None  # of schema 4 and 5
+    if not isinstance(kept, Tensor):
+        return False
+    shape = saved_shape(weight)
+    return (kept.dtype, kept.shape) in ((torch.uint8, (*shape, 2)), (torch.int16, shape))  # int16 of schema 4 and 5
+
+
+def loaded_compensation(weight: WeightState, kept: Tensor) -> Tensor:
+    """Return a saved compensation as int16, this rank's part of it where W is sharded.
+
+    Where it is sharded in another way than W, all of it is gathered; all ranks have to call this then.
+
+    Args:
+        weight: with its tensors resolved.
+        kept: one of which `is_compensation` is true.
+    """
+    piece = weight.piece
+    if piece is None:
+        part = gather_all([kept])[0]
+    elif piece.view.moves_all:
+        part = part_like(kept, weight.tensors.W, piece.stored)
+    else:
+        part = part_like(kept, weight.tensors.W, piece.block)
+    return compensation_bits(part) if part.dtype == torch.uint8 else part
+
+
+def saved_shape(weight: WeightState) -> tuple[int, ...]:
+    """Return the shape of what a state holds of the compensation, without the dimension of its bytes."""
+    piece = weight.piece
+    if piece is None:
+        return tuple(weight.part().shape)
+    return tuple(weight.tensors.W.shape) if piece.view.moves_all else piece.whole
 
 
 def compensation_bytes(bits: Tensor) -> Tensor:

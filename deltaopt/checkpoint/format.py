@@ -28,6 +28,7 @@ from deltaopt.naming import differ_by_wrappers, renamed
 from deltaopt.plain import plain
 from deltaopt.rounding.writer import checked_seed
 from deltaopt.scaling import checked_scaling
+from deltaopt.sharding import absent_ranks, ranks_of
 from deltaopt.weight import WeightState
 
 SCHEMA = 6
@@ -243,6 +244,19 @@ def present_names(record: dict[str, Any], weights: Sequence[WeightState]) -> dic
     """Return by the name under which each triple was saved its name now: a wrapper of the model may have changed it."""
     saved = [triple["name"] for group in record["groups"] for triple in group["triples"]]
     return renamed(saved, [weight.label for weight in weights])
+
+
+def check_complete(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError for a state of which only the part of one rank is here, and the other ranks are not."""
+    of_each = [entries for entries in state_dict["state"].values() if isinstance(entries, Mapping)]
+    tensors = [value for entries in of_each for value in entries.values() if isinstance(value, Tensor)]
+    absent = absent_ranks(tensors)
+    if absent:
+        raise ValueError(
+            f"this state holds one rank's part of sharded tensors of the ranks {list(ranks_of(tensors))}, of which "
+            f"this job has no {', '.join(map(str, absent))}: a file that each rank wrote for itself is for as many "
+            "ranks. Save with torch.distributed.checkpoint, or with full_state_dict=True, for any number of ranks"
+        )
 
 
 def without_ledger(state_dict: dict[str, Any]) -> dict[str, Any]:

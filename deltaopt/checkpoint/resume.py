@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import call_the_rest
-from deltaopt.checkpoint.compensation import loaded_compensation
+from deltaopt.checkpoint.compensation import is_compensation, loaded_compensation, saved_shape
 from deltaopt.checkpoint.records import PACKED, SavedLedger, factor_fingerprint, unreadable, weight_records
 from deltaopt.messages import Problem, layers, problems_of, raise_problems
 from deltaopt.overwritten import base_samples
 from deltaopt.rounding.blocks import cut_off
 from deltaopt.rounding.writer import Writer, add_terms_, put_
-from deltaopt.sharding import gathered, put_whole_
+from deltaopt.sharding import gathered, local_part, put_whole_, summed_over_ranks
 from deltaopt.stored_factors import raw_form, stored_form
 from deltaopt.weight import Compensation, WeightState
 
@@ -74,12 +74,17 @@ class Resumption(NamedTuple):
             weight.note_write()
             writer.add_terms_(weight, weight.displacement(), self.written)
             note_rebuilt(weight, self.saved)
-        elif self.compensation is not None and writer.rounding.of(weight.tensors.W.dtype) == "compensated":
+        elif self.compensation is not None and self._keeps_compensation(writer):
             weight.writable_compensation(weight.part()).copy_(self.compensation)
         if weight.moved:
             weight.triple.weight_moves()
         else:
             weight.triple.weight_rests()
+
+    def _keeps_compensation(self, writer: Writer) -> bool:
+        """Tell if something may have been cut off from W: it was written in the saved run, and is as it was rounded."""
+        is_compensated = writer.rounding.of(self.weight.tensors.W.dtype) == "compensated"
+        return is_compensated and self.weight.base is not None
 
     def note_base_sample(self, present: Tensor | None) -> None:
         """Note what tells later if somebody else writes W, or had done so in the saved run; last of all.
@@ -108,7 +113,7 @@ def plan(
     Args:
         weights: as registered now, with their tensors resolved.
         records: of the saved ledgers, by the triples' names.
-        compensations: that were saved, by the triples' names.
+        compensations: that were saved, by the triples' names, of which `forms_of_compensations` raises nothing.
 
     Raises:
         ValueError: if the ledger of a triple is missing or damaged.
@@ -119,7 +124,8 @@ def plan(
     decided: list[Resumption] = []
     problems: list[Problem] = []
     for weight, W, saved in zip(weights, weight_records(weights), ledgers, strict=True):
-        compensation = _checked_compensation(weight, compensations.get(weight.label))
+        kept = compensations.get(weight.label)
+        compensation = None if kept is None else loaded_compensation(weight, kept)
         resumption, found = _decide(weight, W, saved, compensation)
         decided.append(resumption)
         problems += problems_of(weight.label, found)
@@ -133,6 +139,33 @@ def plan(
         "goes back to adapters of its own run without their base being loaded",
     )
     return decided
+
+
+def forms_of_compensations(weights: Sequence[WeightState], compensations: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the name and the form of each saved compensation, which has to be the same on all ranks.
+
+    Args:
+        weights: as registered now, with their tensors resolved.
+        compensations: that were saved, by the triples' names.
+
+    Raises:
+        ValueError: if one does not fit its W.
+    """
+    forms = []
+    for weight in weights:
+        kept = compensations.get(weight.label)
+        if kept is None:
+            continue
+        found = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
+        if not is_compensation(weight, kept):
+            shape = saved_shape(weight)
+            raise ValueError(
+                f"{weight.label}: its saved compensation is damaged, expected torch.uint8 of shape {(*shape, 2)} (or, "
+                f"of an earlier version, torch.int16 of shape {shape}), got {found}. Take another checkpoint, or load "
+                "deltaopt.without_compensation(state)"
+            )
+        forms.append((weight.label, f"{found} as {getattr(kept, 'placements', None)}"))
+    return forms
 
 
 def saved_ledgers(weights: Sequence[WeightState], records: Mapping[str, Any]) -> list[SavedLedger]:
@@ -306,21 +339,6 @@ def _check_shapes(saved: SavedLedger, expected: list[list[int]]) -> None:
             raise ValueError("a term that is not finite")
 
 
-def _checked_compensation(weight: WeightState, kept: Any) -> Tensor | None:
-    """Return the saved compensation as int16, this rank's part of it where W is sharded."""
-    if kept is None:
-        return None
-    if isinstance(kept, Tensor) and (bits := loaded_compensation(weight, kept)) is not None:
-        return bits
-    shape = weight.part().shape
-    found = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(kept)
-    raise ValueError(
-        f"{weight.label}: its saved compensation is damaged, expected torch.uint8 of shape {(*shape, 2)} (or, of an "
-        f"earlier version, torch.int16 of shape {tuple(shape)}), got {found}. Take another checkpoint, or load "
-        "deltaopt.without_compensation(state)"
-    )
-
-
 @torch.no_grad()
 def factor_problems(weight: WeightState, saved: SavedLedger) -> list[str]:
     """Say which of A and B, or of their parameters, are not those that were saved."""
@@ -392,7 +410,17 @@ def _what_is_there(weight: WeightState, W: dict[str, Any], saved: SavedLedger) -
         return "saved"
     if saved.whole is not None and weight.whole_hash(saved.whole_hash) == saved.whole:
         return "saved"
-    return "rebuilt" if _rebuilt_for and _rebuilt_for.get(weight.whole_hash()) == _saved_hash(saved) else None
+    return "rebuilt" if _was_rebuilt_for(weight, saved) else None
+
+
+def _was_rebuilt_for(weight: WeightState, saved: SavedLedger) -> bool:
+    """Tell if this process has moved W to where it is, for the one that was saved; of a sharded W all ranks have to."""
+    if weight.piece is None:
+        return bool(_rebuilt_for) and _rebuilt_for.get(weight.whole_hash()) == _saved_hash(saved)
+    known = _rebuilt_for.get(weight.whole_hash()) == _saved_hash(saved)
+    W = weight.tensors.W
+    [others] = summed_over_ranks([torch.tensor(int(not known), device=local_part(W).device)], [W])
+    return not int(others)
 
 
 def _saved_hash(saved: SavedLedger) -> int:

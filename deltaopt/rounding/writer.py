@@ -148,6 +148,12 @@ class Writer(NamedTuple):
             return None
         return weight.writable_compensation(weight.part())
 
+    def no_compensation(self, weight: WeightState) -> Tensor | None:
+        """Return zeros, which are not kept, of a W that was never written; None if this W will keep nothing."""
+        if self.rounding.of(weight.tensors.W.dtype) != "compensated" or weight.weight_problems():
+            return None
+        return torch.zeros_like(weight.part(), dtype=torch.int16)
+
 
 @torch.no_grad()
 def add_terms_(

@@ -212,6 +212,15 @@ def test_a_dict_from_before_the_ratio_is_for_the_registered_scaling_too():
     assert layer.scaling == S
 
 
+def test_parameters_that_are_loaded_into_themselves_stay():
+    layer, optimizer = trained(zero=False, steps=1, start_step=1)
+    tensors = layer.state_dict()
+    train(layer, optimizer)
+    expected = copy.deepcopy(dict(layer.named_parameters()))
+    layer.load_state_dict(tensors)
+    assert all(torch.equal(p, expected[name]) for name, p in layer.named_parameters())
+
+
 @pytest.mark.parametrize("zero", [True, False])
 @pytest.mark.parametrize("form", ["stored", "raw", "raw and scaled"])
 def test_a_state_finds_A_in_each_form(form, zero):

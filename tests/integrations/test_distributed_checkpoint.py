@@ -36,6 +36,7 @@ from tests.support.peft_runs import (
     each_start,
     fresh,
     peft_asks_by_an_old_name,
+    scramble,
 )
 from tests.support.strategies import each_rule
 
@@ -183,6 +184,21 @@ def test_from_the_base_and_the_trained_parameters_a_run_resumes_to_rounding(star
 
 def test_a_bfloat16_weight_is_rebuilt_with_one_rounding_and_says_so(tmp_path):
     assert_rebuilds_bfloat16_with_one_rounding(ADAPTER_CHECKPOINT, tmp_path)
+
+
+@each_rule
+def test_torchs_recipe_brings_the_factors_back(rule, tmp_path):
+    """It loads into the parameters themselves, then the optimizer's state, and the parameters into themselves last."""
+    run, twin = ModelRun(rule).train(DATA[:STOP]), ModelRun(rule, start_step=99)
+    scramble(twin.model, lambda _: True)
+    run.optimizer.zero_grad()
+    for each, call in ((run, checkpoint.save), (twin, checkpoint.load)):
+        model, optimizer = dcp.get_state_dict(each.model, each.optimizer)
+        call({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path)
+    dcp.set_state_dict(twin.model, twin.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    for each in (run, twin):
+        each.train(DATA[STOP:])
+    assert_same_runs(run, twin)
 
 
 def test_ledgers_of_several_terms_reach_a_fresh_optimizer(tmp_path):
