@@ -354,8 +354,8 @@ CHECKPOINTS = Section(
             "exact",
             SHARDED + "a_distributed_checkpoint_is_loaded_into_every_form",
             SHARDED + "a_run_of_real_passes_resumes_bit_for_bit",
-            note="Parameters, moments, ledgers, compensations. Steps after that: exact in the same form, else float32 to"
-            " its last places.",
+            note="Parameters, moments, ledgers, compensations. Steps after that: exact in the same form, else to the"
+            " last places of float32.",
         ),
         both(
             "from 2 ranks to 1 process and back",
