@@ -18,6 +18,7 @@ PARALLEL = "integrations/test_tensor_parallel.py::test_"
 PARALLEL_BASE = "integrations/test_tensor_parallel_base.py::test_"
 REFUSED = "integrations/test_sharding_refused.py::test_"
 DCP = "integrations/test_distributed_checkpoint.py::test_"
+SHARDED = "integrations/test_sharded_checkpoint.py::test_"
 FSDP1 = "integrations/test_fsdp1.py::test_"
 OPTIMIZERS = "integrations/test_optimizers_of_ranks.py::test_"
 IN_BACKWARD = "unit/test_in_backward.py::test_"
@@ -348,6 +349,46 @@ CHECKPOINTS = Section(
             DCP + "with_the_whole_model_a_run_resumes_bit_for_bit",
             DCP + "ledgers_of_several_terms_reach_a_fresh_optimizer",
         ),
+        both(
+            "DDP, FSDP2, HSDP, tensor parallelism: onto each of them",
+            "exact",
+            SHARDED + "a_distributed_checkpoint_is_loaded_into_every_form",
+            SHARDED + "a_run_of_real_passes_resumes_bit_for_bit",
+            note="Parameters, moments, ledgers, compensations. Steps after that: exact in the same form, else to the"
+            " last places of float32.",
+        ),
+        both(
+            "from 2 ranks to 1 process and back",
+            "exact",
+            SHARDED + "two_ranks_continue_as_one",
+            SHARDED + "one_process_continues_as_two_ranks",
+            note="Steps after that to rounding.",
+        ),
+        both(
+            "`full_state_dict`, `broadcast_from_rank0`, onto each of them",
+            "exact",
+            SHARDED + "a_whole_state_is_loaded_into_every_form",
+            SHARDED + "a_whole_state_in_a_file_is_inspected_by_the_command_line",
+        ),
+        both(
+            "`async_save`, and training meanwhile",
+            "exact",
+            SHARDED + "a_checkpoint_that_is_written_meanwhile_has_the_state_of_its_beginning",
+        ),
+        both(
+            "the adapter alone, onto each of them",
+            "to rounding",
+            SHARDED + "an_adapter_resumes_in_every_form_from_the_pristine_base",
+            note="From the pristine base. Relative 1e-5 in float32; compensated 16-bit weights have the same bits.",
+        ),
+        both(
+            "a full disk, another file or other weights on one rank",
+            "refused",
+            SHARDED + "a_full_disk_on_one_rank_is_named_on_all_and_nothing_is_lost",
+            SHARDED + "ranks_that_load_different_files_are_told",
+            SHARDED + "weights_of_another_checkpoint_are_refused_on_all_ranks",
+            SHARDED + "a_compensation_that_one_rank_lacks_is_told",
+        ),
         Row(
             "FSDP2, and the whole model in one process from its gathered state",
             "exact",
@@ -383,6 +424,8 @@ CHECKPOINTS = Section(
             "exact",
             DCP + "a_checkpoint_of_schema_4_is_loaded_by_a_planner_that_allows_missing_keys",
             DCP + "a_compensation_of_an_earlier_version_comes_through_one_file",
+            SHARDED + "a_state_of_an_earlier_version_is_loaded_into_every_form",
+            SHARDED + "a_compensation_of_an_earlier_version_is_cut_as_w",
         ),
     ),
 )
@@ -637,7 +680,7 @@ LAUNCHED = Section(
             "to rounding",
             SHARDED_TOOLS + "accelerate_follows_one_process_and_resumes_bit_for_bit",
             SHARDED_TOOLS + "a_full_state_that_is_loaded_again_gives_a_scaled_branch_its_factors",
-            note="In float64, to 1e-10; resumes bit for bit. `save_adapter`, which all ranks call, to 2e-5 of the logits.",
+            note="In float64, to 1e-10. Resumes bit for bit. `save_adapter`, by all ranks, to 2e-5 of the logits.",
         ),
         both(
             "`accelerate launch --cpu` with FSDP or DeepSpeed",
