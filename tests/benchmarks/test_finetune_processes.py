@@ -137,7 +137,14 @@ def cut_short(options: list[str], method: str, step: int) -> None:
             finetune.main(options)
 
 
-@pytest.mark.parametrize(("method", "step"), [("LoRA", 4), ("Delta-LoRA", 2), ("folded", 8)])
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [
+        pytest.param("LoRA", 4, marks=pytest.mark.nightly),
+        ("Delta-LoRA", 2),
+        pytest.param("folded", 8, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_run_is_continued_after_its_last_checkpoint(method, step, program, capsys):
     """Before W has begun to move and after that. Dropout draws the numbers that it would have drawn."""
     name, method = f"{method}{step}", "Delta-LoRA, folded" if method == "folded" else method

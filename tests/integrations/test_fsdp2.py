@@ -41,7 +41,7 @@ COMPUTED = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"])
 def test_weights_move_as_in_one_process(way, kind):
     on_all_ranks(moves_on_rank, way, kind)
 
@@ -52,7 +52,10 @@ def moves_on_rank(rank: int, way: str, kind: str) -> None:
     run.assert_moved()
 
 
-@each_kind
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("float32", "bfloat16") else pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS],
+)
 def test_fifty_steps_do_not_drift_apart(kind):
     on_all_ranks(fifty_steps_on_rank, kind)
 
