@@ -72,7 +72,7 @@ def is_whole(output: object, x: object, W: Tensor, view: MatrixView, module: nn.
     if is_sharded(output) or is_sharded(x):
         return False
     if view.layout not in KNOWN:  # tensor parallelism of other layers is refused where W is not at rest
-        return _mesh(W).ndim == 1
+        return bool(_mesh(W).ndim == 1)
     c, d = (W.shape[-1], W.shape[-2]) if view.layout == "transposed" else (W.shape[-2], W.shape[-1])
     return bool(x.shape[-1:] == (d,) and output.shape[-1:] == (c,))
 
