@@ -153,12 +153,13 @@ def moved_by_others(triples: Sequence[LoRATriple]) -> set[LoRATriple]:
     """
     with _lock:
         others = [claim for claim in _living if claim._wrote and not claim.owner.at_base]
-    moved = [matrix for claim in others if (matrix := claim._matrix()) is not None and claim.moved()]
-    if not moved:
+    held = [(claim, matrix) for claim in others if (matrix := claim._matrix()) is not None]
+    if not held:
         return set()
     new = [(triple, W) for triple in triples if triple.output_hook is None and (W := _matrix_of(triple)) is not None]
-    pairs = overlapping_pairs([*moved, *(matrix for _, matrix in new)])
-    return {new[j - len(moved)][0] for i, j in pairs if i < len(moved) <= j}
+    pairs = overlapping_pairs([*(matrix for _, matrix in held), *(matrix for _, matrix in new)])
+    shared = [(held[i][0], new[j - len(held)][0]) for i, j in pairs if i < len(held) <= j]
+    return {triple for claim, triple in shared if claim.moved()}
 
 
 def take(claims: Sequence[Claim]) -> None:

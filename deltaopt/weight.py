@@ -523,9 +523,19 @@ def looked_up_once(weights: Sequence[WeightState]) -> Iterator[None]:
 
 
 def off_base(weight: WeightState) -> Callable[[], bool]:
-    """Return a function that tells if this weight is off its base, and does not keep it alive."""
+    """Return a function that tells if this weight is off its base, and does not keep it alive.
+
+    Of a sharded W it tells what the last event has found: looking into it takes all ranks.
+    """
     reference = weakref.ref(weight)
-    return lambda: (there := reference()) is not None and there.is_off_base()
+
+    def is_off() -> bool:
+        there = reference()
+        if there is None or not there.is_sharded:
+            return there is not None and there.is_off_base()
+        return there.base is not None and not there._back
+
+    return is_off
 
 
 def _version(W: Tensor) -> tuple[int, int]:
