@@ -36,12 +36,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
+    from tests.support import internals  # after register_assert_rewrite
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # A test that interrupts at every line leaves contexts of autocast open, and their cache of casts goes stale.
     for _ in range(torch.autocast_increment_nesting()):
         torch.autocast_decrement_nesting()
     torch.clear_autocast_cache()
+    internals.renew_locks()  # it leaves them locked, too, for all threads but the main one
 
 
 @pytest.fixture

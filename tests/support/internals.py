@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, factor_buffers, gradient_hooks, ledger
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, claims, factor_buffers, gradient_hooks, ledger
 from deltaopt import weight as weight_module
 from deltaopt.checkpoint.fingerprint import Fingerprint
 from deltaopt.checkpoint.format import KEY, LEDGER, _sealed, split_ledgers
@@ -238,3 +239,8 @@ def as_schema_4(state: dict[str, Any]) -> dict[str, Any]:
 def use_chunks_of(patch: pytest.MonkeyPatch, elements: int) -> None:
     """Make U and V of as many weights at a time as have this many elements of them; of one weight at least."""
     patch.setattr(factor_buffers, "CHUNK_ELEMENTS", elements)
+
+
+def renew_locks() -> None:
+    """Forget who holds the package's locks."""
+    claims._lock = threading.RLock()
