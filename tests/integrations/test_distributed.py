@@ -180,8 +180,17 @@ SHARDED: dict[str, dict] = {
 }
 
 
-@each_rule
-@pytest.mark.parametrize("way", SHARDED)
+ONE_MORE = ("checkpointing", "accumulation", "the factors of one layer by themselves", "one piece")
+
+
+@pytest.mark.parametrize(
+    ("way", "rule"),
+    [
+        pytest.param(way, rule, marks=[pytest.mark.nightly] * (way in ONE_MORE and rule == "in_place"))
+        for way in SHARDED
+        for rule in ("in_place", "folded")
+    ],
+)
 def test_sharded_models_follow_one_process_and_resume_bit_for_bit(way, rule):
     on_all_ranks(sharded_models_on_rank, way, rule)
 

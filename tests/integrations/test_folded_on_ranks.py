@@ -211,7 +211,10 @@ CALLS: dict[str, Callable[[DeltaLoRAOptimizer], Any]] = {
 
 
 @each_rule
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "call",
+    [call if call in ("step", "export_adapter") else pytest.param(call, marks=pytest.mark.nightly) for call in CALLS],
+)
 def test_a_rank_that_is_alone_in_a_call_is_told_who_did_not_come(call, rule):
     """Step K of the folded rule takes the product from W, for which all ranks have to be there."""
     said = on_all_ranks(alone_on_rank, call, rule)
