@@ -177,7 +177,7 @@ class InPlaceUpdate(UpdateRule):
         """Tell if all factors are finite, on all ranks where weights are sharded: a 0-d bool.
 
         Raises:
-            ValueError: on all ranks, if whole factors next to a sharded W differ between them.
+            FactorsDifferError: on all ranks, if whole factors next to a sharded W differ between them.
         """
         self._guard.on_all_ranks = bool(sharded.slots)
         if not sharded.slots:

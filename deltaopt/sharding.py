@@ -206,7 +206,7 @@ def _piece(
     shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: Any, view: MatrixView
 ) -> Piece:
     stored = tuple(_bounds(n, dim, mesh, coordinate, placements) for dim, n in enumerate(shape))
-    whole_view, local_view = view, view
+    local_view = view
     block = list(stored)
     if view.layout in ("transposed", "embedding", "transposed_experts"):
         block[-1], block[-2] = block[-2], block[-1]
@@ -227,7 +227,7 @@ def _piece(
             block[dim] = (low_in_part, low_in_part + high - low)
         local_view = MatrixView(view.layout, *bounds)
     is_first = all(at == 0 for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
-    return Piece(_matrix_shape(shape, whole_view), tuple(block), local_view, stored, is_first)
+    return Piece(_matrix_shape(shape, view), tuple(block), local_view, stored, is_first)
 
 
 def _matrix_shape(shape: tuple[int, ...], view: MatrixView) -> tuple[int, ...]:
@@ -291,10 +291,7 @@ def sharded_matrix(matrix: Tensor, piece: Piece, W: Tensor) -> Tensor:
         return with_local_part(W, matrix.view(local_part(W).shape)).flatten(1)
     if layout in ("linear", "experts"):
         return with_local_part(W, matrix)
-    whole = matrix.new_zeros(piece.whole)
-    if piece.is_first:
-        piece.block_of(whole).copy_(matrix)
-    return summed_over_ranks([whole], [W])[0]
+    return placed_in_whole(matrix, piece, W)
 
 
 def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = None) -> list[str]:
@@ -480,16 +477,16 @@ def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> l
 
 
 def placed_in_whole(part: Tensor, piece: Piece, W: Tensor) -> Tensor:
-    """Return all of a matrix of bytes of which each rank has a block, by one sum with zeros over the ranks of W.
+    """Return all of a matrix of which each rank has a block, by one sum with zeros over the ranks of W.
 
     Args:
-        part: this rank's block, uint8, with further dimensions behind those of the matrix.
+        part: this rank's block; it may have further dimensions behind those of the matrix.
         piece: where it lies.
         W: tells which ranks hold the others.
     """
     whole = part.new_zeros((*piece.whole, *part.shape[len(piece.whole) :]))
     if piece.is_first:
-        whole[tuple(slice(*bounds) for bounds in piece.block)] = part
+        piece.block_of(whole).copy_(part)
     return summed_over_ranks([whole], [W])[0]
 
 

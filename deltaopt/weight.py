@@ -366,7 +366,7 @@ class WeightState:
             return hashed(self.triple.view.part(gathered(self.tensors.W)))
         start, shape = self.piece.place_of_part()
         own = whole_hash_part(self.part(), start, self.tensors.W.shape if shape is None else shape)
-        return int(summed_over_ranks([own * self.piece.is_first], [self.tensors.W])[0])
+        return int(self.summed(own))
 
     def _like(self) -> Tensor:
         """Return a tensor that is sharded as W is, while W itself may be gathered for a forward pass."""
