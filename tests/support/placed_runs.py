@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support.internals import compensation_of
-from tests.support.sharded_runs import KINDS, LR, branched, layer_is_active, net
+from tests.support.sharded_runs import KINDS, LR, branched, net, triples_of
 
 RATIO = 2.0
 COLUMNWISE, ROWWISE = (Shard(0), Shard(0), Replicate()), (Shard(1), Replicate(), Shard(1))
@@ -91,18 +91,7 @@ class PlacedRun:
         self.model = FORMS[form](net(dtype, zero))
         settings = {"rounding": rounding, "rounding_seed": 3, "update_ratio": RATIO, **options}
         inner = {"inner": torch.optim.AdamW, "lr": LR, **settings}
-        make = Started if started else LoRATriple
-        triples = [
-            make(
-                (layer.base, "weight"),
-                (layer, "A"),
-                (layer, "B"),
-                scaling=(layer, "scaling"),
-                name=f"l{i}",
-                is_active=layer_is_active(layer),
-            )
-            for i, layer in enumerate(branched(self.model))
-        ]
+        triples = triples_of(self.model, Started if started else LoRATriple)
         self.optimizer = DeltaLoRAOptimizer(triples=triples, **inner)
 
     def factors(self) -> list[nn.Parameter]:

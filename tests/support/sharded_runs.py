@@ -59,9 +59,9 @@ def branched(model: nn.Module) -> list[Branched]:
     return [module for module in model.modules() if isinstance(module, Branched)]
 
 
-def triples_of(model: nn.Module) -> list[LoRATriple]:
+def triples_of(model: nn.Module, make: type[LoRATriple] = LoRATriple) -> list[LoRATriple]:
     return [
-        LoRATriple(
+        make(
             (layer.base, "weight"),
             (layer, "A"),
             (layer, "B"),
