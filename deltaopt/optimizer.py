@@ -314,8 +314,9 @@ class DeltaLoRAOptimizer(Optimizer):
                 A and B too, another optimizer trains A and B within the backward pass, or a folded ratio changes and a
                 W cannot be written. In each case nothing has changed.
         """
-        check_outside_backward()
-        check_not_stepped_within(self._rule)
+        with self._called_together("step()"):  # where one rank alone is refused, the others are told of it
+            check_outside_backward()
+            check_not_stepped_within(self._rule)
         with self._resolved("step()", waiting=False) as weights:
             roll_call = self._roll_call
             check_training(weights)
@@ -494,11 +495,12 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if it is not known any more, with the reason.
         """
         with outside_inference_mode(), self._called_together("displacement()") as roll_call:
+            weight, roll_call.facts["layer"] = self._weight(name), name
             check_claims(self._weights, "displacement()", "read")
             self._events.complete()
             self._rule.flush()
             roll_call.meet()
-            return self._weight(name).asked_movement()
+            return weight.asked_movement()
 
     def residual(self, name: str, source: BaseSource | None = None) -> Tensor:
         """Return what rounding did to a W: where it is, minus where it was asked to be.
@@ -520,8 +522,10 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: if W's base is not in `source`.
             RuntimeError: if there is no base at hand, or the displacement is not known any more; in `base_weights`.
         """
-        with self._between_steps("residual()", "base"):
-            return base.residual(self._weight(name), source)
+        with self._called_together("residual()"):
+            weight, pristine = self._weight(name), base.pristine_in(source)
+        with self._between_steps("residual()", "base", layer=name, source=pristine):
+            return base.residual(weight, pristine)
 
     @contextmanager
     def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
@@ -553,8 +557,10 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: for other arguments than these.
         """
         callers_mode = torch.inference_mode if torch.is_inference_mode_enabled() else nullcontext
-        with self._resolved("base_weights()", use="base") as weights:
-            visit = base.Visit(weights, source, method)
+        with self._called_together("base_weights()"):
+            pristine = base.pristine_in(source, method)
+        with self._resolved("base_weights()", use="base", source=pristine, method=method) as weights:
+            visit = base.Visit(weights, pristine, method)
 
             def leave() -> None:
                 visit.leave()
@@ -611,7 +617,7 @@ class DeltaLoRAOptimizer(Optimizer):
             self._backward_watch.forget()
             writer = self._writer("restart")
             start = reinit if reinit is not None else lora_start(generator, writer)
-            restart, repeats = restarts.Restart(weights, writer), self._repeats
+            restart, repeats = restarts.Restart(weights, writer, self._rule.ranks), self._repeats
 
             together = RollCall(self._rule.ranks, "the new start of A and B in restart()")
 
@@ -696,7 +702,8 @@ class DeltaLoRAOptimizer(Optimizer):
             switch()
             return
         with self._resolved(f"{mode}()") as weights:
-            following, repeats = restarts.Following(weights, self._writer("resync")), self._repeats
+            following = restarts.Following(weights, self._writer("resync"), self._rule.ranks)
+            repeats = self._repeats
 
             def finish() -> None:
                 following.carry_out()
@@ -709,13 +716,14 @@ class DeltaLoRAOptimizer(Optimizer):
         if state_dict is None:
             refuse_overwritten(weights, "resync()")
             self._set_ratios()
-            return restarts.Resync(weights, self._writer("resync"))
+            return restarts.Resync(weights, self._writer("resync"), self._rule.ranks)
         roll_call = RollCall(self._rule.ranks, "resync()")
         with roll_call.told():
             record, ledgers, *_ = self._read(state_dict, weights)
             roll_call.meet({"step count": record["step_count"], "the saved ledgers": [record, ledgers]})
         branches = [triple for group in record["groups"] for triple in group["triples"]]
-        return Recall(weights, ledgers, self._writer("resync"), partial(self._rule.restore, weights, branches))
+        restore = partial(self._rule.restore, weights, branches)
+        return Recall(weights, ledgers, self._writer("resync"), self._rule.ranks, restore)
 
     def accounts(self) -> list[Account]:
         """Return each triple with the ledger of its W, for analysis.
@@ -842,9 +850,13 @@ class DeltaLoRAOptimizer(Optimizer):
                 these entries: it holds other param groups than the optimizer.
         """
         with self._resolved("state_dict()", use="read") as weights:
-            for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-                pre_hook(self)
-                self._look_up()  # a hook may gather or replace parameters
+            if self._optimizer_state_dict_pre_hooks:
+                roll_call = RollCall(self._rule.ranks, "the hooks of state_dict()")
+                with roll_call.told():
+                    for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+                        pre_hook(self)
+                        self._look_up()  # a hook may gather or replace parameters
+                    roll_call.meet()
             state_dict = add_record(
                 inner_state(self._inner),
                 self._groups,
@@ -1064,7 +1076,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     @contextmanager
     def _resolved(
-        self, what: str, rescaled: bool = False, waiting: bool = True, use: Use | None = "write"
+        self, what: str, rescaled: bool = False, waiting: bool = True, use: Use | None = "write", **facts: object
     ) -> Iterator[list[WeightState]]:
         """Yield the weights with their current tensors, and let go of these at the end.
 
@@ -1073,8 +1085,9 @@ class DeltaLoRAOptimizer(Optimizer):
             rescaled: folded branches may have another scaling than expected: it is about to be set.
             waiting: wait until the ledgers hold every step.
             use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
+            **facts: arguments of the event, which have to be the same on all ranks.
         """
-        with outside_inference_mode(), self._called_together(what) as roll_call:
+        with outside_inference_mode(), self._called_together(what, **facts) as roll_call:
             try:
                 if use is not None:
                     self._events.complete()
@@ -1157,9 +1170,12 @@ class DeltaLoRAOptimizer(Optimizer):
         raise KeyError(f"no triple {name!r}; there are {names([weight.label for weight in self._weights])}")
 
     @contextmanager
-    def _between_steps(self, what: str, use: Use | None) -> Iterator[None]:
-        """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step."""
-        with outside_inference_mode(), self._called_together(what) as roll_call:
+    def _between_steps(self, what: str, use: Use | None, **facts: object) -> Iterator[None]:
+        """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step.
+
+        The arguments are those of `_resolved`.
+        """
+        with outside_inference_mode(), self._called_together(what, **facts) as roll_call:
             self._events.complete()
             self._refuse_at_base(what)
             if use is not None:
@@ -1169,9 +1185,9 @@ class DeltaLoRAOptimizer(Optimizer):
             yield
 
     @contextmanager
-    def _called_together(self, what: str) -> Iterator[RollCall]:
+    def _called_together(self, what: str, **facts: object) -> Iterator[RollCall]:
         """Give the roll call of an event; an exception before it is told to the other ranks."""
-        roll_call = RollCall(self._rule.ranks, what, self._facts())
+        roll_call = RollCall(self._rule.ranks, what, {**self._facts(), **facts})
         with roll_call.told():
             yield roll_call
 
