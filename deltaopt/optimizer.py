@@ -314,6 +314,12 @@ class DeltaLoRAOptimizer(Optimizer):
                 A and B too, another optimizer trains A and B within the backward pass, or a folded ratio changes and a
                 W cannot be written. In each case nothing has changed.
         """
+        if torch.compiler.is_compiling() and self._rule.ranks is not None:
+            # torch can trace neither what is asked of process groups nor the parts of sharded tensors.
+            return torch.compiler.disable(self._step)(closure)  # type: ignore[no-any-return]
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         with self._called_together("step()"):  # where one rank alone is refused, the others are told of it
             check_outside_backward()
             check_not_stepped_within(self._rule)
@@ -334,7 +340,7 @@ class DeltaLoRAOptimizer(Optimizer):
             with self._events.begin("step()", follow, self._rule.unwritten, losses):
                 loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}; then `follow`: W_{t+1}
             self._backward_watch.note()
-            self._rule.warn(stacklevel=3)  # torch wraps `step`
+            self._rule.warn(stacklevel=4)  # torch wraps `step`
             return loss
 
     def _follow(
