@@ -73,7 +73,7 @@ from deltaopt.inner import (
 )
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
-from deltaopt.messages import names
+from deltaopt.messages import names, problems_of, raise_problems
 from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
 from deltaopt.overwritten import refuse_overwritten
@@ -428,6 +428,7 @@ class DeltaLoRAOptimizer(Optimizer):
             check_claims(self._weights, "report()", "read")
             self._events.complete()
             self._rule.flush()
+            self._look_up_if_sharded_otherwise(roll_call)
             roll_call.meet()
             at_base = self._claimant.at_base
             return report_of(self._weights, self._step_count, self.weight_update, self.skipped_updates, at_base)
@@ -861,7 +862,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 with roll_call.told():
                     for pre_hook in self._optimizer_state_dict_pre_hooks.values():
                         pre_hook(self)
-                        self._look_up()  # a hook may gather or replace parameters
+                        self._look_up(roll_call)  # a hook may gather or replace parameters
                     roll_call.meet()
             state_dict = add_record(
                 inner_state(self._inner),
@@ -912,7 +913,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 state_dict = state_dict.copy()
                 for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                     state_dict = pre_hook(self, state_dict) or state_dict
-                    self._look_up(rescaled)  # a hook may load or replace parameters
+                    self._look_up(roll_call, rescaled)  # a hook may load or replace parameters
                 record, ledgers, compensations, inner_state = self._read(state_dict, weights)
                 forms = resume.forms_of_compensations(weights, compensations) if record["ledgers"] else []
                 contents = {"the saved ledgers": [record, ledgers], "the saved compensations": forms}
@@ -1100,7 +1101,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 self._refuse_at_base(what)
                 if waiting:
                     self._rule.flush()
-                self._look_up(rescaled, roll_call)
+                self._look_up(roll_call, rescaled)
                 if use is not None:
                     check_claims(self._weights, what, use)
                 self._compare_settings(what, roll_call)
@@ -1127,12 +1128,12 @@ class DeltaLoRAOptimizer(Optimizer):
         """Return what has to be the same on all ranks in each event of sharded weights."""
         return {} if self._rule.ranks is None else {"step count": self._step_count}
 
-    def _look_up(self, rescaled: bool = False, roll_call: RollCall | None = None) -> None:
+    def _look_up(self, roll_call: RollCall, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed.
 
         Args:
-            rescaled: see `_resolved`.
             roll_call: gets the ranks of parameters that were sharded since the last event, before the checks.
+            rescaled: see `_resolved`.
         """
         weights = self._weights
         for weight in weights:
@@ -1141,8 +1142,7 @@ class DeltaLoRAOptimizer(Optimizer):
         replaced = [weight for weight in weights if weight.resolve()]
         if replaced:
             ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
-            if roll_call is not None:
-                roll_call.ranks = ranks
+            roll_call.ranks = ranks
             check_weights(weights, self._rule)
             self._rule.ranks = ranks
             check_local_sgd(self._inner, weights, self._rule, self._rounding)
@@ -1153,9 +1153,39 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rule.follow(weights, replaced=bool(replaced))
         if replaced:
             claims.follow([weight.claim for weight in replaced if weight.claim is not None])
+        self._bring_what_was_left(roll_call)
         for weight in replaced:
             weight.accept()
         self._seen = True
+
+    def _look_up_if_sharded_otherwise(self, roll_call: RollCall) -> None:
+        """Find the pieces of every W again for an event that looks no tensors up, if W is sharded in another way."""
+        if any(weight.is_sharded_otherwise for weight in self._weights):
+            try:
+                self._look_up(roll_call)
+            finally:
+                for weight in self._weights:
+                    weight.forget()
+
+    def _bring_what_was_left(self, roll_call: RollCall) -> None:
+        """Bring what is kept next to every W that is sharded in another way now to where it is.
+
+        Args:
+            roll_call: in which an exception is told.
+
+        Raises:
+            ValueError: with the layers of which that cannot be done. The next event tries it again.
+        """
+        left = [weight for weight in self._weights if weight.left_behind]
+        if not left:
+            return
+        problems = [problem for weight in left for problem in problems_of(weight.label, weight.left_behind_problems())]
+        raise_problems(ValueError, "these weights are sharded in another way now", problems)
+        with roll_call.instead():
+            event = "the move of what is kept next to W to its new sharding"
+            RollCall(self._rule.ranks, event).meet({"layers": [(weight.label, weight.left_behind) for weight in left]})
+        for weight in left:
+            weight.bring_what_was_left()
 
     def _compensations(self) -> dict[WeightState, Tensor | None]:
         """Return what a checkpoint keeps of each compensation; zeros where W has none yet and may be written.
@@ -1187,6 +1217,7 @@ class DeltaLoRAOptimizer(Optimizer):
             if use is not None:
                 check_claims(self._weights, what, use)
             self._rule.flush()
+            self._look_up_if_sharded_otherwise(roll_call)
             roll_call.meet()
             yield
 
