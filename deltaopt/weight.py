@@ -287,6 +287,13 @@ class WeightState:
     def weight_problems(self) -> list[str]:
         """Say why W cannot be read as a matrix and written in place."""
         W = self.tensors.W
+        if self._is_gathered(W) and (self._accepted_W is None or self._accepted_W() is None):
+            # FSDP2 keeps the sharded parameter while a forward pass has a whole one in its place.
+            return [
+                "W was sharded when this optimizer was built and is a whole tensor now, of which this optimizer would "
+                "move one part only: build the optimizer again, of the whole model, and load a state that was saved "
+                "before; or put the sharded W back"
+            ]
         if self._is_gathered(W):
             return [
                 "W was sharded and is whole now, as FSDP2 makes it for a forward pass and keeps it where "

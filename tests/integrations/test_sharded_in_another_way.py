@@ -145,6 +145,19 @@ def said_in(layer: Layer) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def becomes_whole(rank: int) -> list[str]:
+    layer = Layer("rows").train(1)
+    layer.W = nn.Parameter(layer.whole(layer.W), requires_grad=False)
+    return [said_in(layer)]
+
+
+def test_a_w_that_is_whole_for_good_is_told_to_get_another_optimizer():
+    for (said,) in on_all_ranks(becomes_whole):
+        assert "layer: W was sharded when this optimizer was built and is a whole tensor now" in said
+        assert "build the optimizer again" in said
+        assert "reshard()" not in said
+
+
 def test_what_is_kept_on_ranks_that_w_has_left_is_not_forgotten():
     (one, again, *back), (other, *_) = on_all_ranks(leaves_a_rank_out)
     text = (
