@@ -94,7 +94,7 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
                     results.append(result)
                     yield result
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=not running, cancel_futures=True)
         for process in multiprocessing.active_children():
             if running and process not in others:
                 process.terminate()

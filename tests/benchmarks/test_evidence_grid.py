@@ -32,7 +32,7 @@ def filled(grid, accuracy):
     """Make every run that a grid asks for, until it asks for none. Return the results in the order of being made."""
     results = []
     while needed := grid.needed(results):
-        results.append(made(needed[0], accuracy(needed[0])))
+        results += [made(setting, accuracy(setting)) for setting in needed]
     return results
 
 
