@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,9 +12,10 @@ from pathlib import Path
 from benchmarks.evidence.grids import GRIDS
 from benchmarks.evidence.models import Places
 from benchmarks.evidence.result import Result, read_result, read_results
-from benchmarks.evidence.workers import InUseError, Job, commit_of, locked, make, work
+from benchmarks.evidence.workers import InUseError, Job, begin, commit_of, locked, machine_of, make, work
 from benchmarks.machine import usable_device
 from benchmarks.tables import RESULTS
+from benchmarks.unfinished import check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,11 +54,15 @@ def make_parser() -> argparse.ArgumentParser:
     again.add_argument("files", type=Path, nargs="+", help="result files")
     score = command("score", score_texts, "Add the metrics of written texts to the result files of a grid.")
     score.add_argument("folder", type=Path, help="folder of a grid's result files")
+    cost = command("cost", measure_cost, "Measure the time and the memory of a step of every method, side by side.")
+    cost.add_argument("grid", choices=GRIDS, help="its first experiment is measured")
+    cost.add_argument("--out", type=Path, help=f"the file to write (default: {RESULTS}/evidence/cost_DEVICE.json)")
+    cost.add_argument("--rounds", type=int, default=15, help="turns of each row (default: 15)")
     command("page", write_page, "Write the tables and pictures of docs/evidence.md.")
-    for each in (run, again, score):
+    for each in (run, again, score, cost):
         each.add_argument("--data", type=Path, help="folder of the data sets")
         each.add_argument("--models", type=Path, help="folder of model folders")
-    for each in (run, again):
+    for each in (run, again, cost):
         each.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     return parser
 
@@ -104,10 +108,8 @@ def run_again(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     """Make runs once more, in a folder of its own, and compare what does not depend on the clock."""
     from tempfile import TemporaryDirectory
 
-    from benchmarks.evidence.workers import _begin
-
     usable_device(options.device, parser)
-    _begin(os.getppid())
+    begin()
     different = 0
     for path in options.files:
         held = read_result(path)
@@ -122,6 +124,20 @@ def run_again(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         different += not same
         print(f"{path}: " + ("the same numbers" if same else f"DIFFERENT: {held.metrics} then, {now.metrics} now"))
     return int(different > 0)
+
+
+def measure_cost(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks.evidence import cost
+
+    usable_device(options.device, parser)
+    begin()
+    experiment = GRIDS[options.grid].experiments[0]
+    path = options.out or RESULTS / "evidence" / f"cost_{options.device.partition(':')[0]}.json"
+    check_writable(path)
+    found = cost.measure(experiment, experiment.of_rows(), _places(options), options.device, options.rounds)
+    cost.write(path, found, experiment, machine_of(options.device), commit_of(Path(__file__).parent))
+    print(f"Written: {path}")
+    return 0
 
 
 def score_texts(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

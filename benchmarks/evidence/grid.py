@@ -49,6 +49,10 @@ class Experiment:
         if unknown := [name for name in self.rows if name not in ROWS]:
             raise ValueError(f"unknown rows {', '.join(unknown)}; known are {', '.join(ROWS)}")
 
+    def example(self, row: Row) -> Setting:
+        """Return a setting of a row at a learning rate that is not tuned, to measure what does not depend on it."""
+        return self._setting(row, sorted(self.lrs[row.kind])[0], 0, "test")
+
     def of_rows(self) -> list[Row]:
         return [ROWS[name] for name in self.rows]
 

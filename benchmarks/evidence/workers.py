@@ -6,6 +6,7 @@ import fcntl
 import multiprocessing
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -73,7 +74,7 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
     running: dict[Future[Result | None], Setting] = {}
     failed: set[Setting] = set()
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
         while True:
             busy = {*running.values(), *failed}
@@ -114,10 +115,8 @@ def make(setting: Setting, job: Job) -> Result | None:
     return result
 
 
-def _begin(parent: int) -> None:
-    """Set up a worker: one thread, the same kernels for the same numbers, and no life after its parent's."""
-    import threading
-
+def begin() -> None:
+    """Set up a process: one thread, and the same kernels for the same numbers."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)
@@ -125,6 +124,11 @@ def _begin(parent: int) -> None:
     from benchmarks.finetune import quieten
 
     quieten()
+
+
+def _begin_worker(parent: int) -> None:
+    """Set up a worker, which ends with its parent."""
+    begin()
 
     def watch() -> None:
         while os.getppid() == parent:
