@@ -119,8 +119,10 @@ class AdaLora:
 
     @torch.no_grad()
     def _keep_allocation(self) -> None:
-        """Set to zero what the final budget has left out: what PEFT does, which copies its lists to the device again
-        at every step."""
+        """Set to zero what the final budget has left out.
+
+        PEFT does that too, but copies its lists to the device again at every step.
+        """
         values = [layer.lora_E[ADAPTER] for layer in self.layers.values()]
         if self._masks is None:
             self._masks = self._as_masks(self.config.rank_pattern, values)

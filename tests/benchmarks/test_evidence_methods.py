@@ -1,6 +1,5 @@
 """Every method of the evidence on a tiny model: what trains, what it computes, and that a cut run continues exactly."""
 
-import dataclasses
 import io
 import sys
 import types
