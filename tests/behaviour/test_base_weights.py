@@ -12,7 +12,6 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from tests.support import internals, strategies
 from tests.support.compare import refused, relative
 from tests.support.histories import random_run
-from tests.support.nightly import one_in
 from tests.support.runs import noisy_step
 from tests.support.small import HandmadeLayer, run_without_displacement
 from tests.support.strategies import RULES
@@ -54,10 +53,9 @@ def source_for(kind, W0, folder):
     return folder if kind == "folder" else path
 
 
-@pytest.mark.parametrize(
-    ("layout", "dtype", "kind"),
-    one_in(2, strategies.LAYOUTS, [torch.bfloat16, torch.float16, torch.float32, torch.float64], SOURCES),
-)
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
 def test_a_copy_or_a_source_gives_the_pristine_bits_and_the_moved_ones_come_back(layout, dtype, kind, tmp_path):
     keep = kind if kind in ("cpu", "device") else None
     run = moved_run(layout, dtype, keep_base=keep)
