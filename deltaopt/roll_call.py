@@ -10,13 +10,15 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from deltaopt.ranks import Ranks
+from deltaopt.ranks import Meeting, Ranks, RanksDisagreeError
 from deltaopt.sharding import highest, ranks_of
 from deltaopt.weight import WeightState
 
 
 class RollCall:
     """The meeting of all ranks in one event; it takes place once, whatever is called how often.
+
+    A signal on one rank does not end it: it is continued by the next call.
 
     Args:
         ranks: that share sharded tensors; None where nothing is sharded, and nobody has to come.
@@ -33,6 +35,7 @@ class RollCall:
         self._event = event
         self.facts = dict(facts or {})
         self._over = False
+        self._meeting = Meeting()
         self.failed = False
 
     @property
@@ -51,19 +54,23 @@ class RollCall:
         """
         if self._over or self.ranks is None:
             return
-        self._over = self.failed = True  # until it is known to be well
         for name, content in (contents or {}).items():
             self.facts[name] = content if isinstance(content, int) else _fingerprint_of(content)
-        self.ranks.meet(self._event, self.facts)
-        self.failed = False
+        try:
+            self.ranks.meet(self._event, self.facts, meeting=self._meeting)
+        except RanksDisagreeError:
+            self._over = self.failed = True
+            raise
+        self._over = True
 
     def tell(self, error: BaseException) -> None:
-        """Tell the other ranks that this one has failed, if they are still to meet; they raise then."""
+        """Tell the other ranks that this one has failed, if it has not told them that it is well; they raise then."""
         if self._over or self.ranks is None:
             return
         self._over = self.failed = True
-        with suppress(BaseException):  # the caller raises its own error
-            self.ranks.meet(self._event, self.facts, error)
+        if not self._meeting.issued.begun:
+            with suppress(BaseException):  # the caller raises its own error
+                self.ranks.meet(self._event, self.facts, error, self._meeting)
 
     @contextmanager
     def told(self) -> Iterator[None]:
