@@ -23,17 +23,20 @@ class RollCall:
     Args:
         ranks: that share sharded tensors; None where nothing is sharded, and nobody has to come.
         event: its name, for messages.
-        facts: that have to be the same on all ranks.
+        known: returns facts that have to be the same on all ranks; it is asked in the meeting, as an event completes
+            first what was interrupted before it.
 
     Attributes:
-        ranks, facts: as given; more facts may be added before the meeting.
+        ranks: as given.
+        facts: more of them, added before the meeting.
         failed: True if a rank has failed, or has not come.
     """
 
-    def __init__(self, ranks: Ranks | None, event: str, facts: Mapping[str, object] | None = None) -> None:
+    def __init__(self, ranks: Ranks | None, event: str, known: Callable[[], Mapping[str, object]] = dict) -> None:
         self.ranks = ranks
         self._event = event
-        self.facts = dict(facts or {})
+        self._known = known
+        self.facts: dict[str, object] = {}
         self._over = False
         self._meeting = Meeting()
         self.failed = False
@@ -57,7 +60,7 @@ class RollCall:
         for name, content in (contents or {}).items():
             self.facts[name] = content if isinstance(content, int) else _fingerprint_of(content)
         try:
-            self.ranks.meet(self._event, self.facts, meeting=self._meeting)
+            self.ranks.meet(self._event, {**self._known(), **self.facts}, meeting=self._meeting)
         except RanksDisagreeError:
             self._over = self.failed = True
             raise
@@ -65,12 +68,11 @@ class RollCall:
 
     def tell(self, error: BaseException) -> None:
         """Tell the other ranks that this one has failed, if it has not told them that it is well; they raise then."""
-        if self._over or self.ranks is None:
+        if self._over or self.ranks is None or self._meeting.issued.begun:
             return
         self._over = self.failed = True
-        if not self._meeting.issued.begun:
-            with suppress(BaseException):  # the caller raises its own error
-                self.ranks.meet(self._event, self.facts, error, self._meeting)
+        with suppress(BaseException):  # the caller raises its own error
+            self.ranks.meet(self._event, {**self._known(), **self.facts}, error, self._meeting)
 
     @contextmanager
     def told(self) -> Iterator[None]:

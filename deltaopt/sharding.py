@@ -567,9 +567,7 @@ def _known_cut(
     return _Cut(placement.dim, shapes, None if in_order else order)
 
 
-def _gather(
-    cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: int, issued: Issued
-) -> list[Tensor]:
+def _gather(cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: int, issued: Issued) -> list[Tensor]:
     """Gather the parts of several tensors, as bytes: no backend can send every dtype.
 
     Where there are many more ranks than rows an all-gather would be padded to a row for each rank. A sum with zeros
@@ -606,16 +604,16 @@ def _gather(
 def _all_reduced(numbers: Tensor, operation: str, group: Any, issued: Issued) -> Tensor:
     import torch.distributed as dist
 
-    options = dist.distributed_c10d.AllreduceOptions()
+    options = dist.AllreduceOptions()
     options.reduceOp, options.asyncOp = getattr(dist.ReduceOp, operation), False
     reduced: Tensor = issued.output(numbers, partial(group.allreduce, [numbers], options))
     return reduced
 
 
 def _all_gathered(part: Tensor, n: int, group: Any, issued: Issued) -> Tensor:
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import AllgatherOptions
 
-    options = dist.distributed_c10d.AllgatherOptions()
+    options = AllgatherOptions()
     options.asyncOp = False
     gather = getattr(group, "all_gather_single", None) or group._allgather_base  # the name since torch 2.13
     output = part.new_empty(n * part.numel())
