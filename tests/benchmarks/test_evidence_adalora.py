@@ -24,6 +24,7 @@ def test_the_run_ends_with_the_target_budget():
     assert sum(change.numerical_rank for change in run.prepared.changes()) == 4 * 6
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_the_loss_and_the_masks_are_those_of_pefts_model():
     """The same run by PEFT's model alone, which adds its term itself, and masks from its own lists."""
     setting = setting_of("adalora", steps=20, rank=4, lr=2e-2, clip=None, warmup=0.0)

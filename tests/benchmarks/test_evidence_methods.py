@@ -20,17 +20,17 @@ def test_the_loss_falls_and_the_changes_are_those_of_the_weights(method):
     run = Run(setting_of(method, steps=40, lr=0.5 if method == "sgd" else 2e-2)).train()
     assert sum(run.losses[-4:]) < 0.9 * sum(run.losses[:4])
 
-    before, after = effective_weights(tiny_model()), effective_weights(run.model)
+    old, new = effective_weights(tiny_model()), effective_weights(run.model)
     changes = run.prepared.changes()
     assert [change.name for change in changes] == NAMES
     for change in changes:
-        W0, W = before[change.name].double(), after[change.name].double()
+        W0, W = old[change.name].double(), new[change.name].double()
         sigma = torch.linalg.svdvals(W - W0)
         share = sigma / sigma.sum()
-        assert change.base_norm == pytest.approx(W0.norm(), rel=1e-5)
-        assert change.change_norm == pytest.approx((W - W0).norm(), rel=1e-4)
-        assert change.cosine == pytest.approx((W * W0).sum() / W.norm() / W0.norm(), abs=1e-5)
-        assert change.effective_rank == pytest.approx(math.exp(-(share * (share + 1e-30).log()).sum()), rel=1e-3)
+        assert change.base_norm == pytest.approx(float(W0.norm()), rel=1e-5)
+        assert change.change_norm == pytest.approx(float((W - W0).norm()), rel=1e-4)
+        assert change.cosine == pytest.approx(float((W * W0).sum() / W.norm() / W0.norm()), abs=1e-5)
+        assert change.effective_rank == pytest.approx(float((-share * (share + 1e-30).log()).sum().exp()), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_options_of_the_optimizer(method):
     setting = setting_of(method, lr=3e-3, weight_decay=0.1, eps=1e-6, update_ratio=0.5)
     optimizer = prepare(setting, tiny_model()).optimizer
     rates = {group["lr"] for group in optimizer.param_groups}
-    assert rates == ({3e-3, 4.5e-3} if method == "lora-plus" else {3e-3})
+    assert sorted(rates) == pytest.approx([3e-3, 4.5e-3] if method == "lora-plus" else [3e-3])
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
     if method == "sgd":
         assert type(optimizer) is torch.optim.SGD
@@ -172,7 +172,7 @@ def test_frozen_embeddings_stay_and_the_rest_moves():
         ("delta", 0.25, [0.0] * 5 + [2.0] * 15),
         ("ratio-up", 0.0, [0.0] + [2 * k / 10 for k in range(1, 10) for _ in (0, 1)] + [2.0]),
         ("ratio-down", 0.0, [2.0] + [2 - 2 * k / 10 for k in range(1, 10) for _ in (0, 1)] + [0.0]),
-        ("ratio-down", 0.5, [0.0] * 10 + [2 - 2 * k / 10 for k in range(1, 11)]),
+        ("ratio-down", 0.5, [0.0] * 10 + [2 - 2 * k / 10 for k in range(10)]),
         ("restarts", 0.0, [0.0] * 20),
         ("delta-restarts", 0.0, [2.0] * 20),
     ],
@@ -212,5 +212,5 @@ def test_an_unknown_method_is_named_with_the_known_ones():
 
 
 def test_a_model_without_projections_is_refused():
-    with pytest.raises(ValueError, match="projections"):
+    with pytest.raises(ValueError, match="0 query and 0 value layers"):
         prepare(setting_of("lora"), torch.nn.Sequential(torch.nn.Linear(3, 3)))
