@@ -8,7 +8,7 @@ import transformers
 from benchmarks.evidence.methods import prepare
 from benchmarks.evidence.setting import Setting
 
-LAYERS, WIDTH, LABELS, WORDS = 2, 16, 3, 12
+LAYERS, WIDTH, LABELS, WORDS = 1, 16, 3, 12
 NAMES = [f"bert.encoder.layer.{i}.attention.self.{kind}" for i in range(LAYERS) for kind in ("query", "value")]
 
 
