@@ -83,8 +83,8 @@ class Setting:
             raise ValueError(f"{self.row}: a run takes at least 1 step, got steps={self.steps}")
         if not 0 <= self.start < 1 or self.start_step >= self.steps:
             raise ValueError(
-                f"{self.row}: start={self.start:g} of {self.steps} steps is step K = {self.start_step}, so that W would "
-                f"never move: give a share of the run from 0 to less than 1"
+                f"{self.row}: start={self.start:g} of {self.steps} steps is step K = {self.start_step}, so that W "
+                f"would never move: give a share of the run from 0 to less than 1"
             )
         for name, allowed in (("split", Split), ("precision", Literal["float32", "bfloat16"])):
             if getattr(self, name) not in typing.get_args(allowed):
