@@ -46,8 +46,12 @@ class FactorsDifferError(ValueError):
 class _Slot:
     """One weight, and its rank's parts of the parameters of A and B.
 
-    Attributes:
+    Args:
         weight: that moves.
+        host: tells if the parts can be compared before the inner step without waiting for their device.
+
+    Attributes:
+        weight: as given.
         end: the parts as the last move left them; None before the first one.
         shards: the same as sharded tensors, each with its part in `end`.
         mark: what the ledger has as its end since then; with another one `end` is out of date.
@@ -62,8 +66,9 @@ class _Slot:
         recorded: True once the ledger has got its terms.
     """
 
-    def __init__(self, weight: WeightState) -> None:
+    def __init__(self, weight: WeightState, host: Host) -> None:
         self.weight = weight
+        self._host = host
         self.end: list[Tensor] | None = None
         self.shards: list[Tensor] = []
         self.mark: object = None
@@ -86,7 +91,9 @@ class _Slot:
         if self.end is not None and weight.ledger.end_mark() is not self.mark:
             self.end = None  # a restart, a loaded state, or another event has come in between
         parts = self.parts()
-        self.start = self.end if self.end is not None and _same(parts, self.end) else [part.clone() for part in parts]
+        reads = all(self._host.reads(part.device) for part in parts)
+        is_end = reads and self.end is not None and _same(parts, self.end)
+        self.start = self.end if self.end is not None and is_end else [part.clone() for part in parts]
 
     def parts(self) -> list[Tensor]:
         """Return this rank's parts of the parameters of A and B."""
@@ -107,7 +114,12 @@ class _Slot:
         device = self.now[0].device
         finite = torch.stack([part.isfinite().all() for part in (*self.start, *self.now)]).all()
         changed = ~torch.stack([_equal(old, new) for old, new in zip(self.start, self.now, strict=True)]).all()
-        other = torch.tensor(self.start is not self.end, device=device)
+        if self.end is None or not _alike(self.start, self.end):
+            other = torch.ones((), dtype=torch.bool, device=device)
+        elif self.start is self.end:
+            other = torch.zeros((), dtype=torch.bool, device=device)
+        else:  # here or on the device, as the host may not have compared them
+            other = ~torch.stack([_equal(*pair) for pair in zip(self.start, self.end, strict=True)]).all()
         facts = [torch.stack([~finite, changed, other]).to(torch.int64)]
         for part, count, at in self._unlinked():
             number = content_hash(part, samples=None)
@@ -195,7 +207,7 @@ class ShardedMoves:
 
     def snapshot(self, members: Sequence[WeightState]) -> None:
         """Keep A and B of these weights, and lambda times s, as they are before the inner step."""
-        self._known = {weight: self._known.get(weight) or _Slot(weight) for weight in members}
+        self._known = {weight: self._known.get(weight) or _Slot(weight, self._host) for weight in members}
         self.slots, self._brought, self._launched = list(self._known.values()), False, []
         for slot in self.slots:
             slot.now = []
@@ -379,9 +391,11 @@ def _is_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
-    )
+    return _alike(one, other) and all(map(torch.equal, one, other))
+
+
+def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return [(t.shape, t.dtype, t.device) for t in one] == [(t.shape, t.dtype, t.device) for t in other]
 
 
 def _equal(old: Tensor, new: Tensor) -> Tensor:
