@@ -42,6 +42,11 @@ class Setting:
         precision: "float32", or "bfloat16" for autocast.
         train_examples: train on so many examples at most, the first ones.
         test_examples: evaluate at most so many examples, the first ones.
+        beams: of the search that writes texts; 1 takes the likeliest token each time.
+        length_penalty: a beam's log probability is divided by its length to this power.
+        no_repeat: no run of so many tokens is written twice in a text; 0 for no such rule, which a vocabulary of near
+            characters needs.
+        new_tokens: the longest text that is written; None for as many tokens as the longest training target has.
     """
 
     task: str
@@ -68,14 +73,18 @@ class Setting:
     precision: Literal["float32", "bfloat16"] = "float32"
     train_examples: int | None = None
     test_examples: int | None = None
+    beams: int = 10
+    length_penalty: float = 0.8
+    no_repeat: int = 4
+    new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"{self.row}: a run takes at least 1 step, got steps={self.steps}")
         if not 0 <= self.start < 1 or self.start_step >= self.steps:
             raise ValueError(
-                f"{self.row}: start={self.start:g} of {self.steps} steps is step K = {self.start_step}, so that W would "
-                f"never move: give a share of the run from 0 to less than 1"
+                f"{self.row}: start={self.start:g} of {self.steps} steps is step K = {self.start_step}, so that W "
+                f"would never move: give a share of the run from 0 to less than 1"
             )
         for name, allowed in (("split", Split), ("precision", Literal["float32", "bfloat16"])):
             if getattr(self, name) not in typing.get_args(allowed):
