@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.evidence.comparison import (
-    Cell,
     Equivalence,
     corrected,
     detectable,
@@ -25,13 +26,28 @@ from benchmarks.evidence.rows import COINCIDENCE, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.sweeps import rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences, metrics_of, result_tables
-from benchmarks.evidence.wording import caption, count, figure, interval, mean, origin, p_of, peak, picture, probability
+from benchmarks.evidence.wording import (
+    caption,
+    count,
+    figure,
+    interval,
+    machine_of,
+    mean,
+    origin,
+    p_of,
+    picture,
+    probability,
+)
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
 
 PLAIN_DELTA, PLAIN_ALPHA = (row.name for row in COINCIDENCE)
 
-PAPER_E2E = {"BLEU": 1.24, "NIST": 0.13, "METEOR": 0.86, "ROUGE-L": 1.13, "CIDEr": 0.08}
-PAPER_WEBNLG = {"BLEU": "0.79, 1.08 and 0.91 (three test sets)", "METEOR": "0.01", "TER": "0.02"}
+PAPER = {
+    "e2e": {"BLEU": "1.24", "NIST": "0.13", "METEOR": "0.86", "ROUGE-L": "1.13", "CIDEr": "0.08"},
+    "webnlg": {"BLEU": "0.79, 1.08 and 0.91 on three parts", "METEOR": "0.01 of 1 (1 here)", "TER": "0.02"},
+}
+"""The paper's gains of Delta-LoRA over LoRA."""
+
 PUBLIC_LORA_BLEU = (68.9, 70.4)
 """Lowest and highest of the public runs of plain LoRA with GPT-2 Medium on E2E."""
 
@@ -60,11 +76,11 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         "rank": rank_sweep,
         "layers": layers,
         "forgetting": forgetting,
-        "cost": cost,
         "what the seeds can show": power,
         "the paper's numbers": paper,
     }
-    return {f"evidence: {name}": partial(made, block) for name, block in blocks.items()}
+    costs = {f"evidence: cost, {device}": partial(cost, folder, device) for device in ("cpu", "cuda")}
+    return {f"evidence: {name}": partial(made, block) for name, block in blocks.items()} | costs
 
 
 def report(grid: Grid, results: Sequence[Result]) -> str:
@@ -211,26 +227,33 @@ def forgetting(evidence: Evidence) -> str:
     return paragraphs(*parts) or NOT_MEASURED
 
 
-def cost(evidence: Evidence) -> str:
-    """Return the time of a step and the memory of every row of the first experiment."""
-    task, experiment = next(iter(evidence.compared.items()))
-    of = evidence.cells(experiment)
-    if not of:
+def cost(folder: Path, device: str) -> str:
+    """Return the time and the memory of a step of every row, side by side in one run (`cost.py`)."""
+    path = folder / f"cost_{device}.json"
+    if not path.exists():
         return NOT_MEASURED
-    base = statistics.median(run.step_seconds for run in of[LORA].results) if LORA in of else None
-    columns: list[list[Column]] = [
+    found = json.loads(path.read_text("utf8"))
+    rows, setting, machine = found["rows"], found["setting"], found["machine"]
+
+    def column(text: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [text(row) for row in rows.values()]
+
+    groups: list[list[Column]] = [
         [
-            ("ms a step", [f"{1e3 * _step(cell):.1f}" for cell in of.values()]),
-            ("of LoRA's", [f"{_step(cell) / base:.2f}" if base else "" for cell in of.values()]),
+            ("ms a step", column(lambda row: f"{1e3 * statistics.median(row['seconds']):.1f}")),
+            ("LoRA = 1 (lowest .. highest)", column(lambda row: _ratio(row["ratio"]))),
         ],
-        [("trained", [f"{cell.results[0].trained:,}" for cell in of.values()])],
-        [("peak, MiB", [peak(cell) for cell in of.values()])],
+        [("trained", column(lambda row: f"{row['trained']:,}"))],
+        [("gradients", column(lambda row: _mebibytes(row["gradient_bytes"])))],
+        [("optimizer", column(lambda row: _mebibytes(row["state_bytes"])))],
+        [("step", column(lambda row: _mebibytes(row["peak_bytes"])))],
     ]
     told = (
-        f"{task}: the median step, without evaluation, while other runs used the other cores. "
-        f"{origin([run for cell in of.values() for run in cell.results])}"
+        f"{setting['model']} on {setting['task']}, {setting['batch_size']} texts of at most {setting['max_length']} "
+        f"tokens; {machine_of(machine)}; commit {found['commit']}. A ratio is formed within each round; memory in MiB: "
+        "of the gradients, what the optimizer keeps, and the most that a step allocates."
     )
-    return paragraphs(told, narrow_tables(("row", [ROWS[name].title for name in of]), columns))
+    return paragraphs(told, narrow_tables(("row", [ROWS[name].title for name in rows]), groups))
 
 
 def power(evidence: Evidence) -> str:
@@ -268,7 +291,7 @@ def paper(evidence: Evidence) -> str:
     """Return the paper's gains over LoRA next to ours."""
     low, high = PUBLIC_LORA_BLEU
     rows = []
-    for task, gains in (("e2e", {name: f"{gain:+g}" for name, gain in PAPER_E2E.items()}), ("webnlg", PAPER_WEBNLG)):
+    for task, gains in PAPER.items():
         of = evidence.cells(evidence.compared[task])
         for name, gain in gains.items():
             known = {LORA, DELTA} <= of.keys() and all(name in of[row].metrics for row in (LORA, DELTA))
@@ -276,13 +299,13 @@ def paper(evidence: Evidence) -> str:
             rows.append((task, name, gain, ours))
     spread = (
         f"Public runs of plain LoRA with GPT-2 Medium on E2E have {low:g} to {high:g} BLEU. This spread of "
-        f"{high - low:.1f} points is larger than the paper's gain of {PAPER_E2E['BLEU']:g} there."
+        f"{high - low:.1f} points is larger than the paper's gain of {PAPER['e2e']['BLEU']} there."
     )
     glue = (
         "On GLUE the paper reports 90.19 for Delta-LoRA on MRPC and 95.1 on SST-2, with RoBERTa-base. The models here "
         "are much smaller, so that only the differences to LoRA can be compared."
     )
-    head = ("task", "", "the paper, Delta-LoRA against LoRA", "here, Delta-LoRA - LoRA [95 %]")
+    head = ("task", "", "the paper's gain over LoRA", "here, Delta-LoRA - LoRA [95 %]")
     return paragraphs(table(head, rows), spread, glue)
 
 
@@ -320,5 +343,9 @@ def _kind(evidence: Evidence, experiment: Experiment) -> str:
     return next((kind for kind, rows in sweeps.items() if experiment is evidence.of_rows(rows)), "a single look")
 
 
-def _step(cell: Cell) -> float:
-    return statistics.median(run.step_seconds for run in cell.results)
+def _ratio(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['lowest']:.2f} .. {ratio['highest']:.2f})"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.evidence.comparison import Cell, Difference
 from benchmarks.evidence.grid import Experiment
@@ -62,7 +62,7 @@ def _shared(experiment: Experiment, setting: Setting) -> str:
 
 def origin(results: Sequence[Result]) -> str:
     """Return machines, versions and commits of results, each of them once."""
-    machines = once(machine_of(run) for run in results)
+    machines = once(machine_of(run.machine) for run in results)
     versions = once(", ".join(f"{name} {number}" for name, number in run.versions.items()) for run in results)
     commits = once(run.commit for run in results)
     return f"{'; '.join(machines)}; {'; '.join(versions)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
@@ -127,11 +127,11 @@ def tried(each: Standing) -> str:
     return f"{each.tried[0]:g} .. {each.tried[-1]:g} ({len(each.tried)})" if each.tried else ""
 
 
-def machine_of(run: Result) -> str:
-    machine = run.machine
+def machine_of(machine: Mapping[str, Any]) -> str:
+    """Return the name of a GPU, or that of the processor with the threads of a run."""
     device = machine.get("device", "cpu")
-    threads = machine.get("torch_threads", 1)
-    return f"{machine.get('cpu', 'CPU')}, {count(threads, 'thread')}" if device == "cpu" else str(device)
+    threads = count(machine.get("torch_threads", 1), "thread")
+    return f"{machine.get('cpu', 'CPU')}, {threads}" if device == "cpu" else str(device)
 
 
 def count(number: int, of: str) -> str:
@@ -141,12 +141,6 @@ def count(number: int, of: str) -> str:
 def once(values: Iterable[Some]) -> list[Some]:
     """Return each value once, in the order of its first appearance."""
     return list(dict.fromkeys(values))
-
-
-def peak(cell: Cell) -> str:
-    """Return the largest memory of a device in MiB; empty for runs on a CPU."""
-    peaks = [run.peak_bytes for run in cell.results if run.peak_bytes is not None]
-    return f"{max(peaks) / 2**20:.0f}" if peaks else ""
 
 
 def picture(name: str, title: str) -> str:

@@ -211,3 +211,4 @@ def test_how_numbers_are_written():
     assert (loss.number(0.5), loss.signed(-1e-6), loss.signed(1e-6)) == ("0.5000", "0.0000", "0.0000")
     assert (share.stored_margin, loss.stored_margin) == (0.01, 0.02)
     assert measure("a new one").title == "a new one"
+    assert measure("BLEU_seen") == replace(MEASURES["BLEU"], title="BLEU, seen")
