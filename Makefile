@@ -4,10 +4,10 @@
 # make check   lint, types and tests, as CI runs them
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := demo test dev
+EXTRAS := demo evidence test dev
 STAMPS := $(EXTRAS:%=.venv/.%)
 
-.PHONY: demo test test-core lint check nightly benchmarks cuda cuda-tests cuda-benchmarks clean
+.PHONY: demo test test-core lint check nightly benchmarks evidence-small cuda cuda-tests cuda-benchmarks clean
 
 # torch first and by pip, so that a CPU build is taken where one is at hand; extras build on it.
 .venv/.torch: constraints.txt
@@ -56,12 +56,17 @@ benchmarks: .venv/.model
 	$(BIN)/python -m benchmarks.first_use
 	$(BIN)/python -m benchmarks.tables
 
+# A grid that a reader can run within an hour; a call that was cut short is continued by the next one.
+evidence-small: .venv/.model .venv/.evidence
+	$(BIN)/python -m benchmarks.evidence run small --out evidence-out/small $(ARGS)
+	$(BIN)/python -m benchmarks.evidence table evidence-out/small
+
 # On a CUDA machine, with what is installed there (torch, pytest, hypothesis): no virtual environment, no downloads.
 # The fine-tuning needs transformers and peft there too, and a folder of a model: make cuda MODEL=folder.
 cuda: cuda-tests cuda-benchmarks
 
 cuda-tests:
-	$(PYTHON) -m pytest -m cuda tests/cuda/test_cuda.py tests/unit/test_triton.py tests/benchmarks/test_step_overhead.py $(ARGS)
+	$(PYTHON) -m pytest -m cuda tests/cuda tests/unit/test_triton.py tests/benchmarks/test_step_overhead.py $(ARGS)
 
 cuda-benchmarks:
 	$(PYTHON) -m benchmarks.step_overhead --device cuda

@@ -14,6 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.checkpoint import resume
 from tests.support.distributed import WORLD, on_all_ranks
+from tests.support.nightly import later
 from tests.support.sharded import S0, WHOLE, R, Run
 from tests.support.told import LAYERS, SHARDED, assert_told, run_on_rank, told
 
@@ -128,7 +129,7 @@ def rank_free_number(call: str) -> float:
     return len(call) / 1000
 
 
-@pytest.mark.parametrize("call", ["step()", "state_dict()", "displacement()"])
+@pytest.mark.parametrize("call", ["step()", "state_dict()", later("displacement()")])
 def test_a_rank_that_does_not_come_is_named_after_the_timeout(call):
     (said, same, seconds), other = on_all_ranks(is_alone, call)
     assert other == "left out"

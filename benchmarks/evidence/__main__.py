@@ -1,0 +1,172 @@
+"""The command line: ``python -m benchmarks.evidence --help``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.evidence.grids import GRIDS
+from benchmarks.evidence.places import Places
+from benchmarks.evidence.result import Result, read_result, read_results
+from benchmarks.evidence.workers import InUseError, Job, begin, commit_of, locked, machine_of, make, work
+from benchmarks.machine import usable_device
+from benchmarks.tables import RESULTS
+from benchmarks.unfinished import check_writable
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0, 1 if a run failed or differed, 2 for a call that cannot be taken."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.command(options, parser)
+    except (ValueError, OSError, ImportError, InUseError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence", description="Compare Delta-LoRA with others."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=function)
+        return added
+
+    run = command("run", run_grid, "Make the runs of a grid that have no result file yet.")
+    run.add_argument("grid", choices=GRIDS, help="which grid")
+    run.add_argument("--out", type=Path, help=f"folder of the result files (default: {RESULTS}/evidence/GRID)")
+    run.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
+    run.add_argument("--seconds", type=float, default=math.inf, help="stop after this time; the next call continues")
+    run.add_argument("--commit", help="of the code, where there is no checkout")
+    status = command("status", show_status, "Say how many runs a grid has, and which can be made next.")
+    status.add_argument("grid", choices=GRIDS)
+    status.add_argument("--out", type=Path)
+    again = command("again", run_again, "Make the runs of result files once more, and compare the numbers.")
+    again.add_argument("files", type=Path, nargs="+", help="result files")
+    score = command("score", score_texts, "Add the metrics of written texts to the result files of a grid.")
+    score.add_argument("folder", type=Path, help="folder of a grid's result files")
+    cost = command("cost", measure_cost, "Measure the time and the memory of a step of every method, side by side.")
+    cost.add_argument("grid", choices=GRIDS, help="its first experiment is measured")
+    cost.add_argument("--out", type=Path, help=f"the file to write (default: {RESULTS}/evidence/cost_DEVICE.json)")
+    cost.add_argument("--rounds", type=int, default=15, help="turns of each row (default: 15)")
+    command("page", write_page, "Write the tables and pictures of docs/evidence.md.")
+    for each in (run, again, score, cost):
+        each.add_argument("--data", type=Path, help="folder of the data sets")
+        each.add_argument("--models", type=Path, help="folder of model folders")
+    for each in (run, again, cost):
+        each.add_argument("--device", default="cpu", help="where to train (default: cpu)")
+    return parser
+
+
+def run_grid(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    usable_device(options.device, parser)
+    grid, folder = GRIDS[options.grid], _folder(options)
+    commit = options.commit or commit_of(Path(__file__).parent)
+    job = Job(folder, _places(options), options.device, time.monotonic() + options.seconds, commit)
+    failures = count = 0
+    with locked(folder):
+        for done in work(grid, job, options.workers):
+            count += 1
+            if isinstance(done, Result):
+                print(f"{count:4d}  {describe(done)}", flush=True)
+            else:
+                setting, error = done
+                failures += 1
+                print(f"{count:4d}  {setting.path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        left = len(grid.needed(read_results(folder)))
+    print(f"{left} runs can be made next." if left else "The grid is complete.")
+    return int(failures > 0)
+
+
+def describe(result: Result) -> str:
+    """Return one line of what a run has found."""
+    setting = result.setting
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    run = f"{setting.task} {setting.row} {setting.split} lr {setting.lr:g} seed {setting.seed}"
+    return f"{run}: {'diverged' if result.diverged else metrics} ({result.seconds:.0f} s)"
+
+
+def show_status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    grid, results = GRIDS[options.grid], read_results(_folder(options))
+    needed = grid.needed(results)
+    print(f"{len(results)} result files; {len(needed)} runs can be made next" + ("" if needed else ": complete"))
+    for setting in needed:
+        print(f"  {setting.path}")
+    return 0
+
+
+def run_again(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Make runs once more, in a folder of its own, and compare what does not depend on the clock."""
+    from tempfile import TemporaryDirectory
+
+    usable_device(options.device, parser)
+    begin()
+    different = 0
+    for path in options.files:
+        held = read_result(path)
+        if held is None:
+            raise ValueError(f"{path}: no such file, or one that was cut off")
+        with TemporaryDirectory() as folder:
+            job = Job(Path(folder), _places(options), options.device, math.inf, commit_of(Path(__file__).parent))
+            make(held.setting, job)
+            now = read_result(Path(folder) / held.setting.path)
+        assert now is not None
+        same = now.losses == held.losses and all(now.metrics[name] == held.metrics[name] for name in now.metrics)
+        different += not same
+        print(f"{path}: " + ("the same numbers" if same else f"DIFFERENT: {held.metrics} then, {now.metrics} now"))
+    return int(different > 0)
+
+
+def measure_cost(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks.evidence import cost
+
+    usable_device(options.device, parser)
+    begin()
+    experiment = GRIDS[options.grid].experiments[0]
+    path = options.out or RESULTS / "evidence" / f"cost_{options.device.partition(':')[0]}.json"
+    check_writable(path)
+    found = cost.measure(experiment, experiment.of_rows(), _places(options), options.device, options.rounds)
+    cost.write(path, found, experiment, machine_of(options.device), commit_of(Path(__file__).parent))
+    print(f"Written: {path}")
+    return 0
+
+
+def score_texts(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks.evidence.scores import score_folder
+
+    score_folder(options.folder, _places(options))
+    return 0
+
+
+def write_page(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks import tables
+    from benchmarks.evidence import pictures
+
+    pictures.write_all(RESULTS / "evidence")
+    tables.main()
+    return 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return options.out or RESULTS / "evidence" / options.grid
+
+
+def _places(options: argparse.Namespace) -> Places:
+    for name in ("data", "models"):
+        folder = getattr(options, name)
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{name} {folder} is no folder")
+    return Places(options.data, options.models)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Train one setting, in as many calls as it takes, and measure it. Every method trains by this loop."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from benchmarks.evidence import forgetting
+from benchmarks.evidence.catalogue import task_named
+from benchmarks.evidence.methods import prepare
+from benchmarks.evidence.models import load_model, load_tokenizer
+from benchmarks.evidence.places import Places
+from benchmarks.evidence.prepared import Prepared
+from benchmarks.evidence.result import Result
+from benchmarks.evidence.setting import Setting
+from benchmarks.evidence.tasks import OpenTask, open_task
+from benchmarks.finetune import random_state, set_random_state
+from deltaopt import load, save
+
+EVALUATIONS = 4
+"""How often a run is evaluated, the last time at its end."""
+
+STRETCH = 10
+"""Steps whose training loss is one point of the curve. The losses leave the device so often, and no oftener."""
+
+
+OWN_TEXTS = 64
+"""Texts of the pretrained model by which forgetting is measured."""
+
+
+class DeadlineError(Exception):
+    """The time of the call is up; the run is in its checkpoint."""
+
+
+@dataclass
+class Limits:
+    """When a call has to end, as `time.monotonic()`, and where the run that it cuts short is kept."""
+
+    deadline: float = math.inf
+    checkpoint: Path | None = None
+
+
+@dataclass
+class Progress:
+    """What a run has measured so far, and what a checkpoint keeps of it."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    before: float | None = None
+    diverged: bool = False
+
+
+def run(setting: Setting, places: Places, device: str, limits: Limits | None = None) -> Result:
+    """Train one setting, from its checkpoint if an earlier call was cut short, and return what it measured.
+
+    Args:
+        setting: of the run.
+        places: of data and models.
+        device: "cpu", "cuda" or "cuda:1".
+        limits: of the call. Default: none.
+
+    Raises:
+        DeadlineError: if the time of the call is up first; the checkpoint holds the run.
+        ValueError, OSError: if data or model cannot be used.
+    """
+    gc.collect()  # the model of the run before
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    task = open_task(setting, places, device)
+    model = load_model(setting, places, task.labels)
+    texts = _own_texts(setting, places, model)
+    trainer = Trainer(setting, prepare(setting, model.to(device)), task, device, texts)
+    progress = trainer.finish(limits or Limits())
+
+    result = Result(setting, data=task.fingerprint, diverged=progress.diverged, losses=progress.losses)
+    result.evaluations, result.seconds = progress.evaluations, progress.seconds
+    result.step_seconds = statistics.median(progress.step_seconds) if progress.step_seconds else 0.0
+    result.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result.total = sum(p.numel() for p in model.parameters())
+    if not progress.diverged:
+        with trainer.evaluating() as evaluated:
+            result.metrics = progress.evaluations[-1][1]
+            result.texts = task.generate(evaluated) if setting.split == "test" else None
+            if progress.before is not None:
+                result.forgetting = (progress.before, forgetting.text_loss(evaluated, texts))
+        result.layers = [_numbers(change._asdict()) for change in trainer.prepared.changes()]
+    result.peak_bytes = torch.cuda.max_memory_allocated(device) if cuda else None
+    return result
+
+
+class Trainer:
+    """One model in training."""
+
+    def __init__(
+        self, setting: Setting, prepared: Prepared, task: OpenTask, device: str, texts: forgetting.Texts | None = None
+    ) -> None:
+        self.setting, self.prepared, self.task, self.device = setting, prepared, task, device
+        self.texts = texts or []
+        self.trained = [p for p in prepared.model.parameters() if p.requires_grad]
+        self.scheduler = LambdaLR(prepared.optimizer, self.share_of_lr)
+
+    def share_of_lr(self, step: int) -> float:
+        """Return the learning rate of a step as a share of the highest: up in a straight line, then down to 0."""
+        setting = self.setting
+        if step < setting.warmup_steps:
+            return (step + 1) / setting.warmup_steps
+        return max(0.0, (setting.steps - step) / (setting.steps - setting.warmup_steps))
+
+    def finish(self, limits: Limits) -> Progress:
+        """Take the steps that are left."""
+        setting, progress = self.setting, self._continued(limits.checkpoint)
+        every = STRETCH * math.ceil(setting.steps / EVALUATIONS / STRETCH)
+        if progress.step == 0 and self.texts:
+            with self.evaluating() as model:
+                progress.before = forgetting.text_loss(model, self.texts)
+        self.prepared.model.train()
+        while progress.step < setting.steps and not progress.diverged:
+            until = min(progress.step + STRETCH, setting.steps)
+            if time.monotonic() > limits.deadline:
+                self._save(progress, limits.checkpoint)
+                raise DeadlineError(setting.path)
+            self._stretch(progress, until)
+            if progress.diverged:
+                break
+            if progress.step % every == 0 or progress.step == setting.steps:
+                with self.evaluating() as model:
+                    progress.evaluations.append((progress.step, self.task.evaluate(model)))
+        if limits.checkpoint is not None:
+            limits.checkpoint.unlink(missing_ok=True)
+        return progress
+
+    def _stretch(self, progress: Progress, until: int) -> None:
+        """Take the steps up to one, and then alone look at their losses."""
+        self._synchronize()
+        start = time.perf_counter()
+        losses = [self.step(step, next(self._batches)) for step in range(progress.step, until)]
+        self._synchronize()
+        seconds = time.perf_counter() - start
+        mean = torch.stack(losses).mean().item()
+        progress.seconds += seconds
+        progress.step_seconds.append(seconds / len(losses))
+        progress.losses.append(mean)
+        progress.diverged = not math.isfinite(mean)
+        progress.step = until
+
+    def step(self, step: int, batch: dict[str, Tensor]) -> Tensor:
+        """Take one step, numbered from 0, and return its loss."""
+        prepared, setting = self.prepared, self.setting
+        prepared.before_step(step)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with self._precision():
+            loss = self.task.loss(prepared.model(**inputs), batch["labels"])
+            if prepared.extra_loss is not None:
+                loss = loss + prepared.extra_loss()
+        loss.backward()
+        if setting.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained, setting.clip)
+        prepared.optimizer.step()
+        prepared.after_step(step)
+        prepared.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return loss.detach()
+
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the model is as the method wants it evaluated."""
+        return _Evaluating(self.prepared, self._precision())
+
+    def _continued(self, path: Path | None) -> Progress:
+        """Return where the run stands, and bring model, optimizer and generators there."""
+        held = load(path) if path is not None and path.exists() else None
+        self._batches: Iterator[dict[str, Tensor]] = self.task.training_batches()
+        torch.manual_seed(self.setting.seed)  # for dropout: how much was drawn before differs between methods
+        if held is None:
+            return Progress()
+        progress = Progress(**held["progress"])
+        self._batches = islice(self._batches, progress.step, None)
+        prepared = self.prepared
+        prepared.load_state(held["method"])
+        prepared.model.load_state_dict(held["model"])
+        prepared.optimizer.load_state_dict(held["optimizer"])
+        self.scheduler.load_state_dict(held["scheduler"])
+        set_random_state(held["random"], self.device)
+        return progress
+
+    def _save(self, progress: Progress, path: Path | None) -> None:
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prepared = self.prepared
+        state = {
+            "progress": vars(progress),
+            "method": prepared.state(),
+            "model": prepared.model.state_dict(),
+            "optimizer": prepared.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": random_state(self.device),
+        }
+        save(state, path)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.setting.precision == "float32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+
+    def _synchronize(self) -> None:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _own_texts(setting: Setting, places: Places, model: nn.Module) -> forgetting.Texts:
+    """Return texts that the pretrained model writes, if it is one that continues texts."""
+    if task_named(setting.task).kind != "continue":
+        return []
+    return forgetting.own_texts(model, load_tokenizer(setting, places), seed=0, count=OWN_TEXTS)
+
+
+class _Evaluating(AbstractContextManager[nn.Module]):
+    """The model in evaluation, without gradients; in training again afterwards."""
+
+    def __init__(self, prepared: Prepared, precision: AbstractContextManager[Any]) -> None:
+        self._prepared, self._contexts = prepared, (torch.no_grad(), precision)
+
+    def __enter__(self) -> nn.Module:
+        self._prepared.before_evaluation()
+        for context in self._contexts:
+            context.__enter__()
+        return self._prepared.model.eval()
+
+    def __exit__(self, *raised: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*raised)
+        self._prepared.model.train()
+        self._prepared.after_evaluation()
+
+
+def _numbers(change: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in change.items()}

@@ -1,0 +1,165 @@
+"""Make the runs of a grid in several processes: the result files say what is done, the parent alone what is next."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence.grid import Grid
+from benchmarks.evidence.places import Places
+from benchmarks.evidence.result import Result, read_results, write_result
+from benchmarks.evidence.setting import Setting
+from benchmarks.unfinished import check_writable
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every run of a call shares, and its result does not depend on.
+
+    Attributes:
+        folder: of the grid's results.
+        places: of data and models.
+        device: to train on.
+        deadline: when to stop, as `time.monotonic()`; runs that are cut short keep a checkpoint.
+        commit: of the code.
+    """
+
+    folder: Path
+    places: Places
+    device: str
+    deadline: float
+    commit: str
+
+
+class InUseError(Exception):
+    """Another call is working on the same folder."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other calls out of a grid's folder.
+
+    Raises:
+        InUseError: if one is in it.
+        OSError: if the folder cannot be written.
+    """
+    path = folder / "lock"
+    check_writable(path)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(f"another call is making runs in {folder}: wait for it, or give another --out") from None
+        yield
+
+
+def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting, Exception]]:
+    """Make the runs of a grid that have no result file, and yield each when it is done, or with its error.
+
+    A run that failed is not tried again by this call. It ends when no run is left that can be made, or at the deadline.
+    """
+    results = read_results(job.folder)
+    running: dict[Future[Result | None], Setting] = {}
+    failed: set[Setting] = set()
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
+    try:
+        while True:
+            busy = {*running.values(), *failed}
+            left = [s for s in grid.needed(results) if s not in busy] if time.monotonic() < job.deadline else []
+            for setting in left[: workers - len(running)]:
+                running[pool.submit(make, setting, job)] = setting
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                setting = running.pop(future)
+                if (error := future.exception()) is not None:
+                    if not isinstance(error, Exception):
+                        raise error
+                    failed.add(setting)
+                    yield setting, error
+                elif (result := future.result()) is not None:
+                    results.append(result)
+                    yield result
+    finally:
+        pool.shutdown(wait=not running, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if running and process not in others:
+                process.terminate()
+
+
+def make(setting: Setting, job: Job) -> Result | None:
+    """Make one run and write its file; None if the deadline came first."""
+    from benchmarks.evidence.training import DeadlineError, Limits, run
+
+    checkpoint = job.folder / "unfinished" / f"{setting.row}-{setting.digest}.pt"
+    try:
+        result = run(setting, job.places, job.device, Limits(job.deadline, checkpoint))
+    except DeadlineError:
+        return None
+    result.machine, result.versions, result.commit = machine_of(job.device), versions_of(), job.commit
+    write_result(job.folder, result)
+    return result
+
+
+def begin() -> None:
+    """Set up a process: one thread, and the same kernels for the same numbers."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a kernel for each new tensor
+    from benchmarks.finetune import quieten
+
+    quieten()
+
+
+def _begin_worker(parent: int) -> None:
+    """Set up a worker, which ends with its parent."""
+    begin()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def machine_of(device: str) -> dict[str, Any]:
+    from benchmarks.finetune import machine
+
+    return machine(device)
+
+
+def versions_of() -> dict[str, str]:
+    from benchmarks.finetune import versions
+
+    return versions()
+
+
+def commit_of(folder: Path) -> str:
+    """Return the commit that is checked out, with "+" where files differ from it; "unknown" outside a checkout."""
+    try:
+        commit = _git(folder, "rev-parse", "--short=10", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
