@@ -111,7 +111,8 @@ class Experiment:
         return [replace(self._setting(row, lr, seed, "tuning"), **self.tuning_changes) for seed in seeds]
 
     def _tuning_results(self, row: Row, results: Sequence[Result]) -> list[Result]:
-        return [r for r in results if r.setting in self._tuning(row, r.setting.lr)]
+        own = [r for r in results if r.setting.row == row.name and r.setting.split == "tuning"]
+        return [r for r in own if r.setting in self._tuning(row, r.setting.lr)]
 
     def _extended(self, row: Row, grid: Sequence[float], edge: float) -> float | None:
         """Return the value beyond the edge of a grid, as far as its neighbour; None if it was extended enough."""

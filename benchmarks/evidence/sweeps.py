@@ -44,9 +44,11 @@ def ratio_sweep(evidence: Evidence) -> str:
         grid(lambda cell: f"{mean(cell, experiment.metric)} ({cell.lr:g})"),
     ]
     if family:
+        least = min(family, key=lambda each: each.p)
         parts += [
-            "Difference to LoRA and p:",
-            grid(lambda cell: f"{interval(by_row[cell.row])}, {p_of(by_row[cell.row])}"),
+            "Difference to LoRA:",
+            grid(lambda cell: interval(by_row[cell.row])),
+            f"The smallest p is {p_of(least)}: {ROWS[least.row].title}.",
         ]
     return paragraphs(*parts, said(evidence.standings(experiment)))
 
