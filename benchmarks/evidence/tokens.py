@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Ragged:
         held = list(sequences)
         self.lengths = torch.tensor([len(sequence) for sequence in held], dtype=torch.long)
         self._ends = self.lengths.cumsum(0)
-        self._flat = torch.tensor([token for sequence in held for token in sequence] or [0], dtype=torch.int32)
+        flat = array("i", itertools.chain.from_iterable(held)) or array("i", [0])
+        self._flat = torch.frombuffer(flat, dtype=torch.int32).clone()
 
     def __len__(self) -> int:
         return len(self.lengths)
