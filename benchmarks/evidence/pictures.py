@@ -77,9 +77,8 @@ def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
 
 def rates(evidence: Evidence, experiment: Experiment) -> Figure | None:
     """Draw the metric of the tuning against the learning rate, one panel a row, with a ring at the chosen rate."""
-    found = {each.row.name: each for each in evidence.standings(experiment) if each.tried}
-    runs = _by_row(evidence, experiment, "tuning")
-    lines = {name: _over_rates(runs[name], experiment.metric) for name in found if len(runs[name]) > 0}
+    found = {each.row.name: each for each in evidence.standings(experiment)}
+    lines = {name: _over_rates(each.tuning, experiment.metric) for name, each in found.items()}
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return None
@@ -185,16 +184,6 @@ def forgetting(evidence: Evidence, experiment: Experiment) -> Figure | None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     return figure
-
-
-def _by_row(evidence: Evidence, experiment: Experiment, split: str) -> dict[str, list[Result]]:
-    """Return the runs of an experiment that were made on a split, by row."""
-    found: dict[str, list[Result]] = defaultdict(list)
-    for run in evidence.results:
-        setting = run.setting
-        if (setting.task, setting.model, setting.split) == (experiment.task, experiment.model, split):
-            found[setting.row].append(run)
-    return found
 
 
 def _over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:

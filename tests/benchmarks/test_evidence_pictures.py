@@ -154,3 +154,13 @@ def test_the_files_are_the_same_for_the_same_results_and_go_with_them(evidence, 
 
 def test_without_results_there_are_no_pictures(tmp_path):
     assert write_all(tmp_path / "no results", tmp_path / "pictures") == []
+
+
+def test_runs_of_other_settings_are_not_drawn(evidence):
+    """As an earlier form of the grid leaves them."""
+    asked = evidence.compared["docstrings"]
+    strangers = [replace(run, setting=replace(run.setting, steps=30)) for run in evidence.results]
+    assert pictures.rates(Evidence(strangers, evidence.grid), asked) is None
+    both = pictures.rates(Evidence([*evidence.results, *strangers], evidence.grid), asked)
+    alone = pictures.rates(evidence, asked)
+    assert drawn(panel(both, "delta"), pictures.COLOUR) == drawn(panel(alone, "delta"), pictures.COLOUR)
