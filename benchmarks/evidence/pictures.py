@@ -173,9 +173,9 @@ def forgetting(evidence: Evidence, experiment: Experiment) -> Figure | None:
     metric = metrics_of(experiment, cells.values())[0][0]
     how = measure(metric)
     figure, axis = plt.subplots(figsize=(7.5, 5.0), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    colours = matplotlib.colormaps["tab20"]
     for place, (name, cell) in enumerate(cells.items()):
-        colour = REFERENCE if name == LORA else colours[place % len(colours)]
+        colour = REFERENCE if name == LORA else colours(place % colours.N)
         x, y = _mean_and_error(cell, forgotten), _mean_and_error(cell, lambda run: how.factor * run.metrics[metric])
         axis.errorbar(
             x[0], y[0], y[1], x[1], fmt="osD^vPX*"[place % 8], color=colour, ms=6, lw=1, label=ROWS[name].title
@@ -197,7 +197,7 @@ def _over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:
 
 def _ring(axis: Axes, standing: Standing, line: Points, lost_at: float) -> None:
     """Draw a ring at the chosen rate, and a cross at each rate at which a run diverged."""
-    if standing.lr in line:
+    if standing.lr is not None and standing.lr in line:
         axis.plot(standing.lr, line[standing.lr], "o", ms=10, mfc="none", mec=_colour(standing.row.name), zorder=4)
     for lr in (lr for lr in standing.tried if lr not in line):
         axis.plot(lr, lost_at, "x", color=_colour(standing.row.name), ms=6, transform=axis.get_xaxis_transform())

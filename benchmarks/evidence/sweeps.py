@@ -88,11 +88,11 @@ def rank_sweep(evidence: Evidence) -> str:
     trained = [f"{next(iter(by_rank[rank].values())).results[0].trained:,}" for rank in ranks]
     groups: list[list[Column]] = [
         [("trained", trained)],
-        *([(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)),
-        *([(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)),
     ]
+    groups += [[(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)]
+    groups += [[(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)]
     return paragraphs(
-        f"{measure(experiment.metric).title} on {experiment.task}, alpha = 2 r. "
+        f"Cells: {measure(experiment.metric).title}, on {experiment.task}, alpha = 2 r. "
         + caption(experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),
         narrow_tables(("r", [str(rank) for rank in ranks]), groups),
         said(evidence.standings(experiment)),
