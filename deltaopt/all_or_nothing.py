@@ -47,6 +47,50 @@ def note_result(results: list[Any], call: Callable[[], Any]) -> Any:
     return results[-1]
 
 
+class Issued:
+    """The collectives of one computation, each of which is issued once, however often the computation begins again.
+
+    The other ranks answer a collective once. A rank that issued it again after an exception would wait for ever, or be
+    answered by the next one. So the issue is noted with its output, and the computation, which asks for the same
+    collectives in the same order each time, is given that output. A copy of it knows of none.
+    """
+
+    def __init__(self) -> None:
+        self._issued: list[tuple[Any, Any]] = []
+        self._count = 0
+
+    def again(self) -> Issued:
+        """Begin with the first one; return itself."""
+        self._count = 0
+        return self
+
+    def output(self, output: Any, issue: Callable[[], Any], wait: Callable[[Any], object] | None = None) -> Any:
+        """Issue the next collective, unless that was done before; return its output once it has come.
+
+        Args:
+            output: that the collective writes; the one of before is returned if it was issued before.
+            issue: a `functools.partial` of a function in C, see `note`; it returns what to wait for, or None.
+            wait: waits for that. Default: its method `wait`.
+        """
+        if self._count == len(self._issued):
+            self._issued.extend(zip((output,), map(operator.call, (issue,)), strict=True))
+        output, work = self._issued[self._count]
+        if wait is not None:
+            wait(work)
+        elif work is not None:
+            work.wait()
+        self._count += 1
+        return output
+
+    @property
+    def begun(self) -> bool:
+        """True once a collective was issued."""
+        return bool(self._issued)
+
+    def __reduce__(self) -> tuple[type[Issued], tuple[()]]:
+        return Issued, ()
+
+
 class Event:
     """An event that is under way, or was interrupted.
 

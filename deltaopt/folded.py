@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deltaopt import gradient_hooks
-from deltaopt.all_or_nothing import Event
+from deltaopt.all_or_nothing import Event, Issued
 from deltaopt.checks import claim_problems, weight_problems
 from deltaopt.factors import Factor, looked_up
 from deltaopt.gradient_hooks import GradientHooks, evaluated_once, is_in_use
@@ -268,16 +268,18 @@ class _Part(NamedTuple):
         term: that is added to W.
         ledger: of W after it.
         done: the writes so far, see `Writer.add_term_`.
+        issued: the collectives of its base.
     """
 
     weight: WeightState
     term: Term
     ledger: Ledger
     done: list[Any]
+    issued: Issued
 
     @classmethod
     def of(cls, weight: WeightState, term: Term) -> _Part:
-        return cls(weight, term, weight.placed_ledger().plus(term), [])
+        return cls(weight, term, weight.placed_ledger().plus(term), [], Issued())
 
 
 class _Change:
@@ -298,8 +300,8 @@ class _Change:
         """Write what is not written yet."""
         for weight in self._due:
             weight.folded_since = self._writer.step if weight.triple.folded else None
-        for weight, term, ledger, done in self.parts:
-            weight.note_base()
+        for weight, term, ledger, done, issued in self.parts:
+            weight.note_base(issued)
             self._writer.add_term_(weight, term, done)
             weight.ledger = ledger
         self._guard.count(self._finite, self._counted)

@@ -24,7 +24,7 @@ from deltaopt.rounding.blocks import NoiseFactors, Scratch, add_product_, full_p
 from deltaopt.rounding.writer import Writer
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.sharded_moves import ShardedMoves
-from deltaopt.sharding import highest, local_part
+from deltaopt.sharding import local_part
 from deltaopt.tensors import FLOATS, WAY_OUT, is_plain
 from deltaopt.weight import WeightState
 
@@ -183,13 +183,7 @@ class InPlaceUpdate(UpdateRule):
         if not sharded.slots:
             return self._guard.verdict(marks)
         assert self.ranks is not None
-        facts = sharded.own_facts()
-        home = facts[0].device
-        if marks:
-            facts.append((~self._guard.verdict(marks)).to(home, torch.int64).view(1))
-        agreed = highest(torch.cat([fact.to(home) for fact in facts]), self.ranks.group).tolist()
-        finite = sharded.take(agreed)
-        return torch.tensor(finite and not any(agreed), device=home)
+        return sharded.agree(self._guard.verdict(marks) if marks else None, self.ranks.group)
 
     def warn(self, stacklevel: int) -> None:
         """Warn of factors that were changed between steps, too."""

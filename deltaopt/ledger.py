@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaopt.all_or_nothing import note
+from deltaopt.all_or_nothing import Issued, note
 from deltaopt.lowrank import Term, is_zero, joined, matrix_factors
 from deltaopt.rounding.blocks import full_precision
 
@@ -29,13 +29,15 @@ Factors: TypeAlias = "tuple[Tensor, Tensor]"
 class _Later:
     """Factors that are gathered from all ranks once they are asked for; by events, which all ranks take part in."""
 
-    def __init__(self, gather: Callable[[], Factors]) -> None:
+    def __init__(self, gather: Callable[[Issued], Factors]) -> None:
         self._gather = gather
+        self._issued = Issued()
         self._factors: Factors | None = None
 
     def factors(self) -> Factors:
         if self._factors is None:
-            self._factors = self._gather()
+            self._factors = self._gather(self._issued)
+            self._issued = Issued()  # which lets go of the output
         return self._factors
 
 
@@ -146,8 +148,12 @@ class Ledger:
         """True after the first move, since the last restart; without bringing `end` from other ranks."""
         return self._state.last is not None
 
-    def end_later(self, gather: Callable[[], Factors]) -> object:
-        """Let `gather`, which all ranks have to call, return `end` once it is asked for; return its `end_mark`."""
+    def end_later(self, gather: Callable[[Issued], Factors]) -> object:
+        """Let `gather` return `end` once it is asked for, on all ranks, by the collectives that it is handed.
+
+        Returns:
+            The `end_mark` of it.
+        """
         self._state = self._state._replace(last=_Later(gather))
         return self.end_mark()
 

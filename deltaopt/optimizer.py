@@ -1171,7 +1171,7 @@ class DeltaLoRAOptimizer(Optimizer):
     @contextmanager
     def _called_together(self, what: str) -> Iterator[RollCall]:
         """Give the roll call of an event; an exception before it is told to the other ranks."""
-        roll_call = RollCall(self._rule.ranks, what, self._facts())
+        roll_call = RollCall(self._rule.ranks, what, self._facts)
         with roll_call.told():
             yield roll_call
 

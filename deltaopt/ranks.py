@@ -10,14 +10,17 @@ import hashlib
 import json
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from deltaopt.all_or_nothing import Issued, note_result
 
 FACTS = 6
 """Facts that a meeting can compare."""
@@ -84,13 +87,20 @@ class Ranks:
             control.device_group = dist.new_group(list(self.ranks), use_local_synchronization=True)
         return control.device_group
 
-    def meet(self, event: str, facts: Mapping[str, object] | None = None, error: BaseException | None = None) -> None:
+    def meet(
+        self,
+        event: str,
+        facts: Mapping[str, object] | None = None,
+        error: BaseException | None = None,
+        meeting: Meeting | None = None,
+    ) -> None:
         """Return once all ranks are in `event` with the same `facts` and no `error`; else raise on all of them.
 
         Args:
             event: where this rank is, for example "step()".
             facts: at most 6 values by name that are equal on all ranks, compared as text.
             error: what this rank failed with.
+            meeting: of an event that makes this call again after an exception, which then continues it.
 
         Raises:
             RanksDisagreeError: if another rank failed, is in another event or has another fact; if a rank does not
@@ -104,21 +114,24 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        control = self._control()
+        control, meeting = self._control(), Meeting() if meeting is None else meeting
+        issued = meeting.issued.again()
         texts = {name: _text(value) for name, value in facts.items()}
-        control.arrive(event)
+        if not issued.begun:
+            control.arrive(event, meeting)
         hashes = [_hash(f"{name}={text}") for name, text in texts.items()]
-        words = [control.count, _hash(event), int(error is not None), len(texts), *hashes]
+        words = [meeting.number, _hash(event), int(error is not None), len(texts), *hashes]
         vector = torch.zeros(4 + FACTS, dtype=torch.int64)
         vector[: len(words)] = torch.tensor(words, dtype=torch.int64)
-        vectors = control.exchange(event, vector)
+        vectors = control.exchange(event, vector, issued)
         if not any(int(other[2]) for other in vectors) and all(torch.equal(other, vectors[0]) for other in vectors):
             return
-        said = {"count": control.count, "event": _clipped(event, 128)}
+        said = {"count": meeting.number, "event": _clipped(event, 128)}
         if error is not None:
             said["error"] = _clipped(f"{type(error).__name__}: {_first_line(error)}", 1024)
         clipped = {_clipped(name, 64): _clipped(text, 512) for name, text in texts.items()}
-        all_said = dict(zip(self.ranks, control.exchange_json(event, {**said, "facts": clipped}), strict=True))
+        found = control.exchange_json(event, {**said, "facts": clipped}, issued=issued)
+        all_said = dict(zip(self.ranks, found, strict=True))
         if error is not None:
             raise error
         raise RanksDisagreeError(_difference(all_said))
@@ -158,6 +171,19 @@ class Ranks:
         return controls[key]
 
 
+class Meeting:
+    """One meeting of this rank, which may be interrupted and continued.
+
+    Attributes:
+        number: of the meetings of these ranks, counted from 1; 0 until this rank has come.
+        issued: what it has sent to the others.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.issued = Issued()
+
+
 class _Control:
     """The meetings of these ranks: their number, their group, and why there can be no more of them."""
 
@@ -167,50 +193,63 @@ class _Control:
         self.timeout = _default_timeout() if timeout is None else timeout
         self.store: Any = dist.distributed_c10d._get_default_store()
         self.backend = dist.get_backend()
-        self.group: Any = None
+        self.groups: list[Any] = []
+        self.starts: list[int] = []
         self.device_group: Any = None
         self.count = 0
         self.broken: str | None = None
         self.began = 0.0
-        self.name = f"deltaopt/{_hash(f'{ranks} {timeout}')}"
+        self.family = f"deltaopt/{_hash(f'{ranks} {timeout}')}"
 
-    def arrive(self, event: str) -> None:
-        """Note in the store that this rank has come, and make the group at the first meeting."""
+    def arrive(self, event: str, meeting: Meeting) -> None:
+        """Note in the store that this rank has come, and make the group at the first meeting.
+
+        It may be called again after an exception: `meeting` knows its number then, and whatever must not be done twice
+        is noted.
+        """
         if self.broken is not None:
             raise RanksDisagreeError(self.broken)
-        self.count += 1
+        meeting.number = meeting.number or self.count + 1
+        self.count = max(self.count, meeting.number)
         self.began = time.monotonic()
         try:
-            if self.count == 1:  # the first one in this store, unless the default group was destroyed and made again
-                self.name += f"/{self.store.add(f'{self.name}/{self.rank}', 1)}"
-            self.store.set(f"{self.name}/at/{self.rank}", f"{self.count} {event}")
-            if self.group is None:
-                self.group = self._new_group()
+            if not self.starts:  # 1 in this store, unless the default group was destroyed and made again
+                note_result(self.starts, partial(self.store.add, f"{self.family}/{self.rank}", 1))
+            self.store.set(f"{self.name}/at/{self.rank}", f"{meeting.number} {event}")
+            if not self.groups:
+                note_result(self.groups, self._new_group())
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
             raise self._broke(event, error) from error
 
-    def _new_group(self) -> Any:
+    @property
+    def name(self) -> str:
+        """What the keys in the store begin with."""
+        return f"{self.family}/{next(iter(self.starts), 0)}"
+
+    def _new_group(self) -> Callable[[], Any]:
+        """Return the call that makes the group: all of these ranks make it once, so that it has to be noted."""
         if self.backend == THREADED:
-            return dist.new_group(list(self.ranks), use_local_synchronization=True)
+            return partial(dist.new_group, list(self.ranks), use_local_synchronization=True)
         # Not by `new_group`: its name depends on how many groups this rank has made, which may differ between ranks.
         store = dist.distributed_c10d.PrefixStore(f"{self.name}/gloo", self.store)
         timeout = timedelta(seconds=self.timeout)
-        return dist.ProcessGroupGloo(store, self.ranks.index(self.rank), len(self.ranks), timeout)
+        return partial(dist.ProcessGroupGloo, store, self.ranks.index(self.rank), len(self.ranks), timeout)
 
-    def exchange(self, event: str, tensor: Tensor) -> list[Tensor]:
+    def exchange(self, event: str, tensor: Tensor, issued: Issued | None = None) -> list[Tensor]:
         """Return the tensors of all ranks, which have one shape and dtype."""
-        found = [torch.empty_like(tensor) for _ in self.ranks]
+        issued = Issued() if issued is None else issued
+        output = [torch.empty_like(tensor) for _ in self.ranks]
         try:
-            _wait(self.group.allgather([found], [tensor]))
+            found: list[Tensor] = issued.output(output, partial(self.groups[0].allgather, [output], [tensor]), _wait)
         except RuntimeError as error:
             raise self._broke(event, error) from error
         return found
 
-    def exchange_json(self, event: str, value: Any, width: int = WIDTH) -> list[Any]:
+    def exchange_json(self, event: str, value: Any, width: int = WIDTH, issued: Issued | None = None) -> list[Any]:
         """Return the values of all ranks, each of which takes at most `width` bytes."""
         data = json.dumps(value).encode()
         sent = torch.frombuffer(bytearray(data.ljust(width)), dtype=torch.uint8)
-        return [json.loads(bytes(other.tolist())) for other in self.exchange(event, sent)]
+        return [json.loads(bytes(other.tolist())) for other in self.exchange(event, sent, issued)]
 
     def _broke(self, event: str, error: Exception) -> RanksDisagreeError:
         """Return what all ranks raise from now on, after the ranks that are late have had a moment to come."""

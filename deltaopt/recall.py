@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltaopt.all_or_nothing import note
+from deltaopt.all_or_nothing import Issued, note
 from deltaopt.checkpoint.records import SavedLedger, weight_records
 from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, note_rebuilt, saved_ledgers
 from deltaopt.checks import check_finite
@@ -69,17 +69,17 @@ class Recall(Resync):
         away = [term._replace(coef=-term.coef) for term in weight.displacement()]
         terms = [term for term in combined([*target, *away]) if not term.is_zero()]
         base = self._known_base(weight) if terms else None
-        return _Move(weight, saved, terms if base is None else target, base if terms else None, [], [], [])
+        return _Move(weight, saved, terms if base is None else target, base if terms else None, [], [], [], Issued())
 
     @torch.no_grad()
     def carry_out(self) -> None:
         """Write the weights; may be called again after an exception."""
         self._restore()
-        for weight, saved, terms, base, put, written, before in self._moves:
+        for weight, saved, terms, base, put, written, before, issued in self._moves:
             if saved.bits is not None:
                 put_whole_(weight.tensors.stored[0], saved.bits)
             if terms or base is not None:
-                weight.note_base()
+                weight.note_base(issued)
                 if base is not None and not put:
                     note(put, partial(put_, weight, base))
                 self._writer.add_terms_(weight, terms, written)
@@ -101,6 +101,7 @@ class _Move(NamedTuple):
     put: list[Any]
     written: list[Any]
     before: list[tuple[Any, Compensation | None]]
+    issued: Issued
 
 
 def _placed(weight: WeightState, saved: SavedLedger) -> list[Term]:

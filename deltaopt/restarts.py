@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deltaopt.all_or_nothing import call_the_rest, note
+from deltaopt.all_or_nothing import Issued, call_the_rest, note
 from deltaopt.checks import check_finite, check_writable
 from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
@@ -47,6 +47,7 @@ class Restart:
         self._start: list[list[Tensor]] | None = None
         self._written: list[list[Any]] = [[] for _ in weights]
         self._recorded: list[list[Any]] = [[] for _ in weights]
+        self._issued = [(Issued(), Issued()) for _ in weights]
 
     @torch.no_grad()
     def make_start(self, reinit: Reinit, roll_call: RollCall) -> None:
@@ -79,14 +80,14 @@ class Restart:
         if self._start is None:
             self._put_back()
             return False
-        for weight, branch, start, written, recorded in zip(
-            self._weights, self._branches, self._start, self._written, self._recorded, strict=True
+        for weight, branch, start, written, recorded, (of_start, of_base) in zip(
+            self._weights, self._branches, self._start, self._written, self._recorded, self._issued, strict=True
         ):
             triple = weight.triple
             given = []
             if triple.folded:
-                given = [weight.branch_of(start)._replace(coef=-triple.folded * triple.scaling)]
-            weight.note_base()
+                given = [weight.branch_of(start, of_start)._replace(coef=-triple.folded * triple.scaling)]
+            weight.note_base(of_base)
             self._writer.add_terms_(weight, [branch, *given], written)
             _put(weight.tensors.parameters, start)
             ledger = weight.placed_ledger()
@@ -131,13 +132,13 @@ class Resync:
         for weight in weights:
             before, (_, A, B) = weight.placed_ledger().end, weight.branch().cloned()
             if before is not None and weight.ratio != 0 and not all(map(torch.equal, before, (A, B))):
-                self._moves.append(_ResyncMove(weight, before, (A, B), self._known_base(weight), [], []))
+                self._moves.append(_ResyncMove(weight, before, (A, B), self._known_base(weight), [], [], Issued()))
 
     @torch.no_grad()
     def carry_out(self) -> None:
         """Write the weights; may be called again after an exception."""
-        for weight, before, now, base, put, written in self._moves:
-            weight.note_base()
+        for weight, before, now, base, put, written, issued in self._moves:
+            weight.note_base(issued)
             ledger = weight.ledger
             ledger.end = now
             if base is None:
@@ -197,21 +198,22 @@ class Following:
         self._weights = [weight for weight in weights if weight.placed_ledger().is_current()]
         self._starts = [_factors_of(weight) for weight in self._weights]
         self._moves: list[_FollowingMove] | None = None
+        self._issued = [Issued() for _ in self._weights]
 
     @torch.no_grad()
     def carry_out(self) -> None:
         """Write the weights; may be called again after an exception."""
         if self._moves is None:
-            ends = [_factors_of(weight) for weight in self._weights]
+            ends = [_factors_of(*pair) for pair in zip(self._weights, self._issued, strict=True)]
             finite = all(bool(factor.isfinite().all()) for pair in ends for factor in pair)
             self._moves = [
-                _FollowingMove(weight, start, end, _changed_outside(weight, start), [], [])
+                _FollowingMove(weight, start, end, _changed_outside(weight, start), [], [], Issued())
                 for weight, start, end in zip(self._weights, self._starts, ends, strict=True)
                 if finite and not all(map(torch.equal, start, end))
             ]
-        for weight, start, end, left, written, recorded in self._moves:
+        for weight, start, end, left, written, recorded, issued in self._moves:
             ledger = weight.ledger
-            weight.note_base()
+            weight.note_base(issued)
             self._writer.add_terms_(weight, [Term(ledger.coef, *end), Term(-ledger.coef, *start)], written)
             if left is not None and not recorded:
                 note(recorded, partial(ledger.extend, ledger.coef, start, left))
@@ -234,6 +236,7 @@ class _FollowingMove(NamedTuple):
     left: Factors | None
     written: list[Any]
     recorded: list[Any]
+    issued: Issued
 
 
 def _changed_outside(weight: WeightState, now: Factors) -> Factors | None:
@@ -243,9 +246,9 @@ def _changed_outside(weight: WeightState, now: Factors) -> Factors | None:
     return None if all(map(torch.equal, end, now)) else end
 
 
-def _factors_of(weight: WeightState) -> Factors:
+def _factors_of(weight: WeightState, issued: Issued | None = None) -> Factors:
     """Copy A and B of one weight, in the dtype of the computation."""
-    _, A, B = weight.branch().cloned()
+    _, A, B = weight.branch_of(weight.tensors.parameters, issued).cloned()
     return A, B
 
 
@@ -258,6 +261,7 @@ class _ResyncMove(NamedTuple):
     base: Tensor | None
     put: list[Any]
     written: list[Any]
+    issued: Issued
 
 
 def _put(factors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from deltaopt.ranks import Ranks
+from deltaopt.ranks import Meeting, Ranks, RanksDisagreeError
 from deltaopt.sharding import highest, ranks_of
 from deltaopt.weight import WeightState
 
@@ -18,21 +18,27 @@ from deltaopt.weight import WeightState
 class RollCall:
     """The meeting of all ranks in one event; it takes place once, whatever is called how often.
 
+    A signal on one rank does not end it: it is continued by the next call.
+
     Args:
         ranks: that share sharded tensors; None where nothing is sharded, and nobody has to come.
         event: its name, for messages.
-        facts: that have to be the same on all ranks.
+        known: returns facts that have to be the same on all ranks; it is asked in the meeting, as an event completes
+            first what was interrupted before it.
 
     Attributes:
-        ranks, facts: as given; more facts may be added before the meeting.
+        ranks: as given.
+        facts: more of them, added before the meeting.
         failed: True if a rank has failed, or has not come.
     """
 
-    def __init__(self, ranks: Ranks | None, event: str, facts: Mapping[str, object] | None = None) -> None:
+    def __init__(self, ranks: Ranks | None, event: str, known: Callable[[], Mapping[str, object]] = dict) -> None:
         self.ranks = ranks
         self._event = event
-        self.facts = dict(facts or {})
+        self._known = known
+        self.facts: dict[str, object] = {}
         self._over = False
+        self._meeting = Meeting()
         self.failed = False
 
     @property
@@ -51,19 +57,22 @@ class RollCall:
         """
         if self._over or self.ranks is None:
             return
-        self._over = self.failed = True  # until it is known to be well
         for name, content in (contents or {}).items():
             self.facts[name] = content if isinstance(content, int) else _fingerprint_of(content)
-        self.ranks.meet(self._event, self.facts)
-        self.failed = False
+        try:
+            self.ranks.meet(self._event, {**self._known(), **self.facts}, meeting=self._meeting)
+        except RanksDisagreeError:
+            self._over = self.failed = True
+            raise
+        self._over = True
 
     def tell(self, error: BaseException) -> None:
-        """Tell the other ranks that this one has failed, if they are still to meet; they raise then."""
-        if self._over or self.ranks is None:
+        """Tell the other ranks that this one has failed, if it has not told them that it is well; they raise then."""
+        if self._over or self.ranks is None or self._meeting.issued.begun:
             return
         self._over = self.failed = True
         with suppress(BaseException):  # the caller raises its own error
-            self.ranks.meet(self._event, self.facts, error)
+            self.ranks.meet(self._event, {**self._known(), **self.facts}, error, self._meeting)
 
     @contextmanager
     def told(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deltaopt.all_or_nothing import Issued, note
 from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.factor_buffers import factored_delta
 from deltaopt.host import Host
@@ -28,7 +29,16 @@ from deltaopt.rounding.batch import Addition, KernelBatch
 from deltaopt.rounding.blocks import full_precision
 from deltaopt.rounding.noise import label_hashes
 from deltaopt.rounding.writer import Writer
-from deltaopt.sharding import Block, at_hand, gather_all, is_sharded_alike, local_part, parts_unlinked, with_local_part
+from deltaopt.sharding import (
+    Block,
+    at_hand,
+    gather_all,
+    highest,
+    is_sharded_alike,
+    local_part,
+    parts_unlinked,
+    with_local_part,
+)
 from deltaopt.weight import WeightState, note_bases
 
 DIFFERENT = (
@@ -59,7 +69,8 @@ class _Slot:
         delta: U and V of this rank's block; None until they are made.
         whole_start: A and B before the inner step, all of them, where the ledger gets a term of them.
         written: an entry for each block of W that was written.
-        recorded: True once the ledger has got its terms.
+        extended: an entry once the ledger has got terms.
+        recorded: True once it has all that it gets.
     """
 
     def __init__(self, weight: WeightState) -> None:
@@ -75,6 +86,7 @@ class _Slot:
         self.delta: tuple[Tensor, Tensor] | None = None
         self.whole_start: Factors | None = None
         self.written: list[Any] = []
+        self.extended: list[Any] = []
         self.recorded = False
 
     def snapshot(self) -> None:
@@ -82,7 +94,7 @@ class _Slot:
         weight = self.weight
         self.coef = weight.ratio * weight.triple.scaling
         self.count = weight.count_after_a_move()
-        self.delta, self.whole_start, self.written, self.recorded = None, None, [], False
+        self.delta, self.whole_start, self.written, self.extended, self.recorded = None, None, [], [], False
         if self.end is not None and weight.ledger.end_mark() is not self.mark:
             self.end = None  # a restart, a loaded state, or another event has come in between
         parts = self.parts()
@@ -96,8 +108,10 @@ class _Slot:
         """Keep A' and B' as what the move has left."""
         parameters = self.weight.tensors.parameters
         if self.end is None or not all(map(_is_alike, parameters, self.shards)):
-            self.end = [part.clone() for part in self.now]
-            self.shards = [with_local_part(*pair) for pair in zip(parameters, self.end, strict=True)]
+            end = [part.clone() for part in self.now]
+            self.end = None  # until it is in the shards too
+            self.shards = [with_local_part(*pair) for pair in zip(parameters, end, strict=True)]
+            self.end = end
         else:
             torch._foreach_copy_(self.end, self.now)
 
@@ -173,8 +187,8 @@ class _Slot:
 class ShardedMoves:
     """The moves of all sharded weights of one optimizer.
 
-    As with `FactorBuffers` the methods of a step are called in the order in which they stand here, and what is local
-    may be called again after an exception.
+    As with `FactorBuffers` the methods of a step are called in the order in which they stand here, and may be called
+    again after an exception: what was issued to the other ranks is noted.
 
     Args:
         host: knows the kernel for 16-bit weights on a device.
@@ -187,6 +201,10 @@ class ShardedMoves:
         self.slots: list[_Slot] = []
         self.changed_outside: list[WeightState] = []
         self._brought = False
+        self._forget_issued()
+
+    def _forget_issued(self) -> None:
+        self._verdict, self._factors, self._bases = Issued(), Issued(), Issued()
 
     @property
     def nbytes(self) -> int:
@@ -197,20 +215,31 @@ class ShardedMoves:
         """Keep A and B of these weights, and lambda times s, as they are before the inner step."""
         self._known = {weight: self._known.get(weight) or _Slot(weight) for weight in members}
         self.slots, self._brought, self._launched = list(self._known.values()), False, []
+        self._forget_issued()
         for slot in self.slots:
             slot.now = []
             slot.snapshot()
 
-    def own_facts(self) -> list[Tensor]:
-        """Return what this rank knows of all weights, as tensors of int64 on their devices."""
-        return [fact for slot in self.slots for fact in slot.own_facts()]
+    def agree(self, others_finite: Tensor | None, group: Any) -> Tensor:
+        """Take what all ranks together know of all weights; return whether all factors are finite, a 0-d bool.
 
-    def take(self, facts: list[int]) -> bool:
-        """Take what all ranks together know; return whether all factors are finite.
+        Args:
+            others_finite: what this rank knows of other weights that move in the same step, a bool; None if none does.
+            group: of all ranks, which have to call this.
 
         Raises:
             FactorsDifferError: on all ranks, if factors that are not sharded with W differ.
         """
+        facts = [fact for slot in self.slots for fact in slot.own_facts()]
+        home = facts[0].device
+        if others_finite is not None:
+            facts.append((~others_finite).to(home, torch.int64).view(1))
+        agreed = highest(torch.cat([fact.to(home) for fact in facts]), group, self._verdict).tolist()
+        finite = self._take(agreed)
+        return torch.tensor(finite and not any(agreed), device=home)
+
+    def _take(self, facts: list[int]) -> bool:
+        """Take what all ranks together know from `facts`; return whether all factors of these weights are finite."""
         finite = True
         for slot in self.slots:
             finite &= slot.take(facts)
@@ -220,7 +249,7 @@ class ShardedMoves:
 
     def note_bases(self) -> None:
         """Note what every W is before its first move."""
-        note_bases([slot.weight for slot in self.slots])
+        note_bases([slot.weight for slot in self.slots], self._bases)
 
     @torch.no_grad()
     def bring(self) -> None:
@@ -231,7 +260,7 @@ class ShardedMoves:
         for slot in self.slots:
             if slot.changed or slot.needs_whole_start:
                 wanted += _wanted(slot)
-        values = gather_all([want.parameter for want in wanted], [want.value for want in wanted])
+        values = gather_all([want.parameter for want in wanted], [want.value for want in wanted], self._factors)
         brought: dict[tuple[int, int, bool], Tensor] = {}
         for want, value in zip(wanted, values, strict=True):
             brought[id(want.slot), want.place, want.is_new] = value
@@ -242,6 +271,7 @@ class ShardedMoves:
                 whole = [brought[id(slot), i, False] for i in range(len(slot.start))]
                 slot.whole_start = slot.weight.branch_of(whole)[1:]
         self._brought = True
+        self._factors = Issued()  # which lets go of what was brought
 
     @torch.no_grad()
     def write(self, writer: Writer) -> None:
@@ -284,17 +314,17 @@ class ShardedMoves:
             for slot in self.slots:
                 slot.weight.ledger.set_current(False)
             return []
-        extended = []
         for slot in self.slots:
             ledger = slot.weight.placed_ledger()
             if slot.whole_start is not None and not slot.recorded:
                 before = None if slot.continues or not ledger.has_end else ledger.end
                 goes_on = slot.continues or (before is not None and all(map(torch.equal, before, slot.whole_start)))
-                if before is not None and not goes_on and ledger.is_current():
+                is_known = slot.weight in self.changed_outside
+                if before is not None and not goes_on and ledger.is_current() and not is_known:
                     self.changed_outside.append(slot.weight)
-                if not goes_on or slot.coef != ledger.coef:
-                    ledger.extend(slot.coef, slot.whole_start, None if goes_on else before or slot.whole_start)
-                    extended.append(ledger)
+                if not slot.extended and (not goes_on or slot.coef != ledger.coef):
+                    before = None if goes_on else before or slot.whole_start
+                    note(slot.extended, partial(ledger.extend, slot.coef, slot.whole_start, before))
                 slot.recorded = True
             if slot.changed:
                 slot.weight.moves = slot.count
@@ -302,7 +332,7 @@ class ShardedMoves:
                 slot.keep_end()
             slot.mark = ledger.end_later(partial(_whole_end, slot.weight, slot.shards))
             ledger.set_current()
-        return extended
+        return [slot.weight.ledger for slot in self.slots if slot.extended]
 
     def release(self) -> None:
         """Let go of what only a step needs."""
@@ -367,9 +397,9 @@ def _block(slot: _Slot, is_new: bool, brought: dict[tuple[int, int, bool], Tenso
     return A.to(dtype), B.to(dtype)
 
 
-def _whole_end(weight: WeightState, shards: Sequence[Tensor]) -> Factors:
+def _whole_end(weight: WeightState, shards: Sequence[Tensor], issued: Issued) -> Factors:
     """Gather A and B as the last move left them; all ranks have to call this."""
-    _, A, B = weight.branch_of(shards).cloned()
+    _, A, B = weight.branch_of(shards, issued).cloned()
     return A, B
 
 

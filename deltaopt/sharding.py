@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from deltaopt.all_or_nothing import Issued
 from deltaopt.layouts import MatrixView
 
 Block: TypeAlias = "tuple[tuple[int, int], ...]"
@@ -446,23 +447,28 @@ def _split(placement: Any) -> tuple[type, int]:
     return type(placement), getattr(placement, "split_factor", 1)
 
 
-def highest(numbers: Tensor, group: Any) -> Tensor:
-    """Return the largest of each number on all ranks of a group."""
-    import torch.distributed as dist
+def highest(numbers: Tensor, group: Any, issued: Issued | None = None) -> Tensor:
+    """Return the largest of each number on all ranks of a group.
 
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
-    return numbers
+    Args:
+        numbers: of this rank; they may be overwritten.
+        group: the process group.
+        issued: of a call that an exception may let begin again.
+    """
+    return _all_reduced(numbers, "MAX", group, Issued() if issued is None else issued.again())
 
 
-def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> list[Tensor]:
+def summed_over_ranks(
+    numbers: Sequence[Tensor], sharded: Sequence[Tensor], issued: Issued | None = None
+) -> list[Tensor]:
     """Add up tensors of one shape over all ranks that hold parts of a sharded one, by one collective for each mesh.
 
     Args:
         numbers: one for each of `sharded`.
         sharded: DTensors.
+        issued: of a call that an exception may let begin again.
     """
-    import torch.distributed as dist
-
+    issued = Issued() if issued is None else issued.again()
     meshes: dict[Any, list[int]] = {}
     for i, tensor in enumerate(sharded):
         meshes.setdefault(_spec(tensor).mesh, []).append(i)
@@ -470,7 +476,7 @@ def summed_over_ranks(numbers: Sequence[Tensor], sharded: Sequence[Tensor]) -> l
     for mesh, members in meshes.items():
         total = torch.stack([numbers[i] for i in members])
         for dim in range(mesh.ndim):
-            dist.all_reduce(total, dist.ReduceOp.SUM, group=mesh.get_group(dim))
+            total = _all_reduced(total, "SUM", mesh.get_group(dim), issued)
         for i, number in zip(members, total.unbind(), strict=True):
             found[i] = number
     return found
@@ -490,7 +496,9 @@ def placed_in_whole(part: Tensor, piece: Piece, W: Tensor) -> Tensor:
     return summed_over_ranks([whole], [W])[0]
 
 
-def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None) -> list[Tensor]:
+def gather_all(
+    tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None, issued: Issued | None = None
+) -> list[Tensor]:
     """Return all of each sharded tensor, by one collective for each dimension of a mesh along which any is sharded.
 
     Every rank has to call this with its parts of the same tensors. Plain and replicated ones come back as they are.
@@ -498,7 +506,9 @@ def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = Non
     Args:
         tensors: of any dtypes and shapes.
         locals_: other values of the local parts, in the order of `tensors`. Default: their own.
+        issued: of a call that an exception may let begin again, with the same tensors and values.
     """
+    issued = Issued() if issued is None else issued.again()
     found = [local_part(tensor.detach()) for tensor in tensors] if locals_ is None else list(locals_)
     by_mesh: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -510,7 +520,7 @@ def gather_all(tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = Non
             cut = [i for i in members if not _spec(tensors[i]).placements[mesh_dim].is_replicate()]
             if cut:
                 cuts = [_cut(tensors[i], mesh_dim) for i in cut]
-                for i, whole in zip(cut, _gather(cuts, [found[i] for i in cut], mesh, mesh_dim), strict=True):
+                for i, whole in zip(cut, _gather(cuts, [found[i] for i in cut], mesh, mesh_dim, issued), strict=True):
                     found[i] = whole
     return found
 
@@ -557,14 +567,12 @@ def _known_cut(
     return _Cut(placement.dim, shapes, None if in_order else order)
 
 
-def _gather(cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: int) -> list[Tensor]:
+def _gather(cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: int, issued: Issued) -> list[Tensor]:
     """Gather the parts of several tensors, as bytes: no backend can send every dtype.
 
     Where there are many more ranks than rows an all-gather would be padded to a row for each rank. A sum with zeros
     is as exact, of bytes, and sends twice the numbers however many ranks there are.
     """
-    import torch.distributed as dist
-
     n, group, here = mesh.size(mesh_dim), mesh.get_group(mesh_dim), mesh.get_local_rank(mesh_dim)
     sizes = [[prod(shape) * part.element_size() for shape in cut.shapes] for cut, part in zip(cuts, parts, strict=True)]
     totals = [sum(by_rank[rank] for by_rank in sizes) for rank in range(n)]
@@ -574,13 +582,11 @@ def _gather(cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: 
         starts = [sum(totals[:rank]) for rank in range(n)]
         received = mine.new_zeros(sum(totals))
         received[starts[here] : starts[here] + totals[here]] = mine
-        dist.all_reduce(received, dist.ReduceOp.SUM, group=group)
+        received = _all_reduced(received, "SUM", group, issued)
     else:
         starts = [rank * longest for rank in range(n)]
-        received = mine.new_empty(n * longest)
         padded = torch.cat([mine, mine.new_zeros(longest - mine.numel())]) if mine.numel() < longest else mine
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name, and that of torch 2.5
-        gather(received, padded, group=group)
+        received = _all_gathered(padded, n, group, issued)
     read, wholes = list(starts), []
     for cut, part, by_rank in zip(cuts, parts, sizes, strict=True):
         shards = []
@@ -590,3 +596,26 @@ def _gather(cuts: Sequence[_Cut], parts: Sequence[Tensor], mesh: Any, mesh_dim: 
             read[rank] += nbytes
         wholes.append(cut.put_together(shards))
     return wholes
+
+
+# The groups' own methods, which are in C: an issue within torch's functions, in Python, could not be noted with it.
+
+
+def _all_reduced(numbers: Tensor, operation: str, group: Any, issued: Issued) -> Tensor:
+    import torch.distributed as dist
+
+    options = dist.AllreduceOptions()
+    options.reduceOp, options.asyncOp = getattr(dist.ReduceOp, operation), False
+    reduced: Tensor = issued.output(numbers, partial(group.allreduce, [numbers], options))
+    return reduced
+
+
+def _all_gathered(part: Tensor, n: int, group: Any, issued: Issued) -> Tensor:
+    from torch._C._distributed_c10d import AllgatherOptions
+
+    options = AllgatherOptions()
+    options.asyncOp = False
+    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # the name since torch 2.13
+    output = part.new_empty(n * part.numel())
+    whole: Tensor = issued.output(output, partial(gather, output, part, options))
+    return whole

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltaopt.all_or_nothing import Issued
 from deltaopt.checkpoint.fingerprint import Fingerprint, whole_hash, whole_hash_part
 from deltaopt.claims import Claim
 from deltaopt.groups import DeltaGroup
@@ -249,9 +252,9 @@ class WeightState:
         """Return what the branch adds now, branch_scaling * A @ B, in the dtype of the computation. Read only."""
         return self.branch_of(self.tensors.parameters)
 
-    def branch_of(self, parameters: Sequence[Tensor]) -> Term:
+    def branch_of(self, parameters: Sequence[Tensor], issued: Issued | None = None) -> Term:
         """Return what `branch` would be with these values of the parameters of A and B; sharded ones are gathered."""
-        tensors = self.tensors.at(gather_all(parameters))
+        tensors = self.tensors.at(gather_all(parameters, issued=issued))
         dtype = tensors.compute_dtype()
         A, B = (f.detach().to(dtype) for f in self.triple.view.factors(tensors.W, tensors.A, tensors.B))
         return Term(self.triple.branch_scaling, A, B)
@@ -392,9 +395,9 @@ class WeightState:
             return numbers
         return summed_over_ranks([numbers * self.piece.is_first], [self._like()])[0]
 
-    def note_base(self) -> None:
-        """Take W as it is now as its base, unless it has moved before. Called before every write."""
-        note_bases([self])
+    def note_base(self, issued: Issued | None = None) -> None:
+        """Take W as it is now as its base, unless it has moved before. Called before every write; see `note_bases`."""
+        note_bases([self], issued)
 
     def count_after_a_move(self) -> int | None:
         """Return what `moves` is after one more move; the caller sets it, which may be done twice."""
@@ -478,8 +481,13 @@ class WeightState:
         return {**self.__dict__, **dict.fromkeys(left_out)}
 
 
-def note_bases(weights: Sequence[WeightState]) -> None:
-    """Take each W as it is now as its base, unless it has moved before. Called before every write."""
+def note_bases(weights: Sequence[WeightState], issued: Issued | None = None) -> None:
+    """Take each W as it is now as its base, unless it has moved before. Called before every write.
+
+    Args:
+        weights: about to be written.
+        issued: of this call, by the event that may have to make it again; None where no W is sharded.
+    """
     resting = []
     for weight in weights:
         if weight.base is not None and (weight.claim is None or weight.claim.is_settled()):
@@ -491,21 +499,22 @@ def note_bases(weights: Sequence[WeightState]) -> None:
             resting.append(weight)
     if not resting:
         return
-    bases, samples = fingerprints(resting), base_samples(resting)
-    for weight, base, sample in zip(resting, bases, samples, strict=True):
+    bases, samples = fingerprints(resting, issued), base_samples(resting)
+    for weight, sample in zip(resting, samples, strict=True):
         weight.copy_base()
         weight.base_sample = sample
         weight.triple.weight_moves()
-        weight.base = base  # last: after an exception all of it is done again
+    # Last, of all weights or of none: after an exception all of it is done again, with the collectives of all of them.
+    deque(map(setattr, resting, repeat("base"), bases), maxlen=0)
 
 
-def fingerprints(weights: Sequence[WeightState]) -> list[Fingerprint]:
+def fingerprints(weights: Sequence[WeightState], issued: Issued | None = None) -> list[Fingerprint]:
     """Take the fingerprint of each W, or of its part that moves, together; of sharded ones on all ranks."""
     pieces = {weight: weight.piece for weight in weights if weight.piece is not None}
     whole = [weight for weight in weights if weight not in pieces]
     found = dict(zip(whole, Fingerprint.of_each([weight.part() for weight in whole]), strict=True))
     parts, sharded = [weight.part() for weight in pieces], [weight.tensors.W for weight in pieces]
-    found |= zip(pieces, Fingerprint.of_pieces(parts, list(pieces.values()), sharded), strict=True)
+    found |= zip(pieces, Fingerprint.of_pieces(parts, list(pieces.values()), sharded, issued), strict=True)
     return [found[weight] for weight in weights]
 
 

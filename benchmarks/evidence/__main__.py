@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.grids import GRIDS
-from benchmarks.evidence.models import Places
+from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_result, read_results
 from benchmarks.evidence.workers import InUseError, Job, begin, commit_of, locked, machine_of, make, work
 from benchmarks.machine import usable_device

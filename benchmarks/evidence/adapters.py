@@ -19,19 +19,19 @@ from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.analysis import LayerChange, dense_changes, layer_changes
 
 ADAPTER = "default"
-HEADS = ("classifier", "score", "classification_head")
-"""What transformers calls a fresh head: PEFT's names of `TaskType.SEQ_CLS`, and BART's."""
+HEADS = ("classifier", "score", "classification_head", "pre_classifier", "pooler")
+"""What transformers calls a fresh head or a part of it, next to the pretrained model: of BERT and RoBERTa, Llama, BART,
+DistilBERT, DeBERTa. BERT's pooler is a part of the pretrained model."""
 
 
 def adapted_names(model: nn.Module) -> list[str]:
     """Return the names of the query and value projections, in the order of the model.
 
     Raises:
-        ValueError: if the model has none.
+        ValueError: as `projections`.
     """
-    chosen = {name for names in projections(model).values() for name in names}
-    if not chosen:
-        raise ValueError(f"{type(model).__name__} has no query and value projections to adapt")
+    found = projections(model)
+    chosen = {*found["query"], *found["value"]}
     return [name for name, _ in model.named_modules() if name in chosen]
 
 
@@ -62,7 +62,7 @@ def add_lora(setting: Setting, model: nn.Module, *, alpha: float, rslora: bool =
     names = adapted_names(model)
     config = LoraConfig(
         r=setting.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=setting.dropout,
         target_modules=names,
         use_rslora=rslora,

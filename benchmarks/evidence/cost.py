@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from benchmarks.evidence.grid import Experiment
 from benchmarks.evidence.methods import prepare
-from benchmarks.evidence.models import Places, load_model
+from benchmarks.evidence.models import load_model
+from benchmarks.evidence.places import Places
 from benchmarks.evidence.rows import Row
 from benchmarks.evidence.setting import Setting
 from benchmarks.evidence.tasks import open_task

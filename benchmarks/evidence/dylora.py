@@ -48,7 +48,8 @@ class DyLoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b = self.rank if self.training else self.full_rank
         branch = functional.linear(functional.linear(self.dropout(x), self.B[:b]), self.A[:, :b])
-        return self.base_layer(x) + self.alpha / b * branch
+        output: Tensor = self.base_layer(x) + self.alpha / b * branch
+        return output
 
 
 def add_dylora(

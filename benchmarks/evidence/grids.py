@@ -11,12 +11,12 @@ from benchmarks.evidence.rows import COINCIDENCE, MAIN, RANK_SWEEP, RATIO_SWEEP,
 MINILM, STORIES = "all-MiniLM-L6-v2", "stories260k"
 
 ENCODER_LRS: Mapping[Kind, Sequence[float]] = {
-    "adapter": (1.5e-3, 5e-3, 1.5e-2),
+    "adapter": (5e-4, 1.5e-3, 5e-3),
     "dense": (5e-5, 1.5e-4, 5e-4),
     "sgd": (5e-3, 1.5e-2, 5e-2),
 }
 DECODER_LRS: Mapping[Kind, Sequence[float]] = {
-    "adapter": (5e-3, 1.5e-2, 5e-2),
+    "adapter": (1.5e-3, 5e-3, 1.5e-2),
     "dense": (5e-4, 1.5e-3, 5e-3),
     "sgd": (5e-2, 1.5e-1, 5e-1),
 }

@@ -90,15 +90,10 @@ def _sgd(setting: Setting, model: nn.Module) -> Prepared:
     return _dense(setting, model, sgd)
 
 
-def _lora(
-    setting: Setting,
-    model: nn.Module,
-    *,
-    factor: Callable[[Setting], float] = lambda setting: 1.0,
-    rslora: bool = False,
-) -> Prepared:
-    """Train LoRA with alpha times a factor."""
-    layers = add_lora(setting, model, alpha=setting.alpha * factor(setting), rslora=rslora)
+def _lora(setting: Setting, model: nn.Module, *, larger: bool = False, rslora: bool = False) -> Prepared:
+    """Train LoRA with alpha, or with alpha (1 + lambda)."""
+    alpha = setting.alpha * (_one_more(setting) if larger else 1.0)
+    layers = add_lora(setting, model, alpha=alpha, rslora=rslora)
     optimizer = _adamw(setting, trained_parameters(model))
     return Prepared(model, optimizer, changes=lambda: layer_changes(lora_triples(layers)))
 
@@ -226,7 +221,7 @@ METHODS: dict[str, Method] = {
         ("adalora", "AdaLoRA", _adalora),
         ("dylora", "DyLoRA", _dylora),
         ("delta", "Delta-LoRA", _delta),
-        ("alpha", "LoRA, alpha (1 + λ)", partial(_lora, factor=_one_more)),
+        ("alpha", "LoRA, alpha (1 + λ)", partial(_lora, larger=True)),
         ("ratio-up", "Delta-LoRA, λ rising from 0", partial(_delta, ratio=partial(_ramp, start=0.0, end=1.0))),
         ("ratio-down", "Delta-LoRA, λ falling to 0", partial(_delta, ratio=partial(_ramp, start=1.0, end=0.0))),
         ("restarts", "LoRA, 3 restarts", partial(_delta, ratio=lambda setting: 0.0, restarts=True)),

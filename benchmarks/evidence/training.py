@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.evidence import forgetting
+from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.methods import prepare
-from benchmarks.evidence.models import Places, load_model, load_tokenizer
+from benchmarks.evidence.models import load_model, load_tokenizer
+from benchmarks.evidence.places import Places
 from benchmarks.evidence.prepared import Prepared
 from benchmarks.evidence.result import Result
 from benchmarks.evidence.setting import Setting
@@ -32,6 +34,10 @@ EVALUATIONS = 4
 
 STRETCH = 10
 """Steps whose training loss is one point of the curve. The losses leave the device so often, and no oftener."""
+
+
+OWN_TEXTS = 64
+"""Texts of the pretrained model by which forgetting is measured."""
 
 
 class DeadlineError(Exception):
@@ -77,10 +83,10 @@ def run(setting: Setting, places: Places, device: str, limits: Limits | None = N
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     task = open_task(setting, places, device)
-    model = load_model(setting, places, task.labels).to(device)
-    torch.manual_seed(setting.seed)
-    trainer = Trainer(setting, prepare(setting, model), task, device)
-    progress = trainer.finish(limits or Limits(), places)
+    model = load_model(setting, places, task.labels)
+    texts = _own_texts(setting, places, model)
+    trainer = Trainer(setting, prepare(setting, model.to(device)), task, device, texts)
+    progress = trainer.finish(limits or Limits())
 
     result = Result(setting, data=task.fingerprint, diverged=progress.diverged, losses=progress.losses)
     result.evaluations, result.seconds = progress.evaluations, progress.seconds
@@ -92,7 +98,7 @@ def run(setting: Setting, places: Places, device: str, limits: Limits | None = N
             result.metrics = progress.evaluations[-1][1]
             result.texts = task.generate(evaluated) if setting.split == "test" else None
             if progress.before is not None:
-                result.forgetting = (progress.before, trainer.text_loss(places))
+                result.forgetting = (progress.before, forgetting.text_loss(evaluated, texts))
         result.layers = [_numbers(change._asdict()) for change in trainer.prepared.changes()]
     result.peak_bytes = torch.cuda.max_memory_allocated(device) if cuda else None
     return result
@@ -101,8 +107,11 @@ def run(setting: Setting, places: Places, device: str, limits: Limits | None = N
 class Trainer:
     """One model in training."""
 
-    def __init__(self, setting: Setting, prepared: Prepared, task: OpenTask, device: str) -> None:
+    def __init__(
+        self, setting: Setting, prepared: Prepared, task: OpenTask, device: str, texts: forgetting.Texts | None = None
+    ) -> None:
         self.setting, self.prepared, self.task, self.device = setting, prepared, task, device
+        self.texts = texts or []
         self.trained = [p for p in prepared.model.parameters() if p.requires_grad]
         self.scheduler = LambdaLR(prepared.optimizer, self.share_of_lr)
 
@@ -113,13 +122,13 @@ class Trainer:
             return (step + 1) / setting.warmup_steps
         return max(0.0, (setting.steps - step) / (setting.steps - setting.warmup_steps))
 
-    def finish(self, limits: Limits, places: Places) -> Progress:
+    def finish(self, limits: Limits) -> Progress:
         """Take the steps that are left."""
         setting, progress = self.setting, self._continued(limits.checkpoint)
         every = STRETCH * math.ceil(setting.steps / EVALUATIONS / STRETCH)
-        if progress.step == 0 and self.task.labels is None:
-            with self.evaluating():
-                progress.before = self.text_loss(places)
+        if progress.step == 0 and self.texts:
+            with self.evaluating() as model:
+                progress.before = forgetting.text_loss(model, self.texts)
         self.prepared.model.train()
         while progress.step < setting.steps and not progress.diverged:
             until = min(progress.step + STRETCH, setting.steps)
@@ -172,12 +181,6 @@ class Trainer:
         """Return a context in which the model is as the method wants it evaluated."""
         return _Evaluating(self.prepared, self._precision())
 
-    def text_loss(self, places: Places) -> float:
-        """Return the model's loss on texts that the pretrained model wrote."""
-        texts = forgetting.own_texts(self.setting, places)
-        tokenizer = load_tokenizer(self.setting, places)
-        return forgetting.text_loss(self.prepared.model, tokenizer, texts, self.device)
-
     def _continued(self, path: Path | None) -> Progress:
         """Return where the run stands, and bring model, optimizer and generators there."""
         held = load(path) if path is not None and path.exists() else None
@@ -218,6 +221,13 @@ class Trainer:
     def _synchronize(self) -> None:
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _own_texts(setting: Setting, places: Places, model: nn.Module) -> forgetting.Texts:
+    """Return texts that the pretrained model writes, if it is one that continues texts."""
+    if task_named(setting.task).kind != "continue":
+        return []
+    return forgetting.own_texts(model, load_tokenizer(setting, places), seed=0, count=OWN_TEXTS)
 
 
 class _Evaluating(AbstractContextManager[nn.Module]):

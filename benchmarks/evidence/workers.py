@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence.grid import Grid
-from benchmarks.evidence.models import Places
+from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_results, write_result
 from benchmarks.evidence.setting import Setting
 from benchmarks.unfinished import check_writable
@@ -121,6 +121,7 @@ def begin() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a kernel for each new tensor
     from benchmarks.finetune import quieten
 
     quieten()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deltaopt.all_or_nothing import Issued
 from deltaopt.sharding import Piece, summed_over_ranks
 from deltaopt.tensors import outside_inference_mode
 
@@ -54,7 +55,11 @@ class Fingerprint:
 
     @classmethod
     def of_pieces(
-        cls, parts: Sequence[Tensor], pieces: Sequence[Piece], sharded: Sequence[Tensor]
+        cls,
+        parts: Sequence[Tensor],
+        pieces: Sequence[Piece],
+        sharded: Sequence[Tensor],
+        issued: Issued | None = None,
     ) -> list[Fingerprint]:
         """Take the fingerprint of each sharded W, or of its part that moves, as a whole; all ranks have to call this.
 
@@ -62,6 +67,7 @@ class Fingerprint:
             parts: this rank's part of each.
             pieces: where that lies.
             sharded: each W, which tells what ranks hold its other parts.
+            issued: of a call that an exception may let begin again.
         """
         places = [piece.place_of_part() for piece in pieces]
         shapes = [list(W.shape) if shape is None else shape for W, (_, shape) in zip(sharded, places, strict=True)]
@@ -69,7 +75,7 @@ class Fingerprint:
             content_hash(part.detach(), start, shape) * piece.is_first
             for part, piece, (start, _), shape in zip(parts, pieces, places, shapes, strict=True)
         ]
-        hashes = summed_over_ranks(own, sharded)
+        hashes = summed_over_ranks(own, sharded, issued)
         return [cls._of(shape, part.dtype, h) for shape, part, h in zip(shapes, parts, hashes, strict=True)]
 
     @classmethod

@@ -13,10 +13,11 @@ import torch
 from tests.support import internals
 from tests.support.compare import assert_close
 from tests.support.interruption import interrupt, interrupted_at
+from tests.support.nightly import one_in
 from tests.support.strategies import RULES, each_rule
 from tests.support.switched import base_output, layer_and_input, optimizer_of, train
 
-SAMPLED = 11 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 83
+SAMPLED = 11 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 113
 """Every so many lines of an event one is interrupted."""
 
 
@@ -136,9 +137,9 @@ def rebase(run):
     run.optimizer.rebase()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("moment", [1, 3], ids=["first move", "later"])
-@pytest.mark.parametrize("rule", [*RULES, "gpu"])
+@pytest.mark.parametrize(
+    ("rule", "moment", "error"), one_in(2, [*RULES, "gpu"], [1, 3], [KeyboardInterrupt, MemoryError])
+)
 def test_after_an_exception_in_a_step_the_base_is_right_at_once(rule, moment, error):
     """At any line: what the step has done to W until then is left out, before anything else completes it."""
 

@@ -19,6 +19,7 @@ from tests.support import internals, strategies
 from tests.support.compare import close, refused, relative
 from tests.support.folded import folded_optimizer, in_place_and_folded, linear_layer, packed_layer
 from tests.support.interruption import interrupt
+from tests.support.nightly import one_in
 from tests.support.runs import LayerRun, assert_agrees, assert_follows
 from tests.support.strategies import SCHEDULES, R
 
@@ -405,8 +406,7 @@ class TwoLayers:
             assert relative(bases[i] + exported["ab"[i]].product(), expected) < 1e-12
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("steps", [0, 2, 5], ids=["first", "later", "to zero"])
+@pytest.mark.parametrize(("steps", "error"), one_in(2, [0, 2, 5], [KeyboardInterrupt, MemoryError]))
 def test_a_change_that_is_interrupted_anywhere_is_whole(steps, error):
     """The effective weights are right at once, and the run ends where an uninterrupted one does."""
     whole = TwoLayers().train(steps + 3)

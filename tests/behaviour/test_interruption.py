@@ -24,6 +24,7 @@ from deltaopt.rounding.writer import Writer
 from tests.support import internals
 from tests.support.compare import close, same
 from tests.support.interruption import interrupt
+from tests.support.nightly import one_in
 from tests.support.strategies import RULES
 
 # A run without a resync ends in such steps.
@@ -222,10 +223,9 @@ def assert_all_or_nothing(name, rule, moment, error, sampled=SAMPLED, **options)
         assert any(all(map(close, end, whole)) for whole in ends), f"line {line}"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", EVENTS)
+@pytest.mark.parametrize(
+    ("name", "rule", "moment", "error"), one_in(2, EVENTS, RULES, MOMENTS, [KeyboardInterrupt, MemoryError])
+)
 def test_an_event_that_is_interrupted_at_any_line_leaves_things_in_order(name, rule, moment, error):
     assert_all_or_nothing(name, rule, moment, error)
 

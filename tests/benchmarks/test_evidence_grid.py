@@ -1,4 +1,4 @@
-"""Which runs a grid still needs follows from its result files; several processes make them; nothing is counted twice."""
+"""Which runs a grid still needs follows from its result files; several processes make them; none is counted twice."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import workers
 from benchmarks.evidence.grid import TUNING_SEED, Experiment, Grid
 from benchmarks.evidence.grids import GRIDS
-from benchmarks.evidence.models import Places
+from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_result, read_results, write_result
 from benchmarks.evidence.setting import Setting
 
@@ -125,13 +125,13 @@ class TestFiles:
     def test_of_something_else_are_named(self, tmp_path):
         path = write_result(tmp_path, made(SETTING))
         path.write_text(json.dumps({"setting": SETTING.as_json()}))
-        with pytest.raises(ValueError, match="is not the result of a run of this version: .*no .*metrics"):
+        with pytest.raises(ValueError, match=r"is not the result of a run of this version: .*no .*metrics"):
             read_result(path)
 
     def test_under_another_name_are_not_counted_twice(self, tmp_path):
         path = write_result(tmp_path, made(SETTING))
         path.with_name("copy.json").write_text(path.read_text())
-        with pytest.raises(ValueError, match="copy.json holds another run, sst2/lora/test-lr0.001-seed0"):
+        with pytest.raises(ValueError, match=r"copy\.json holds another run, sst2/lora/test-lr0.001-seed0"):
             read_results(tmp_path)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.docs.pages import BLOCKS, PAGES, README, ROOT
+from tests.support.nightly import later
 
 SNIPPETS = [block for block in BLOCKS if block.info == "python"]
 SCRIPTS = [block for block in BLOCKS if block.title]
@@ -27,7 +28,14 @@ def test_a_block_runs_by_itself(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.extra
-@pytest.mark.parametrize("block", SCRIPTS, ids=str)
+@pytest.mark.parametrize(
+    "block",
+    # tests/docs/test_ddp.py runs the script of that page on two ranks.
+    [
+        later(block, id=str(block)) if block.title == "ddp.py" else pytest.param(block, id=str(block))
+        for block in SCRIPTS
+    ],
+)
 def test_a_script_runs_by_itself(block, tmp_path):
     """In a folder and a process of its own, without a network. Warnings that the script causes are errors."""
     if missing := block.missing():

@@ -5,6 +5,7 @@ from torch.optim import lr_scheduler
 
 from tests.support.compare import assert_same_bits, bits, same
 from tests.support.models import batches, causal_lm, loss_of, optimizer_for, plain_loop, weights
+from tests.support.nightly import one_in
 from tests.support.peft_runs import (
     DATA,
     STARTS,
@@ -16,12 +17,11 @@ from tests.support.peft_runs import (
     begun,
     branch_scalings,
     each_kind,
-    each_start,
     effective,
     fresh,
     peft_asks_by_an_old_name,
 )
-from tests.support.strategies import each_rule
+from tests.support.strategies import RULES, each_rule
 
 pytestmark = peft_asks_by_an_old_name
 
@@ -64,9 +64,7 @@ def test_a_schedule_that_reaches_zero_stops_training(rule, accelerator_of):
     assert optimizer.optimizer.step_count == 4
 
 
-@each_rule
-@each_start
-@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize(("clips", "start", "rule"), one_in(2, [False, True], STARTS, RULES))
 def test_accumulation_equals_the_plain_loop_bit_for_bit(clips, start, rule, accelerator_of):
     """With a scheduler, and gradients that are clipped or not; a folded run follows the plain one in place."""
     data, begin = batches(14), STARTS[start]["start_step"]
@@ -116,9 +114,7 @@ def test_accumulation_equals_the_plain_loop_bit_for_bit(clips, start, rule, acce
         assert_models_follow(model, plain_run("in_place").model)
 
 
-@each_rule
-@each_start
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize(("stop", "start", "rule"), one_in(2, [2, 5], STARTS, RULES))
 def test_load_state_resumes_bit_for_bit(stop, start, rule, accelerator_of, tmp_path):
     """A full checkpoint holds the moved W: from before K and from after it, in fresh objects and in the same ones."""
     data, accelerator = batches(8), accelerator_of()

@@ -56,7 +56,7 @@ def train_on_rank(rank: int, wrapper: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     wrapped, dtype = WRAPPERS[wrapper]
     model, optimizer = wrapped(ModelRun(dtype=dtype, rounding="compensated"))
-    data = shares(batches(4), rank)
+    data = shares(batches(2), rank)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="deltaopt|tests")
         warnings.filterwarnings("error", ".*(W of|A and B)")

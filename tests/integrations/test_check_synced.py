@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deltaopt import DeltaLoRAOptimizer, LoRATriple, RanksDisagreeError
 from tests.support import sharded
 from tests.support.distributed import WORLD, on_all_ranks
+from tests.support.nightly import one_in
 from tests.support.threads import on_threads
 
 NAMES = ("first", "second", "third")
@@ -90,9 +91,10 @@ def lines_of(work: Callable, *arguments) -> list[str]:
     return [line.strip() for line in lines]
 
 
-@pytest.mark.parametrize("rule", ["in_place", "folded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize(
+    ("rule", "dtype", "rounding"),
+    one_in(2, ["folded", "in_place"], [torch.float32, torch.bfloat16], ["compensated", "stochastic"]),
+)
 def test_ranks_of_a_data_parallel_run_are_in_sync(rule, dtype, rounding):
     assert on_all_ranks(in_sync_on_rank, rule, dtype, rounding) == ["in sync"] * WORLD
 

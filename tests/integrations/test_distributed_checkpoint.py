@@ -18,6 +18,7 @@ from tests.support.compare import assert_same_bits, bits
 from tests.support.distributed import assert_same_on_all_ranks, on_all_ranks, shares
 from tests.support.internals import as_schema_4, compensation_of, terms_of
 from tests.support.models import batches, layers
+from tests.support.nightly import one_in
 from tests.support.peft_runs import (
     DATA,
     RATIO,
@@ -33,12 +34,11 @@ from tests.support.peft_runs import (
     assert_same_runs,
     begun,
     each_kind,
-    each_start,
     fresh,
     peft_asks_by_an_old_name,
     scramble,
 )
-from tests.support.strategies import each_rule
+from tests.support.strategies import RULES, each_rule
 
 pytestmark = [
     peft_asks_by_an_old_name,
@@ -98,10 +98,7 @@ def test_asking_for_the_state_of_a_run_does_not_count_as_a_step(inner, rule):
     assert run.scalings() == scalings
 
 
-@each_inner
-@each_rule
-@each_start
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize(("inner", "rule", "start", "stop"), one_in(2, STATEFUL_AND_NOT, RULES, STARTS, [2, 5]))
 def test_a_round_trip_resumes_bit_for_bit(inner, rule, start, stop):
     """From before K, where the branch of a fresh model has the saved scaling, and from after it."""
     data, options = batches(8), STATEFUL_AND_NOT[inner]

@@ -15,6 +15,7 @@ from deltaopt.integrations.peft import save_adapter
 from tests.support.compare import bits, relative, same
 from tests.support.distributed import WORLD, on_all_ranks, shares
 from tests.support.models import batches, causal_lm, loss_of, optimizer_for, peft
+from tests.support.nightly import later, one_in
 from tests.support.peft_runs import (
     EXACT,
     REBUILT,
@@ -69,8 +70,10 @@ def prepared(run: ModelRun, first: str, **options: Any) -> Callable[[list[Tensor
     return train
 
 
-@pytest.mark.parametrize("first", ["model", "optimizer"])
-@pytest.mark.parametrize(("rule", "start"), [("in_place", "later"), ("folded", "zero"), ("folded", "later")])
+@pytest.mark.parametrize(
+    ("rule", "start", "first"),
+    one_in(2, [("in_place", "later"), ("folded", "zero"), ("folded", "later")], ["model", "optimizer"]),
+)
 def test_accelerate_follows_one_process(rule, start, first):
     """With accumulation, clipping and a schedule."""
     assert_same_on_ranks(on_all_ranks(accelerate_on_rank, start, rule, first))
@@ -98,12 +101,11 @@ def accelerate_on_rank(rank: int, start: str, rule: str, first: str) -> dict[str
 @pytest.mark.parametrize(
     ("dtype", "rule", "start"),
     [
-        (torch.float32, "in_place", "zero"),
-        (torch.bfloat16, "in_place", "later"),
-        (torch.float32, "folded", "later"),
-        (torch.bfloat16, "folded", "zero"),
+        later(torch.float32, "in_place", "zero", id="float32"),
+        pytest.param(torch.bfloat16, "in_place", "later", id="bfloat16"),
+        pytest.param(torch.float32, "folded", "later", id="folded"),
+        later(torch.bfloat16, "folded", "zero", id="folded-bfloat16"),
     ],
-    ids=["float32", "bfloat16", "folded", "folded-bfloat16"],
 )
 def test_accelerate_resumes_bit_for_bit(dtype, start, rule, tmp_path):
     assert_same_on_ranks(on_all_ranks(accelerate_resumes_on_rank, dtype, start, rule, tmp_path))
@@ -160,8 +162,7 @@ def accelerate_saves_on_rank(rank: int, start: str, rule: str, folder: Path) -> 
 # Trainer
 
 
-@each_rule
-@each_start
+@pytest.mark.parametrize(("rule", "start"), one_in(2, ["folded", "in_place"], STARTS))
 def test_trainer_follows_one_process_and_resumes(start, rule, accelerator_of, tmp_path):
     """As torchrun starts it. A checkpoint holds the adapter alone; W is rebuilt on every rank."""
     found = assert_same_on_ranks(on_all_ranks(trainer_on_rank, start, rule, tmp_path))
@@ -198,8 +199,11 @@ def trainer_on_rank(rank: int, start: str, rule: str, folder: Path) -> dict[int,
 
 @pytest.mark.parametrize(
     ("dtype", "rule"),
-    [(torch.float32, "in_place"), (torch.bfloat16, "in_place"), (torch.float64, "folded")],
-    ids=["float32", "bfloat16", "folded"],
+    [
+        pytest.param(torch.float32, "in_place", id="float32"),
+        later(torch.bfloat16, "in_place", id="bfloat16"),
+        pytest.param(torch.float64, "folded", id="folded"),
+    ],
 )
 def test_lightning_follows_one_process_and_resumes_bit_for_bit(dtype, rule, tmp_path):
     assert_same_on_ranks(on_all_ranks(lightning_on_rank, dtype, rule, tmp_path))
@@ -235,7 +239,9 @@ def lightning_on_rank(rank: int, dtype: torch.dtype, rule: str, folder: Path) ->
 # TRL
 
 
-@pytest.mark.parametrize(("rule", "start"), [("in_place", "trained"), ("folded", "trained"), ("in_place", "config")])
+@pytest.mark.parametrize(
+    ("rule", "start"), [("in_place", "config"), ("folded", "trained"), later("in_place", "trained")]
+)
 def test_the_reference_of_dpo_is_the_base_on_every_rank(rule, start, tmp_path):
     """Its log-probabilities in each forward pass equal those of a frozen copy, and the losses those with one."""
     pytest.importorskip("trl", reason="runs where trl is installed")

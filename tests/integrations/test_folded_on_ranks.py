@@ -17,6 +17,7 @@ from deltaopt.integrations.trainer import DeltaLoRAFactory
 from tests.integrations.test_tensor_parallel_base import load_split, save_llama
 from tests.support.compare import relative
 from tests.support.distributed import on_all_ranks
+from tests.support.nightly import later, one_in
 from tests.support.peft_runs import peft_asks_by_an_old_name
 from tests.support.sharded_layers import here
 from tests.support.sharded_runs import LR, ShardedRun, branched, net, triples_of, whole
@@ -139,8 +140,7 @@ EVENTS: dict[str, Callable[[DeltaLoRAOptimizer], Any]] = {
 }
 
 
-@pytest.mark.parametrize("start", [{"zero": True}, {"start_step": 1, "keep_base": "cpu"}], ids=["zero", "later"])
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize(("event", "start"), one_in(2, EVENTS, [{"start_step": 1, "keep_base": "cpu"}, {"zero": True}]))
 def test_an_event_of_a_folded_run_is_that_of_one_process(event, start):
     on_all_ranks(event_on_rank, event, start)
 
@@ -210,10 +210,13 @@ CALLS: dict[str, Callable[[DeltaLoRAOptimizer], Any]] = {
 }
 
 
-@each_rule
 @pytest.mark.parametrize(
-    "call",
-    [call if call in ("step", "export_adapter") else pytest.param(call, marks=pytest.mark.nightly) for call in CALLS],
+    ("call", "rule"),
+    [
+        (call, rule) if (call, rule) in [("step", "folded"), ("export_adapter", "in_place")] else later(call, rule)
+        for call in CALLS
+        for rule in RULES
+    ],
 )
 def test_a_rank_that_is_alone_in_a_call_is_told_who_did_not_come(call, rule):
     """Step K of the folded rule takes the product from W, for which all ranks have to be there."""

@@ -19,6 +19,7 @@ from deltaopt import DeltaLoRAOptimizer, export_adapter, merged_weights
 from deltaopt.analysis import layer_changes
 from deltaopt.metrics import movement_metrics
 from tests.support.distributed import on_all_ranks
+from tests.support.nightly import later, one_in
 from tests.support.sharded_runs import (
     KINDS,
     WAYS,
@@ -34,7 +35,8 @@ from tests.support.sharded_runs import (
 from tests.support.threads import on_threads
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-some_kinds = pytest.mark.parametrize("kind", ["float32", "bfloat16", "bfloat16-compensated"])
+SOME_KINDS = ["float32", "bfloat16", "bfloat16-compensated"]
+some_kinds = pytest.mark.parametrize("kind", SOME_KINDS)
 
 COMPUTED = {"rtol": 1e-5, "atol": 1e-6}
 """Of float32 numbers of order 1 that went through a few sums."""
@@ -54,7 +56,7 @@ def moves_on_rank(rank: int, way: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("float32", "bfloat16") else pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS],
+    [kind if kind == "float32" else later(kind) for kind in KINDS],
 )
 def test_fifty_steps_do_not_drift_apart(kind):
     on_all_ranks(fifty_steps_on_rank, kind)
@@ -105,8 +107,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@some_kinds
+@pytest.mark.parametrize(("setting", "kind"), one_in(2, SETTINGS, SOME_KINDS))
 def test_ratios_and_start_steps_hold(setting, kind):
     on_all_ranks(setting_on_rank, setting, kind)
 
@@ -174,8 +175,7 @@ EVENTS: dict[str, Callable[[ShardedRun], Any]] = {
 }
 
 
-@pytest.mark.parametrize("event", EVENTS)
-@some_kinds
+@pytest.mark.parametrize(("event", "kind"), one_in(2, EVENTS, SOME_KINDS))
 def test_an_event_moves_what_it_moves_in_one_process(event, kind):
     on_all_ranks(event_on_rank, event, kind)
 
@@ -229,8 +229,18 @@ def sharded_source(run: ShardedRun) -> dict[str, Tensor]:
     return run.new_model(run.frozen.state_dict()).state_dict()
 
 
-@some_kinds
-@pytest.mark.parametrize("keep_base", [None, "device"])
+@pytest.mark.parametrize(
+    ("kind", "keep_base"),
+    [
+        ("float32", None),
+        ("bfloat16", None),
+        ("bfloat16", "device"),
+        *(
+            later(*case)
+            for case in [("float32", "device"), ("bfloat16-compensated", None), ("bfloat16-compensated", "device")]
+        ),
+    ],
+)
 def test_a_report_says_what_it_says_in_one_process(kind, keep_base):
     on_all_ranks(report_on_rank, kind, keep_base)
 
@@ -409,8 +419,14 @@ def assert_gives_the_base(run: ShardedRun, **tolerance: float) -> None:
     run.reshard()
 
 
-@pytest.mark.parametrize("way", ["layers", "linear layers", "one piece, not resharded", "W ignored", "factors ignored"])
-@pytest.mark.parametrize(("kind", "keep_base"), [("float32", None), ("bfloat16", "cpu")])
+@pytest.mark.parametrize(
+    ("way", "kind", "keep_base"),
+    one_in(
+        2,
+        ["layers", "linear layers", "one piece, not resharded", "W ignored", "factors ignored"],
+        [("float32", None), ("bfloat16", "cpu")],
+    ),
+)
 def test_a_branch_that_is_off_leaves_the_base(way, kind, keep_base):
     on_all_ranks(off_on_rank, way, kind, keep_base)
 
@@ -445,17 +461,20 @@ def reference_passes_on_rank(rank: int) -> None:
     assert counts[2] == counts[0]
 
 
-@pytest.mark.parametrize("way", ["layers", "one piece", "not resharded"])
 @pytest.mark.parametrize(
-    ("kind", "method", "keep_base"),
-    [
-        ("float32", None, None),
-        ("float32", "hooks", None),
-        ("bfloat16", None, "cpu"),
-        ("bfloat16", "source", None),
-        ("bfloat16", "sharded source", None),
-        ("bfloat16-compensated", None, None),
-    ],
+    ("way", "kind", "method", "keep_base"),
+    one_in(
+        2,
+        ["layers", "one piece", "not resharded"],
+        [
+            ("float32", None, None),
+            ("float32", "hooks", None),
+            ("bfloat16", None, "cpu"),
+            ("bfloat16", "source", None),
+            ("bfloat16", "sharded source", None),
+            ("bfloat16-compensated", None, None),
+        ],
+    ),
 )
 def test_base_weights_bring_the_base_back_and_give_it_up_again(way, kind, method, keep_base):
     on_all_ranks(base_weights_on_rank, way, kind, method, keep_base)

@@ -18,6 +18,7 @@ from tests.support.compare import relative, same
 from tests.support.distributed import WORLD, on_all_ranks, shares
 from tests.support.fsdp_rig import fsdp_on_cpus, plugin
 from tests.support.models import batches, causal_lm, loss_of, optimizer_for, peft, plain_loop, transformers
+from tests.support.nightly import later
 from tests.support.peft_runs import EXACT, ModelRun, branch_scalings, peft_asks_by_an_old_name
 from tests.support.trainer_runs import Run, distance, logits_from, logits_of
 
@@ -82,7 +83,7 @@ def prepared(run: ModelRun, kind: str) -> Callable[[list[Tensor]], None]:
     ("rule", "start", "kind"),
     [
         ("in_place", "zero", SHARDED),
-        ("in_place", "later", FULL),
+        later("in_place", "later", FULL),
         ("folded", "zero", FULL),
     ],
 )
@@ -167,7 +168,7 @@ def trainer_run(folder: Path, rule: str, start: str, kind: str = SHARDED, resume
 
 @pytest.mark.parametrize(
     ("rule", "start", "kind"),
-    [("in_place", "zero", SHARDED), ("in_place", "later", FULL), ("folded", "later", SHARDED)],
+    [later("in_place", "zero", SHARDED), ("in_place", "later", FULL), ("folded", "later", SHARDED)],
 )
 def test_trainer_follows_one_process_and_resumes(rule, start, kind, accelerator_of, tmp_path):
     """A checkpoint holds the adapter alone, so that W is rebuilt, and an export as soon as a W has moved."""
@@ -213,7 +214,7 @@ def small_on_rank(rank: int, folder: Path) -> Tensor:
     return other.record.begin
 
 
-@pytest.mark.parametrize("kind", [SHARDED, FULL])
+@pytest.mark.parametrize("kind", [SHARDED, later(FULL)])
 def test_the_best_model_has_the_w_of_its_step_and_is_what_is_pushed(kind, tmp_path):
     expected = assert_same_on_ranks(on_all_ranks(best_on_rank, kind, tmp_path))
     assert distance(logits_from(tmp_path / "export"), expected) <= LOGITS

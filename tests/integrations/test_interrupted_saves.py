@@ -9,9 +9,10 @@ import pytest
 import deltaopt
 from tests.support import crash_loop
 from tests.support.compare import bits, relative, same
+from tests.support.nightly import later
 
 
-@pytest.mark.parametrize("saves", ["whole", "adapter"])
+@pytest.mark.parametrize("saves", ["whole", later("adapter")])
 def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have(saves, tmp_path):
     """25 times, at any moment, many of them in the middle of a save: the file is an old one or a new one, always."""
     steps, kills, killed = 200, 25, tmp_path / "killed.pt"

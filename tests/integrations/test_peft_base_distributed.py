@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.support.distributed import assert_same_on_all_ranks, on_all_ranks, shares
 from tests.support.models import batches, causal_lm, loss_of, optimizer_for
+from tests.support.nightly import one_in
 from tests.support.peft_runs import peft_asks_by_an_old_name
 from tests.support.strategies import each_rule
 
@@ -96,9 +97,9 @@ def another_adapter_on_rank(rank: int) -> None:
         torch.testing.assert_close(grad, gradients[1][name], **EXACT)
 
 
-@each_rule
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("parts", ["layers", "linears"])
+@pytest.mark.parametrize(
+    ("parts", "reshard", "rule"), one_in(2, ["layers", "linears"], [True, False], ["in_place", "folded"])
+)
 def test_a_fully_sharded_model_gives_the_base(parts, reshard, rule):
     on_all_ranks(fully_sharded_on_rank, parts, reshard, rule)
 

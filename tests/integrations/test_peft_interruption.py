@@ -11,6 +11,7 @@ from deltaopt.integrations.peft import save_adapter
 from tests.support.compare import relative
 from tests.support.interruption import interrupt, interrupted_at
 from tests.support.models import batches, causal_lm
+from tests.support.nightly import one_in
 from tests.support.peft_layers import assert_loads
 from tests.support.peft_runs import ModelRun, peft_asks_by_an_old_name
 
@@ -46,9 +47,7 @@ def run_before(rule, name):
     return run
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.97])
-@pytest.mark.parametrize("rule", ["in_place", "folded"])
-@pytest.mark.parametrize("name", EVENTS)
+@pytest.mark.parametrize(("name", "rule", "share"), one_in(2, EVENTS, ["in_place", "folded"], [0.1, 0.5, 0.8, 0.97]))
 def test_an_interrupted_event_leaves_an_adapter_that_is_right(name, rule, share, tmp_path):
     whole, run = run_before(rule, name), run_before(rule, name)
     before = run.effective()

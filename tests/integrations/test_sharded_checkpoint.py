@@ -25,10 +25,11 @@ from deltaopt.sharding import put_whole_
 from tests.support.compare import same
 from tests.support.distributed import on_all_ranks
 from tests.support.internals import as_schema_4
+from tests.support.nightly import later, one_in
 from tests.support.placed_runs import FORMS, PlacedRun, placed, whole
 from tests.support.sharded import S0, WHOLE, Run, linear
 from tests.support.sharded_runs import LAST_PLACES, ShardedRun
-from tests.support.strategies import each_rule
+from tests.support.strategies import RULES, each_rule
 from tests.support.threads import on_threads
 
 # torch says so of a checkpoint of one process.
@@ -76,7 +77,7 @@ CASES = [
     ("in_place", "float32", "fsdp"),
     ("folded", "float32", "fsdp"),
     *[
-        pytest.param(*case, marks=pytest.mark.nightly)
+        later(*case)
         for case in [
             *[("in_place", "bfloat16-compensated", form) for form in ON_RANKS if form not in ("ddp", "fsdp", "tp")],
             ("in_place", "bfloat16", "tp"),
@@ -118,8 +119,7 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-@each_rule
-@pytest.mark.parametrize("form", ["fsdp", "tp"])
+@pytest.mark.parametrize(("form", "rule"), one_in(2, ["fsdp", "tp"], RULES))
 def test_two_ranks_continue_as_one(form, rule, tmp_path, one_rank):
     kind = "bfloat16-compensated"
     saved, _ = on_all_ranks(saved_on_rank, form, kind, rule, tmp_path / "saved")
@@ -159,8 +159,7 @@ def load_whole(run: PlacedRun, state: dict[str, Any], **options: Any) -> None:
     dcp.set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=given)
 
 
-@each_rule
-@pytest.mark.parametrize("kind", ["float32", "bfloat16-compensated"])
+@pytest.mark.parametrize(("kind", "rule"), one_in(2, ["bfloat16-compensated", "float32"], RULES))
 def test_a_whole_state_is_loaded_into_every_form(kind, rule):
     on_all_ranks(whole_state_on_rank, kind, rule)
 
@@ -218,8 +217,15 @@ def asynchronous_on_rank(rank: int, rule: str, folder: Path) -> None:
 # the adapter alone
 
 
-@each_rule
-@pytest.mark.parametrize("kind", ["float32", "bfloat16-compensated"])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("float32", "in_place"),
+        ("bfloat16-compensated", "in_place"),
+        ("float32", "folded"),
+        later("bfloat16-compensated", "folded"),
+    ],
+)
 def test_an_adapter_resumes_in_every_form_from_the_pristine_base(kind, rule, tmp_path):
     on_all_ranks(adapter_on_rank, kind, rule, tmp_path)
 

@@ -16,6 +16,7 @@ from deltaopt.sharding import gather_all
 from tests.support import sharded
 from tests.support.distributed import WORLD, on_all_ranks
 from tests.support.internals import as_on_a_gpu
+from tests.support.nightly import one_in
 from tests.support.sharded import S0, S1, WHOLE, Layer, R, linear, transposed
 from tests.support.threads import on_threads
 
@@ -104,8 +105,10 @@ def test_a_weight_that_is_sharded_on_two_dimensions_has_the_bits_of_one_process(
     compare((2, 2), placements, UNEVEN, torch.bfloat16)
 
 
-@pytest.mark.parametrize("events", [name for name in sharded.EVENTS if name != "steps"])
-@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize(
+    ("events", "rounding"),
+    one_in(2, [name for name in sharded.EVENTS if name != "steps"], ["stochastic", "compensated"]),
+)
 def test_every_event_ends_as_on_one_process(events, rounding):
     compare((2,), ([S0], [S0], [S0]), UNEVEN, torch.bfloat16, events, rounding=rounding)
 
@@ -212,9 +215,13 @@ def by_the_kernel_on_rank(rank: int, placements: Any, dtype: torch.dtype, roundi
 
 @pytest.mark.skipif(not interprets(), reason="runs where Triton interprets (TRITON_INTERPRET=1, no CUDA)")
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.bfloat16, "stochastic"), (torch.float16, "compensated")], ids=str
+    ("dtype", "rounding", "placements"),
+    one_in(
+        2,
+        [(torch.bfloat16, "stochastic"), (torch.float16, "compensated")],
+        [(([S0], [S0], [S0]),), (([S1], [S0], [R]),)],
+    ),
 )
-@pytest.mark.parametrize("placements", [([S0], [S0], [S0]), ([S1], [S0], [R])], ids=["rows", "columns"])
 def test_the_kernel_writes_the_same_bits_into_blocks(placements, dtype, rounding):
     weights, _ = sharded.result_alone(UNEVEN, dtype, "steps", {"rounding": rounding})
     for parts, _ in on_all_ranks(by_the_kernel_on_rank, placements, dtype, rounding, weights):

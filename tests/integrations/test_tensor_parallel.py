@@ -1,5 +1,7 @@
 """W moves in place where tensor parallelism, and FSDP2 on top of it, shard it: exactly as in one process."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +27,7 @@ KINDS = (
     (torch.float16, "nearest"),
 )
 STEPS = 4
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 ONE_DIMENSION = [(Shard(0),), (Shard(1),), (Replicate(),), None]
 TWO_DIMENSIONS = [
     *((first, second) for first in (Shard(0), Shard(1), Replicate()) for second in (Shard(0), Shard(1), Replicate())),
@@ -72,13 +75,13 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=20 if NIGHTLY else 12)
 @given(layers=spread_layers(ONE_DIMENSION), kind=st.sampled_from(KINDS), settings=SETTINGS)
 def test_every_placement_on_two_ranks_moves_w_as_in_one_process(layers, kind, settings):
     compare((2,), layers, kind, settings)
 
 
-@settings(max_examples=12)
+@settings(max_examples=40 if NIGHTLY else 6)
 @given(layers=spread_layers(TWO_DIMENSIONS), kind=st.sampled_from(KINDS), settings=SETTINGS)
 def test_every_placement_on_two_by_two_ranks_moves_w_as_in_one_process(layers, kind, settings):
     compare((2, 2), layers, kind, settings)

@@ -14,11 +14,14 @@ import deltaopt
 from deltaopt import WeightMismatchError
 from tests.support.compare import bits, refused, relative, same
 from tests.support.models import batches, peft, weights
+from tests.support.nightly import one_in
 from tests.support.peft_runs import (
     DATA,
     FIRST_SCALING,
+    KINDS,
     RATIO,
     REBUILT,
+    STARTS,
     STOP,
     ModelRun,
     ScheduledRun,
@@ -29,12 +32,11 @@ from tests.support.peft_runs import (
     assert_same_runs,
     begun,
     each_kind,
-    each_start,
     fresh,
     peft_asks_by_an_old_name,
     scramble,
 )
-from tests.support.strategies import each_rule
+from tests.support.strategies import RULES
 
 pytestmark = peft_asks_by_an_old_name
 
@@ -72,8 +74,7 @@ with_the_state = pytest.mark.filterwarnings("ignore:get_peft_model_state_dict re
 """The adapter leaves without the movement of W, and the optimizer's state with it."""
 
 
-@each_kind
-@pytest.mark.parametrize("way", FILES)
+@pytest.mark.parametrize(("way", "dtype", "rounding"), one_in(2, FILES, KINDS))
 def test_with_the_whole_model_a_run_resumes_bit_for_bit(way, dtype, rounding, tmp_path):
     assert_resumes_bit_for_bit(FILES[way], tmp_path, dtype, rounding)
 
@@ -104,11 +105,9 @@ def test_a_run_returns_to_its_own_checkpoint_bit_for_bit(dtype, rounding):
 
 
 COPIES_OF_RUNS = {"deepcopy": copy.deepcopy, "pickle": lambda run: pickle.loads(pickle.dumps(run))}
-each_copy_of_a_run = pytest.mark.parametrize("way", COPIES_OF_RUNS)
 
 
-@each_kind
-@each_copy_of_a_run
+@pytest.mark.parametrize(("way", "dtype", "rounding"), one_in(2, ["pickle", "deepcopy"], KINDS))
 def test_a_copy_with_scheduler_and_scaler_continues_bit_for_bit(way, dtype, rounding):
     """The copy is made in the middle of a run and shares nothing with it."""
     run = begun(dtype, rounding=rounding)
@@ -121,10 +120,7 @@ def test_a_copy_with_scheduler_and_scaler_continues_bit_for_bit(way, dtype, roun
     assert_same_runs(run, other)
 
 
-@each_rule
-@each_start
-@each_copy_of_a_run
-@pytest.mark.parametrize("stop", [0, 2, 5])
+@pytest.mark.parametrize(("stop", "start", "rule", "way"), one_in(2, [0, 2, 5], STARTS, RULES, COPIES_OF_RUNS))
 def test_a_copy_of_model_and_optimizer_continues_bit_for_bit(way, stop, start, rule):
     """The copy is made on either side of K and shares nothing with the run."""
     data, run = batches(8), ModelRun(rule, start)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deltaopt import DeltaLoRAOptimizer, WeightMismatchError
 from tests.support.compare import assert_same_bits, bits, refused, relative, same
 from tests.support.models import Rows, batches, causal_lm, deltas, layers, optimizer_for, peft, transformers, weights
+from tests.support.nightly import one_in
 from tests.support.peft_layers import config_in
 from tests.support.peft_runs import (
     EXACT,
@@ -22,11 +23,10 @@ from tests.support.peft_runs import (
     assert_same_models,
     assert_telescoped,
     branch_scalings,
-    each_start,
     effective,
     peft_asks_by_an_old_name,
 )
-from tests.support.strategies import each_rule
+from tests.support.strategies import RULES, each_rule
 
 pytestmark = peft_asks_by_an_old_name
 
@@ -162,8 +162,7 @@ def test_the_optimizer_of_a_checkpoint_loads_safely(accelerator_of, tmp_path):
         assert torch.equal(old, new["exp_avg"])
 
 
-@each_rule
-@each_start
+@pytest.mark.parametrize(("rule", "start"), one_in(2, RULES, ["later", "zero"]))
 def test_trainer_equals_the_plain_loop_bit_for_bit(rule, start, trainer_of):
     """Train on the same batches by hand, with the schedule's learning rates."""
     trainer, notes = trainer_of(rule=rule, start=start)
@@ -181,9 +180,7 @@ def test_trainer_equals_the_plain_loop_bit_for_bit(rule, start, trainer_of):
     assert_same_models(trainer.model, plain.model)
 
 
-@each_rule
-@each_start
-@each_route
+@pytest.mark.parametrize(("route", "start", "rule"), one_in(2, ROUTES, STARTS, RULES))
 def test_trainer_resumes_from_the_base_and_the_adapter(route, start, rule, trainer_of, tmp_path):
     """From either checkpoint, from one twice, and from the checkpoint of a run that was itself resumed.
 
@@ -231,8 +228,10 @@ def test_a_second_resume_of_one_model_is_refused(accelerator_of, tmp_path):
 BEST_OF_EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
 
 
-@each_route
-@pytest.mark.parametrize(("rule", "start"), [("in_place", "later"), ("in_place", "zero"), ("folded", "zero")])
+@pytest.mark.parametrize(
+    ("route", "rule", "start"),
+    one_in(2, ROUTES, [("in_place", "later"), ("in_place", "zero"), ("folded", "zero")]),
+)
 def test_load_best_model_at_end_gives_the_best_step(route, rule, start, trainer_of):
     """With the in-place rule after resync(): Trainer has put the best step's A and B next to the last step's W.
 

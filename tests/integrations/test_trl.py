@@ -10,6 +10,8 @@ from functools import cache
 
 import pytest
 
+from tests.support.nightly import later
+from tests.support.strategies import RULES
 from tests.support.trl_runs import CASES, FOLDER, GENERATING, STARTS, STEPS, Run, run
 
 pytestmark = [
@@ -24,7 +26,20 @@ LOGITS = 1e-5
 LOGGED = 5e-5
 """Relative to a number that is larger than 1. Roundings of the reference change the later steps a little."""
 
-each_case = pytest.mark.parametrize(("kind", "start", "rule"), CASES)
+
+def is_one_more_case(kind: str, start: str, rule: str) -> bool:
+    """Tell if the suite leaves a case out; it takes each kind with each start, and each start with both rules."""
+    kinds = list(dict.fromkeys(each for each, its_start, _ in CASES if its_start == start))
+    return (kinds.index(kind) + [*STARTS].index(start) + RULES.index(rule)) % 2 == 1
+
+
+def parametrized(cases: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("kind", "start", "rule"), [later(*case) if is_one_more_case(*case) else case for case in cases]
+    )
+
+
+each_case = parametrized(CASES)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +76,7 @@ def test_losses_equal_those_with_a_frozen_reference(kind, start, rule, run_of):
     assert_logged_alike(run_of(kind, start, rule), frozen)
 
 
-@pytest.mark.parametrize(("kind", "start", "rule"), [case for case in CASES if case[0] not in GENERATING])
+@parametrized([case for case in CASES if case[0] not in GENERATING])
 def test_losses_equal_those_with_a_precomputed_reference(kind, start, rule, run_of):
     precomputed = run_of(kind, start, rule, reference="precomputed")
     assert precomputed.passes == []

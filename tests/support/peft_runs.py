@@ -37,11 +37,8 @@ FIRST_SCALING = 2.0
 """The scaling of the branches of `causal_lm`, before a rule folds anything into them."""
 
 each_start = pytest.mark.parametrize("start", STARTS)
-each_kind = pytest.mark.parametrize(
-    ("dtype", "rounding"),
-    [(torch.float32, "auto"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "compensated")],
-    ids=["float32", "bfloat16", "bfloat16-compensated"],
-)
+KINDS = [(torch.float32, "auto"), (torch.bfloat16, "stochastic"), (torch.bfloat16, "compensated")]
+each_kind = pytest.mark.parametrize(("dtype", "rounding"), KINDS, ids=["float32", "bfloat16", "bfloat16-compensated"])
 
 # PEFT asks transformers models by a name that transformers has renamed.
 peft_asks_by_an_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -87,19 +87,19 @@ def on_threads(work: Callable[..., Any], *arguments: Any, world_size: int = 4, l
 
 @contextmanager
 def noted(*names: str) -> Iterator[list[str]]:
-    """Note the names of these functions of torch.distributed as they are called, by all threads together.
+    """Note the names of these methods of the groups as they are called, by all threads together.
 
     torch's own `CommDebugMode` does not see what these groups do.
     """
     calls: list[str] = []
 
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
-            return function(*args, **kwargs)
+            return method(*args, **kwargs)
 
         return call
 
-    functions = {name: counting(name, getattr(dist, name)) for name in names}
-    with mock.patch.multiple(dist, **functions):
+    methods = {name: counting(name, getattr(ProcessLocalGroup, name)) for name in names}
+    with mock.patch.multiple(ProcessLocalGroup, **methods):
         yield calls

@@ -1,5 +1,6 @@
 """Noting what was done."""
 
+import copy
 import ctypes
 import signal
 from functools import partial
@@ -7,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from deltaopt.all_or_nothing import note
+from deltaopt.all_or_nothing import Issued, note
 
 
 class _InterruptError(Exception):
@@ -56,3 +57,48 @@ def test_a_mode_does_not_make_a_call_in_python_of_it():
         note(done, partial(torch.Tensor.addmm_, A, B, B))
     assert len(done) == 1
     assert torch.equal(A, torch.full((2, 2), 3.0))
+
+
+class Sent:
+    """What a collective returns that is under way."""
+
+    def __init__(self):
+        self.waited = 0
+
+    def wait(self):
+        self.waited += 1
+
+
+def test_a_computation_that_begins_again_waits_for_what_it_has_issued():
+    issued, sent = Issued(), [Sent(), Sent(), Sent()]
+    waiting = list(sent)
+    assert [issued.output(name, partial(waiting.pop, 0)) for name in "ab"] == ["a", "b"]
+    assert [issued.again().output("c", partial(waiting.pop, 0)), issued.output("d", None)] == ["a", "b"]
+    assert issued.output("e", partial(waiting.pop, 0)) == "e"
+    assert [work.waited for work in sent] == [2, 2, 1]
+
+
+def test_a_collective_that_could_not_be_issued_or_that_failed_is_not_lost():
+    issued = Issued()
+    with pytest.raises(ZeroDivisionError):
+        issued.output("a", partial(divmod, 1, 0))
+    assert not issued.begun
+    fails = [True]
+
+    def wait(work):
+        if fails:
+            raise RuntimeError("its connection is closed")
+
+    with pytest.raises(RuntimeError, match="closed"):
+        issued.again().output("b", partial(fails.copy), wait)
+    with pytest.raises(RuntimeError, match="closed"):
+        issued.again().output("c", None, wait)
+    fails.clear()
+    assert issued.again().output("c", None, wait) == "b"
+
+
+def test_a_copy_knows_of_no_collective():
+    issued = Issued()
+    issued.output("a", Sent)  # what cannot be copied in a run, and means nothing elsewhere
+    assert issued.begun
+    assert not copy.deepcopy(issued).begun

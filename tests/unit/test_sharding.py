@@ -16,7 +16,7 @@ from tests.support.threads import noted, on_threads
 
 pytestmark = pytest.mark.extra
 
-COLLECTIVES = ("all_reduce", "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor")
+COLLECTIVES = ("allreduce", "all_gather_single" if hasattr(dist, "all_gather_single") else "_allgather_base")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int16, torch.uint8)
 
 
