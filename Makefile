@@ -66,7 +66,7 @@ evidence-small: .venv/.model .venv/.evidence
 cuda: cuda-tests cuda-benchmarks
 
 cuda-tests:
-	$(PYTHON) -m pytest -m cuda tests/cuda/test_cuda.py tests/unit/test_triton.py tests/benchmarks/test_step_overhead.py $(ARGS)
+	$(PYTHON) -m pytest -m cuda tests/cuda tests/unit/test_triton.py tests/benchmarks/test_step_overhead.py $(ARGS)
 
 cuda-benchmarks:
 	$(PYTHON) -m benchmarks.step_overhead --device cuda

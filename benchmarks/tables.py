@@ -1,6 +1,6 @@
 """Tables of the pages, made from the files in `benchmarks/results/`.
 
-    python -m benchmarks.tables     # after a run: replaces the tables of README.md and benchmarks/README.md
+    python -m benchmarks.tables     # after a run: replaces the tables of all `PAGES`
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; `TABLES` has the names.
 """
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks import drift, first_use
+from benchmarks.evidence.page import evidence_tables
+from benchmarks.markdown import table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "evidence.md")
 
 TIMES = ("inner", "wrapped", "lora", "folded", "addmm", "pass", "dense", "product")
 TIMES_16 = ("nearest", "compensated", "write", "write_nearest", "write_compensated")
@@ -46,12 +48,6 @@ KEPT = ("wrapped", "compensated", "folded")
 
 Cell: TypeAlias = Callable[[Mapping[str, Any]], str]
 """Makes one cell of a table from a case of `step_overhead`."""
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    first, *others = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
-    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def overhead(device: str) -> str:
@@ -226,6 +222,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "first_use": around_the_steps,
     "drift": partial(kept, "cpu"),
     "drift, CUDA": partial(kept, "cuda"),
+    **evidence_tables(RESULTS / "evidence"),
 }
 
 

@@ -158,8 +158,8 @@ class InPlaceUpdate(UpdateRule):
             marks = [mark for buffers in move.buffers for mark in buffers.marks()]
             if not whole and not any(buffers.changed() for buffers in move.buffers):
                 return
-            move.finite = self._verdict(marks, move.sharded)
-        if move.sharded.slots and bool(move.finite):
+            move.agreed, move.finite = self._verdict(marks, move.sharded)
+        if move.sharded.slots and move.agreed:
             move.sharded.bring()
         for part in move.parts:
             part.note_bases()
@@ -170,18 +170,20 @@ class InPlaceUpdate(UpdateRule):
         for buffers in move.buffers:
             self._note_ledgers(buffers.record(move.finite))
         if move.sharded.slots:
-            self._note_ledgers(move.sharded.record(bool(move.finite)))
+            self._note_ledgers(move.sharded.record(move.agreed))
         self._guard.count(move.finite, move.counted)
 
-    def _verdict(self, marks: list[Tensor], sharded: ShardedMoves) -> Tensor:
-        """Tell if all factors are finite, on all ranks where weights are sharded: a 0-d bool.
+    def _verdict(self, marks: list[Tensor], sharded: ShardedMoves) -> tuple[bool, Tensor]:
+        """Tell if all factors are finite, on all ranks where weights are sharded: for the host, and as a 0-d bool.
+
+        Without sharded weights the host does not know it, and gets False.
 
         Raises:
             FactorsDifferError: on all ranks, if whole factors next to a sharded W differ between them.
         """
         self._guard.on_all_ranks = bool(sharded.slots)
         if not sharded.slots:
-            return self._guard.verdict(marks)
+            return False, self._guard.verdict(marks)
         assert self.ranks is not None
         return sharded.agree(self._guard.verdict(marks) if marks else None, self.ranks.group)
 
@@ -256,6 +258,7 @@ class _Move:
         sharded: of the others.
         parts: both.
         finite: 0-d bool: the verdict of the guard; None until it is known.
+        agreed: the same for the host, where weights are sharded.
         counted: has an entry once the guard has counted the verdict.
     """
 
@@ -264,4 +267,5 @@ class _Move:
         self.sharded = sharded
         self.parts: list[FactorBuffers | ShardedMoves] = [*buffers, sharded]
         self.finite: Tensor | None = None
+        self.agreed = False
         self.counted: list[Any] = []

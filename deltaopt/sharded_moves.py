@@ -56,8 +56,12 @@ class FactorsDifferError(ValueError):
 class _Slot:
     """One weight, and its rank's parts of the parameters of A and B.
 
-    Attributes:
+    Args:
         weight: that moves.
+        host: tells if the parts can be compared before the inner step without waiting for their device.
+
+    Attributes:
+        weight: as given.
         end: the parts as the last move left them; None before the first one.
         shards: the same as sharded tensors, each with its part in `end`.
         mark: what the ledger has as its end since then; with another one `end` is out of date.
@@ -73,8 +77,9 @@ class _Slot:
         recorded: True once it has all that it gets.
     """
 
-    def __init__(self, weight: WeightState) -> None:
+    def __init__(self, weight: WeightState, host: Host) -> None:
         self.weight = weight
+        self._host = host
         self.end: list[Tensor] | None = None
         self.shards: list[Tensor] = []
         self.mark: object = None
@@ -98,7 +103,9 @@ class _Slot:
         if self.end is not None and weight.ledger.end_mark() is not self.mark:
             self.end = None  # a restart, a loaded state, or another event has come in between
         parts = self.parts()
-        self.start = self.end if self.end is not None and _same(parts, self.end) else [part.clone() for part in parts]
+        reads = all(self._host.reads(part.device) for part in parts)
+        is_end = reads and self.end is not None and _same(parts, self.end)
+        self.start = self.end if self.end is not None and is_end else [part.clone() for part in parts]
 
     def parts(self) -> list[Tensor]:
         """Return this rank's parts of the parameters of A and B."""
@@ -121,7 +128,12 @@ class _Slot:
         device = self.now[0].device
         finite = torch.stack([part.isfinite().all() for part in (*self.start, *self.now)]).all()
         changed = ~torch.stack([_equal(old, new) for old, new in zip(self.start, self.now, strict=True)]).all()
-        other = torch.tensor(self.start is not self.end, device=device)
+        if self.end is None or not _alike(self.start, self.end):
+            other = torch.ones((), dtype=torch.bool, device=device)
+        elif self.start is self.end:
+            other = torch.zeros((), dtype=torch.bool, device=device)
+        else:  # here or on the device, as the host may not have compared them
+            other = ~torch.stack([_equal(*pair) for pair in zip(self.start, self.end, strict=True)]).all()
         facts = [torch.stack([~finite, changed, other]).to(torch.int64)]
         for part, count, at in self._unlinked():
             number = content_hash(part, samples=None)
@@ -213,15 +225,15 @@ class ShardedMoves:
 
     def snapshot(self, members: Sequence[WeightState]) -> None:
         """Keep A and B of these weights, and lambda times s, as they are before the inner step."""
-        self._known = {weight: self._known.get(weight) or _Slot(weight) for weight in members}
+        self._known = {weight: self._known.get(weight) or _Slot(weight, self._host) for weight in members}
         self.slots, self._brought, self._launched = list(self._known.values()), False, []
         self._forget_issued()
         for slot in self.slots:
             slot.now = []
             slot.snapshot()
 
-    def agree(self, others_finite: Tensor | None, group: Any) -> Tensor:
-        """Take what all ranks together know of all weights; return whether all factors are finite, a 0-d bool.
+    def agree(self, others_finite: Tensor | None, group: Any) -> tuple[bool, Tensor]:
+        """Take what all ranks know of all weights; tell if all factors are finite, for the host and as a 0-d bool.
 
         Args:
             others_finite: what this rank knows of other weights that move in the same step, a bool; None if none does.
@@ -235,8 +247,8 @@ class ShardedMoves:
         if others_finite is not None:
             facts.append((~others_finite).to(home, torch.int64).view(1))
         agreed = highest(torch.cat([fact.to(home) for fact in facts]), group, self._verdict).tolist()
-        finite = self._take(agreed)
-        return torch.tensor(finite and not any(agreed), device=home)
+        finite = self._take(agreed) and not any(agreed)
+        return finite, torch.full((), finite, dtype=torch.bool, device=home)
 
     def _take(self, facts: list[int]) -> bool:
         """Take what all ranks together know from `facts`; return whether all factors of these weights are finite."""
@@ -409,9 +421,11 @@ def _is_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
-    )
+    return _alike(one, other) and all(map(torch.equal, one, other))
+
+
+def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return [(t.shape, t.dtype, t.device) for t in one] == [(t.shape, t.dtype, t.device) for t in other]
 
 
 def _equal(old: Tensor, new: Tensor) -> Tensor:

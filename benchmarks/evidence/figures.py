@@ -1,0 +1,36 @@
+"""Figures of one run that tables and pictures show, in addition to its metrics."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from benchmarks.evidence.result import Result
+
+
+def last_loss(run: Result) -> float:
+    """Return the mean training loss of the last tenth."""
+    return statistics.fmean(run.losses[-max(1, len(run.losses) // 10) :])
+
+
+def mean_rank(run: Result) -> float | None:
+    """Return the effective rank of the change, the mean over layers; None where no layer has one."""
+    return _mean_of(layer["effective_rank"] for layer in run.layers)
+
+
+def mean_cosine(run: Result) -> float | None:
+    """Return the cosine of the effective to the pretrained weight, the mean over layers."""
+    return _mean_of(layer["cosine"] for layer in run.layers)
+
+
+def forgotten(run: Result) -> float:
+    """Return by how much the loss rose on texts that the pretrained model wrote."""
+    if run.forgetting is None:
+        raise ValueError(f"{run.setting.path}: forgetting was not measured")
+    before, after = run.forgetting
+    return after - before
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

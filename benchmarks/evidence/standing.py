@@ -1,0 +1,128 @@
+"""What the result files say so far of a grid: of each row of an experiment its tuning, its cell, or why it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from benchmarks.evidence.comparison import Cell
+from benchmarks.evidence.grid import Experiment, Grid
+from benchmarks.evidence.grids import FULL
+from benchmarks.evidence.result import Result
+from benchmarks.evidence.rows import COINCIDENCE, ROWS, Row
+
+LORA, DELTA, ALPHA = "lora", "delta", "alpha"
+"""The rows that questions are about: the reference, the method, and the control with the larger alpha."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One row of one experiment.
+
+    Attributes:
+        row: of `rows.ROWS`.
+        lr: the learning rate of its reported runs; None while its tuning is not complete.
+        tried: the learning rates that were tried, in order; empty where it takes another row's.
+        cell: all of its reported runs; None while one is missing.
+        missing: why there is no cell, for a sentence; empty if there is one.
+    """
+
+    row: Row
+    lr: float | None
+    tried: tuple[float, ...]
+    cell: Cell | None
+    missing: str
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a better learning rate may lie outside those that were tried."""
+        return len(self.tried) > 1 and self.lr in (self.tried[0], self.tried[-1])
+
+
+class Evidence:
+    """The results of a grid, and the blocks that are made of them.
+
+    Args:
+        results: of all runs.
+        grid: that they are of. Default: the one of docs/evidence.md.
+    """
+
+    def __init__(self, results: Sequence[Result], grid: Grid = FULL) -> None:
+        self.results, self.grid = results, grid
+        self._standings: dict[int, list[Standing]] = {}
+
+    @cached_property
+    def compared(self) -> dict[str, Experiment]:
+        """The experiments that compare rows with LoRA, without sweeps and single looks, by name.
+
+        The name is the task's; a second experiment on a task has its model's name too.
+        """
+        found: dict[str, Experiment] = {}
+        for each in self.grid.experiments:
+            if LORA in each.rows and len(each.rows) > 1:
+                found[f"{each.task}, {each.model}" if each.task in found else each.task] = each
+        return found
+
+    @property
+    def looks(self) -> list[Experiment]:
+        """The experiments with LoRA alone."""
+        return [each for each in self.grid.experiments if list(each.rows) == [LORA]]
+
+    def standings(self, experiment: Experiment) -> list[Standing]:
+        """Return where its rows stand, without those that are no rows of a table."""
+        return [each for each in self._all_standings(experiment) if each.row not in COINCIDENCE]
+
+    def cells(self, experiment: Experiment) -> dict[str, Cell]:
+        """Return the complete cells in which no run diverged, by the names of their rows."""
+        return _sound(self.standings(experiment))
+
+    def coinciding(self, experiment: Experiment) -> dict[str, Cell]:
+        """Return the cells of the runs that should coincide."""
+        return _sound(each for each in self._all_standings(experiment) if each.row in COINCIDENCE)
+
+    def _all_standings(self, experiment: Experiment) -> list[Standing]:
+        if id(experiment) not in self._standings:
+            self._standings[id(experiment)] = standings(experiment, self.results)
+        return self._standings[id(experiment)]
+
+    def of_rows(self, rows: Iterable[Row]) -> Experiment | None:
+        """Return the experiment of a sweep."""
+        names = [row.name for row in rows]
+        return next((each for each in self.grid.experiments if list(each.rows) == names), None)
+
+
+def standings(experiment: Experiment, results: Sequence[Result]) -> list[Standing]:
+    """Return where each row of an experiment stands.
+
+    Raises:
+        ValueError: if two results are of one setting, or the runs of a row do not make up a cell.
+    """
+    at_hand = (experiment.task, experiment.model)
+    results = [result for result in results if (result.setting.task, result.setting.model) == at_hand]
+    found: dict[object, Result] = {}
+    for result in results:
+        if result.setting in found:
+            raise ValueError(f"two results are of one setting, {result.setting.path}")
+        found[result.setting] = result
+    return [_standing(experiment, ROWS[name], results, found) for name in experiment.rows]
+
+
+def _sound(of: Iterable[Standing]) -> dict[str, Cell]:
+    return {each.row.name: each.cell for each in of if each.cell is not None and not each.cell.diverged}
+
+
+def _standing(experiment: Experiment, row: Row, results: Sequence[Result], found: Mapping[object, Result]) -> Standing:
+    needed = {row.name} | ({row.lr_of[0]} if row.lr_of else set())
+    results = [result for result in results if result.setting.row in needed]
+    tunes = row.lr_of is None and experiment.tuning_seeds > 0
+    tried = tuple(experiment.tried(row, results)) if tunes else ()
+    lr = experiment.lr(row, results)
+    if lr is None:
+        return Standing(row, None, tried, None, "not tuned yet")
+    asked = experiment.cell(row, results)
+    runs = [found[setting] for setting in asked if setting in found]
+    if len(runs) < len(asked):
+        missing = f"{len(runs)} of {len(asked)} runs made" if runs else "not run yet"
+        return Standing(row, lr, tried, None, missing)
+    return Standing(row, lr, tried, Cell.of(runs, experiment.seeds), "")

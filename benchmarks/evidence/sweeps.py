@@ -1,0 +1,97 @@
+"""The tables of the sweeps: lambda and K, and the rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.evidence.comparison import Cell, corrected, difference
+from benchmarks.evidence.measures import measure
+from benchmarks.evidence.rows import RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
+from benchmarks.evidence.task_tables import NOT_MEASURED, differences
+from benchmarks.evidence.wording import caption, interval, mean, once, p_of, said
+from benchmarks.markdown import Column, narrow_tables, paragraphs, table
+
+
+def ratio_sweep(evidence: Evidence) -> str:
+    """Return the metric over lambda and K, and the differences to LoRA."""
+    experiment = evidence.of_rows(RATIO_SWEEP)
+    of = evidence.cells(experiment) if experiment else {}
+    if experiment is None or not of:
+        return NOT_MEASURED
+    lora = evidence.cells(evidence.compared[experiment.task]).get(LORA)
+    family = differences(of | ({LORA: lora} if lora else {}), [experiment.metric])
+    ratios = once(row.changes["update_ratio"] for row in RATIO_SWEEP)
+    starts = once(row.changes["start"] for row in RATIO_SWEEP)
+    names = {(row.changes["update_ratio"], row.changes["start"]): row.name for row in RATIO_SWEEP}
+    head = ["lambda", *(f"K = {100 * start:g} %" for start in starts)]
+
+    def grid(text: Callable[[Cell], str]) -> str:
+        cells_of = [[of.get(names[ratio, start]) for start in starts] for ratio in ratios]
+        return table(
+            head,
+            [
+                [f"{ratio:g}", *(text(cell) if cell else "" for cell in line)]
+                for ratio, line in zip(ratios, cells_of, strict=True)
+            ],
+        )
+
+    by_row = {each.row: each for each in family}
+    title = measure(experiment.metric).title
+    parts = [
+        caption(experiment, list(of.values()), len(family)),
+        f"{title[:1].upper()}{title[1:]} (lr)" + (f"; LoRA has {mean(lora, experiment.metric)}:" if lora else ":"),
+        grid(lambda cell: f"{mean(cell, experiment.metric)} ({cell.lr:g})"),
+    ]
+    if family:
+        parts += [
+            "Difference to LoRA and p:",
+            grid(lambda cell: f"{interval(by_row[cell.row])}, {p_of(by_row[cell.row])}"),
+        ]
+    return paragraphs(*parts, said(evidence.standings(experiment)))
+
+
+def rank_sweep(evidence: Evidence) -> str:
+    """Return LoRA, Delta-LoRA and the control at each rank, compared at the same rank."""
+    experiment = evidence.of_rows(RANK_SWEEP)
+    if experiment is None or not evidence.cells(experiment):
+        return NOT_MEASURED
+    of = evidence.cells(evidence.compared[experiment.task]) | evidence.cells(experiment)
+    by_rank: dict[int, dict[str, Cell]] = {}
+    for name in (LORA, DELTA, ALPHA):
+        for cell in (cell for row, cell in of.items() if row == name or row.startswith(f"{name}-r")):
+            if ROWS[cell.row].changes.keys() <= {"rank", "alpha"} and ROWS[cell.row].method == ROWS[name].method:
+                by_rank.setdefault(cell.results[0].setting.rank, {})[name] = cell
+    ranks = sorted(by_rank)
+    found = {
+        (rank, name): difference(by_rank[rank][name], by_rank[rank][LORA], experiment.metric)
+        for rank in ranks
+        for name in (DELTA, ALPHA)
+        if {LORA, name} <= by_rank[rank].keys()
+    }
+    found = dict(zip(found, corrected(list(found.values())), strict=True))
+
+    def column(name: str) -> list[str]:
+        return [
+            f"{mean(each[name], experiment.metric)} ({each[name].lr:g})" if name in each else ""
+            for each in (by_rank[rank] for rank in ranks)
+        ]
+
+    def apart(name: str) -> list[str]:
+        return [
+            f"{interval(found[rank, name])}, {p_of(found[rank, name])}" if (rank, name) in found else ""
+            for rank in ranks
+        ]
+
+    trained = [f"{next(iter(by_rank[rank].values())).results[0].trained:,}" for rank in ranks]
+    groups: list[list[Column]] = [
+        [("trained", trained)],
+        *([(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)),
+        *([(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)),
+    ]
+    return paragraphs(
+        f"{measure(experiment.metric).title} on {experiment.task}, alpha = 2 r. "
+        + caption(experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),
+        narrow_tables(("r", [str(rank) for rank in ranks]), groups),
+        said(evidence.standings(experiment)),
+    )
