@@ -49,7 +49,8 @@ def export_adapter(
         RuntimeError: if the displacement of a layer is not known any more, with the reason; or in `base_weights`.
     """
     optimizer = unwrap(optimizer)
-    roll_call = RollCall(optimizer.ranks, "export_adapter()", lambda: {"rank": rank, "from_pristine": from_pristine})
+    arguments = {"rank": rank, "from_pristine": from_pristine}
+    roll_call = RollCall(optimizer.ranks, "export_adapter()", lambda: arguments)
     with roll_call.told():
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise ValueError(f"rank is a positive int or None, got {rank!r}")

@@ -1224,8 +1224,7 @@ class DeltaLoRAOptimizer(Optimizer):
     @contextmanager
     def _called_together(self, what: str, **facts: object) -> Iterator[RollCall]:
         """Give the roll call of an event; an exception before it is told to the other ranks."""
-        roll_call = RollCall(self._rule.ranks, what, self._facts)
-        roll_call.facts |= facts
+        roll_call = RollCall(self._rule.ranks, what, lambda: {**self._facts(), **facts})
         with roll_call.told():
             yield roll_call
 

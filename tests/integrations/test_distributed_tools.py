@@ -195,7 +195,7 @@ def trainer_on_rank(rank: int, start: str, rule: str, folder: Path) -> dict[int,
 
 
 def test_trainer_moves_16_bits_alike_in_all_processes_and_resumes(accelerator_of, tmp_path):
-    """W in bfloat16 with compensated rounding, which moves by several spacings, and is off by one at most."""
+    """A compensated W in bfloat16, which has moved by several of its spacings, and is off by one at most."""
     found = assert_same_on_ranks(on_all_ranks(trainer_in_16_bits_on_rank, tmp_path))
     alone = sixteen_bits_run(tmp_path / "alone", 2 * WORLD).train()
     for name, W in weights_of(alone.trainer.model).items():
