@@ -117,6 +117,11 @@ class TestFiles:
         assert path == tmp_path / SETTING.path
         assert read_results(tmp_path) == [replace(result, metrics={"accuracy": 0.3333333})]
 
+    def test_come_back_with_settings_of_many_digits(self, tmp_path):
+        setting = replace(SETTING, start=1 / 7, warmup=500 / 26_290)
+        write_result(tmp_path, made(setting))
+        assert [result.setting for result in read_results(tmp_path)] == [setting]
+
     def test_cut_off_do_not_count(self, tmp_path):
         path = write_result(tmp_path, made(SETTING))
         path.write_text(path.read_text()[:-10])
