@@ -111,7 +111,11 @@ class Experiment:
         return [replace(self._setting(row, lr, seed, "tuning"), **self.tuning_changes) for seed in seeds]
 
     def _tuning_results(self, row: Row, results: Sequence[Result]) -> list[Result]:
-        return [r for r in results if r.setting in self._tuning(row, r.setting.lr)]
+        # Names first: building the settings to compare with takes long where a grid has many runs.
+        near = (
+            r for r in results if (r.setting.row, r.setting.task, r.setting.split) == (row.name, self.task, "tuning")
+        )
+        return [r for r in near if r.setting in self._tuning(row, r.setting.lr)]
 
     def _extended(self, row: Row, grid: Sequence[float], edge: float) -> float | None:
         """Return the value beyond the edge of a grid, as far as its neighbour; None if it was extended enough."""

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import workers
+from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.grid import TUNING_SEED, Experiment, Grid
 from benchmarks.evidence.grids import GRIDS
 from benchmarks.evidence.places import Places
@@ -25,7 +26,7 @@ def experiment(rows=("lora", "delta", "lora-lr3"), lrs=(1e-3, 3e-3, 1e-2), **cha
 
 
 def made(setting, accuracy=0.5):
-    return Result(setting, {"accuracy": accuracy, "loss": 1.0})
+    return Result(setting, {"loss": 1.0, task_named(setting.task).metric: accuracy})
 
 
 def filled(grid, accuracy):
