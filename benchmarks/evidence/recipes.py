@@ -73,7 +73,7 @@ GLUE = {
     "mnli": Glue(5e-4, 30, 16),
 }
 
-ON_GLUE = {
+ON_GLUE: Mapping[str, Any] = {
     "max_length": 256,  # [D]; [S] 512
     "rank": 8,
     "update_ratio": 0.5,  # [D]
@@ -84,7 +84,7 @@ ON_GLUE = {
 LR_OF_ROBERTA = 2e-5
 """Of fine-tuning: usual."""
 
-TO_TEXT = {
+TO_TEXT: Mapping[str, Any] = {
     "batch_size": 8,
     "max_length": 512,
     "rank": 4,
@@ -101,7 +101,7 @@ TO_TEXT = {
 }
 EPOCHS_TO_TEXT, WARMUP_TO_TEXT, START_TO_TEXT = 5, 500, 500
 
-SUMMARIES = {
+SUMMARIES: Mapping[str, Any] = {
     "batch_size": 64,  # [A]: 8 on each of 8 GPUs
     "max_length": 768,  # [A]; it cuts targets at 64 tokens, which few have
     "rank": 8,  # [A]: what AdaLoRA's budget shrinks to
