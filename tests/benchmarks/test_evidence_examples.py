@@ -130,7 +130,7 @@ def test_refuses_a_task_that_neither_the_folder_nor_the_hub_has(tmp_path, monkey
 
 def test_names_the_package_that_reads_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="cola: .*pip install datasets"):
+    with pytest.raises(ModuleNotFoundError, match=r"cola: .*pip install datasets"):
         load_examples(setting("cola"), Places(tmp_path))
 
 
