@@ -22,6 +22,7 @@ from deltaopt.overwritten import BY_SOMEBODY_ELSE, overwritten
 from deltaopt.rounding.blocks import add_product_, full_precision
 from deltaopt.rounding.writer import add_terms_, put_
 from deltaopt.sharding import gathered, part_like, sharded_matrix
+from deltaopt.tensors import outside_inference_mode
 from deltaopt.weight import WeightState
 
 BaseSource: TypeAlias = "Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]"
@@ -57,27 +58,41 @@ class Pristine:
                 return part
         return None
 
+    def __repr__(self) -> str:
+        """Return a text that is the same on all ranks that look in the same tensors."""
+        tensors = [tensor for alike in self._by_shape.values() for tensor in alike]
+        return f"{len(tensors)} tensors with {sum(tensor.numel() for tensor in tensors)} elements"
+
+
+def pristine_in(source: BaseSource | None, method: str | None = None) -> Pristine | None:
+    """Return the pristine weights in what `base_weights` was given; None without a source.
+
+    Raises:
+        ValueError, TypeError, OSError: for arguments that are of no use.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is one of {METHODS}, got {method!r}")
+    if method == "hooks" and source is not None:
+        raise ValueError(
+            "source and method='hooks' exclude each other: hooks take the displacement off, and need no base"
+        )
+    with outside_inference_mode():
+        return Pristine(source) if source is not None else None
+
 
 class Visit:
     """Every W is, or every layer computes, what it was before its first move; see `DeltaLoRAOptimizer.base_weights`.
 
     Args:
         weights: with their tensors resolved.
-        source: pristine weights from elsewhere.
+        pristine: weights from elsewhere.
         method: of `METHODS`.
 
     Raises:
-        RuntimeError, ValueError: if a base cannot be brought back. Nothing is changed then.
+        RuntimeError: if a base cannot be brought back. Nothing is changed then.
     """
 
-    def __init__(self, weights: Sequence[WeightState], source: BaseSource | None, method: str | None) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method is one of {METHODS}, got {method!r}")
-        if method == "hooks" and source is not None:
-            raise ValueError(
-                "source and method='hooks' exclude each other: hooks take the displacement off, and need no base"
-            )
-        pristine = Pristine(source) if source is not None else None
+    def __init__(self, weights: Sequence[WeightState], pristine: Pristine | None, method: str | None) -> None:
         self._weights = weights
         self._terms = {
             weight: [] if weight.ledger.lost is not None else weight.displacement()
@@ -167,23 +182,23 @@ def _take_off_(weight: WeightState, terms: Sequence[Term]) -> None:
 
 
 @torch.no_grad()
-def residual(weight: WeightState, source: BaseSource | None) -> Tensor:
+def residual(weight: WeightState, pristine: Pristine | None) -> Tensor:
     """Return what rounding did to W; see `DeltaLoRAOptimizer.residual`."""
     view = weight.view
     if problems := weight.weight_problems():
         raise RuntimeError(f"{weight.label}: {problems[0]}")
-    matrix = view.in_order_of_factors(view.part_matrix(_residual(weight, source)), weight.here)
+    matrix = view.in_order_of_factors(view.part_matrix(_residual(weight, pristine)), weight.here)
     return matrix if weight.piece is None else sharded_matrix(matrix, weight.piece, weight.tensors.W)
 
 
-def _residual(weight: WeightState, source: BaseSource | None) -> Tensor:
+def _residual(weight: WeightState, pristine: Pristine | None) -> Tensor:
     """Return the residual as the part of W that moves."""
     part = weight.part().detach()
     dtype = torch.promote_types(part.dtype, torch.float32)
     if weight.base is None:
         return torch.zeros_like(part, dtype=dtype)
-    base = weight.base_copy(weight.base) if source is None else Pristine(source).find(weight)
-    if base is None and source is not None:
+    base = weight.base_copy(weight.base) if pristine is None else pristine.find(weight)
+    if base is None and pristine is not None:
         raise ValueError(_not_in_source(weight))
     if base is None and base_by_compensation(weight) is not None:
         return part - weight.full_part()

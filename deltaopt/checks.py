@@ -18,8 +18,9 @@ from deltaopt.flattened import fsdp1_problems
 from deltaopt.groups import ParamsInput, as_list
 from deltaopt.inner import leaves_frozen_alone
 from deltaopt.messages import Problem, layers, names, problem_lines, problems_of, raise_problems, warn_user
+from deltaopt.ranks import Ranks
 from deltaopt.rule import UpdateRule
-from deltaopt.sharding import as_whole, is_sharded, local_part, mesh_problem
+from deltaopt.sharding import as_whole, highest, is_sharded, local_part, mesh_problem
 from deltaopt.tensors import FLOATS, overlapping_pairs, same_view
 from deltaopt.triple import LoRATriple
 from deltaopt.weight import WeightState
@@ -385,14 +386,34 @@ def warn_of_shared_base(labels: Sequence[str]) -> None:
         )
 
 
-def check_finite(weights: Iterable[WeightState]) -> None:
-    """Raise ValueError for factors that are NaN or infinite, before their product is added to W."""
-    bad = [weight.label for weight in weights if not _finite(weight)]
+def check_finite(weights: Sequence[WeightState], ranks: Ranks | None = None) -> None:
+    """Raise ValueError for factors that are NaN or infinite, before their product is added to W.
+
+    Args:
+        weights: with their tensors resolved.
+        ranks: that share sharded weights: they all raise, though only one may have such a factor.
+    """
+    found = on_any_rank([not _finite(weight) for weight in weights], weights, ranks)
+    bad = [weight.label for weight, is_bad in zip(weights, found, strict=True) if is_bad]
     if bad:
         raise ValueError(
             f"a factor of {names(bad)} is NaN or infinite, which would reach W (nothing was changed): load A and B of "
             "a checkpoint, or give these layers another start"
         )
+
+
+def on_any_rank(found: Sequence[bool], weights: Sequence[WeightState], ranks: Ranks | None) -> list[bool]:
+    """Return what holds on any of the ranks, all of which have to call this.
+
+    Args:
+        found: what holds on this one.
+        weights: all of the optimizer.
+        ranks: that share sharded weights or factors; None where nothing is sharded.
+    """
+    devices = [weight.tensors.W.device for weight in weights if weight.is_sharded]
+    if ranks is None or not devices:
+        return list(found)
+    return [bool(number) for number in highest(torch.tensor(found, device=devices[0]).long(), ranks.group).tolist()]
 
 
 def _finite(weight: WeightState) -> bool:

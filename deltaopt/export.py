@@ -10,6 +10,7 @@ from deltaopt.lowrank import LowRank
 from deltaopt.messages import problems_of, raise_problems
 from deltaopt.optimizer import DeltaLoRAOptimizer
 from deltaopt.outside import warn_before_export
+from deltaopt.roll_call import RollCall
 from deltaopt.rounding.writer import add_terms_
 from deltaopt.sharding import is_same_memory, with_local_part
 from deltaopt.tensors import outside_inference_mode, same_view
@@ -47,9 +48,14 @@ def export_adapter(
         TypeError: for another optimizer.
         RuntimeError: if the displacement of a layer is not known any more, with the reason; or in `base_weights`.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank is a positive int or None, got {rank!r}")
-    exported, weights = {}, unwrap(optimizer).weights()
+    optimizer = unwrap(optimizer)
+    arguments = {"rank": rank, "from_pristine": from_pristine}
+    roll_call = RollCall(optimizer.ranks, "export_adapter()", lambda: arguments)
+    with roll_call.told():
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"rank is a positive int or None, got {rank!r}")
+        roll_call.meet()
+    exported, weights = {}, optimizer.weights()
     with looked_up_once(weights):
         with outside_inference_mode():
             warn_before_export(weights)

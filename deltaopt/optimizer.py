@@ -73,7 +73,7 @@ from deltaopt.inner import (
 )
 from deltaopt.ledger import Ledger
 from deltaopt.lowrank import LowRank
-from deltaopt.messages import names
+from deltaopt.messages import names, problems_of, raise_problems
 from deltaopt.movement import RunningMovement
 from deltaopt.naming import under_present_names
 from deltaopt.overwritten import refuse_overwritten
@@ -314,8 +314,15 @@ class DeltaLoRAOptimizer(Optimizer):
                 A and B too, another optimizer trains A and B within the backward pass, or a folded ratio changes and a
                 W cannot be written. In each case nothing has changed.
         """
-        check_outside_backward()
-        check_not_stepped_within(self._rule)
+        if torch.compiler.is_compiling() and self._rule.ranks is not None:
+            # torch can trace neither what is asked of process groups nor the parts of sharded tensors.
+            return torch.compiler.disable(self._step)(closure)  # type: ignore[no-any-return]
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
+        with self._called_together("step()"):  # where one rank alone is refused, the others are told of it
+            check_outside_backward()
+            check_not_stepped_within(self._rule)
         with self._resolved("step()", waiting=False) as weights:
             roll_call = self._roll_call
             check_training(weights)
@@ -333,7 +340,7 @@ class DeltaLoRAOptimizer(Optimizer):
             with self._events.begin("step()", follow, self._rule.unwritten, losses):
                 loss = self._inner_step(weights, closure, losses)  # A_{t+1}, B_{t+1}; then `follow`: W_{t+1}
             self._backward_watch.note()
-            self._rule.warn(stacklevel=3)  # torch wraps `step`
+            self._rule.warn(stacklevel=4)  # torch wraps `step`
             return loss
 
     def _follow(
@@ -421,6 +428,7 @@ class DeltaLoRAOptimizer(Optimizer):
             check_claims(self._weights, "report()", "read")
             self._events.complete()
             self._rule.flush()
+            self._look_up_if_sharded_otherwise(roll_call)
             roll_call.meet()
             at_base = self._claimant.at_base
             return report_of(self._weights, self._step_count, self.weight_update, self.skipped_updates, at_base)
@@ -494,11 +502,12 @@ class DeltaLoRAOptimizer(Optimizer):
             RuntimeError: if it is not known any more, with the reason.
         """
         with outside_inference_mode(), self._called_together("displacement()") as roll_call:
+            weight, roll_call.facts["layer"] = self._weight(name), name
             check_claims(self._weights, "displacement()", "read")
             self._events.complete()
             self._rule.flush()
             roll_call.meet()
-            return self._weight(name).asked_movement()
+            return weight.asked_movement()
 
     def residual(self, name: str, source: BaseSource | None = None) -> Tensor:
         """Return what rounding did to a W: where it is, minus where it was asked to be.
@@ -520,8 +529,10 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError: if W's base is not in `source`.
             RuntimeError: if there is no base at hand, or the displacement is not known any more; in `base_weights`.
         """
-        with self._between_steps("residual()", "base"):
-            return base.residual(self._weight(name), source)
+        with self._called_together("residual()"):
+            weight, pristine = self._weight(name), base.pristine_in(source)
+        with self._between_steps("residual()", "base", layer=name, source=pristine):
+            return base.residual(weight, pristine)
 
     @contextmanager
     def base_weights(self, source: BaseSource | None = None, method: str | None = None) -> Iterator[None]:
@@ -553,8 +564,10 @@ class DeltaLoRAOptimizer(Optimizer):
             ValueError, TypeError: for other arguments than these.
         """
         callers_mode = torch.inference_mode if torch.is_inference_mode_enabled() else nullcontext
-        with self._resolved("base_weights()", use="base") as weights:
-            visit = base.Visit(weights, source, method)
+        with self._called_together("base_weights()"):
+            pristine = base.pristine_in(source, method)
+        with self._resolved("base_weights()", use="base", source=pristine, method=method) as weights:
+            visit = base.Visit(weights, pristine, method)
 
             def leave() -> None:
                 visit.leave()
@@ -611,7 +624,7 @@ class DeltaLoRAOptimizer(Optimizer):
             self._backward_watch.forget()
             writer = self._writer("restart")
             start = reinit if reinit is not None else lora_start(generator, writer)
-            restart, repeats = restarts.Restart(weights, writer), self._repeats
+            restart, repeats = restarts.Restart(weights, writer, self._rule.ranks), self._repeats
 
             together = RollCall(self._rule.ranks, "the new start of A and B in restart()")
 
@@ -696,7 +709,8 @@ class DeltaLoRAOptimizer(Optimizer):
             switch()
             return
         with self._resolved(f"{mode}()") as weights:
-            following, repeats = restarts.Following(weights, self._writer("resync")), self._repeats
+            following = restarts.Following(weights, self._writer("resync"), self._rule.ranks)
+            repeats = self._repeats
 
             def finish() -> None:
                 following.carry_out()
@@ -709,13 +723,14 @@ class DeltaLoRAOptimizer(Optimizer):
         if state_dict is None:
             refuse_overwritten(weights, "resync()")
             self._set_ratios()
-            return restarts.Resync(weights, self._writer("resync"))
+            return restarts.Resync(weights, self._writer("resync"), self._rule.ranks)
         roll_call = RollCall(self._rule.ranks, "resync()")
         with roll_call.told():
             record, ledgers, *_ = self._read(state_dict, weights)
             roll_call.meet({"step count": record["step_count"], "the saved ledgers": [record, ledgers]})
         branches = [triple for group in record["groups"] for triple in group["triples"]]
-        return Recall(weights, ledgers, self._writer("resync"), partial(self._rule.restore, weights, branches))
+        restore = partial(self._rule.restore, weights, branches)
+        return Recall(weights, ledgers, self._writer("resync"), self._rule.ranks, restore)
 
     def accounts(self) -> list[Account]:
         """Return each triple with the ledger of its W, for analysis.
@@ -842,9 +857,13 @@ class DeltaLoRAOptimizer(Optimizer):
                 these entries: it holds other param groups than the optimizer.
         """
         with self._resolved("state_dict()", use="read") as weights:
-            for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-                pre_hook(self)
-                self._look_up()  # a hook may gather or replace parameters
+            if self._optimizer_state_dict_pre_hooks:
+                roll_call = RollCall(self._rule.ranks, "the hooks of state_dict()")
+                with roll_call.told():
+                    for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+                        pre_hook(self)
+                        self._look_up(roll_call)  # a hook may gather or replace parameters
+                    roll_call.meet()
             state_dict = add_record(
                 inner_state(self._inner),
                 self._groups,
@@ -894,7 +913,7 @@ class DeltaLoRAOptimizer(Optimizer):
                 state_dict = state_dict.copy()
                 for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
                     state_dict = pre_hook(self, state_dict) or state_dict
-                    self._look_up(rescaled)  # a hook may load or replace parameters
+                    self._look_up(roll_call, rescaled)  # a hook may load or replace parameters
                 record, ledgers, compensations, inner_state = self._read(state_dict, weights)
                 forms = resume.forms_of_compensations(weights, compensations) if record["ledgers"] else []
                 contents = {"the saved ledgers": [record, ledgers], "the saved compensations": forms}
@@ -1064,7 +1083,7 @@ class DeltaLoRAOptimizer(Optimizer):
 
     @contextmanager
     def _resolved(
-        self, what: str, rescaled: bool = False, waiting: bool = True, use: Use | None = "write"
+        self, what: str, rescaled: bool = False, waiting: bool = True, use: Use | None = "write", **facts: object
     ) -> Iterator[list[WeightState]]:
         """Yield the weights with their current tensors, and let go of these at the end.
 
@@ -1073,15 +1092,16 @@ class DeltaLoRAOptimizer(Optimizer):
             rescaled: folded branches may have another scaling than expected: it is about to be set.
             waiting: wait until the ledgers hold every step.
             use: what it does with the weights, which another optimizer may hold by now; None if it claims them.
+            **facts: arguments of the event, which have to be the same on all ranks.
         """
-        with outside_inference_mode(), self._called_together(what) as roll_call:
+        with outside_inference_mode(), self._called_together(what, **facts) as roll_call:
             try:
                 if use is not None:
                     self._events.complete()
                 self._refuse_at_base(what)
                 if waiting:
                     self._rule.flush()
-                self._look_up(rescaled, roll_call)
+                self._look_up(roll_call, rescaled)
                 if use is not None:
                     check_claims(self._weights, what, use)
                 self._compare_settings(what, roll_call)
@@ -1108,12 +1128,12 @@ class DeltaLoRAOptimizer(Optimizer):
         """Return what has to be the same on all ranks in each event of sharded weights."""
         return {} if self._rule.ranks is None else {"step count": self._step_count}
 
-    def _look_up(self, rescaled: bool = False, roll_call: RollCall | None = None) -> None:
+    def _look_up(self, roll_call: RollCall, rescaled: bool = False) -> None:
         """Look the tensors of all weights up; run all checks again if any of them changed.
 
         Args:
-            rescaled: see `_resolved`.
             roll_call: gets the ranks of parameters that were sharded since the last event, before the checks.
+            rescaled: see `_resolved`.
         """
         weights = self._weights
         for weight in weights:
@@ -1122,8 +1142,7 @@ class DeltaLoRAOptimizer(Optimizer):
         replaced = [weight for weight in weights if weight.resolve()]
         if replaced:
             ranks = ranks_that_share(weights, self._rule.rank_timeout, self._rule.ranks)
-            if roll_call is not None:
-                roll_call.ranks = ranks
+            roll_call.ranks = ranks
             check_weights(weights, self._rule)
             self._rule.ranks = ranks
             check_local_sgd(self._inner, weights, self._rule, self._rounding)
@@ -1134,9 +1153,39 @@ class DeltaLoRAOptimizer(Optimizer):
         self._rule.follow(weights, replaced=bool(replaced))
         if replaced:
             claims.follow([weight.claim for weight in replaced if weight.claim is not None])
+        self._bring_what_was_left(roll_call)
         for weight in replaced:
             weight.accept()
         self._seen = True
+
+    def _look_up_if_sharded_otherwise(self, roll_call: RollCall) -> None:
+        """Find the pieces of every W again for an event that looks no tensors up, if W is sharded in another way."""
+        if any(weight.is_sharded_otherwise for weight in self._weights):
+            try:
+                self._look_up(roll_call)
+            finally:
+                for weight in self._weights:
+                    weight.forget()
+
+    def _bring_what_was_left(self, roll_call: RollCall) -> None:
+        """Bring what is kept next to every W that is sharded in another way now to where it is.
+
+        Args:
+            roll_call: in which an exception is told.
+
+        Raises:
+            ValueError: with the layers of which that cannot be done. The next event tries it again.
+        """
+        left = [weight for weight in self._weights if weight.left_behind]
+        if not left:
+            return
+        problems = [problem for weight in left for problem in problems_of(weight.label, weight.left_behind_problems())]
+        raise_problems(ValueError, "these weights are sharded in another way now", problems)
+        with roll_call.instead():
+            event = "the move of what is kept next to W to its new sharding"
+            RollCall(self._rule.ranks, event).meet({"layers": [(weight.label, weight.left_behind) for weight in left]})
+        for weight in left:
+            weight.bring_what_was_left()
 
     def _compensations(self) -> dict[WeightState, Tensor | None]:
         """Return what a checkpoint keeps of each compensation; zeros where W has none yet and may be written.
@@ -1157,21 +1206,25 @@ class DeltaLoRAOptimizer(Optimizer):
         raise KeyError(f"no triple {name!r}; there are {names([weight.label for weight in self._weights])}")
 
     @contextmanager
-    def _between_steps(self, what: str, use: Use | None) -> Iterator[None]:
-        """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step."""
-        with outside_inference_mode(), self._called_together(what) as roll_call:
+    def _between_steps(self, what: str, use: Use | None, **facts: object) -> Iterator[None]:
+        """Refuse `what` in `base_weights` or where another optimizer holds W; let the ledgers hold every step.
+
+        The arguments are those of `_resolved`.
+        """
+        with outside_inference_mode(), self._called_together(what, **facts) as roll_call:
             self._events.complete()
             self._refuse_at_base(what)
             if use is not None:
                 check_claims(self._weights, what, use)
             self._rule.flush()
+            self._look_up_if_sharded_otherwise(roll_call)
             roll_call.meet()
             yield
 
     @contextmanager
-    def _called_together(self, what: str) -> Iterator[RollCall]:
+    def _called_together(self, what: str, **facts: object) -> Iterator[RollCall]:
         """Give the roll call of an event; an exception before it is told to the other ranks."""
-        roll_call = RollCall(self._rule.ranks, what, self._facts)
+        roll_call = RollCall(self._rule.ranks, what, lambda: {**self._facts(), **facts})
         with roll_call.told():
             yield roll_call
 

@@ -17,6 +17,7 @@ from deltaopt.ledger import combined
 from deltaopt.lowrank import Term
 from deltaopt.messages import problems_of, raise_problems
 from deltaopt.overwritten import Difference, overwriting
+from deltaopt.ranks import Ranks
 from deltaopt.restarts import Resync
 from deltaopt.rounding.writer import Writer, put_
 from deltaopt.sharding import put_whole_
@@ -30,6 +31,7 @@ class Recall(Resync):
         weights: with their tensors resolved.
         records: of the saved ledgers, by the triples' names.
         writer: of the event.
+        ranks: as of `Resync`.
         restore: scales the branches as they were scaled when the state was saved.
 
     Raises:
@@ -44,9 +46,10 @@ class Recall(Resync):
         weights: Sequence[WeightState],
         records: Mapping[str, Any],
         writer: Writer,
+        ranks: Ranks | None,
         restore: Callable[[], None],
     ) -> None:
-        check_finite(weights)
+        check_finite(weights, ranks)
         self._writer = writer
         self._restore = restore
         ledgers = saved_ledgers(weights, records)

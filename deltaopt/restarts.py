@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import Issued, call_the_rest, note
-from deltaopt.checks import check_finite, check_writable
+from deltaopt.checks import check_finite, check_writable, on_any_rank
 from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
 from deltaopt.random_starts import put_normal_, put_uniform_, start_generator
+from deltaopt.ranks import Ranks
 from deltaopt.roll_call import RollCall
 from deltaopt.rounding.writer import Writer, put_
 from deltaopt.sharding import as_whole, local_part
@@ -31,14 +32,15 @@ class Restart:
     Args:
         weights: with their tensors resolved.
         writer: of the event.
+        ranks: that share sharded weights, all of which raise if one has such a factor; None where nothing is sharded.
 
     Raises:
         ValueError: if a factor is NaN or infinite.
         RuntimeError: if a W cannot be written. Nothing is changed then.
     """
 
-    def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
-        check_finite(weights)
+    def __init__(self, weights: Sequence[WeightState], writer: Writer, ranks: Ranks | None = None) -> None:
+        check_finite(weights, ranks)
         check_writable(weights)
         self._weights = weights
         self._writer = writer
@@ -56,7 +58,7 @@ class Restart:
             with weight.triple.written():
                 reinit(weight.triple)
         roll_call.meet()
-        check_finite(self._weights)
+        check_finite(self._weights, roll_call.ranks)
         start = self._copies()
         self._put_back()
         self._start = start
@@ -118,14 +120,15 @@ class Resync:
     Args:
         weights: with their tensors resolved.
         writer: of the event.
+        ranks: as of `Restart`.
 
     Raises:
         ValueError: if a factor is NaN or infinite. Nothing is changed then.
     """
 
     @torch.no_grad()
-    def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
-        check_finite(weights)
+    def __init__(self, weights: Sequence[WeightState], writer: Writer, ranks: Ranks | None = None) -> None:
+        check_finite(weights, ranks)
         self._writer = writer
         self._ledgers = [(weight.ledger, weight.ratio != 0) for weight in weights]
         self._moves: list[Any] = []
@@ -190,11 +193,13 @@ class Following:
     Args:
         weights: with their tensors resolved, before the event.
         writer: of the event.
+        ranks: as of `Restart`; none moves a W where one has a factor that is not finite.
     """
 
     @torch.no_grad()
-    def __init__(self, weights: Sequence[WeightState], writer: Writer) -> None:
+    def __init__(self, weights: Sequence[WeightState], writer: Writer, ranks: Ranks | None = None) -> None:
         self._writer = writer
+        self._ranks = ranks
         self._weights = [weight for weight in weights if weight.placed_ledger().is_current()]
         self._starts = [_factors_of(weight) for weight in self._weights]
         self._moves: list[_FollowingMove] | None = None
@@ -205,7 +210,8 @@ class Following:
         """Write the weights; may be called again after an exception."""
         if self._moves is None:
             ends = [_factors_of(*pair) for pair in zip(self._weights, self._issued, strict=True)]
-            finite = all(bool(factor.isfinite().all()) for pair in ends for factor in pair)
+            bad = [not factor.isfinite().all() for pair in ends for factor in pair]
+            finite = not any(on_any_rank(bad, self._weights, self._ranks))
             self._moves = [
                 _FollowingMove(weight, start, end, _changed_outside(weight, start), [], [], Issued())
                 for weight, start, end in zip(self._weights, self._starts, ends, strict=True)

@@ -496,6 +496,47 @@ def placed_in_whole(part: Tensor, piece: Piece, W: Tensor) -> Tensor:
     return summed_over_ranks([whole], [W])[0]
 
 
+class Sharding(NamedTuple):
+    """Which block of a W is on this rank, and how all of it is sharded.
+
+    Attributes:
+        piece: None of a W that is here as a whole.
+        pattern: a tensor without numbers that is sharded as W is; None where W is whole, and in a copy by pickle.
+    """
+
+    piece: Piece | None
+    pattern: Tensor | None
+
+    @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """The ranks that hold what is not here; None where that is not known."""
+        if self.piece is None:
+            return ()
+        return None if self.pattern is None else ranks_of([self.pattern])
+
+    def moved_to(self, there: Sharding, part: Tensor) -> Tensor:
+        """Return what this rank has of a tensor that lies as W, once W is sharded as in `there`.
+
+        All of it is gathered for a moment, unless it is here; all ranks have to call this.
+
+        Args:
+            there: with a piece.
+            part: what this rank has of it now.
+        """
+        assert there.piece is not None
+        old, new = self.piece, there.piece
+        if old is None:
+            whole = part
+        elif old.view.moves_all:
+            assert self.pattern is not None
+            whole = gather_all([self.pattern], [part])[0]
+        else:
+            assert self.pattern is not None
+            placed = placed_in_whole(part.contiguous().unsqueeze(-1).view(torch.uint8), old, self.pattern)
+            whole = placed.view(part.dtype).squeeze(-1)
+        return whole[tuple(slice(*bounds) for bounds in (new.stored if new.view.moves_all else new.block))].clone()
+
+
 def gather_all(
     tensors: Sequence[Tensor], locals_: Sequence[Tensor] | None = None, issued: Issued | None = None
 ) -> list[Tensor]:

@@ -23,6 +23,7 @@ from deltaopt.overwritten import base_samples
 from deltaopt.rounding.blocks import lifted
 from deltaopt.sharding import (
     Piece,
+    Sharding,
     gather_all,
     gathered,
     is_sharded,
@@ -43,6 +44,14 @@ class Compensation(NamedTuple):
 
     bits: Tensor
     dtype: torch.dtype
+
+
+class _Kept(NamedTuple):
+    """What is kept next to a W, in pieces as W had them with another sharding."""
+
+    sharding: Sharding
+    compensation: Compensation | None
+    base_copy: Tensor | None
 
 
 class WeightState:
@@ -89,6 +98,7 @@ class WeightState:
         self._piece: Piece | None = None
         self.is_sharded = False
         self._pattern: Tensor | None = None  # a W that is sharded, without its numbers
+        self._left_behind: _Kept | None = None
         self._copy_place = keep_base
         self._base_copy: Tensor | None = None
         self._copied: Fingerprint | None = None  # of that copy, once it was asked for
@@ -129,15 +139,70 @@ class WeightState:
         self.is_sharded = any(map(is_sharded, (W, *tensors.stored)))
         if self._is_gathered(W):
             return
-        if not is_sharded(W) or self._sharding_problems(W):
-            self._piece = self._pattern = None
+        if not is_sharded(W):
             return
-        piece = piece_of(W, self.triple.view)
-        # By what all ranks know alike. A copy that was pickled has no pattern.
-        is_kept = piece == self._piece if self._pattern is None else is_sharded_alike(W, self._pattern)
-        if not is_kept:  # W is sharded in another way than before, and these are of the part that was here then
-            self.compensation, self._base_copy, self._copied = None, None, None
-        self._piece, self._pattern = piece, without_numbers(W)
+        before = Sharding(self._piece, self._pattern)
+        if self._sharding_problems(W):
+            self._piece, self._pattern, is_kept = None, None, False
+        else:
+            piece = piece_of(W, self.triple.view)
+            # By what all ranks know alike. A copy that was pickled has no pattern.
+            is_kept = piece == self._piece if self._pattern is None else is_sharded_alike(W, self._pattern)
+            self._piece, self._pattern = piece, without_numbers(W)
+        if is_kept:
+            return
+        if self._left_behind is None and (self.compensation is not None or self._base_copy is not None):
+            self._left_behind = _Kept(before, self.compensation, self._base_copy)
+        self.compensation, self._base_copy, self._copied = None, None, None
+        left = self._left_behind
+        if left is not None and left.sharding.pattern is not None and is_sharded_alike(W, left.sharding.pattern):
+            self.compensation, self._base_copy, self._left_behind = left.compensation, left.base_copy, None
+
+    @property
+    def is_sharded_otherwise(self) -> bool:
+        """True if W is sharded in another way than in the last event; alike on all ranks."""
+        return self._pattern is not None and is_sharded(W := self.triple.W) and not is_sharded_alike(W, self._pattern)
+
+    @property
+    def left_behind(self) -> list[str]:
+        """What is kept next to W in the places where W was before it was sharded in another way."""
+        left = self._left_behind
+        if left is None:
+            return []
+        parts = {"what compensated rounding has cut off": left.compensation, "the copy of keep_base": left.base_copy}
+        return [name for name, part in parts.items() if part is not None]
+
+    def left_behind_problems(self) -> list[str]:
+        """Say why that cannot be brought to where W is now."""
+        left = self._left_behind
+        here = Sharding(self._piece, self._pattern)
+        if left is None or left.sharding.ranks in ((), here.ranks):
+            return []
+        what = " and ".join(self.left_behind)
+        ways = "as it was, or build the optimizer again and load a state that was saved before"
+        if left.sharding.ranks is None:
+            return [
+                f"W is sharded in another way than where this optimizer was pickled or copied, and {what} is in pieces "
+                f"as they were there: shard W {ways}"
+            ]
+        return [
+            f"W was sharded over the ranks {list(left.sharding.ranks)} and is over the ranks {list(here.ranks or ())} "
+            f"now, and {what} is on the former ones: shard W {ways}"
+        ]
+
+    def bring_what_was_left(self) -> None:
+        """Bring what is kept next to W to where W is now; all ranks have to call this."""
+        left = self._left_behind
+        if left is None:
+            return
+        here, device = Sharding(self._piece, self._pattern), self.tensors.W.device
+        compensation, copy = left.compensation, left.base_copy
+        if compensation is not None:
+            bits = left.sharding.moved_to(here, compensation.bits.to(device))
+            compensation = compensation._replace(bits=bits)
+        if copy is not None:
+            copy = left.sharding.moved_to(here, copy.to(device)).to(copy.device)
+        self.compensation, self._base_copy, self._copied, self._left_behind = compensation, copy, None, None
 
     def _is_gathered(self, W: Tensor) -> bool:
         """Tell if W was sharded and is whole now: FSDP2 puts another tensor in its place for a forward pass."""
@@ -225,6 +290,13 @@ class WeightState:
     def weight_problems(self) -> list[str]:
         """Say why W cannot be read as a matrix and written in place."""
         W = self.tensors.W
+        if self._is_gathered(W) and (self._accepted_W is None or self._accepted_W() is None):
+            # FSDP2 keeps the sharded parameter while a forward pass has a whole one in its place.
+            return [
+                "W was sharded when this optimizer was built and is a whole tensor now, of which this optimizer would "
+                "move one part only: build the optimizer again, of the whole model, and load a state that was saved "
+                "before; or put the sharded W back"
+            ]
         if self._is_gathered(W):
             return [
                 "W was sharded and is whole now, as FSDP2 makes it for a forward pass and keeps it where "
@@ -328,7 +400,7 @@ class WeightState:
 
     def _is_base_again(self, W: Tensor) -> bool:
         """Tell if somebody has loaded the base into a W that has moved; looks into it if it was written by others."""
-        if self._is_gathered(W):
+        if self._is_gathered(W) or self.is_sharded_otherwise:
             return self._back
         here = local_part(W)
         if self.base is not None and is_plain(here) and not W.is_meta and (version := _version(here)) != self._left:

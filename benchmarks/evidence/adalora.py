@@ -66,7 +66,7 @@ class AdaLora:
     def orthogonality(self) -> Tensor:
         """Return PEFT's term: the mean of ||P^T P - I|| and ||Q Q^T - I|| over all P and Q, times its weight.
 
-        Matrices of one shape are computed together.
+        Matrices of one shape are computed together, in float32 in autocast too.
         """
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for layer in self.layers.values():
@@ -77,7 +77,8 @@ class AdaLora:
         for matrices in by_shape.values():
             stack = torch.stack(matrices)
             identity = torch.eye(stack.shape[1], dtype=stack.dtype, device=stack.device)
-            norms.append(torch.linalg.matrix_norm(stack @ stack.mT - identity))
+            with torch.autocast(stack.device.type, enabled=False):
+                norms.append(torch.linalg.matrix_norm(stack @ stack.mT - identity))
         term: Tensor = self.config.orth_reg_weight * torch.cat(norms).mean()
         return term
 

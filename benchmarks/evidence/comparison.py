@@ -8,6 +8,7 @@ those of scipy and statsmodels.
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -242,8 +243,9 @@ def seeds_needed(apart: Difference, size: float, most: int = 1000) -> int | None
     """Return the seeds with which a true difference of a size is found with 80 % power; None if more than `most`."""
     if apart.spread == 0:
         return 2
-    test, effect = TTestPower(), size / apart.spread
-    return next((n for n in range(2, most + 1) if test.power(effect, n, LEVEL) >= POWER), None)
+    test, effect, counts = TTestPower(), size / apart.spread, range(2, most + 1)
+    place = bisect_left(counts, POWER, key=lambda count: float(test.power(effect, count, LEVEL)))
+    return counts[place] if place < len(counts) else None
 
 
 def _differences(cell: Cell, reference: Cell, what: str | Value) -> NDArray[np.float64]:

@@ -13,8 +13,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from benchmarks.evidence.setting import Setting
 from benchmarks.evidence.tokens import Ragged
 
-BUDGET = 65_536
-"""Tokens of prompt and text that a batch of beams may have, over all its beams."""
+TOKENS = 65_536
+"""Tokens of prompt and text that a batch of beams may have, over all its beams; more on a GPU if the cache is small."""
+
+CACHE_BYTES = 2**31
+"""Of the keys and values of a batch on a GPU, in float32, if it has more than `TOKENS`."""
 
 
 class NoRepeat(LogitsProcessor):
@@ -60,7 +63,7 @@ def write(
     decoder = not model.config.is_encoder_decoder
     context = getattr(model.config, "max_position_embeddings", None)
     texts = [""] * len(prompts)
-    for rows in _batches(prompts.lengths.tolist(), setting.beams, new_tokens):
+    for rows in _batches(prompts.lengths.tolist(), setting.beams, new_tokens, _budget(model.config, device)):
         ids, mask = prompts.padded(torch.tensor(rows), tokenizer.pad_token_id, left=decoder)
         width = ids.shape[1] if decoder else 1
         room = new_tokens if context is None else min(new_tokens, context - width)
@@ -78,11 +81,19 @@ def write(
     return texts
 
 
-def _batches(lengths: Sequence[int], beams: int, new_tokens: int) -> list[list[int]]:
+def _budget(config: Any, device: torch.device) -> int:
+    """Return the tokens that a batch may have."""
+    if device.type != "cuda":
+        return TOKENS
+    of_token = 2 * 4 * config.num_hidden_layers * config.hidden_size
+    return max(TOKENS, CACHE_BYTES // of_token)
+
+
+def _batches(lengths: Sequence[int], beams: int, new_tokens: int, budget: int) -> list[list[int]]:
     """Return the numbers of the prompts in batches of like length, the longest ones first."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if not batches or (len(batches[-1]) + 1) * beams * (lengths[batches[-1][0]] + new_tokens) > BUDGET:
+        if not batches or (len(batches[-1]) + 1) * beams * (lengths[batches[-1][0]] + new_tokens) > budget:
             batches.append([])
         batches[-1].append(row)
     return batches

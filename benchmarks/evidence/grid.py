@@ -72,7 +72,7 @@ class Experiment:
             return None if found is None else _digits(factor * found)
         if not self.tuning_seeds:
             return self.lrs[row.kind][0]
-        grid, found = self.tried(row, results), self._tuning_results(row, results)
+        grid, found = self.tried(row, results), self.tuning_results(row, results)
         return (
             best_lr([r for r in found if r.setting.lr in grid], self.metric)[0]
             if self._is_complete(row, grid, found)
@@ -82,7 +82,7 @@ class Experiment:
     def tried(self, row: Row, results: Sequence[Result]) -> list[float]:
         """Return the learning rates of a row's grid, extended as far as its results asked for."""
         grid = sorted(self.lrs[row.kind])
-        found = self._tuning_results(row, results)
+        found = self.tuning_results(row, results)
         while self._is_complete(row, grid, found):
             lr, at_edge = best_lr([r for r in found if r.setting.lr in grid], self.metric)
             further = self._extended(row, grid, lr) if at_edge else None
@@ -95,6 +95,11 @@ class Experiment:
         """Return the settings of a row's reported runs; empty while its learning rate is not known."""
         lr = self.lr(row, results)
         return [] if lr is None else [self._setting(row, lr, seed, "test") for seed in range(self.seeds)]
+
+    def tuning_results(self, row: Row, results: Sequence[Result]) -> list[Result]:
+        """Return the results of a row's tuning runs, at whatever learning rates they were made."""
+        own = [r for r in results if r.setting.row == row.name and r.setting.split == "tuning"]
+        return [r for r in own if r.setting in self._tuning(row, r.setting.lr)]
 
     def _of_row(self, row: Row, results: Sequence[Result]) -> Iterator[Setting]:
         if row.lr_of is None and self.tuning_seeds:
@@ -109,9 +114,6 @@ class Experiment:
     def _tuning(self, row: Row, lr: float) -> list[Setting]:
         seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
         return [replace(self._setting(row, lr, seed, "tuning"), **self.tuning_changes) for seed in seeds]
-
-    def _tuning_results(self, row: Row, results: Sequence[Result]) -> list[Result]:
-        return [r for r in results if r.setting in self._tuning(row, r.setting.lr)]
 
     def _extended(self, row: Row, grid: Sequence[float], edge: float) -> float | None:
         """Return the value beyond the edge of a grid, as far as its neighbour; None if it was extended enough."""

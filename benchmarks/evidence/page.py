@@ -79,7 +79,9 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         "what the seeds can show": power,
         "the paper's numbers": paper,
     }
-    costs = {f"evidence: cost, {device}": partial(cost, folder, device) for device in ("cpu", "cuda")}
+    costs: dict[str, Callable[[], str]] = {
+        f"evidence: cost, {device}": partial(cost, folder, device) for device in ("cpu", "cuda")
+    }
     return {f"evidence: {name}": partial(made, block) for name, block in blocks.items()} | costs
 
 

@@ -77,9 +77,8 @@ def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
 
 def rates(evidence: Evidence, experiment: Experiment) -> Figure | None:
     """Draw the metric of the tuning against the learning rate, one panel a row, with a ring at the chosen rate."""
-    found = {each.row.name: each for each in evidence.standings(experiment) if each.tried}
-    runs = _by_row(evidence, experiment, "tuning")
-    lines = {name: _over_rates(runs[name], experiment.metric) for name in found if len(runs[name]) > 0}
+    found = {each.row.name: each for each in evidence.standings(experiment)}
+    lines = {name: _over_rates(each.tuning, experiment.metric) for name, each in found.items()}
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return None
@@ -174,9 +173,9 @@ def forgetting(evidence: Evidence, experiment: Experiment) -> Figure | None:
     metric = metrics_of(experiment, cells.values())[0][0]
     how = measure(metric)
     figure, axis = plt.subplots(figsize=(7.5, 5.0), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    colours = matplotlib.colormaps["tab20"]
     for place, (name, cell) in enumerate(cells.items()):
-        colour = REFERENCE if name == LORA else colours[place % len(colours)]
+        colour = REFERENCE if name == LORA else colours(place % colours.N)
         x, y = _mean_and_error(cell, forgotten), _mean_and_error(cell, lambda run: how.factor * run.metrics[metric])
         axis.errorbar(
             x[0], y[0], y[1], x[1], fmt="osD^vPX*"[place % 8], color=colour, ms=6, lw=1, label=ROWS[name].title
@@ -185,16 +184,6 @@ def forgetting(evidence: Evidence, experiment: Experiment) -> Figure | None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     return figure
-
-
-def _by_row(evidence: Evidence, experiment: Experiment, split: str) -> dict[str, list[Result]]:
-    """Return the runs of an experiment that were made on a split, by row."""
-    found: dict[str, list[Result]] = defaultdict(list)
-    for run in evidence.results:
-        setting = run.setting
-        if (setting.task, setting.model, setting.split) == (experiment.task, experiment.model, split):
-            found[setting.row].append(run)
-    return found
 
 
 def _over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:
@@ -208,7 +197,7 @@ def _over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:
 
 def _ring(axis: Axes, standing: Standing, line: Points, lost_at: float) -> None:
     """Draw a ring at the chosen rate, and a cross at each rate at which a run diverged."""
-    if standing.lr in line:
+    if standing.lr is not None and standing.lr in line:
         axis.plot(standing.lr, line[standing.lr], "o", ms=10, mfc="none", mec=_colour(standing.row.name), zorder=4)
     for lr in (lr for lr in standing.tried if lr not in line):
         axis.plot(lr, lost_at, "x", color=_colour(standing.row.name), ms=6, transform=axis.get_xaxis_transform())

@@ -24,6 +24,7 @@ class Standing:
         row: of `rows.ROWS`.
         lr: the learning rate of its reported runs; None while its tuning is not complete.
         tried: the learning rates that were tried, in order; empty where it takes another row's.
+        tuning: its tuning runs.
         cell: all of its reported runs; None while one is missing.
         missing: why there is no cell, for a sentence; empty if there is one.
     """
@@ -31,6 +32,7 @@ class Standing:
     row: Row
     lr: float | None
     tried: tuple[float, ...]
+    tuning: tuple[Result, ...]
     cell: Cell | None
     missing: str
 
@@ -117,12 +119,13 @@ def _standing(experiment: Experiment, row: Row, results: Sequence[Result], found
     results = [result for result in results if result.setting.row in needed]
     tunes = row.lr_of is None and experiment.tuning_seeds > 0
     tried = tuple(experiment.tried(row, results)) if tunes else ()
+    tuning = tuple(experiment.tuning_results(row, results)) if tunes else ()
     lr = experiment.lr(row, results)
     if lr is None:
-        return Standing(row, None, tried, None, "not tuned yet")
+        return Standing(row, None, tried, tuning, None, "not tuned yet")
     asked = experiment.cell(row, results)
     runs = [found[setting] for setting in asked if setting in found]
     if len(runs) < len(asked):
         missing = f"{len(runs)} of {len(asked)} runs made" if runs else "not run yet"
-        return Standing(row, lr, tried, None, missing)
-    return Standing(row, lr, tried, Cell.of(runs, experiment.seeds), "")
+        return Standing(row, lr, tried, tuning, None, missing)
+    return Standing(row, lr, tried, tuning, Cell.of(runs, experiment.seeds), "")

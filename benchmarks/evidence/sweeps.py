@@ -44,9 +44,11 @@ def ratio_sweep(evidence: Evidence) -> str:
         grid(lambda cell: f"{mean(cell, experiment.metric)} ({cell.lr:g})"),
     ]
     if family:
+        least = min(family, key=lambda each: each.p)
         parts += [
-            "Difference to LoRA and p:",
-            grid(lambda cell: f"{interval(by_row[cell.row])}, {p_of(by_row[cell.row])}"),
+            "Difference to LoRA:",
+            grid(lambda cell: interval(by_row[cell.row])),
+            f"The smallest p is {p_of(least)}: {ROWS[least.row].title}.",
         ]
     return paragraphs(*parts, said(evidence.standings(experiment)))
 
@@ -86,11 +88,11 @@ def rank_sweep(evidence: Evidence) -> str:
     trained = [f"{next(iter(by_rank[rank].values())).results[0].trained:,}" for rank in ranks]
     groups: list[list[Column]] = [
         [("trained", trained)],
-        *([(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)),
-        *([(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)),
     ]
+    groups += [[(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)]
+    groups += [[(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)]
     return paragraphs(
-        f"{measure(experiment.metric).title} on {experiment.task}, alpha = 2 r. "
+        f"Cells: {measure(experiment.metric).title}, on {experiment.task}, alpha = 2 r. "
         + caption(experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),
         narrow_tables(("r", [str(rank) for rank in ranks]), groups),
         said(evidence.standings(experiment)),

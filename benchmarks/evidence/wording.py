@@ -36,7 +36,8 @@ def caption(experiment: Experiment, of: Sequence[Cell], comparisons: int) -> str
     )
     spread = ", mean ± standard error" if experiment.seeds > 1 else ""
     paired = (
-        f" Differences to LoRA are paired by seed, with 95 % intervals; p by Holm over {comparisons} comparisons."
+        " Differences to LoRA are paired by seed, with 95 % intervals; "
+        f"p by Holm over {count(comparisons, 'comparison')}."
         if comparisons
         else ""
     )

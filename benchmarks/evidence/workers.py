@@ -122,6 +122,9 @@ def begin() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a kernel for each new tensor
+    # Of CUDA's attention kernels these two add up in an order of their own each time.
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
     from benchmarks.finetune import quieten
 
     quieten()

@@ -59,5 +59,3 @@ def complete(grid, **more):
     while needed := grid.needed(results):
         results += [made(setting, **more) for setting in needed]
     return results
-
-

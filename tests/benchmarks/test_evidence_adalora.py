@@ -57,6 +57,14 @@ def test_the_loss_and_the_masks_are_those_of_pefts_model():
     assert any(not E.all() for E in values_of(run.model).values())
 
 
+def test_the_orthogonality_term_is_computed_in_float32():
+    prepared = prepare(setting_of("adalora"), tiny_model())
+    expected = prepared.extra_loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prepared.extra_loss()
+    assert torch.equal(found, expected)
+
+
 def test_the_start_is_of_the_seed():
     models = [tiny_model() for _ in range(3)]
     for seed, model in zip((1, 1, 2), models, strict=True):

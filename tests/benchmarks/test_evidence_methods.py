@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from benchmarks.evidence.adapters import moved_changes
 from benchmarks.evidence.methods import METHODS, prepare
-from deltaopt import DeltaLoRAOptimizer
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, schedules
+from deltaopt.analysis import layer_changes
 from tests.support.evidence_runs import LABELS, LAYERS, NAMES, WIDTH, Run, effective_weights, setting_of, tiny_model
 
 HEAD = LABELS * (WIDTH + 1)
@@ -194,6 +196,24 @@ def test_ratio_of_each_step(method, start, expected):
         run.prepared.after_step(step)
         run.optimizer.zero_grad()
     assert ratios == pytest.approx(expected, abs=2e-3)
+
+
+def test_ranks_of_a_change_that_the_optimizer_keeps_as_a_matrix():
+    W0 = torch.randn(40, 48)
+    W, A, B = W0.clone(), torch.zeros(40, 8, requires_grad=True), torch.randn(8, 48, requires_grad=True)
+    ramp = schedules.linear(0.0, 2.0, steps=40)
+    optimizer = DeltaLoRAOptimizer(torch.optim.AdamW, [LoRATriple(W, A, B, 0.5, "q")], lr=0.1, update_ratio=ramp)
+    for _ in range(40):
+        A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+        optimizer.step()
+    (without,) = layer_changes(optimizer)
+    assert without.effective_rank is None
+    (change,) = moved_changes(optimizer, ["q"])
+    sigma = torch.linalg.svdvals((W + 0.5 * A @ B - W0).detach().double())
+    share = sigma / sigma.sum()
+    assert change.effective_rank == pytest.approx(float((-share * share.log()).sum().exp()), rel=1e-4)
+    assert change.numerical_rank == 40
+    assert change[:-2] == without[:-2]
 
 
 def test_dropout_in_the_branch_is_taken_for_the_ablation():

@@ -39,8 +39,8 @@ RATIO, SCALING = 2.0, 0.5
 SIZES = [(71, 67, 4) if torch.cuda.is_available() else (23, 19, 4), (9, 7, 1)]
 """(c, d, r): uneven for two ranks, and a B of which one of two ranks has nothing.
 
-On a device there is more than one tile of the kernel, for which the interpreter takes long. No size of a piece is 1 or a
-multiple of 16, for which the kernel would be compiled once more.
+On a device there is more than one tile of the kernel, for which the interpreter takes long. No size of a piece is 1 or
+a multiple of 16, for which the kernel would be compiled once more.
 """
 LIMIT = 60.0
 

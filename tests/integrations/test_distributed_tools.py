@@ -194,6 +194,44 @@ def trainer_on_rank(rank: int, start: str, rule: str, folder: Path) -> dict[int,
     return run.record.logits | {-step: logits for step, logits in other.record.logits.items()}
 
 
+def test_trainer_moves_16_bits_alike_in_all_processes_and_resumes(accelerator_of, tmp_path):
+    """A compensated W in bfloat16, which has moved by several of its spacings, and is off by one at most."""
+    found = assert_same_on_ranks(on_all_ranks(trainer_in_16_bits_on_rank, tmp_path))
+    alone = sixteen_bits_run(tmp_path / "alone", 2 * WORLD).train()
+    for name, W in weights_of(alone.trainer.model).items():
+        assert distance(found[name], W) <= IN_16_BITS, name
+    base = weights_of(causal_lm(torch.bfloat16))
+    assert max(distance(found[name], W) for name, W in base.items()) > 1e-2
+
+
+IN_16_BITS = 2.0**-8
+"""One spacing of bfloat16 between 1/2 and 1, more than which no W of the tiny model has."""
+
+
+def sixteen_bits_run(folder: Path, rows: int, resume_from: Path | None = None) -> Run:
+    options = {"rounding": "compensated"}
+    settings = {"per_device_train_batch_size": rows, **ROWS}
+    return Run(folder, "in_place", "zero", resume_from, options, torch.bfloat16, **settings)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "base_layer.weight" in name}
+
+
+def trainer_in_16_bits_on_rank(rank: int, folder: Path) -> dict[str, Tensor]:
+    run = sixteen_bits_run(folder / "run", 2).train()
+    assert isinstance(run.trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    assert {W.dtype for W in weights_of(run.trainer.model).values()} == {torch.bfloat16}
+    dist.barrier()
+    checkpoint = folder / "run" / "checkpoint-4"
+    other = sixteen_bits_run(folder / "other", 2, checkpoint).train(checkpoint)
+    assert other.optimizer.step_count == 6
+    end = weights_of(run.trainer.model)
+    for name, W in weights_of(other.trainer.model).items():
+        assert distance(end[name], W) <= IN_16_BITS, name
+    return end
+
+
 # Lightning
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
 
+from deltaopt.__main__ import main
 from deltaopt.integrations.peft import save_adapter
 from deltaopt.integrations.trainer import DeltaLoRAFactory
 from tests.support.compare import relative, same
@@ -153,6 +154,41 @@ def full_state_on_rank(rank: int) -> None:
         set_model_state_dict(model, dict(state), options=StateDictOptions(**options))
         for name, p in whole(model).items():
             assert relative(p, before[name]) <= EXACT, name
+
+
+def test_the_command_line_exports_a_full_state_of_shards(tmp_path):
+    """The one file that rank 0 writes, with the adapter next to it, as one adapter on the pristine base."""
+    expected = assert_same_on_ranks(on_all_ranks(full_file_on_rank, tmp_path))
+    causal_lm(torch.float32, B_zero=True).unload().save_pretrained(tmp_path / "base")
+    places = {"--base": "base", "--adapter": "adapter", "--out": "out"}
+    assert (
+        main(
+            ["export", str(tmp_path / "optimizer.pt"), *(s for k, v in places.items() for s in (k, str(tmp_path / v)))]
+        )
+        == 0
+    )
+    assert distance(logits_from(tmp_path / "out"), expected) <= LOGITS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as below
+        assert distance(logits_from(tmp_path / "adapter"), expected) > 1e-3
+
+
+def full_file_on_rank(rank: int, folder: Path) -> Tensor:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model = causal_lm(torch.float32, B_zero=True)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = optimizer_for(model)
+    plain_loop(model, optimizer, shares(batches(4), rank))
+    weights, state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(state, folder / "optimizer.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the movement of W is not in it
+            model.save_pretrained(folder / "adapter", state_dict=weights)
+    return logits_of(model)
 
 
 # Trainer

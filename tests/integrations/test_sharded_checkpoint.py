@@ -8,6 +8,7 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -392,6 +393,43 @@ def full_disk_on_rank(rank: int, folder: Path) -> None:
     assert_same(run, other)
     resumed = fresh("fsdp", "bfloat16", "in_place").load(folder)
     assert_same(run, resumed.train(range(STOP, END)))
+
+
+def test_a_rank_that_cannot_write_its_own_file_loses_nothing(tmp_path):
+    """The state is a collective, and the file is a call of each rank: the others have theirs, and all go on."""
+    on_all_ranks(own_full_disk_on_rank, tmp_path)
+
+
+def own_full_disk_on_rank(rank: int, folder: Path) -> None:
+    run, other = begun("fsdp", "bfloat16", "in_place"), begun("fsdp", "bfloat16", "in_place")
+    own = folder / f"rank{rank}.pt"
+    deltaopt.save(run.states(full_state_dict=True), own)
+    before, saved = own.read_bytes(), None
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run.train([STOP])
+    with mock.patch("torch.save", full if rank == 1 else torch.save):
+        try:
+            deltaopt.save(run.states(full_state_dict=True), own)
+        except OSError as error:
+            saved = error
+    assert (saved is not None) == (rank == 1)
+    assert (own.read_bytes() == before) == (rank == 1)
+    dist.barrier()
+    assert sorted(path.name for path in folder.iterdir()) == ["rank0.pt", "rank1.pt"]
+    dist.barrier()
+    assert_same(run, other.train([STOP]))
+    for each in (run, other):
+        each.train(range(STOP + 1, END))
+    assert_same(run, other)
+    deltaopt.save(run.states(full_state_dict=True), own)
+    resumed = fresh("fsdp", "bfloat16", "in_place")
+    load_whole(resumed, deltaopt.load(own))
+    for each in (run, resumed):
+        each.train([END])
+    assert_same(run, resumed)
 
 
 def test_ranks_that_load_different_files_are_told():

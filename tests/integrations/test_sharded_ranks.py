@@ -9,43 +9,17 @@ from unittest import mock
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 from deltaopt import DeltaLoRAOptimizer, LoRATriple
 from deltaopt.checkpoint import resume
 from tests.support.distributed import WORLD, on_all_ranks
 from tests.support.nightly import later
-from tests.support.sharded import S0, WHOLE, R, Run, linear
+from tests.support.sharded import S0, WHOLE, R, Run
+from tests.support.told import LAYERS, SHARDED, assert_told, run_on_rank, told
 
-SHARDED = ([S0], [S0], [S0])
-LAYERS = [linear(13, 17, 4), linear(6, 3, 1)]
 PATIENCE = 1.0
 """Seconds that a rank waits for one that does not come."""
-
-
-def run_on_rank(placements: Any = SHARDED, steps: int = 2, **options: Any) -> Run:
-    run = Run(LAYERS, torch.bfloat16, placements, init_device_mesh("cpu", (WORLD,)), **options)
-    run.steps(steps)
-    return run
-
-
-def told(run: Run, call: Callable[[], object]) -> tuple[str, bool, float]:
-    """What a rank is told, whether its part of every W is as before, and after how many seconds."""
-    before = [W.to_local().clone() if isinstance(W, DTensor) else W.clone() for W, *_ in run.tensors]
-    begin, said = time.monotonic(), "fine"
-    try:
-        call()
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-    now = [W.to_local() if isinstance(W, DTensor) else W for W, *_ in run.tensors]
-    return said, all(map(torch.equal, before, now)), time.monotonic() - begin
-
-
-def assert_told(results: list[tuple[str, bool, float]], *texts: str) -> None:
-    for (said, same, seconds), text in zip(results, texts, strict=True):
-        assert text in said
-        assert same
-        assert seconds < 20
 
 
 def raises_in_its_inner_step(rank: int) -> Any:

@@ -83,7 +83,7 @@ class Record(transformers.TrainerCallback):
 
 
 class Run:
-    """A Trainer with `DeltaLoRACallback`, of a fresh float32 model with the product of a start.
+    """A Trainer with `DeltaLoRACallback`, of a fresh model with the product of a start.
 
     Args:
         folder: of the Trainer.
@@ -91,6 +91,7 @@ class Run:
         start: a key of `STARTS`.
         resume_from: of the callback.
         options: of the optimizer, next to those of the start.
+        dtype: of W.
         settings: of the `TrainingArguments`.
     """
 
@@ -101,10 +102,11 @@ class Run:
         start: str = "zero",
         resume_from: Path | None = None,
         options: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> None:
         options = {**OPTIONS, **STARTS[start], "weight_update": rule, **(options or {})}
-        self.model = causal_lm(torch.float32, options.pop("B_zero"))
+        self.model = causal_lm(dtype, options.pop("B_zero"))
         self.record = Record()
         self.trainer = trainer_of(
             arguments(folder, **{"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **settings}),
