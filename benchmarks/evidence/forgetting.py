@@ -67,7 +67,7 @@ def _drawn(model: Any, tokenizer: Any, seed: int, count: int, length: int) -> Te
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=True, num_beams=1, temperature=1.0, top_k=0, top_p=1.0, use_cache=True)
-    config.update(max_length=None, max_new_tokens=length, min_new_tokens=1, pad_token_id=tokenizer.pad_token_id)
+    config.update(max_length=None, max_new_tokens=length, pad_token_id=tokenizer.pad_token_id)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     texts: Texts = []
     training = model.training

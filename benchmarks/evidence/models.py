@@ -27,7 +27,6 @@ CLASSES: dict[Kind, Any] = {
 }
 PROJECTIONS = {
     "query": ("query", "q_proj", "q_lin", "query_proj", "q"),
-    "key": ("key", "k_proj", "k_lin", "key_proj", "k"),
     "value": ("value", "v_proj", "v_lin", "value_proj", "v"),
 }
 """The last part of the name of an attention layer's projection, in BERT, Llama and BART, DistilBERT, DeBERTa, T5."""
@@ -74,7 +73,7 @@ def find_model(name: str, places: Places) -> str:
 
 
 def projections(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of the query, key and value layers, for example ``{"query": ["encoder.layer.0..."], ...}``.
+    """Return the names of the query and value layers, for example ``{"query": ["encoder.layer.0..."], ...}``.
 
     Raises:
         ValueError: for an architecture whose projections have no known names or are no `nn.Linear`.

@@ -13,16 +13,20 @@ caption scores do; these tokenise by the Penn Treebank's rules, which differ in 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.examples import load_examples
 from benchmarks.evidence.places import Places
+from benchmarks.evidence.result import read_results, write_result
 from benchmarks.evidence.setting import Setting
 
 PACKAGES = {"sacrebleu": "sacrebleu", "nltk": "nltk", "pycocoevalcap": "pycocoevalcap", "rouge_score": "rouge-score"}
@@ -76,6 +80,30 @@ def score_texts(task: str, texts: Sequence[str], references: Sequence[References
         here = _scores(names, [texts[row] for row in rows], [references[row].texts for row in rows])
         found |= {f"{name}_{part}": value for name, value in here.items()}
     return found
+
+
+def score_folder(folder: Path, places: Places) -> list[Path]:
+    """Add the scores to the result files below a grid's folder that have texts and no scores yet; return the files.
+
+    Raises:
+        ValueError: if the data is not the one that the texts were written for.
+        ValueError, FileNotFoundError, ModuleNotFoundError, RuntimeError: as `references` and `score_texts`.
+    """
+    written = []
+    for result in read_results(folder):
+        setting = result.setting
+        if result.texts is None or set(task_named(setting.task).scores) <= result.metrics.keys():
+            continue
+        wanted = references(setting.task, places, setting)
+        here = load_examples(setting, places).fingerprint
+        if here != result.data:
+            raise ValueError(
+                f"{folder / setting.path} was made with the data {result.data}, but {places.data} holds {here}: "
+                f"give the folder that the run had (--data)"
+            )
+        result.metrics = {**result.metrics, **score_texts(setting.task, result.texts, wanted)}
+        written.append(write_result(folder, result))
+    return written
 
 
 def _scores(names: Sequence[str], texts: Sequence[str], wanted: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -146,8 +174,8 @@ def _coco(scorer: Any, found: Sequence[str], expected: Expected) -> float:
 
 
 def _words(text: str) -> str:
-    """Return the tokens that are no punctuation; one that no reference has where nothing is left."""
-    return " ".join(token for token in text.split() if re.search(r"\w", token)) or "<nothing>"
+    """Return the tokens that are no punctuation; a word that no reference has where nothing is left."""
+    return " ".join(token for token in text.split() if re.search(r"\w", token)) or "xqzj"
 
 
 def _rouge_l(found: Sequence[str], expected: Expected) -> float:
@@ -168,21 +196,38 @@ def _meteor(found: Sequence[str], expected: Expected) -> float:
     _import("pycocoevalcap")
     if shutil.which("java") is None:
         raise RuntimeError("METEOR is a Java program, and there is no 'java' here: install a Java runtime")
+    try:
+        return 100 * _coco(_meteor_program(), found, expected)
+    except (ValueError, OSError) as error:
+        said = _end_meteor()
+        raise RuntimeError(f"METEOR failed: {said[0] if said else error}") from error
+
+
+@functools.cache
+def _meteor_program() -> Any:
+    """Return the running program, which reads its large table of paraphrases once."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    scorer = Meteor()
-    try:
-        return 100 * _coco(scorer, found, expected)
-    except (ValueError, OSError) as error:
-        scorer.meteor_p.kill()
-        said = scorer.meteor_p.stderr.read().decode(errors="replace").strip().splitlines()
-        raise RuntimeError(f"METEOR failed: {said[0] if said else error}") from error
-    finally:
-        process = scorer.meteor_p
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
+    atexit.register(_end_meteor)
+    return Meteor()
+
+
+def _end_meteor() -> list[str]:
+    """End the program, if it runs, and return what it has said of errors."""
+    if not _meteor_program.cache_info().currsize:
+        return []
+    scorer = _meteor_program()
+    _meteor_program.cache_clear()
+    process = scorer.meteor_p
+    process.kill()
+    said = process.stderr.read().decode(errors="replace").strip().splitlines()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(OSError):
             stream.close()
+    if scorer.lock.locked():  # left so by an error; the object waits for it when it is deleted
+        scorer.lock.release()
+    return [str(line) for line in said]
 
 
 def _rouge(texts: Sequence[str], wanted: Expected) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +41,8 @@ def open_task(setting: Setting, places: Places, device: torch.device | str) -> O
 
 class OpenTask:
     """A task with the examples of one setting.
+
+    Whoever evaluates puts the model in evaluation mode and in the precision of the setting.
 
     Attributes:
         labels: classes, 1 for regression, None where texts are written.
@@ -105,12 +106,9 @@ class OpenTask:
         """Return what the model writes for each evaluated input, in order; None for tasks that write no texts."""
         if self._tokens.end is None:
             return None
-        setting = self._setting
-        new_tokens = setting.new_tokens or self._tokens.longest
-        with self._precision():
-            return decoding.write(
-                model, self._tokens.prompts, self._tokenizer, setting, self._tokens.end, new_tokens, self._device
-            )
+        setting, tokens = self._setting, self._tokens
+        new_tokens = setting.new_tokens or tokens.longest
+        return decoding.write(model, tokens.prompts, self._tokenizer, setting, tokens.end, new_tokens, self._device)
 
     def _batch(self, side: Side, rows: Tensor) -> dict[str, Tensor]:
         """Return the examples of these numbers on the device."""
@@ -141,14 +139,8 @@ class OpenTask:
             batches[-1].append(row)
         return [(rows, self._batch(side, torch.tensor(rows))) for rows in batches]
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._setting.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16)
-
     def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        with self._precision():
-            logits: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        logits: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return logits
 
     def _loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
@@ -163,7 +155,6 @@ class OpenTask:
         )
 
     def _token_loss(self, model: nn.Module) -> float:
-        total, count = 0.0, 0
         sums = []
         for _, batch in self._evaluated:
             labels = batch["labels"]

@@ -47,6 +47,10 @@ def write_model(folder, kind):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)  # the usual start makes all tokens alike
+        if kind in ("gpt2", "llama"):
+            model.lm_head.weight[2] = 0.0  # or the beams would end all texts at once
+        if kind == "bart":
+            model.final_logits_bias[0, 2] = -5.0
     model.save_pretrained(folder)
     return model.eval()
 
