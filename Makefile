@@ -7,7 +7,7 @@ BIN := .venv/bin
 EXTRAS := demo evidence test dev
 STAMPS := $(EXTRAS:%=.venv/.%)
 
-.PHONY: demo test test-core lint check nightly benchmarks evidence-small cuda cuda-tests cuda-benchmarks clean
+.PHONY: demo test test-core lint check nightly benchmarks evidence-small evidence-cuda cuda cuda-tests cuda-benchmarks clean
 
 # torch first and by pip, so that a CPU build is taken where one is at hand; extras build on it.
 .venv/.torch: constraints.txt
@@ -60,6 +60,17 @@ benchmarks: .venv/.model
 evidence-small: .venv/.model .venv/.evidence
 	$(BIN)/python -m benchmarks.evidence run small --out evidence-out/small $(ARGS)
 	$(BIN)/python -m benchmarks.evidence table evidence-out/small
+
+# The published recipes on one GPU, several runs at once, from folders alone: make evidence-cuda MODELS=folder DATA=folder.
+# Each call makes as much as it can in SECONDS and continues the one before. Packages as for `make cuda`, with
+# scikit-learn and scipy.
+GRID ?= paper-glue
+SECONDS ?= 1200
+WORKERS ?= auto
+
+evidence-cuda:
+	HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.evidence run $(GRID) --device cuda --workers $(WORKERS) --seconds $(SECONDS) \
+		--models $(or $(MODELS),$(error MODELS=folder of the models)) --data $(or $(DATA),$(error DATA=folder of the data)) $(ARGS)
 
 # On a CUDA machine, with what is installed there (torch, pytest, hypothesis): no virtual environment, no downloads.
 # The fine-tuning needs transformers and peft there too, and a folder of a model: make cuda MODEL=folder.

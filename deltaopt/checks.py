@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deltaopt.all_or_nothing import Issued
 from deltaopt.claims import Use
 from deltaopt.factors import INSTEAD_OF_VIEWS, Computed
 from deltaopt.flattened import fsdp1_problems
@@ -402,18 +403,22 @@ def check_finite(weights: Sequence[WeightState], ranks: Ranks | None = None) -> 
         )
 
 
-def on_any_rank(found: Sequence[bool], weights: Sequence[WeightState], ranks: Ranks | None) -> list[bool]:
+def on_any_rank(
+    found: Sequence[bool], weights: Sequence[WeightState], ranks: Ranks | None, issued: Issued | None = None
+) -> list[bool]:
     """Return what holds on any of the ranks, all of which have to call this.
 
     Args:
         found: what holds on this one.
         weights: all of the optimizer.
         ranks: that share sharded weights or factors; None where nothing is sharded.
+        issued: of a call that an exception may let begin again.
     """
     devices = [weight.tensors.W.device for weight in weights if weight.is_sharded]
     if ranks is None or not devices:
         return list(found)
-    return [bool(number) for number in highest(torch.tensor(found, device=devices[0]).long(), ranks.group).tolist()]
+    numbers = highest(torch.tensor(found, device=devices[0]).long(), ranks.group, issued)
+    return [bool(number) for number in numbers.tolist()]
 
 
 def _finite(weight: WeightState) -> bool:

@@ -204,6 +204,7 @@ class Following:
         self._starts = [_factors_of(weight) for weight in self._weights]
         self._moves: list[_FollowingMove] | None = None
         self._issued = [Issued() for _ in self._weights]
+        self._agreed = Issued()
 
     @torch.no_grad()
     def carry_out(self) -> None:
@@ -211,7 +212,7 @@ class Following:
         if self._moves is None:
             ends = [_factors_of(*pair) for pair in zip(self._weights, self._issued, strict=True)]
             bad = [not factor.isfinite().all() for pair in ends for factor in pair]
-            finite = not any(on_any_rank(bad, self._weights, self._ranks))
+            finite = not any(on_any_rank(bad, self._weights, self._ranks, self._agreed))
             self._moves = [
                 _FollowingMove(weight, start, end, _changed_outside(weight, start), [], [], Issued())
                 for weight, start, end in zip(self._weights, self._starts, ends, strict=True)

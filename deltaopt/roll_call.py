@@ -35,7 +35,7 @@ class RollCall:
     def __init__(self, ranks: Ranks | None, event: str, known: Callable[[], Mapping[str, object]] = dict) -> None:
         self.ranks = ranks
         self._event = event
-        self._known = known
+        self._known = known if ranks is not None else dict  # it may hold the optimizer, which holds its last event
         self.facts: dict[str, object] = {}
         self._over = False
         self._meeting = Meeting()
@@ -62,17 +62,18 @@ class RollCall:
         try:
             self.ranks.meet(self._event, {**self._known(), **self.facts}, meeting=self._meeting)
         except RanksDisagreeError:
-            self._over = self.failed = True
+            self._end(failed=True)
             raise
-        self._over = True
+        self._end(failed=False)
 
     def tell(self, error: BaseException) -> None:
         """Tell the other ranks that this one has failed, if it has not told them that it is well; they raise then."""
         if self._over or self.ranks is None or self._meeting.issued.begun:
             return
-        self._over = self.failed = True
+        known = self._known
+        self._end(failed=True)
         with suppress(BaseException):  # the caller raises its own error
-            self.ranks.meet(self._event, {**self._known(), **self.facts}, error, self._meeting)
+            self.ranks.meet(self._event, {**known(), **self.facts}, error, self._meeting)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -89,8 +90,11 @@ class RollCall:
         try:
             yield
         except BaseException:
-            self._over = self.failed = True
+            self._end(failed=True)
             raise
+
+    def _end(self, failed: bool) -> None:
+        self._over, self.failed, self._known = True, failed, dict
 
     def before(self, finish: Callable[[], None], succeeded: Callable[[], bool] = lambda: True) -> Callable[[], None]:
         """Return a function that meets and then calls `finish`, which looks at `failed`.

@@ -9,13 +9,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.evidence import parts
+from benchmarks.evidence.grid import Grid
 from benchmarks.evidence.grids import GRIDS
+from benchmarks.evidence.packing import workers_for, workers_option
 from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_result, read_results
 from benchmarks.evidence.workers import InUseError, Job, begin, commit_of, locked, machine_of, make, work
 from benchmarks.machine import usable_device
 from benchmarks.tables import RESULTS
 from benchmarks.unfinished import check_writable
+
+DRY_RUNS = Path("evidence-out/dry-run")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +49,18 @@ def make_parser() -> argparse.ArgumentParser:
     run = command("run", run_grid, "Make the runs of a grid that have no result file yet.")
     run.add_argument("grid", choices=GRIDS, help="which grid")
     run.add_argument("--out", type=Path, help=f"folder of the result files (default: {RESULTS}/evidence/GRID)")
-    run.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
+    workers = "processes of one thread (default: 2); 0: this one; auto: as many as cores and the GPU's memory allow"
+    run.add_argument("--workers", type=workers_option, default=2, metavar="N", help=workers)
     run.add_argument("--seconds", type=float, default=math.inf, help="stop after this time; the next call continues")
     run.add_argument("--commit", help="of the code, where there is no checkout")
     status = command("status", show_status, "Say how many runs a grid has, and which can be made next.")
     status.add_argument("grid", choices=GRIDS)
     status.add_argument("--out", type=Path)
+    for each in (run, status):
+        each.add_argument("--only", nargs="+", default=[], metavar="NAME", help="tasks and rows (default: all)")
+        each.add_argument("--precision", choices=("float32", "bfloat16"), help="other than the grid's")
+        dry_run = f"so many steps, examples and rows that it shows whether a grid runs (folder: {DRY_RUNS}/GRID)"
+        each.add_argument("--dry-run", type=int, metavar="STEPS", help=dry_run)
     again = command("again", run_again, "Make the runs of result files once more, and compare the numbers.")
     again.add_argument("files", type=Path, nargs="+", help="result files")
     score = command("score", score_texts, "Add the metrics of written texts to the result files of a grid.")
@@ -69,12 +80,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_grid(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     usable_device(options.device, parser)
-    grid, folder = GRIDS[options.grid], _folder(options)
+    grid, folder = _grid(options), _folder(options)
+    workers = workers_for(grid, options.device) if options.workers is None else options.workers
     commit = options.commit or commit_of(Path(__file__).parent)
     job = Job(folder, _places(options), options.device, time.monotonic() + options.seconds, commit)
     failures = count = 0
     with locked(folder):
-        for done in work(grid, job, options.workers):
+        for done in work(grid, job, workers):
             count += 1
             if isinstance(done, Result):
                 print(f"{count:4d}  {describe(done)}", flush=True)
@@ -96,7 +108,7 @@ def describe(result: Result) -> str:
 
 
 def show_status(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    grid, results = GRIDS[options.grid], read_results(_folder(options))
+    grid, results = _grid(options), read_results(_folder(options))
     needed = grid.needed(results)
     print(f"{len(results)} result files; {len(needed)} runs can be made next" + ("" if needed else ": complete"))
     for setting in needed:
@@ -156,8 +168,19 @@ def write_page(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     return 0
 
 
+def _grid(options: argparse.Namespace) -> Grid:
+    """Return the grid, or the part of it that the options ask for."""
+    grid = GRIDS[options.grid]
+    if options.only:
+        grid = parts.only(grid, options.only)
+    if options.precision:
+        grid = parts.in_precision(grid, options.precision)
+    return grid if options.dry_run is None else parts.dry(grid, options.dry_run)
+
+
 def _folder(options: argparse.Namespace) -> Path:
-    return options.out or RESULTS / "evidence" / options.grid
+    usual = RESULTS / "evidence" if options.dry_run is None else DRY_RUNS
+    return options.out or usual / options.grid
 
 
 def _places(options: argparse.Namespace) -> Places:

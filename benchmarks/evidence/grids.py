@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.evidence.grid import Experiment, Grid
+from benchmarks.evidence.recipes import PAPER
 from benchmarks.evidence.rows import COINCIDENCE, MAIN, RANK_SWEEP, RATIO_SWEEP, Kind, Row
 
 MINILM, STORIES = "all-MiniLM-L6-v2", "stories260k"
@@ -76,4 +77,4 @@ FULL = Grid(
 
 SMALL = Grid("small", (_encoder("docstrings", "accuracy", (*PAIR, "lora-lr3", "ratio-down"), DOCSTRINGS),))
 
-GRIDS = {grid.name: grid for grid in (FULL, SMALL)}
+GRIDS = {grid.name: grid for grid in (FULL, SMALL, *PAPER)}

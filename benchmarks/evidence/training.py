@@ -46,7 +46,10 @@ class DeadlineError(Exception):
 
 @dataclass
 class Limits:
-    """When a call has to end, as `time.monotonic()`, and where the run that it cuts short is kept."""
+    """When a call has to end, as `time.monotonic()`, and where the run that it cuts short is kept.
+
+    Who writes the result removes the checkpoint.
+    """
 
     deadline: float = math.inf
     checkpoint: Path | None = None
@@ -96,7 +99,7 @@ def run(setting: Setting, places: Places, device: str, limits: Limits | None = N
     if not progress.diverged:
         with trainer.evaluating() as evaluated:
             result.metrics = progress.evaluations[-1][1]
-            result.texts = task.generate(evaluated) if setting.split == "test" else None
+            result.texts = task.generate(evaluated) if trainer.writes else None
             if progress.before is not None:
                 result.forgetting = (progress.before, forgetting.text_loss(evaluated, texts))
         result.layers = [_numbers(change._asdict()) for change in trainer.prepared.changes()]
@@ -112,6 +115,7 @@ class Trainer:
     ) -> None:
         self.setting, self.prepared, self.task, self.device = setting, prepared, task, device
         self.texts = texts or []
+        self.writes = setting.split == "test" and task_named(setting.task).writes
         self.trained = [p for p in prepared.model.parameters() if p.requires_grad]
         self.scheduler = LambdaLR(prepared.optimizer, self.share_of_lr)
 
@@ -141,8 +145,11 @@ class Trainer:
             if progress.step % every == 0 or progress.step == setting.steps:
                 with self.evaluating() as model:
                     progress.evaluations.append((progress.step, self.task.evaluate(model)))
-        if limits.checkpoint is not None:
-            limits.checkpoint.unlink(missing_ok=True)
+        if self.writes and not progress.diverged:
+            # Writing takes minutes with large models, and memory of its own: training is not repeated if it fails.
+            self._save(progress, limits.checkpoint)
+            if time.monotonic() > limits.deadline:
+                raise DeadlineError(setting.path)
         return progress
 
     def _stretch(self, progress: Progress, until: int) -> None:

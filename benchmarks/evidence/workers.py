@@ -69,7 +69,15 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
     """Make the runs of a grid that have no result file, and yield each when it is done, or with its error.
 
     A run that failed is not tried again by this call. It ends when no run is left that can be made, or at the deadline.
+
+    Args:
+        grid: names the runs.
+        job: of all of them.
+        workers: processes; 0 to make the runs in this one.
     """
+    if not workers:
+        yield from _work_here(grid, job)
+        return
     results = read_results(job.folder)
     running: dict[Future[Result | None], Setting] = {}
     failed: set[Setting] = set()
@@ -101,6 +109,26 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
                 process.terminate()
 
 
+def _work_here(grid: Grid, job: Job) -> Iterator[Result | tuple[Setting, Exception]]:
+    begin()
+    results = read_results(job.folder)
+    failed: set[Setting] = set()
+    while time.monotonic() < job.deadline:
+        left = [setting for setting in grid.needed(results) if setting not in failed]
+        if not left:
+            return
+        try:
+            result = make(left[0], job)
+        except Exception as error:
+            failed.add(left[0])
+            yield left[0], error
+        else:
+            if result is None:
+                return
+            results.append(result)
+            yield result
+
+
 def make(setting: Setting, job: Job) -> Result | None:
     """Make one run and write its file; None if the deadline came first."""
     from benchmarks.evidence.training import DeadlineError, Limits, run
@@ -112,6 +140,7 @@ def make(setting: Setting, job: Job) -> Result | None:
         return None
     result.machine, result.versions, result.commit = machine_of(job.device), versions_of(), job.commit
     write_result(job.folder, result)
+    checkpoint.unlink(missing_ok=True)
     return result
 
 

@@ -192,7 +192,7 @@ def test_the_folded_rule_does_not_wait_where_a_ratio_changes_again():
     assert len(internals.terms_of(optimizer)) == 5
 
 
-@pytest.mark.filterwarnings("ignore:a LoRA factor became NaN")
+@pytest.mark.filterwarnings("ignore:a LoRA factor became NaN", "ignore:A and B of 1 layer")
 def test_the_ledger_knows_of_skipped_steps_and_outside_changes():
     triples = triples_on_cuda()
     starts = [t.W.double() for t in triples]
@@ -322,6 +322,7 @@ def test_the_model_may_move_between_devices():
         assert not torch.equal(model.weight, before)
 
 
+@pytest.mark.filterwarnings("ignore:a LoRA factor became NaN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_report_is_that_of_the_cpu(dtype):
     """The device tells the host later which steps moved a W: one is skipped, and one changes nothing."""

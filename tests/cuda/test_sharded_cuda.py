@@ -400,7 +400,7 @@ def test_a_sharded_step_waits_once_for_the_device(of_one_rank, dtype, rounding, 
         with waits() as places:
             run.optimizer.step()
         assert len(places) == 1, places
-        assert "in_place.py" in places[0]
+        assert "sharded_moves.py" in places[0]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import _set_thread_isolation_mode
+from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.multi_threaded_pg import (
     ProcessLocalGroup,
     _install_threaded_pg,
@@ -57,6 +58,8 @@ def on_threads(work: Callable[..., Any], *arguments: Any, world_size: int = 4, l
 
     _set_thread_isolation_mode(True)
     _install_threaded_pg()
+    if not hasattr(world := distributed_c10d._world, "comms"):  # torch 2.11 forgets it, and reads it at the end
+        world.comms = []
     try:
         threads = [
             threading.Thread(target=rank_of_the_group, args=(rank,), name=f"rank {rank}", daemon=True)
