@@ -27,7 +27,7 @@ def own_texts(model: Any, tokenizer: Any, seed: int, count: int, length: int = 1
         tokenizer: names the token that texts begin with.
         seed: of the draws.
         count: number of texts.
-        length: tokens of a text at most, after the first.
+        length: tokens of a text at most, after the first; fewer where the model's context ends.
 
     Raises:
         ValueError: if the model is not on the CPU: other devices draw other texts.
@@ -35,6 +35,7 @@ def own_texts(model: Any, tokenizer: Any, seed: int, count: int, length: int = 1
     parameters = list(model.parameters())
     if any(parameter.device.type != "cpu" for parameter in parameters):
         raise ValueError("own_texts() is called with the model on the CPU, so that every machine draws the same texts")
+    length = min(length, (getattr(model.config, "max_position_embeddings", None) or length + 1) - 1)
     with torch.no_grad():
         key = (torch.stack([p.double().square().sum() for p in parameters]).sum().item(), seed, count, length)
     if key not in _cache:

@@ -73,6 +73,14 @@ def test_the_loss_is_the_model_s_own_over_all_tokens(decoder):
     assert text_loss(model, texts) == pytest.approx(total / count, rel=1e-5)
 
 
+def test_texts_end_with_the_model_s_context(tmp_path):
+    model = write_model(tmp_path / "gpt2", "gpt2")
+    tokenizer = load_tokenizer(setting("e2e", "gpt2"), Places(models=tmp_path))
+    texts = own_texts(model, tokenizer, 0, 16, length=1000)
+    assert max(map(len, texts)) == 64
+    assert text_loss(model, texts) > 0
+
+
 def test_refuses_a_model_on_another_device(decoder):
     model, tokenizer = decoder
     with pytest.raises(ValueError, match="called with the model on the CPU"):

@@ -91,6 +91,16 @@ def test_ter_is_the_share_of_edits():
 
 
 @pytest.mark.usefixtures("_libraries")
+def test_ter_is_sacrebleu_s_of_the_whole():
+    import sacrebleu
+
+    texts = ["a b x d e", "x a c", ""]
+    wanted = [References(("a b c d", "d e a b x")), References(("a b c",)), References(("a", "a b c d e"))]
+    columns = [[w.texts[0] for w in wanted], [w.texts[1] if len(w.texts) > 1 else None for w in wanted]]
+    assert score("TER", texts, wanted) == pytest.approx(sacrebleu.TER().corpus_score(texts, columns).score / 100)
+
+
+@pytest.mark.usefixtures("_libraries")
 def test_rouge_l_weighs_recall_more():
     precision, recall, beta = 1.0, 3 / 5, 1.2
     expected = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)

@@ -267,8 +267,9 @@ def test_no_repeat_leaves_the_prompt_alone():
 def test_texts_are_those_of_one_input_at_a_time(task, kind, beams, places, monkeypatch):
     opening, model, tokenizer = opened(places, task, kind, beams=beams, no_repeat=0, new_tokens=6)
     texts = opening.generate(model)
-    monkeypatch.setattr(decoding, "BUDGET", 1)
-    assert opening.generate(model) == texts
+    for budget in (2 * beams * 12, 1):  # a few in a batch, and one
+        monkeypatch.setattr(decoding, "TOKENS", budget)
+        assert opening.generate(model) == texts
     alone = []
     for row in prompts(9):
         ids = tokenizer(row["input"]).input_ids + ([START] if task == "e2e" else [])
