@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks import drift, first_use
+from benchmarks import RESULTS, drift, first_use
 from benchmarks.evidence.page import evidence_tables
 from benchmarks.markdown import table
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "evidence.md")
 
 TIMES = ("inner", "wrapped", "lora", "folded", "addmm", "pass", "dense", "product")

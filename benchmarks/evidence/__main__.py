@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import RESULTS
 from benchmarks.evidence import parts
 from benchmarks.evidence.grid import Grid
 from benchmarks.evidence.grids import GRIDS
@@ -17,7 +18,6 @@ from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_result, read_results
 from benchmarks.evidence.workers import InUseError, Job, begin, commit_of, locked, machine_of, make, work
 from benchmarks.machine import usable_device
-from benchmarks.tables import RESULTS
 from benchmarks.unfinished import check_writable
 
 DRY_RUNS = Path("evidence-out/dry-run")
@@ -69,6 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     cost.add_argument("grid", choices=GRIDS, help="its first experiment is measured")
     cost.add_argument("--out", type=Path, help=f"the file to write (default: {RESULTS}/evidence/cost_DEVICE.json)")
     cost.add_argument("--rounds", type=int, default=15, help="turns of each row (default: 15)")
+    table = command("table", print_tables, "Print the tables of a grid's results, complete or not.")
+    table.add_argument("grid", choices=GRIDS)
+    table.add_argument("--out", type=Path, help=f"folder of the result files (default: {RESULTS}/evidence/GRID)")
     command("page", write_page, "Write the tables and pictures of docs/evidence.md.")
     for each in (run, again, score, cost):
         each.add_argument("--data", type=Path, help="folder of the data sets")
@@ -156,6 +159,13 @@ def score_texts(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     from benchmarks.evidence.scores import score_folder
 
     score_folder(options.folder, _places(options))
+    return 0
+
+
+def print_tables(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks.evidence import page
+
+    print(page.report(GRIDS[options.grid], read_results(_folder(options))))
     return 0
 
 

@@ -66,6 +66,8 @@ class Experiment:
 
     def lr(self, row: Row, results: Sequence[Result]) -> float | None:
         """Return the learning rate of a row's reported runs; None while its tuning runs are not complete."""
+        if row.lr is not None:
+            return row.lr
         if row.lr_of is not None:
             source, factor = row.lr_of
             found = self.lr(ROWS[source], results)
@@ -102,7 +104,7 @@ class Experiment:
         return [r for r in own if r.setting in self._tuning(row, r.setting.lr)]
 
     def _of_row(self, row: Row, results: Sequence[Result]) -> Iterator[Setting]:
-        if row.lr_of is None and self.tuning_seeds:
+        if row.is_tuned and self.tuning_seeds:
             for lr in self.tried(row, results):
                 yield from self._tuning(row, lr)
         yield from self.cell(row, results)

@@ -22,7 +22,7 @@ from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result, read_results
-from benchmarks.evidence.rows import COINCIDENCE, RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.rows import PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.sweeps import rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences, metrics_of, result_tables
@@ -39,8 +39,6 @@ from benchmarks.evidence.wording import (
     probability,
 )
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
-
-PLAIN_DELTA, PLAIN_ALPHA = (row.name for row in COINCIDENCE)
 
 PAPER = {
     "e2e": {"BLEU": "1.24", "NIST": "0.13", "METEOR": "0.86", "ROUGE-L": "1.13", "CIDEr": "0.08"},
@@ -127,7 +125,11 @@ def what_was_run(evidence: Evidence) -> str:
         tuned = sum(len(each.tried) for each in found) * experiment.tuning_seeds
         kind = _kind(evidence, experiment)
         rows.append((experiment.task, kind, f"{complete} of {len(found)}", str(experiment.seeds), str(tuned)))
-        missing += [f"{experiment.task}, {each.row.title} ({each.missing})" for each in found if each.cell is None]
+        without = [each for each in found if each.cell is None]
+        if len(without) == len(found) > 1:
+            missing.append(f"{experiment.task}, {kind}: all {len(found)} rows")
+        else:
+            missing += [f"{experiment.task}: {each.row.title} ({each.missing})" for each in without]
     hours = sum(run.seconds for run in evidence.results) / 3600
     diverged = sum(run.diverged for run in evidence.results)
     told = (
@@ -172,13 +174,15 @@ def coincidence(evidence: Evidence) -> str:
     rows = []
     for experiment in evidence.compared.values():
         of = evidence.coinciding(experiment)
-        if not {PLAIN_DELTA, PLAIN_ALPHA} <= of.keys():
-            continue
-        for delta, alpha in zip(of[PLAIN_DELTA].results, of[PLAIN_ALPHA].results, strict=True):
-            rows.append(_coincidence(delta, alpha, experiment.metric))
+        for pair in PLAIN_PAIRS:
+            cells = [of[row.name] for row in pair if row.name in of]
+            if len(cells) == len(pair):
+                results = zip(*(cell.results for cell in cells), strict=True)
+                rows += [_coincidence(delta, alpha, experiment.metric) for delta, alpha in results]
     if not rows:
         return NOT_MEASURED
     head = (
+        "lr",
         "seed",
         "training loss, from .. to",
         "largest difference",
@@ -330,6 +334,7 @@ def _coincidence(delta: Result, alpha: Result, metric: str) -> tuple[str, ...]:
     stretch = delta.setting.steps / len(apart)
     how = measure(metric)
     return (
+        f"{delta.setting.lr:g}",
         str(delta.setting.seed),
         f"{delta.losses[0]:.3f} .. {delta.losses[-1]:.3f}",
         f"{max(apart):.1e}",

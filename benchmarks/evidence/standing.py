@@ -117,7 +117,7 @@ def _sound(of: Iterable[Standing]) -> dict[str, Cell]:
 def _standing(experiment: Experiment, row: Row, results: Sequence[Result], found: Mapping[object, Result]) -> Standing:
     needed = {row.name} | ({row.lr_of[0]} if row.lr_of else set())
     results = [result for result in results if result.setting.row in needed]
-    tunes = row.lr_of is None and experiment.tuning_seeds > 0
+    tunes = row.is_tuned and experiment.tuning_seeds > 0
     tried = tuple(experiment.tried(row, results)) if tunes else ()
     tuning = tuple(experiment.tuning_results(row, results)) if tunes else ()
     lr = experiment.lr(row, results)

@@ -125,6 +125,8 @@ def tried(each: Standing) -> str:
     if each.row.lr_of is not None:
         source, factor = each.row.lr_of
         return f"{ROWS[source].title}'s" + (f" x {factor:g}" if factor != 1 else "")
+    if each.row.lr is not None:
+        return "fixed"
     return f"{each.tried[0]:g} .. {each.tried[-1]:g} ({len(each.tried)})" if each.tried else ""
 
 
