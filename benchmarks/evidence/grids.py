@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.recipes import PAPER
-from benchmarks.evidence.rows import COINCIDENCE, MAIN, RANK_SWEEP, RATIO_SWEEP, Kind, Row
+from benchmarks.evidence.rows import COINCIDENCE, HEAD_SWEEP, MAIN, RANK_SWEEP, RATIO_SWEEP, Kind, Row
 
 MINILM, STORIES = "all-MiniLM-L6-v2", "stories260k"
 
@@ -16,6 +16,8 @@ ENCODER_LRS: Mapping[Kind, Sequence[float]] = {
     "dense": (5e-5, 1.5e-4, 5e-4),
     "sgd": (5e-3, 1.5e-2, 5e-2),
 }
+FINE_LRS = (5e-4, 9e-4, 1.5e-3, 2.7e-3, 5e-3)
+
 DECODER_LRS: Mapping[Kind, Sequence[float]] = {
     "adapter": (1.5e-3, 5e-3, 1.5e-2),
     "dense": (5e-4, 1.5e-3, 5e-3),
@@ -68,6 +70,7 @@ FULL = Grid(
         _encoder("stsb", "pearson", PAIR, PAIRS_OF_GLUE, tuning_seeds=2),
         _encoder("mrpc", "accuracy", PAIR, PAIRS_OF_GLUE, tuning_seeds=2),
         _decoder("webnlg", PAIR),
+        Experiment("docstrings", MINILM, "accuracy", _names(HEAD_SWEEP), DOCSTRINGS, {"adapter": FINE_LRS}),
         _encoder("docstrings", "accuracy", _names(RATIO_SWEEP), DOCSTRINGS, tuning_seeds=2),
         _encoder("docstrings", "accuracy", _names(RANK_SWEEP), DOCSTRINGS, tuning_seeds=2),
         _encoder("cola", "matthews", ("lora",), GLUE, seeds=1),

@@ -16,6 +16,7 @@ from benchmarks.evidence.adapters import (
     ADAPTER,
     adapted_names,
     add_lora,
+    head_parameters,
     lora_triples,
     moved_changes,
     put_lora_start,
@@ -27,7 +28,7 @@ from benchmarks.evidence.dylora import add_dylora, drawn_ranks
 from benchmarks.evidence.prepared import Prepared
 from benchmarks.evidence.restarts import Restarts
 from benchmarks.evidence.setting import Setting
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, schedules
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples, other_parameters, schedules
 from deltaopt.analysis import LayerChange, dense_changes, layer_changes
 
 Prepare = Callable[[Setting, nn.Module], Prepared]
@@ -94,7 +95,10 @@ def _lora(setting: Setting, model: nn.Module, *, larger: bool = False, rslora: b
     """Train LoRA with alpha, or with alpha (1 + lambda)."""
     alpha = setting.alpha * (_one_more(setting) if larger else 1.0)
     layers = add_lora(setting, model, alpha=alpha, rslora=rslora)
-    optimizer = _adamw(setting, trained_parameters(model))
+    head = _head_group(setting, model)
+    of_head = {id(p) for group in head for p in group["params"]}
+    factors = {"params": [p for p in trained_parameters(model) if id(p) not in of_head]}
+    optimizer = _adamw(setting, [factors, *head])
     return Prepared(model, optimizer, changes=lambda: layer_changes(lora_triples(layers)))
 
 
@@ -152,10 +156,11 @@ def _delta(
 ) -> Prepared:
     """Train LoRA and move W, by `deltaopt` as a user would."""
     layers = add_lora(setting, model, alpha=setting.alpha)
-    optimizer = DeltaLoRAOptimizer.for_model(
-        model,
+    triples = find_triples(model, allow_dropout=setting.dropout > 0)
+    optimizer = DeltaLoRAOptimizer(
         torch.optim.AdamW,
-        allow_dropout=setting.dropout > 0,
+        triples,
+        _head_group(setting, model) or other_parameters(model, triples),
         update_ratio=ratio(setting),
         start_step=setting.start_step,
         rounding_seed=setting.seed,
@@ -186,6 +191,11 @@ def _weight_names(model: nn.Module) -> list[str]:
 
 def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     return {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
+
+
+def _head_group(setting: Setting, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the fresh head with its own learning rate, if the setting has one."""
+    return [] if setting.head_lr is None else [{"params": head_parameters(model), "lr": setting.head_lr}]
 
 
 def _adamw(setting: Setting, params: Any) -> Optimizer:

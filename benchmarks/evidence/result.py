@@ -54,7 +54,7 @@ class Result:
     commit: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"setting": self.setting.as_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Result:

@@ -102,6 +102,15 @@ PLAIN_PAIRS = (
 
 At the low rate training does not amplify what rounding has made different; at the tuned one it may."""
 
+HEAD_LR = 5e-3
+HEAD_SWEEP = (
+    Row("lora-head", "LoRA", "lora", changes={"head_lr": HEAD_LR}),
+    Row("delta-head", "Delta-LoRA", "delta", changes={"head_lr": HEAD_LR}),
+    Row("alpha-head", "LoRA, alpha x (1 + lambda)", "alpha", changes={"head_lr": HEAD_LR}),
+)
+"""A head that trains alike in all rows. In the others it shares the learning rate of the factors, so that a row whose
+factors need a lower one has a slower head as well."""
+
 COINCIDENCE = tuple(row for pair in PLAIN_PAIRS for row in pair)
 
 PUBLISHED = (Row("lora-dropout", "LoRA, dropout 0.1 in the branch", "lora", changes={"dropout": 0.1}),)
@@ -110,4 +119,6 @@ PUBLISHED = (Row("lora-dropout", "LoRA, dropout 0.1 in the branch", "lora", chan
 RATIO_SWEEP = tuple(_ratio_sweep())
 RANK_SWEEP = tuple(_rank_sweep())
 
-ROWS: Mapping[str, Row] = {row.name: row for row in (*MAIN, *COINCIDENCE, *PUBLISHED, *RATIO_SWEEP, *RANK_SWEEP)}
+ROWS: Mapping[str, Row] = {
+    row.name: row for row in (*MAIN, *COINCIDENCE, *HEAD_SWEEP, *PUBLISHED, *RATIO_SWEEP, *RANK_SWEEP)
+}

@@ -37,6 +37,7 @@ class Setting:
         label_smoothing: of the training loss.
         clip: the largest norm of the gradient; None to leave it as it is.
         eps: AdamW's.
+        head_lr: of the fresh head, where it does not share `lr` with the factors.
         dropout: in the branch, for the paper's ablation.
         model_dropout: False turns the model's own dropout off.
         precision: "float32", or "bfloat16" for autocast.
@@ -68,6 +69,7 @@ class Setting:
     label_smoothing: float = 0.0
     clip: float | None = 1.0
     eps: float = 1e-8
+    head_lr: float | None = None
     dropout: float = 0.0
     model_dropout: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -108,10 +110,12 @@ class Setting:
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that tell settings of one row apart."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:8]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the setting as plain values, without `head_lr` where it is not used: older files have none."""
+        values = asdict(self)
+        return values if self.head_lr is not None else {k: v for k, v in values.items() if k != "head_lr"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Setting:

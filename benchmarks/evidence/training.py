@@ -167,15 +167,14 @@ class Trainer:
         progress.step = until
 
     def step(self, step: int, batch: dict[str, Tensor]) -> Tensor:
-        """Take one step, numbered from 0, and return its loss."""
+        """Take one step, numbered from 0, and return the loss of the task, without what the method adds to it."""
         prepared, setting = self.prepared, self.setting
         prepared.before_step(step)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with self._precision():
             loss = self.task.loss(prepared.model(**inputs), batch["labels"])
-            if prepared.extra_loss is not None:
-                loss = loss + prepared.extra_loss()
-        loss.backward()
+            whole = loss if prepared.extra_loss is None else loss + prepared.extra_loss()
+        whole.backward()
         if setting.clip is not None:
             nn.utils.clip_grad_norm_(self.trained, setting.clip)
         prepared.optimizer.step()

@@ -1,6 +1,7 @@
 """Every method of the evidence on a tiny model: what trains, what it computes, and that a cut run continues exactly."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,3 +235,25 @@ def test_an_unknown_method_is_named_with_the_known_ones():
 def test_a_model_without_projections_is_refused():
     with pytest.raises(ValueError, match="0 query and 0 value layers"):
         prepare(setting_of("lora"), torch.nn.Sequential(torch.nn.Linear(3, 3)))
+
+
+@pytest.mark.parametrize("method", ["lora", "alpha", "delta"])
+def test_the_head_may_have_a_learning_rate_of_its_own(method):
+    """Only the head differs in the first step, in which the product of the factors is zero."""
+    runs = [Run(setting_of(method, steps=3, lr=1e-3, head_lr=head_lr)) for head_lr in (None, 1e-3, 1e-2)]
+    shared, same, fast = (run.train(stop=1) for run in runs)
+    heads = [run.model.classifier.weight.detach() for run in (shared, same, fast)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    for run in (same, fast):
+        for name, p in run.model.named_parameters():
+            if "lora" in name:
+                assert torch.equal(p, shared.model.get_parameter(name)), name
+
+
+def test_settings_without_a_head_lr_are_written_as_before_there_was_one():
+    setting = setting_of("lora")
+    assert "head_lr" not in setting.as_json()
+    other = replace(setting, head_lr=0.1)
+    assert other.as_json()["head_lr"] == 0.1
+    assert other.path != setting.path
