@@ -16,7 +16,7 @@ from benchmarks.evidence.grids import GRIDS
 from benchmarks.evidence.packing import workers_for, workers_option
 from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_result, read_results
-from benchmarks.evidence.workers import InUseError, Job, begin, commit_of, locked, machine_of, make, work
+from benchmarks.evidence.workers import InUseError, Job, as_a_worker, commit_of, locked, machine_of, make, work
 from benchmarks.machine import usable_device
 from benchmarks.unfinished import check_writable
 
@@ -124,18 +124,18 @@ def run_again(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     from tempfile import TemporaryDirectory
 
     usable_device(options.device, parser)
-    begin()
     different = 0
     for path in options.files:
         held = read_result(path)
         if held is None:
             raise ValueError(f"{path}: no such file, or one that was cut off")
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, as_a_worker():
             job = Job(Path(folder), _places(options), options.device, math.inf, commit_of(Path(__file__).parent))
             make(held.setting, job)
             now = read_result(Path(folder) / held.setting.path)
         assert now is not None
-        same = now.losses == held.losses and all(now.metrics[name] == held.metrics[name] for name in now.metrics)
+        same = all(now.metrics[name] == held.metrics[name] for name in now.metrics)
+        same &= (now.losses, now.layers, now.texts) == (held.losses, held.layers, held.texts)
         different += not same
         print(f"{path}: " + ("the same numbers" if same else f"DIFFERENT: {held.metrics} then, {now.metrics} now"))
     return int(different > 0)
@@ -145,11 +145,11 @@ def measure_cost(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     from benchmarks.evidence import cost
 
     usable_device(options.device, parser)
-    begin()
     experiment = GRIDS[options.grid].experiments[0]
     path = options.out or RESULTS / "evidence" / f"cost_{options.device.partition(':')[0]}.json"
     check_writable(path)
-    found = cost.measure(experiment, experiment.of_rows(), _places(options), options.device, options.rounds)
+    with as_a_worker():
+        found = cost.measure(experiment, cost.rows_of(experiment), _places(options), options.device, options.rounds)
     cost.write(path, found, experiment, machine_of(options.device), commit_of(Path(__file__).parent))
     print(f"Written: {path}")
     return 0

@@ -34,6 +34,15 @@ REFERENCE = "lora"
 """The row that ratios of a round are formed with."""
 
 
+def rows_of(experiment: Experiment) -> list[Row]:
+    """Return a row of each method: the others cost the same.
+
+    A ratio that rises would be measured at its beginning, where W stands still.
+    """
+    of_method = {row.method: row for row in reversed(experiment.of_rows())}
+    return [row for row in experiment.of_rows() if row is of_method[row.method] and row.method != "ratio-up"]
+
+
 def measure(experiment: Experiment, rows: Sequence[Row], places: Places, device: str, rounds: int) -> dict[str, Any]:
     """Return times and bytes of a step for each row.
 

@@ -22,9 +22,9 @@ from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result, read_results
-from benchmarks.evidence.rows import PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
-from benchmarks.evidence.sweeps import rank_sweep, ratio_sweep
+from benchmarks.evidence.sweeps import equal_heads, rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences, metrics_of, result_tables
 from benchmarks.evidence.wording import (
     caption,
@@ -70,6 +70,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         "single looks": single_looks,
         "equivalence": equivalences,
         "coincidence": coincidence,
+        "equal heads": equal_heads,
         "lambda and K": ratio_sweep,
         "rank": rank_sweep,
         "layers": layers,
@@ -122,7 +123,7 @@ def what_was_run(evidence: Evidence) -> str:
     for experiment in evidence.grid.experiments:
         found = evidence.standings(experiment)
         complete = sum(each.cell is not None for each in found)
-        tuned = sum(len(each.tried) for each in found) * experiment.tuning_seeds
+        tuned = sum(len(each.tuning) for each in found)
         kind = _kind(evidence, experiment)
         rows.append((experiment.task, kind, f"{complete} of {len(found)}", str(experiment.seeds), str(tuned)))
         without = [each for each in found if each.cell is None]
@@ -346,7 +347,7 @@ def _coincidence(delta: Result, alpha: Result, metric: str) -> tuple[str, ...]:
 def _kind(evidence: Evidence, experiment: Experiment) -> str:
     if experiment in evidence.compared.values():
         return "comparison with LoRA"
-    sweeps = {"lambda and K": RATIO_SWEEP, "rank": RANK_SWEEP}
+    sweeps = {"equal heads": HEAD_SWEEP, "lambda and K": RATIO_SWEEP, "rank": RANK_SWEEP}
     return next((kind for kind, rows in sweeps.items() if experiment is evidence.of_rows(rows)), "a single look")
 
 

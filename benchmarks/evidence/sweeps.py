@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from benchmarks.evidence.comparison import Cell, corrected, difference
 from benchmarks.evidence.measures import measure
-from benchmarks.evidence.rows import RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences
-from benchmarks.evidence.wording import caption, interval, mean, once, p_of, said
+from benchmarks.evidence.wording import caption, interval, mean, once, p_of, said, tried
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
 
 
@@ -51,6 +51,30 @@ def ratio_sweep(evidence: Evidence) -> str:
             f"The smallest p is {p_of(least)}: {ROWS[least.row].title}.",
         ]
     return paragraphs(*parts, said(evidence.standings(experiment)))
+
+
+def equal_heads(evidence: Evidence) -> str:
+    """Return LoRA, Delta-LoRA and the control with a head that has the same learning rate in all of them."""
+    experiment = evidence.of_rows(HEAD_SWEEP)
+    of = evidence.cells(experiment) if experiment else {}
+    reference = of.get(HEAD_SWEEP[0].name)
+    if experiment is None or reference is None:
+        return NOT_MEASURED
+    metrics = [experiment.metric, "loss"]
+    others = [cell for name, cell in of.items() if cell is not reference]
+    found = corrected([difference(cell, reference, metric) for metric in metrics for cell in others])
+    apart = {(each.row, each.metric): f"{interval(each)}, {p_of(each)}" for each in found}
+    standings = {each.row.name: each for each in evidence.standings(experiment)}
+    groups: list[list[Column]] = [[("lr", [f"{cell.lr:g}" for cell in of.values()])]]
+    groups[0].append(("lr tried", [tried(standings[name]) for name in of]))
+    for metric in metrics:
+        columns = [mean(cell, metric) for cell in of.values()], [apart.get((name, metric), "") for name in of]
+        groups.append([(measure(metric).title, columns[0]), ("difference to LoRA, p", columns[1])])
+    return paragraphs(
+        caption(experiment, list(of.values()), len(found)),
+        narrow_tables(("row", [ROWS[name].title for name in of]), groups),
+        said(evidence.standings(experiment)),
+    )
 
 
 def rank_sweep(evidence: Evidence) -> str:

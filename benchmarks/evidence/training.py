@@ -49,10 +49,13 @@ class Limits:
     """When a call has to end, as `time.monotonic()`, and where the run that it cuts short is kept.
 
     Who writes the result removes the checkpoint.
+
+    A checkpoint of other data or of another commit is not continued.
     """
 
     deadline: float = math.inf
     checkpoint: Path | None = None
+    commit: str = ""
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Trainer:
 
     def finish(self, limits: Limits) -> Progress:
         """Take the steps that are left."""
-        setting, progress = self.setting, self._continued(limits.checkpoint)
+        setting, progress = self.setting, self._continued(limits)
         every = STRETCH * math.ceil(setting.steps / EVALUATIONS / STRETCH)
         if progress.step == 0 and self.texts:
             with self.evaluating() as model:
@@ -137,7 +140,7 @@ class Trainer:
         while progress.step < setting.steps and not progress.diverged:
             until = min(progress.step + STRETCH, setting.steps)
             if time.monotonic() > limits.deadline:
-                self._save(progress, limits.checkpoint)
+                self._save(progress, limits)
                 raise DeadlineError(setting.path)
             self._stretch(progress, until)
             if progress.diverged:
@@ -147,7 +150,7 @@ class Trainer:
                     progress.evaluations.append((progress.step, self.task.evaluate(model)))
         if self.writes and not progress.diverged:
             # Writing takes minutes with large models, and memory of its own: training is not repeated if it fails.
-            self._save(progress, limits.checkpoint)
+            self._save(progress, limits)
             if time.monotonic() > limits.deadline:
                 raise DeadlineError(setting.path)
         return progress
@@ -187,9 +190,12 @@ class Trainer:
         """Return a context in which the model is as the method wants it evaluated."""
         return _Evaluating(self.prepared, self._precision())
 
-    def _continued(self, path: Path | None) -> Progress:
+    def _continued(self, limits: Limits) -> Progress:
         """Return where the run stands, and bring model, optimizer and generators there."""
+        path = limits.checkpoint
         held = load(path) if path is not None and path.exists() else None
+        if held is not None and held["made_with"] != [self.task.fingerprint, limits.commit]:
+            held = None
         self._batches: Iterator[dict[str, Tensor]] = self.task.training_batches()
         torch.manual_seed(self.setting.seed)  # for dropout: how much was drawn before differs between methods
         if held is None:
@@ -204,12 +210,14 @@ class Trainer:
         set_random_state(held["random"], self.device)
         return progress
 
-    def _save(self, progress: Progress, path: Path | None) -> None:
+    def _save(self, progress: Progress, limits: Limits) -> None:
+        path = limits.checkpoint
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         prepared = self.prepared
         state = {
+            "made_with": [self.task.fingerprint, limits.commit],
             "progress": vars(progress),
             "method": prepared.state(),
             "model": prepared.model.state_dict(),

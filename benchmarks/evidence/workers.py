@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def locked(folder: Path) -> Iterator[None]:
 def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting, Exception]]:
     """Make the runs of a grid that have no result file, and yield each when it is done, or with its error.
 
-    A run that failed is not tried again by this call. It ends when no run is left that can be made, or at the deadline.
+    A run that failed is not tried again by this call, nor are those that were running when a process was killed. It
+    ends when no run is left that can be made, or at the deadline.
 
     Args:
         grid: names the runs.
@@ -76,13 +78,18 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
         workers: processes; 0 to make the runs in this one.
     """
     if not workers:
-        yield from _work_here(grid, job)
+        with as_a_worker():
+            yield from _work_here(grid, job)
         return
     results = read_results(job.folder)
     running: dict[Future[Result | None], Setting] = {}
     failed: set[Setting] = set()
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
+
+    def new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
+
+    pool = new_pool()
     try:
         while True:
             busy = {*running.values(), *failed}
@@ -91,6 +98,7 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
                 running[pool.submit(make, setting, job)] = setting
             if not running:
                 return
+            broken = False
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 setting = running.pop(future)
@@ -99,9 +107,17 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
                         raise error
                     failed.add(setting)
                     yield setting, error
+                    broken |= isinstance(error, BrokenProcessPool)
                 elif (result := future.result()) is not None:
                     results.append(result)
                     yield result
+            if broken:  # a process was killed, and takes the others' runs with it
+                for future in list(running):
+                    setting = running.pop(future)
+                    failed.add(setting)
+                    yield setting, BrokenProcessPool("another process of this call was killed")
+                pool.shutdown(wait=False)
+                pool = new_pool()
     finally:
         pool.shutdown(wait=not running, cancel_futures=True)
         for process in multiprocessing.active_children():
@@ -110,7 +126,6 @@ def work(grid: Grid, job: Job, workers: int) -> Iterator[Result | tuple[Setting,
 
 
 def _work_here(grid: Grid, job: Job) -> Iterator[Result | tuple[Setting, Exception]]:
-    begin()
     results = read_results(job.folder)
     failed: set[Setting] = set()
     while time.monotonic() < job.deadline:
@@ -135,7 +150,7 @@ def make(setting: Setting, job: Job) -> Result | None:
 
     checkpoint = job.folder / "unfinished" / f"{setting.row}-{setting.digest}.pt"
     try:
-        result = run(setting, job.places, job.device, Limits(job.deadline, checkpoint))
+        result = run(setting, job.places, job.device, Limits(job.deadline, checkpoint, job.commit))
     except DeadlineError:
         return None
     result.machine, result.versions, result.commit = machine_of(job.device), versions_of(), job.commit
@@ -144,7 +159,27 @@ def make(setting: Setting, job: Job) -> Result | None:
     return result
 
 
-def begin() -> None:
+@contextmanager
+def as_a_worker() -> Iterator[None]:
+    """Set up this process as a worker for a while."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warns, fills = (
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    flash, efficient = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    _begin()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.backends.cuda.enable_flash_sdp(flash)
+        torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+
+
+def _begin() -> None:
     """Set up a process: one thread, and the same kernels for the same numbers."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -161,7 +196,7 @@ def begin() -> None:
 
 def _begin_worker(parent: int) -> None:
     """Set up a worker, which ends with its parent."""
-    begin()
+    _begin()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -2,10 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import workers
@@ -208,3 +211,33 @@ class TestCommandLine:
         with workers.locked(tmp_path):
             assert program.main(["run", "small", "--out", str(tmp_path)]) == 2
         assert "another call is making runs" in capsys.readouterr().err
+
+
+def killed(setting, job):
+    """Stand in for a run that the system ends."""
+    if setting.lr == 1e-3:
+        os._exit(9)
+    return make(setting, job)
+
+
+@pytest.mark.extra
+def test_a_process_that_is_killed_fails_its_run_and_leaves_the_others(job, monkeypatch):
+    monkeypatch.setattr(workers, "make", killed)
+    done = list(workers.work(Grid("g", [experiment(rows=("lora",), lrs=(1e-3, 3e-3, 9e-3))]), job, 1))
+    assert isinstance(done[0][1], BrokenProcessPool)
+    assert [d.setting.lr for d in done[1:]] == [3e-3, 9e-3]
+
+
+def test_this_process_is_a_worker_for_a_while_only():
+    def state():
+        return (
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+        )
+
+    before = state()
+    with workers.as_a_worker():
+        assert state() == (1, True, False, False)
+    assert state() == before
