@@ -51,7 +51,6 @@ MAIN = (
     Row("lora-lr3", "LoRA, its learning rate x 3", "lora", lr_of=("lora", 3.0)),
     # Controls that the paper lacks.
     Row("alpha", "LoRA, alpha x (1 + lambda)", "alpha"),
-    Row("alpha-low", "LoRA, alpha / 3", "lora", changes={"alpha": 16.0 / 3}),
     Row("lora-plus", "LoRA+, ratio 1 + lambda", "lora-plus"),
     Row("rslora", "rsLoRA", "rslora"),
     Row("sgd", "fine-tuning with SGD", "sgd", "sgd"),

@@ -282,7 +282,9 @@ class TestMake:
     """What `make evidence-cuda` runs; the folders alone need to be named."""
 
     def command(self, *given):
-        return subprocess.run(["make", "-n", "evidence-cuda", *given], capture_output=True, text=True, check=False)
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        command = ["make", "-n", "evidence-cuda", *given]
+        return subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
 
     def test_runs_the_recipes_without_a_network(self):
         found = self.command("MODELS=m", "DATA=d", "GRID=paper-e2e", "SECONDS=900", "PYTHON=python3.12")
