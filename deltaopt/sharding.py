@@ -311,6 +311,11 @@ def sharding_problems(letter: str, tensor: Tensor, view: MatrixView | None = Non
             f"{letter} is {kinds} on a device mesh of the ranks {ranks}, of which this process is none: build the "
             "optimizer on the ranks of that mesh alone"
         ]
+    if any((spec.mesh.mesh.diff(dim=dim) < 0).any() for dim in range(spec.mesh.ndim)):
+        return [
+            f"{letter} is {kinds} on a device mesh with the ranks {spec.mesh.mesh.tolist()}: torch hands out parts in "
+            "the order of the ranks, not in that of the mesh. Build the mesh with ascending ranks along each dimension"
+        ]
     if any(placement.is_partial() for placement in spec.placements):
         return [
             f"{letter} is {kinds}: its parts have yet to be summed up over the ranks, so that no rank has its numbers. "

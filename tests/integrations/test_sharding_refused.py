@@ -34,6 +34,12 @@ def partial(W: Any, A: Any) -> Make:
     return make
 
 
+def descending(mesh: DeviceMesh) -> list[LoRATriple]:
+    """On a mesh of the same ranks in the other order, of which the parts are not where its coordinates say."""
+    turned = DeviceMesh("cpu", mesh.mesh.flip(0))
+    return triples_of([Spread((8, 6, 2), "linear", ((Shard(0),), (Replicate(),), None))], torch.float32, turned)
+
+
 def packed(mesh: DeviceMesh) -> list[LoRATriple]:
     triples = []
     for name in ("q", "k"):
@@ -68,6 +74,12 @@ def test_partial_sums_are_refused():
         said = message(make)
         assert f"q: {letter} is a DTensor (FSDP2, tensor parallelism) with the placements (Partial(sum),)" in said
         assert "Redistribute it to Shard or Replicate" in said
+
+
+def test_a_mesh_of_descending_ranks_is_refused():
+    said = message(descending)
+    assert "on a device mesh with the ranks [1, 0]" in said
+    assert "Build the mesh with ascending ranks along each dimension" in said
 
 
 def test_packed_numbers_in_a_sharded_tensor_are_refused():
