@@ -24,6 +24,7 @@ from deltaopt.rule import UpdateRule
 from deltaopt.sharding import as_whole, highest, is_sharded, local_part, mesh_problem
 from deltaopt.tensors import FLOATS, overlapping_pairs, same_view
 from deltaopt.triple import LoRATriple
+from deltaopt.unlinked import hashes_of, raise_if_they_differ, take_whether_they_differ, unlinked_parts
 from deltaopt.weight import WeightState
 
 PLACES = (None, "cpu", "device")
@@ -387,26 +388,31 @@ def warn_of_shared_base(labels: Sequence[str]) -> None:
         )
 
 
-def check_finite(weights: Sequence[WeightState], ranks: Ranks | None = None) -> None:
-    """Raise ValueError for factors that are NaN or infinite, before their product is added to W.
+def check_factors(weights: Sequence[WeightState], ranks: Ranks | None = None) -> None:
+    """Raise ValueError for factors whose product must not be added to W.
 
     Args:
         weights: with their tensors resolved.
         ranks: that share sharded weights: they all raise, though only one may have such a factor.
+
+    Raises:
+        ValueError: if one is NaN or infinite.
+        FactorsDifferError: if one that nothing keeps equal differs between the ranks of its sharded W.
     """
-    found = on_any_rank([not _finite(weight) for weight in weights], weights, ranks)
+    found, differing = on_any_rank([not _finite(weight) for weight in weights], weights, ranks)
     bad = [weight.label for weight, is_bad in zip(weights, found, strict=True) if is_bad]
     if bad:
         raise ValueError(
             f"a factor of {names(bad)} is NaN or infinite, which would reach W (nothing was changed): load A and B of "
             "a checkpoint, or give these layers another start"
         )
+    raise_if_they_differ(differing, "nothing was changed, on no rank")
 
 
 def on_any_rank(
     found: Sequence[bool], weights: Sequence[WeightState], ranks: Ranks | None, issued: Issued | None = None
-) -> list[bool]:
-    """Return what holds on any of the ranks, all of which have to call this.
+) -> tuple[list[bool], list[WeightState]]:
+    """Return what holds on any of the ranks, all of which have to call this, and whose factors differ between them.
 
     Args:
         found: what holds on this one.
@@ -416,9 +422,15 @@ def on_any_rank(
     """
     devices = [weight.tensors.W.device for weight in weights if weight.is_sharded]
     if ranks is None or not devices:
-        return list(found)
-    numbers = highest(torch.tensor(found, device=devices[0]).long(), ranks.group, issued)
-    return [bool(number) for number in numbers.tolist()]
+        return list(found), []
+    unlinked = {weight: unlinked_parts(weight) for weight in weights}
+    facts = [torch.tensor(found, device=devices[0]).long()]
+    for parts in unlinked.values():
+        facts += [hashes.to(devices[0]) for hashes in hashes_of(parts)]
+    agreed = highest(torch.cat(facts), ranks.group, issued).tolist()
+    flags = [bool(number) for number in agreed[: len(found)]]
+    del agreed[: len(found)]
+    return flags, [weight for weight, parts in unlinked.items() if take_whether_they_differ(agreed, parts)]
 
 
 def _finite(weight: WeightState) -> bool:

@@ -86,10 +86,10 @@ from deltaopt.roll_call import RollCall, checked_timeout, look_at_written, ranks
 from deltaopt.rounding.writer import Rounding, Writer, checked_rounding
 from deltaopt.rule import Closure, UpdateRule
 from deltaopt.save_watch import SaveWatch
-from deltaopt.sharded_moves import FactorsDifferError
 from deltaopt.sharding import put_whole_
 from deltaopt.tensors import outside_inference_mode
 from deltaopt.triple import LoRATriple, named_apart
+from deltaopt.unlinked import FactorsDifferError
 from deltaopt.weight import WeightState, off_base
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (InPlaceUpdate, FoldedUpdate)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from deltaopt.all_or_nothing import Issued, note
 from deltaopt.checkpoint.records import SavedLedger, weight_records
 from deltaopt.checkpoint.resume import WeightMismatchError, factor_problems, note_rebuilt, saved_ledgers
-from deltaopt.checks import check_finite
+from deltaopt.checks import check_factors
 from deltaopt.ledger import combined
 from deltaopt.lowrank import Term
 from deltaopt.messages import problems_of, raise_problems
@@ -49,7 +49,7 @@ class Recall(Resync):
         ranks: Ranks | None,
         restore: Callable[[], None],
     ) -> None:
-        check_finite(weights, ranks)
+        check_factors(weights, ranks)
         self._writer = writer
         self._restore = restore
         ledgers = saved_ledgers(weights, records)

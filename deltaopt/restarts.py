@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import Issued, call_the_rest, note
-from deltaopt.checks import check_finite, check_writable, on_any_rank
+from deltaopt.checks import check_factors, check_writable, on_any_rank
 from deltaopt.ledger import Factors
 from deltaopt.lowrank import Term
 from deltaopt.messages import layers
@@ -40,7 +40,7 @@ class Restart:
     """
 
     def __init__(self, weights: Sequence[WeightState], writer: Writer, ranks: Ranks | None = None) -> None:
-        check_finite(weights, ranks)
+        check_factors(weights, ranks)
         check_writable(weights)
         self._weights = weights
         self._writer = writer
@@ -58,7 +58,7 @@ class Restart:
             with weight.triple.written():
                 reinit(weight.triple)
         roll_call.meet()
-        check_finite(self._weights, roll_call.ranks)
+        check_factors(self._weights, roll_call.ranks)
         start = self._copies()
         self._put_back()
         self._start = start
@@ -128,7 +128,7 @@ class Resync:
 
     @torch.no_grad()
     def __init__(self, weights: Sequence[WeightState], writer: Writer, ranks: Ranks | None = None) -> None:
-        check_finite(weights, ranks)
+        check_factors(weights, ranks)
         self._writer = writer
         self._ledgers = [(weight.ledger, weight.ratio != 0) for weight in weights]
         self._moves: list[Any] = []
@@ -212,11 +212,13 @@ class Following:
         if self._moves is None:
             ends = [_factors_of(*pair) for pair in zip(self._weights, self._issued, strict=True)]
             bad = [not factor.isfinite().all() for pair in ends for factor in pair]
-            finite = not any(on_any_rank(bad, self._weights, self._ranks, self._agreed))
+            found, differing = on_any_rank(bad, self._weights, self._ranks, self._agreed)
+            # Of factors that differ between ranks the next step says so.
+            follows = not any(found) and not differing
             self._moves = [
                 _FollowingMove(weight, start, end, _changed_outside(weight, start), [], [], Issued())
                 for weight, start, end in zip(self._weights, self._starts, ends, strict=True)
-                if finite and not all(map(torch.equal, start, end))
+                if follows and not all(map(torch.equal, start, end))
             ]
         for weight, start, end, left, written, recorded, issued in self._moves:
             ledger = weight.ledger

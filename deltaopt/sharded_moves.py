@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from deltaopt.all_or_nothing import Issued, note
-from deltaopt.checkpoint.fingerprint import content_hash
 from deltaopt.factor_buffers import factored_delta
 from deltaopt.host import Host
 from deltaopt.ledger import Factors, Ledger
-from deltaopt.messages import Problem, raise_problems
 from deltaopt.rounding.batch import Addition, KernelBatch
 from deltaopt.rounding.blocks import full_precision
 from deltaopt.rounding.noise import label_hashes
@@ -36,21 +34,10 @@ from deltaopt.sharding import (
     highest,
     is_sharded_alike,
     local_part,
-    parts_unlinked,
     with_local_part,
 )
+from deltaopt.unlinked import hashes_of, raise_if_they_differ, take_whether_they_differ, unlinked_parts
 from deltaopt.weight import WeightState, note_bases
-
-DIFFERENT = (
-    "W is sharded (FSDP2, tensor parallelism) and its factors are not, or over fewer ranks, and they differ between "
-    "ranks, so that each rank would move its part of W by another delta. Nothing keeps such factors equal: average "
-    "their gradients over the ranks before step() (DistributedDataParallel, or dist.all_reduce), or shard them with W "
-    "(fully_shard)"
-)
-
-
-class FactorsDifferError(ValueError):
-    """Factors that nothing keeps equal differ between ranks that would move their blocks of one W by them."""
 
 
 class _Slot:
@@ -135,33 +122,14 @@ class _Slot:
         else:  # here or on the device, as the host may not have compared them
             other = ~torch.stack([_equal(*pair) for pair in zip(self.start, self.end, strict=True)]).all()
         facts = [torch.stack([~finite, changed, other]).to(torch.int64)]
-        for part, count, at in self._unlinked():
-            number = content_hash(part, samples=None)
-            hashes = number.new_full((count, 2), torch.iinfo(torch.int64).min)
-            hashes[at, 0], hashes[at, 1] = number, ~number
-            facts.append(hashes.view(-1))
-        return facts
-
-    def _unlinked(self) -> list[tuple[Tensor, int, int]]:
-        """Return the parts here of parameters that may differ between the ranks of W; of how many, and which."""
-        if self.weight.piece is None:
-            return []
-        tensors = self.weight.tensors
-        return [
-            (part, *found)
-            for parameter, part in zip(tensors.parameters, self.now, strict=True)
-            if (found := parts_unlinked(parameter, tensors.W)) is not None
-        ]
+        return [*facts, *hashes_of(unlinked_parts(self.weight, self.now))]
 
     def take(self, facts: list[int]) -> bool:
         """Take from `facts` what all ranks have found of this weight; return whether all of it is finite."""
         not_finite, changed, other = facts[:3]
         del facts[:3]
-        self.changed, self.continues, self.differs = bool(changed), not other, False
-        for _, count, _ in self._unlinked():
-            hashes = facts[: 2 * count]
-            del facts[: 2 * count]
-            self.differs |= any(hashes[i] != ~hashes[i + 1] for i in range(0, 2 * count, 2))
+        self.changed, self.continues = bool(changed), not other
+        self.differs = take_whether_they_differ(facts, unlinked_parts(self.weight, self.now))
         return not not_finite
 
     @property
@@ -255,8 +223,7 @@ class ShardedMoves:
         finite = True
         for slot in self.slots:
             finite &= slot.take(facts)
-        differing = [Problem(slot.weight.label, DIFFERENT) for slot in self.slots if slot.differs]
-        raise_problems(FactorsDifferError, "W was not moved, on no rank", differing)
+        raise_if_they_differ(slot.weight for slot in self.slots if slot.differs)
         return finite
 
     def note_bases(self) -> None:

@@ -237,6 +237,42 @@ def test_whole_factors_that_differ_next_to_a_sharded_weight_are_refused_on_all_r
     assert [after for _, after in results] == [("fine", 1)] * WORLD  # a refused step is not counted
 
 
+EVENTS_OF_FACTORS: dict[str, Callable[[Run], object]] = {
+    "restart": lambda run: run.optimizer.restart(),
+    "resync": lambda run: run.optimizer.resync(),
+}
+
+
+def has_factors_of_its_own_in(rank: int, event: str) -> Any:
+    run = run_on_rank(([S0], WHOLE, WHOLE))
+    if rank == 1:
+        with torch.no_grad():
+            run.tensors[1][2][0, 0] += 2.0**-20
+    return told(run, lambda: EVENTS_OF_FACTORS[event](run))
+
+
+@pytest.mark.parametrize("event", EVENTS_OF_FACTORS)
+def test_events_refuse_whole_factors_that_differ(event):
+    """No later step would tell: a restart makes A and B equal again, and W stays another one on each rank."""
+    text = "FactorsDifferError: nothing was changed, on no rank:\n  layer 1: W is sharded"
+    assert_told(on_all_ranks(has_factors_of_its_own_in, event), text, text)
+
+
+def starts_as_it_likes(rank: int) -> Any:
+    run = run_on_rank(([S0], WHOLE, WHOLE))
+
+    def start(triple: Any) -> None:
+        triple.A.zero_()
+        triple.B.fill_(1.0 + rank)
+
+    return told(run, lambda: run.optimizer.restart(start))
+
+
+def test_a_start_that_differs_between_ranks_is_refused():
+    text = "FactorsDifferError: nothing was changed, on no rank:\n  W is sharded"
+    assert_told(on_all_ranks(starts_as_it_likes), text, text)
+
+
 def fails_in_its_restart(rank: int) -> Any:
     run = run_on_rank()
 
