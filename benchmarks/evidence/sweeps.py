@@ -63,7 +63,7 @@ def equal_heads(evidence: Evidence) -> str:
     metrics = [experiment.metric, "loss"]
     others = [cell for name, cell in of.items() if cell is not reference]
     found = corrected([difference(cell, reference, metric) for metric in metrics for cell in others])
-    apart = {(each.row, each.metric): f"{interval(each)}, {p_of(each)}" for each in found}
+    apart = {(each.row, each.what): f"{interval(each)}, {p_of(each)}" for each in found}
     standings = {each.row.name: each for each in evidence.standings(experiment)}
     groups: list[list[Column]] = [[("lr", [f"{cell.lr:g}" for cell in of.values()])]]
     groups[0].append(("lr tried", [tried(standings[name]) for name in of]))

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.evidence import page, wording
+from benchmarks.evidence.comparison import difference
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.page import evidence_tables, report
 from benchmarks.evidence.result import Result, write_result
-from benchmarks.evidence.rows import PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import Evidence, standings
-from benchmarks.evidence.sweeps import rank_sweep, ratio_sweep
+from benchmarks.evidence.sweeps import equal_heads, rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import result_tables
 from benchmarks.markdown import WIDTH
 from tests.benchmarks.made_results import complete, made
@@ -34,7 +35,7 @@ def experiment(task="docstrings", metric="accuracy", rows=("lora", "delta", "alp
 def grid():
     compared = ("full", "lora", "delta", "lora-lr3", "alpha", *PLAIN)
     texts = [experiment(task, "loss", ("lora", "delta", "alpha")) for task in ("e2e", "webnlg")]
-    sweeps = [experiment(rows=[row.name for row in rows], seeds=2) for rows in (RATIO_SWEEP, RANK_SWEEP)]
+    sweeps = [experiment(rows=[row.name for row in rows], seeds=2) for rows in (HEAD_SWEEP, RATIO_SWEEP, RANK_SWEEP)]
     looks = experiment("cola", "matthews", ("lora",), seeds=1)
     return Grid("test", (experiment(rows=compared, seeds=2), *texts, *sweeps, looks))
 
@@ -189,6 +190,19 @@ def test_equivalence_is_of_delta_lora_and_the_larger_alpha(shift, verdict):
     assert float(line[3]) == pytest.approx(-100 * shift - 0.07, abs=0.01)
     assert line[5] == "1"
     assert line[-1] == verdict
+
+
+def test_rows_with_equal_heads_are_compared_among_themselves(evidence):
+    text = equal_heads(evidence)
+    cells = evidence.cells(evidence.of_rows(HEAD_SWEEP))
+    for name in ("lora-head", "delta-head", "alpha-head"):
+        line = lines(text, ROWS[name].title)[0]
+        assert line[1] == f"{cells[name].lr:g}"
+        assert line[3].startswith(f"{100 * cells[name].mean('accuracy'):.2f}")
+        assert bool(line[4]) == (name != "lora-head")
+    apart = difference(cells["delta-head"], cells["lora-head"], "accuracy")
+    assert lines(text, "Delta-LoRA")[0][4].startswith(f"{100 * apart.mean:+.2f}")
+    assert "p by Holm over 4 comparisons" in text
 
 
 def test_the_sweep_over_lambda_and_k_has_a_cell_for_each(evidence):
