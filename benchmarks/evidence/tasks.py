@@ -64,8 +64,12 @@ class OpenTask:
         self._setting, self._task, self._tokens, self._tokenizer = setting, task, tokens, tokenizer
         self._device = device
 
-    def training_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield batches without end: every example once before any comes again, in an order from the seed alone."""
+    def training_batches(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Yield batches without end: every example once before any comes again, in an order from the seed alone.
+
+        Args:
+            start: leave out so many at the beginning.
+        """
         side, size = self._tokens.train, self._setting.batch_size
         generator = torch.Generator().manual_seed(self._setting.seed)
         order = torch.empty(0, dtype=torch.long)
@@ -73,7 +77,10 @@ class OpenTask:
             while len(order) < size:
                 order = torch.cat((order, torch.randperm(len(side), generator=generator)))
             rows, order = order[:size], order[size:]
-            yield self._batch(side, rows)
+            if start > 0:
+                start -= 1
+            else:
+                yield self._batch(side, rows)
 
     def loss(self, output: Any, labels: Tensor) -> Tensor:
         """Return the training loss of a model's output: smoothed cross entropy, or squared error."""

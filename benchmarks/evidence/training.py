@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +195,11 @@ class Trainer:
         held = load(path) if path is not None and path.exists() else None
         if held is not None and held["made_with"] != [self.task.fingerprint, limits.commit]:
             held = None
-        self._batches: Iterator[dict[str, Tensor]] = self.task.training_batches()
+        progress = Progress() if held is None else Progress(**held["progress"])
+        self._batches: Iterator[dict[str, Tensor]] = self.task.training_batches(progress.step)
         torch.manual_seed(self.setting.seed)  # for dropout: how much was drawn before differs between methods
         if held is None:
-            return Progress()
-        progress = Progress(**held["progress"])
-        self._batches = islice(self._batches, progress.step, None)
+            return progress
         prepared = self.prepared
         prepared.load_state(held["method"])
         prepared.model.load_state_dict(held["model"])

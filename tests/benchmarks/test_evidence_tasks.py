@@ -77,6 +77,12 @@ def test_the_order_is_the_seed_s_alone(places):
     assert order() != order(seed=1)
 
 
+def test_batches_begin_where_a_run_continues(places):
+    task, _, _ = opened(places, "mrpc", "bert", batch_size=7)
+    whole = [b["input_ids"].tolist() for b in itertools.islice(task.training_batches(), 12)]
+    assert [b["input_ids"].tolist() for b in itertools.islice(task.training_batches(9), 3)] == whole[9:]
+
+
 def test_a_batch_is_as_long_as_its_longest_example(places):
     task, _, tokenizer = opened(places, "mrpc", "bert", batch_size=3)
     for batch in itertools.islice(task.training_batches(), 10):
