@@ -103,16 +103,23 @@ def in_short(evidence: Evidence) -> str:
     """Return the table of the front page."""
     rows = []
     for task, experiment in evidence.compared.items():
-        of = evidence.cells(experiment)
-        if not {LORA, DELTA, ALPHA} <= of.keys() or experiment.seeds < 2:
-            continue
-        name = metrics_of(experiment, of.values())[0][0]
-        means = [mean(of[row], name) for row in (LORA, DELTA, ALPHA)]
-        apart = difference(of[DELTA], of[LORA], name)
-        rows.append((task, measure(name).title, *means, interval(apart)))
+        rows += _in_short(evidence, experiment, task, (LORA, DELTA, ALPHA))
+    if (heads := evidence.of_rows(HEAD_SWEEP)) is not None:
+        rows += _in_short(evidence, heads, "equal heads", [row.name for row in HEAD_SWEEP])
     if not rows:
         return NOT_MEASURED
     return table(("task", "", "LoRA", "Delta-LoRA", "LoRA, larger alpha", "Delta-LoRA - LoRA [95 %]"), rows)
+
+
+def _in_short(evidence: Evidence, experiment: Experiment, title: str, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the line of one experiment whose rows begin with LoRA and Delta-LoRA; none without them."""
+    of = evidence.cells(experiment)
+    if not set(names) <= of.keys() or experiment.seeds < 2:
+        return []
+    cells = [of[name] for name in names]
+    metric = metrics_of(experiment, of.values())[0][0]
+    apart = difference(cells[1], cells[0], metric)
+    return [(title, measure(metric).title, *(mean(cell, metric) for cell in cells), interval(apart))]
 
 
 def what_was_run(evidence: Evidence) -> str:

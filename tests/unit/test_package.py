@@ -35,7 +35,7 @@ ORDER = [
     "optimizer",
     "synced",
     *("folded", "in_place", "sharded_moves", "factor_buffers", "host", "recall", "restarts", "roll_call"),
-    *("checks", "rule", "gradient_hooks", "usage", "around"),
+    *("checks", "rule", "gradient_hooks", "usage", "around", "unlinked"),
     *("report", "base", "checkpoint.resume", "checkpoint.format", "checkpoint.records"),
     *("rounding.batch", "rounding.writer", "norms"),
     *("weight", "claims", "groups", "inner", "in_backward", "triple", "triple_tensors"),
