@@ -475,6 +475,10 @@ def test_pieces_of_two_ranks_have_the_bits_of_the_whole_model(device, name, dtyp
 
 @on_devices
 def test_two_processes_meet_over_gloo_and_move_their_pieces(device, tmp_path):
+    if device == "cuda" and torch.__version__ < "2.12":
+        pytest.skip(
+            "torch 2.11 ends with a segmentation fault where gloo sends tensors of a GPU; to be seen with a later one"
+        )
     alone = Run(device, torch.bfloat16, rounding="stochastic").steps(4)
     torch.save([W.detach().cpu() for W in alone.weights], tmp_path / "expected")
     context = torch.multiprocessing.spawn(in_a_process, (device, str(tmp_path)), nprocs=2, join=False)
