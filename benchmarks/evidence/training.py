@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def run(setting: Setting, places: Places, device: str, limits: Limits | None = N
             result.texts = task.generate(evaluated) if trainer.writes else None
             if progress.before is not None:
                 result.forgetting = (progress.before, forgetting.text_loss(evaluated, texts))
-        result.layers = [_numbers(change._asdict()) for change in trainer.prepared.changes()]
+        result.layers = [change._asdict() for change in trainer.prepared.changes()]
     result.peak_bytes = torch.cuda.max_memory_allocated(device) if cuda else None
     return result
 
@@ -185,9 +185,16 @@ class Trainer:
         self.scheduler.step()
         return loss.detach()
 
-    def evaluating(self) -> AbstractContextManager[nn.Module]:
-        """Return a context in which the model is as the method wants it evaluated."""
-        return _Evaluating(self.prepared, self._precision())
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """Give the model as the method wants it evaluated, without gradients; it is in training again afterwards."""
+        self.prepared.before_evaluation()
+        try:
+            with torch.no_grad(), self._precision():
+                yield self.prepared.model.eval()
+        finally:
+            self.prepared.model.train()
+            self.prepared.after_evaluation()
 
     def _continued(self, limits: Limits) -> Progress:
         """Return where the run stands, and bring model, optimizer and generators there."""
@@ -240,26 +247,3 @@ def _own_texts(setting: Setting, places: Places, model: nn.Module) -> forgetting
     if task_named(setting.task).kind != "continue":
         return []
     return forgetting.own_texts(model, load_tokenizer(setting, places), seed=0, count=OWN_TEXTS)
-
-
-class _Evaluating(AbstractContextManager[nn.Module]):
-    """The model in evaluation, without gradients; in training again afterwards."""
-
-    def __init__(self, prepared: Prepared, precision: AbstractContextManager[Any]) -> None:
-        self._prepared, self._contexts = prepared, (torch.no_grad(), precision)
-
-    def __enter__(self) -> nn.Module:
-        self._prepared.before_evaluation()
-        for context in self._contexts:
-            context.__enter__()
-        return self._prepared.model.eval()
-
-    def __exit__(self, *raised: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*raised)
-        self._prepared.model.train()
-        self._prepared.after_evaluation()
-
-
-def _numbers(change: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in change.items()}
