@@ -23,7 +23,6 @@ class Result:
             where texts are written) or squared error. Smaller is better for "loss" and "TER" alone. The metrics of
             written texts are added to the file later, by ``score``. Empty for a run that diverged.
         losses: the mean training loss of each tenth step, a stretch of ten steps each.
-        evaluations: (step, metrics) during the run.
         layers: `LayerChange._asdict()` of each adapted layer: how far W* = W + s A B went from W0.
         trained: number of parameters with a gradient. total: number of parameters.
         seconds: of training, without evaluation. step_seconds: the median step's.
@@ -38,7 +37,6 @@ class Result:
     setting: Setting
     metrics: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     trained: int = 0
     total: int = 0
@@ -66,7 +64,7 @@ class Result:
         if missing := {f.name for f in fields(cls)} - values.keys():
             raise KeyError(f"no {', '.join(sorted(missing))}")
         held = {**values, "setting": Setting.from_json(values["setting"])}
-        held["evaluations"] = [(step, metrics) for step, metrics in held["evaluations"]]
+        held.pop("evaluations", None)  # older files have what was measured during the run as well
         if held["forgetting"] is not None:
             held["forgetting"] = tuple(held["forgetting"])
         return cls(**held)

@@ -115,10 +115,15 @@ def test_unknown_rows_are_refused():
 
 class TestFiles:
     def test_come_back(self, tmp_path):
-        result = Result(SETTING, {"accuracy": 1 / 3}, [2.0], [(10, {"accuracy": 0.25})], forgetting=(1.0, 2.0))
+        result = Result(SETTING, {"accuracy": 1 / 3}, [2.0], forgetting=(1.0, 2.0))
         path = write_result(tmp_path, result)
         assert path == tmp_path / SETTING.path
         assert read_results(tmp_path) == [replace(result, metrics={"accuracy": 0.3333333})]
+
+    def test_of_older_runs_are_read(self, tmp_path):
+        path = write_result(tmp_path, made(SETTING))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations": [[10, {"accuracy": 0.5}]]}))
+        assert read_result(path) == made(SETTING)
 
     def test_cut_off_do_not_count(self, tmp_path):
         path = write_result(tmp_path, made(SETTING))

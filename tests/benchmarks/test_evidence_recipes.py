@@ -205,7 +205,7 @@ class TestDryRuns:
         results = read_results(tmp_path)
         assert len(results) == count
         assert not any(result.diverged for result in results)
-        assert all(result.metrics["loss"] > 0 and len(result.evaluations) == 1 for result in results)
+        assert all(result.metrics["loss"] > 0 for result in results)
         writing = grid != "paper-glue"
         assert all((result.texts is not None) == (writing and result.setting.split == "test") for result in results)
         assert not list((tmp_path / "unfinished").glob("*"))
