@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import ROWS, Kind, Row
 from benchmarks.evidence.setting import Setting
@@ -26,7 +27,6 @@ class Experiment:
     Attributes:
         task: a name of `tasks.TASKS`.
         model: a folder's name or a hub name.
-        metric: the task's main metric, by which learning rates are tuned.
         rows: names of `rows.ROWS`, the most important first.
         setting: what all rows share, as arguments of `Setting`.
         lrs: the learning rates to try, for each kind of row.
@@ -36,7 +36,6 @@ class Experiment:
 
     task: str
     model: str
-    metric: str
     rows: Sequence[str]
     setting: Mapping[str, Any]
     lrs: Mapping[Kind, Sequence[float]]
@@ -48,6 +47,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in ROWS]:
             raise ValueError(f"unknown rows {', '.join(unknown)}; known are {', '.join(ROWS)}")
+
+    @property
+    def metric(self) -> str:
+        """The task's main metric, by which learning rates are tuned."""
+        return task_named(self.task).metric
 
     def example(self, row: Row) -> Setting:
         """Return a setting of a row at a learning rate that is not tuned, to measure what does not depend on it."""

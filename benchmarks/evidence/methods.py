@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,21 +33,6 @@ from deltaopt.analysis import LayerChange, dense_changes, layer_changes
 Prepare = Callable[[Setting, nn.Module], Prepared]
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method of the comparison.
-
-    Attributes:
-        key: its name in settings and files.
-        title: its name in tables.
-        prepare: makes a model ready to be trained by it.
-    """
-
-    key: str
-    title: str
-    prepare: Prepare
-
-
 def prepare(setting: Setting, model: nn.Module) -> Prepared:
     """Make a model ready to be trained by the setting's method.
 
@@ -61,12 +45,12 @@ def prepare(setting: Setting, model: nn.Module) -> Prepared:
     """
     if setting.method not in METHODS:
         raise ValueError(f"{setting.row}: no method is called {setting.method!r}. There are {', '.join(METHODS)}")
-    return METHODS[setting.method].prepare(setting, model)
+    return METHODS[setting.method](setting, model)
 
 
 def _everything(setting: Setting, model: nn.Module) -> Prepared:
     model.requires_grad_(True)
-    return _dense(setting, model, _adamw(setting, model.parameters()))
+    return _dense(setting, model, _adamw(setting, model))
 
 
 def _frozen_embeddings(setting: Setting, model: nn.Module) -> Prepared:
@@ -75,17 +59,22 @@ def _frozen_embeddings(setting: Setting, model: nn.Module) -> Prepared:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
-    return _dense(setting, model, _adamw(setting, trained_parameters(model)))
+    return _dense(setting, model, _adamw(setting, model))
 
 
 def _query_and_value(setting: Setting, model: nn.Module) -> Prepared:
     """Train W_Q and W_V without their biases: what LoRA adapts."""
     train_only(model, [model.get_parameter(name) for name in _weight_names(model)])
-    return _dense(setting, model, _adamw(setting, trained_parameters(model)))
+    return _dense(setting, model, _adamw(setting, model))
 
 
 def _sgd(setting: Setting, model: nn.Module) -> Prepared:
     """Train everything without momentum, so that the optimizer keeps no state."""
+    if setting.head_lr is not None:
+        raise ValueError(
+            f"{setting.row}: head_lr={setting.head_lr:g} is a learning rate of AdamW, in whose scale SGD's is not: "
+            f"leave it out for SGD"
+        )
     model.requires_grad_(True)
     sgd = torch.optim.SGD(model.parameters(), lr=setting.lr, weight_decay=setting.weight_decay, fused=True)
     return _dense(setting, model, sgd)
@@ -95,28 +84,22 @@ def _lora(setting: Setting, model: nn.Module, *, larger: bool = False, rslora: b
     """Train LoRA with alpha, or with alpha (1 + lambda)."""
     alpha = setting.alpha * (_one_more(setting) if larger else 1.0)
     layers = add_lora(setting, model, alpha=alpha, rslora=rslora)
-    head = _head_group(setting, model)
-    of_head = {id(p) for group in head for p in group["params"]}
-    factors = {"params": [p for p in trained_parameters(model) if id(p) not in of_head]}
-    optimizer = _adamw(setting, [factors, *head])
-    return Prepared(model, optimizer, changes=lambda: layer_changes(lora_triples(layers)))
+    return Prepared(model, _adamw(setting, model), changes=lambda: layer_changes(lora_triples(layers)))
 
 
 def _lora_plus(setting: Setting, model: nn.Module) -> Prepared:
     """Train the factor that starts at zero with 1 + lambda times the learning rate."""
     layers = add_lora(setting, model, alpha=setting.alpha)
-    faster = [layer.lora_B[ADAPTER].weight for layer in layers.values()]
-    chosen = {id(p) for p in faster}
-    others = [p for p in trained_parameters(model) if id(p) not in chosen]
-    groups = [{"params": others}, {"params": faster, "lr": setting.lr * _one_more(setting)}]
-    return Prepared(model, _adamw(setting, groups), changes=lambda: layer_changes(lora_triples(layers)))
+    factors = [layer.lora_B[ADAPTER].weight for layer in layers.values()]
+    faster = {"params": factors, "lr": setting.lr * _one_more(setting)}
+    return Prepared(model, _adamw(setting, model, faster), changes=lambda: layer_changes(lora_triples(layers)))
 
 
 def _adalora(setting: Setting, model: nn.Module) -> Prepared:
     adalora = AdaLora(setting, model)
     return Prepared(
         model,
-        _adamw(setting, trained_parameters(model)),
+        _adamw(setting, model),
         after_step=adalora.after_step,
         extra_loss=adalora.orthogonality,
         changes=adalora.changes,
@@ -144,7 +127,7 @@ def _dylora(setting: Setting, model: nn.Module) -> Prepared:
             [LoRATriple(layer.base_layer.weight, layer.A, layer.B, scaling, name) for name, layer in layers.items()]
         )
 
-    return Prepared(model, _adamw(setting, trained_parameters(model)), before_step=draw, changes=changes)
+    return Prepared(model, _adamw(setting, model), before_step=draw, changes=changes)
 
 
 def _delta(
@@ -160,7 +143,7 @@ def _delta(
     optimizer = DeltaLoRAOptimizer(
         torch.optim.AdamW,
         triples,
-        _head_group(setting, model) or other_parameters(model, triples),
+        _groups(setting, model, other_parameters(model, triples)),
         update_ratio=ratio(setting),
         start_step=setting.start_step,
         rounding_seed=setting.seed,
@@ -193,13 +176,22 @@ def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
     return {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
 
 
-def _head_group(setting: Setting, model: nn.Module) -> list[dict[str, Any]]:
-    """Return the fresh head with its own learning rate, if the setting has one."""
-    return [] if setting.head_lr is None else [{"params": head_parameters(model), "lr": setting.head_lr}]
+def _groups(setting: Setting, model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return the parameters, the fresh head among them with its own learning rate if the setting has one."""
+    parameters = list(parameters)
+    if setting.head_lr is None:
+        return [{"params": parameters}] if parameters else []
+    of_head = {id(p) for p in head_parameters(model)}
+    head = {"params": [p for p in parameters if id(p) in of_head], "lr": setting.head_lr}
+    others = {"params": [p for p in parameters if id(p) not in of_head]}
+    return [group for group in (others, head) if group["params"]]
 
 
-def _adamw(setting: Setting, params: Any) -> Optimizer:
-    return torch.optim.AdamW(params, **_adamw_options(setting))
+def _adamw(setting: Setting, model: nn.Module, *apart: dict[str, Any]) -> Optimizer:
+    """Return AdamW over all trained parameters. Groups with options of their own stand apart."""
+    elsewhere = {id(p) for group in apart for p in group["params"]}
+    parameters = [p for p in trained_parameters(model) if id(p) not in elsewhere]
+    return torch.optim.AdamW([*_groups(setting, model, parameters), *apart], **_adamw_options(setting))
 
 
 def _adamw_options(setting: Setting) -> dict[str, Any]:
@@ -218,24 +210,21 @@ def _ramp(setting: Setting, start: float, end: float) -> schedules.Ramp:
     return schedules.linear(start * ratio, end * ratio, moving, min(10, moving), setting.start_step)
 
 
-METHODS: dict[str, Method] = {
-    key: Method(key, title, prepare)
-    for key, title, prepare in (
-        ("full", "fine-tuning", _everything),
-        ("full-frozen-embeddings", "fine-tuning, frozen embeddings", _frozen_embeddings),
-        ("full-qv", "fine-tuning of W_Q and W_V", _query_and_value),
-        ("sgd", "fine-tuning by SGD", _sgd),
-        ("lora", "LoRA", _lora),
-        ("lora-plus", "LoRA+, ratio 1 + λ", _lora_plus),
-        ("rslora", "rsLoRA", partial(_lora, rslora=True)),
-        ("adalora", "AdaLoRA", _adalora),
-        ("dylora", "DyLoRA", _dylora),
-        ("delta", "Delta-LoRA", _delta),
-        ("alpha", "LoRA, alpha (1 + λ)", partial(_lora, larger=True)),
-        ("ratio-up", "Delta-LoRA, λ rising from 0", partial(_delta, ratio=partial(_ramp, start=0.0, end=1.0))),
-        ("ratio-down", "Delta-LoRA, λ falling to 0", partial(_delta, ratio=partial(_ramp, start=1.0, end=0.0))),
-        ("restarts", "LoRA, 3 restarts", partial(_delta, ratio=lambda setting: 0.0, restarts=True)),
-        ("delta-restarts", "Delta-LoRA, 3 restarts", partial(_delta, restarts=True)),
-    )
+METHODS: Mapping[str, Prepare] = {
+    "full": _everything,
+    "full-frozen-embeddings": _frozen_embeddings,
+    "full-qv": _query_and_value,
+    "sgd": _sgd,
+    "lora": _lora,
+    "lora-plus": _lora_plus,
+    "rslora": partial(_lora, rslora=True),
+    "adalora": _adalora,
+    "dylora": _dylora,
+    "delta": _delta,
+    "alpha": partial(_lora, larger=True),
+    "ratio-up": partial(_delta, ratio=partial(_ramp, start=0.0, end=1.0)),
+    "ratio-down": partial(_delta, ratio=partial(_ramp, start=1.0, end=0.0)),
+    "restarts": partial(_delta, ratio=lambda setting: 0.0, restarts=True),
+    "delta-restarts": partial(_delta, restarts=True),
 }
-"""The methods by key, in the order of the tables."""
+"""The methods by name, each with what makes a model ready for it."""

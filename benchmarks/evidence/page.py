@@ -105,7 +105,7 @@ def in_short(evidence: Evidence) -> str:
     for task, experiment in evidence.compared.items():
         rows += _in_short(evidence, experiment, task, (LORA, DELTA, ALPHA))
     if (heads := evidence.of_rows(HEAD_SWEEP)) is not None:
-        rows += _in_short(evidence, heads, "equal heads", [row.name for row in HEAD_SWEEP])
+        rows += _in_short(evidence, heads, "equal heads", [row.name for row in HEAD_SWEEP[:3]])
     if not rows:
         return NOT_MEASURED
     return table(("task", "", "LoRA", "Delta-LoRA", "LoRA, larger alpha", "Delta-LoRA - LoRA [95 %]"), rows)
@@ -133,11 +133,11 @@ def what_was_run(evidence: Evidence) -> str:
         tuned = sum(len(each.tuning) for each in found)
         kind = _kind(evidence, experiment)
         rows.append((experiment.task, kind, f"{complete} of {len(found)}", str(experiment.seeds), str(tuned)))
-        without = [each for each in found if each.cell is None]
+        without = [f"{each.row.title} ({each.missing})" for each in found if each.cell is None]
         if len(without) == len(found) > 1:
             missing.append(f"{experiment.task}, {kind}: all {len(found)} rows")
-        else:
-            missing += [f"{experiment.task}: {each.row.title} ({each.missing})" for each in without]
+        elif without:
+            missing.append(f"{experiment.task}, {kind}: {', '.join(without)}")
     hours = sum(run.seconds for run in evidence.results) / 3600
     diverged = sum(run.diverged for run in evidence.results)
     told = (
@@ -352,8 +352,8 @@ def _coincidence(delta: Result, alpha: Result, metric: str) -> tuple[str, ...]:
 
 
 def _kind(evidence: Evidence, experiment: Experiment) -> str:
-    if experiment in evidence.compared.values():
-        return "comparison with LoRA"
+    if (name := next((name for name, each in evidence.compared.items() if each is experiment), None)) is not None:
+        return "comparison with LoRA" + name.removeprefix(experiment.task)
     sweeps = {"equal heads": HEAD_SWEEP, "lambda and K": RATIO_SWEEP, "rank": RANK_SWEEP}
     return next((kind for kind, rows in sweeps.items() if experiment is evidence.of_rows(rows)), "a single look")
 

@@ -31,6 +31,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 FINE_TUNING = "full"
 PANELS = 4
@@ -60,8 +61,9 @@ def write_all(results: Path, folder: Path = PICTURES) -> list[Path]:
 def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
     """Draw all pictures of a grid into a folder; see `write_all`."""
     figures: dict[str, Figure | None] = {"cosines": cosines(evidence), "ranks": ranks(evidence)}
-    for name, experiment in evidence.compared.items():
+    for name, experiment in evidence.pictured.items():
         figures[f"rates-{name}"] = rates(evidence, experiment)
+    for name, experiment in evidence.compared.items():
         figures[f"losses-{name}"] = losses(evidence, experiment)
         figures[f"forgetting-{name}"] = forgetting(evidence, experiment)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,21 +88,27 @@ def rates(evidence: Evidence, experiment: Experiment) -> Figure | None:
     lines = {name: {lr: how.factor * value for lr, value in line.items()} for name, line in lines.items()}
     smaller = smaller_is_better(experiment.metric)
     best = min if smaller else max
-    figure, axes = _panels(lines)
+    reference = next((name for name in lines if ROWS[name].method == LORA), None)
+    tried = [lr for line in lines.values() for lr in line]
+    ticks = LogLocator(subs=(1, 3) if max(tried) < 100 * min(tried) else (1,))
+    figure, axes = _panels(lines, reference)
     for name, axis in axes.items():
-        for other in (each for each in lines if each not in (name, LORA)):
+        for other in (each for each in lines if each not in (name, reference)):
             axis.plot(*_line(lines[other]), color=OTHERS, lw=0.8, zorder=1)
-        if LORA in lines:
-            axis.plot(*_line(lines[LORA]), color=REFERENCE, lw=1.2, zorder=2)
-            axis.axhline(best(lines[LORA].values()), color=REFERENCE, lw=0.8, ls=":", zorder=1)
-        axis.plot(*_line(lines[name]), "o-", color=_colour(name), ms=3.5, lw=1.8, zorder=3)
-        _ring(axis, found[name], lines[name], 0.93 if smaller else 0.07)
+        if reference is not None:
+            axis.plot(*_line(lines[reference]), color=REFERENCE, lw=1.2, zorder=2)
+            axis.axhline(best(lines[reference].values()), color=REFERENCE, lw=0.8, ls=":", zorder=1)
+        colour = _colour(name, reference)
+        axis.plot(*_line(lines[name]), "o-", color=colour, ms=3.5, lw=1.8, zorder=3)
+        _ring(axis, found[name], lines[name], colour, 0.93 if smaller else 0.07)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticks)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     first = next(iter(axes.values()))
     first.set_ylim(*_limits(lines, smaller))
-    figure.supxlabel("learning rate")
-    figure.supylabel(f"{how.title}, held out of the training data")
+    figure.supxlabel("learning rate", fontsize=9)
+    figure.supylabel(f"{how.title}, held out", fontsize=9)
     return figure
 
 
@@ -116,8 +124,8 @@ def losses(evidence: Evidence, experiment: Experiment) -> Figure | None:
             axis.plot(*_line(lines[LORA]), color=REFERENCE, lw=1.0)
         if name != LORA:
             axis.plot(*_line(lines[name]), color=COLOUR, lw=1.4)
-    figure.supxlabel("step")
-    figure.supylabel("training loss, running mean")
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("training loss, running mean", fontsize=9)
     return figure
 
 
@@ -195,12 +203,12 @@ def _over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:
     return {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
 
 
-def _ring(axis: Axes, standing: Standing, line: Points, lost_at: float) -> None:
+def _ring(axis: Axes, standing: Standing, line: Points, colour: str, lost_at: float) -> None:
     """Draw a ring at the chosen rate, and a cross at each rate at which a run diverged."""
     if standing.lr is not None and standing.lr in line:
-        axis.plot(standing.lr, line[standing.lr], "o", ms=10, mfc="none", mec=_colour(standing.row.name), zorder=4)
+        axis.plot(standing.lr, line[standing.lr], "o", ms=10, mfc="none", mec=colour, zorder=4)
     for lr in (lr for lr in standing.tried if lr not in line):
-        axis.plot(lr, lost_at, "x", color=_colour(standing.row.name), ms=6, transform=axis.get_xaxis_transform())
+        axis.plot(lr, lost_at, "x", color=colour, ms=6, transform=axis.get_xaxis_transform())
 
 
 def _limits(lines: Mapping[str, Points], smaller: bool) -> tuple[float, float]:
@@ -229,7 +237,7 @@ def _mean_and_error(cell: Cell, of: Callable[[Result], float]) -> tuple[float, f
     return cell.mean(of), cell.standard_error(of) if len(cell.results) > 1 else 0.0
 
 
-def _panels(lines: Mapping[str, Points]) -> tuple[Figure, dict[str, Axes]]:
+def _panels(lines: Mapping[str, Points], reference: str | None = LORA) -> tuple[Figure, dict[str, Axes]]:
     """Return a figure with a panel for each row, with common axes."""
     columns = min(PANELS, len(lines))
     rows = math.ceil(len(lines) / columns)
@@ -239,7 +247,7 @@ def _panels(lines: Mapping[str, Points]) -> tuple[Figure, dict[str, Axes]]:
     )  # fmt: skip
     axes = dict(zip(lines, grid.flat, strict=False))
     for name, axis in axes.items():
-        axis.set_title(ROWS[name].title, fontsize=8, color=_colour(name))
+        axis.set_title(ROWS[name].title, fontsize=8, color=_colour(name, reference))
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     for axis in list(grid.flat)[len(lines) :]:
@@ -247,8 +255,8 @@ def _panels(lines: Mapping[str, Points]) -> tuple[Figure, dict[str, Axes]]:
     return figure, axes
 
 
-def _colour(name: str) -> str:
-    return REFERENCE if name == LORA else COLOUR
+def _colour(name: str, reference: str | None = LORA) -> str:
+    return REFERENCE if name == reference else COLOUR
 
 
 def _line(points: Points) -> tuple[list[float], list[float]]:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.rows import Kind
 
@@ -162,7 +161,7 @@ def _experiment(
         return tuple(float(f"{published * factor:.2g}") for factor in (1 / 3, 1, 3)) if tuned else (published,)
 
     lrs: Mapping[Kind, Sequence[float]] = {"adapter": rates(lr), "dense": rates(dense_lr)}
-    return Experiment(task, model, task_named(task).metric, rows, setting, lrs, tuning_seeds=int(tuned))
+    return Experiment(task, model, rows, setting, lrs, tuning_seeds=int(tuned))
 
 
 PAPER = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -65,28 +66,6 @@ MAIN = (
 
 _PLAIN = {"clip": None, "eps": 1e-8, "start": 0.0, "model_dropout": False}
 
-SWEPT_RATIOS = (0.5, 2.0, 8.0)
-SWEPT_STARTS = (0.0, 0.05, 0.2, 0.5)
-SWEPT_RANKS = (2, 4, 16, 32)
-"""8 is the rank of the other rows."""
-
-
-def _ratio_sweep() -> Iterator[Row]:
-    for ratio in SWEPT_RATIOS:
-        for start in SWEPT_STARTS:
-            title = f"Delta-LoRA, lambda {ratio:g}, K = {100 * start:g} %"
-            changes = {"update_ratio": ratio, "start": start}
-            yield Row(f"delta-ratio{ratio:g}-k{100 * start:g}", title, "delta", changes=changes)
-
-
-def _rank_sweep() -> Iterator[Row]:
-    for rank in SWEPT_RANKS:
-        # alpha / r stays: a larger rank is no larger scaling.
-        changes = {"rank": rank, "alpha": 2.0 * rank}
-        for name, title in (("lora", "LoRA"), ("delta", "Delta-LoRA"), ("alpha", "LoRA, alpha x (1 + lambda)")):
-            yield Row(f"{name}-r{rank}", f"{title}, r {rank}", name, changes=changes)
-
-
 PLAIN_PAIRS = (
     (
         Row("plain-delta-slow", "Delta-LoRA, no clipping, no dropout, lr 5e-4", "delta", changes=_PLAIN, lr=5e-4),
@@ -101,22 +80,67 @@ PLAIN_PAIRS = (
 
 At the low rate training does not amplify what rounding has made different; at the tuned one it may."""
 
-HEAD_LR = 5e-3
-HEAD_SWEEP = (
-    Row("lora-head", "LoRA", "lora", changes={"head_lr": HEAD_LR}),
-    Row("delta-head", "Delta-LoRA", "delta", changes={"head_lr": HEAD_LR}),
-    Row("alpha-head", "LoRA, alpha x (1 + lambda)", "alpha", changes={"head_lr": HEAD_LR}),
-)
-"""A head that trains alike in all rows. In the others it shares the learning rate of the factors, so that a row whose
-factors need a lower one has a slower head as well."""
-
 COINCIDENCE = tuple(row for pair in PLAIN_PAIRS for row in pair)
+
+HEAD_LR = 5e-3
+"""Of a fresh head that trains alike in all rows. In the others it shares the learning rate of the factors, so that a
+row whose factors need a lower one has a slower head as well."""
+
+
+def _with_head(row: Row) -> Row:
+    return replace(row, name=f"{row.name}-head", changes={**row.changes, "head_lr": HEAD_LR})
+
+
+_OF_HEADS = (
+    "lora",
+    "delta",
+    "alpha",
+    "ratio-down",
+    "ratio-up",
+    "restarts",
+    "delta-restarts",
+    "adalora",
+    "lora-plus",
+    "rslora",
+)
+HEAD_SWEEP = tuple(_with_head(next(row for row in MAIN if row.name == name)) for name in _OF_HEADS)
+"""Rows with equal heads. The sweeps have equal heads too, and begin from these."""
+
+_LORA, _DELTA, _ALPHA = HEAD_SWEEP[:3]
+
+
+def _ratio_sweep() -> Iterator[tuple[tuple[float, float], Row]]:
+    for ratio, start in itertools.product((0.5, 2.0, 8.0), (0.0, 0.05, 0.2, 0.5)):
+        title = f"Delta-LoRA, lambda {ratio:g}, K = {100 * start:g} %"
+        changes = {**_DELTA.changes, "update_ratio": ratio, "start": start}
+        swept = replace(_DELTA, name=f"delta-ratio{ratio:g}-k{100 * start:g}", title=title, changes=changes)
+        yield (ratio, start), _DELTA if (ratio, start) == (2.0, 0.0) else swept
+
+
+def _rank_sweep() -> Iterator[tuple[int, tuple[Row, ...]]]:
+    """Yield LoRA, Delta-LoRA and the control. alpha / r stays: a larger rank is no larger scaling."""
+    for rank in (2, 4, 8, 16, 32):
+        yield rank, tuple(_of_rank(row, rank) for row in (_LORA, _DELTA, _ALPHA))
+
+
+def _of_rank(row: Row, rank: int) -> Row:
+    if rank == 8:
+        return row
+    changes = {**row.changes, "rank": rank, "alpha": 2.0 * rank}
+    return replace(row, name=f"{row.method}-r{rank}", title=f"{row.title}, r {rank}", changes=changes)
+
+
+RATIOS: Mapping[tuple[float, float], Row] = dict(_ratio_sweep())
+"""Delta-LoRA by (lambda, K as a share of the run)."""
+
+RANKS: Mapping[int, tuple[Row, ...]] = dict(_rank_sweep())
+"""LoRA, Delta-LoRA and the control by rank."""
+
+RATIO_SWEEP = tuple(row for row in RATIOS.values() if row not in HEAD_SWEEP)
+RANK_SWEEP = tuple(row for rows in RANKS.values() for row in rows if row not in HEAD_SWEEP)
 
 PUBLISHED = (Row("lora-dropout", "LoRA, dropout 0.1 in the branch", "lora", changes={"dropout": 0.1}),)
 """Rows of the published recipes alone: LoRA as its own code has it on E2E and WebNLG."""
-
-RATIO_SWEEP = tuple(_ratio_sweep())
-RANK_SWEEP = tuple(_rank_sweep())
 
 ROWS: Mapping[str, Row] = {
     row.name: row for row in (*MAIN, *COINCIDENCE, *HEAD_SWEEP, *PUBLISHED, *RATIO_SWEEP, *RANK_SWEEP)

@@ -10,7 +10,7 @@ from benchmarks.evidence.comparison import Cell
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.result import Result
-from benchmarks.evidence.rows import COINCIDENCE, ROWS, Row
+from benchmarks.evidence.rows import COINCIDENCE, HEAD_SWEEP, ROWS, Row
 
 LORA, DELTA, ALPHA = "lora", "delta", "alpha"
 """The rows that questions are about: the reference, the method, and the control with the larger alpha."""
@@ -65,6 +65,12 @@ class Evidence:
             if LORA in each.rows and len(each.rows) > 1:
                 found[f"{each.task}, {each.model}" if each.task in found else each.task] = each
         return found
+
+    @cached_property
+    def pictured(self) -> dict[str, Experiment]:
+        """The experiments whose tuning is worth a picture, by name: those that compare, and the one of equal heads."""
+        heads = self.of_rows(HEAD_SWEEP)
+        return self.compared | ({"equal heads": heads} if heads is not None else {})
 
     @property
     def looks(self) -> list[Experiment]:

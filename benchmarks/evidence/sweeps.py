@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from benchmarks.evidence.comparison import Cell, corrected, difference
 from benchmarks.evidence.measures import measure
-from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences
-from benchmarks.evidence.wording import caption, interval, mean, once, p_of, said, tried
+from benchmarks.evidence.wording import caption, interval, mean, once, p_of, picture, said, tried
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
+
+LORA_HEAD = HEAD_SWEEP[0]
 
 
 def ratio_sweep(evidence: Evidence) -> str:
@@ -19,15 +21,16 @@ def ratio_sweep(evidence: Evidence) -> str:
     of = evidence.cells(experiment) if experiment else {}
     if experiment is None or not of:
         return NOT_MEASURED
-    lora = evidence.cells(evidence.compared[experiment.task]).get(LORA)
-    family = differences(of | ({LORA: lora} if lora else {}), [experiment.metric])
-    ratios = once(row.changes["update_ratio"] for row in RATIO_SWEEP)
-    starts = once(row.changes["start"] for row in RATIO_SWEEP)
-    names = {(row.changes["update_ratio"], row.changes["start"]): row.name for row in RATIO_SWEEP}
+    beginnings = _equal_heads(evidence)
+    reference = LORA_HEAD.name
+    lora = beginnings.get(reference)
+    of = {row.name: cell for row in RATIOS.values() if (cell := (beginnings | of).get(row.name)) is not None}
+    family = differences(of | ({reference: lora} if lora else {}), [experiment.metric], reference)
+    ratios, starts = once(ratio for ratio, _ in RATIOS), once(start for _, start in RATIOS)
     head = ["lambda", *(f"K = {100 * start:g} %" for start in starts)]
 
     def grid(text: Callable[[Cell], str]) -> str:
-        cells_of = [[of.get(names[ratio, start]) for start in starts] for ratio in ratios]
+        cells_of = [[of.get(RATIOS[ratio, start].name) for start in starts] for ratio in ratios]
         return table(
             head,
             [
@@ -53,11 +56,17 @@ def ratio_sweep(evidence: Evidence) -> str:
     return paragraphs(*parts, said(evidence.standings(experiment)))
 
 
+def _equal_heads(evidence: Evidence) -> dict[str, Cell]:
+    """Return the cells that the sweeps begin from."""
+    experiment = evidence.of_rows(HEAD_SWEEP)
+    return evidence.cells(experiment) if experiment else {}
+
+
 def equal_heads(evidence: Evidence) -> str:
     """Return LoRA, Delta-LoRA and the control with a head that has the same learning rate in all of them."""
     experiment = evidence.of_rows(HEAD_SWEEP)
-    of = evidence.cells(experiment) if experiment else {}
-    reference = of.get(HEAD_SWEEP[0].name)
+    of = _equal_heads(evidence)
+    reference = of.get(LORA_HEAD.name)
     if experiment is None or reference is None:
         return NOT_MEASURED
     metrics = [experiment.metric, "loss"]
@@ -74,6 +83,7 @@ def equal_heads(evidence: Evidence) -> str:
         caption(experiment, list(of.values()), len(found)),
         narrow_tables(("row", [ROWS[name].title for name in of]), groups),
         said(evidence.standings(experiment)),
+        picture("rates-equal heads", "equal heads: accuracy against learning rate, one panel a row"),
     )
 
 
@@ -82,13 +92,13 @@ def rank_sweep(evidence: Evidence) -> str:
     experiment = evidence.of_rows(RANK_SWEEP)
     if experiment is None or not evidence.cells(experiment):
         return NOT_MEASURED
-    of = evidence.cells(evidence.compared[experiment.task]) | evidence.cells(experiment)
-    by_rank: dict[int, dict[str, Cell]] = {}
-    for name in (LORA, DELTA, ALPHA):
-        for cell in (cell for row, cell in of.items() if row == name or row.startswith(f"{name}-r")):
-            if ROWS[cell.row].changes.keys() <= {"rank", "alpha"} and ROWS[cell.row].method == ROWS[name].method:
-                by_rank.setdefault(cell.results[0].setting.rank, {})[name] = cell
-    ranks = sorted(by_rank)
+    of = _equal_heads(evidence) | evidence.cells(experiment)
+    by_rank = {
+        rank: {row.method: of[row.name] for row in rows if row.name in of}
+        for rank, rows in RANKS.items()
+        if any(row.name in of for row in rows)
+    }
+    ranks = list(by_rank)
     found = {
         (rank, name): difference(by_rank[rank][name], by_rank[rank][LORA], experiment.metric)
         for rank in ranks

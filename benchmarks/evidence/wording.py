@@ -49,7 +49,7 @@ def caption(experiment: Experiment, of: Sequence[Cell], comparisons: int) -> str
 
 
 def _shared(experiment: Experiment, setting: Setting) -> str:
-    """Return rank, alpha, lambda and K of an experiment, without those that every row has its own of."""
+    """Return rank, alpha, lambda and K, but for those that every row has its own of, and the head's learning rate."""
     own = set.intersection(*(set(ROWS[name].changes) for name in experiment.rows))
     shared = replace(setting, **{name: experiment.setting.get(name, default) for name, default in DEFAULTS.items()})
     told = {
@@ -58,7 +58,8 @@ def _shared(experiment: Experiment, setting: Setting) -> str:
         "update_ratio": f"lambda {shared.update_ratio:g}",
         "start": f"K {shared.start_step}",
     }
-    return "".join(f", {text}" for name, text in told.items() if name not in own)
+    head = "" if setting.head_lr is None else f", the head's learning rate {setting.head_lr:g}"
+    return "".join(f", {text}" for name, text in told.items() if name not in own) + head
 
 
 def origin(results: Sequence[Result]) -> str:

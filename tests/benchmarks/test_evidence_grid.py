@@ -24,7 +24,7 @@ SETTING = Setting("sst2", "tiny", "lora", "lora", 1e-3, 0, "test", **SHARED)
 
 def experiment(rows=("lora", "delta", "lora-lr3"), lrs=(1e-3, 3e-3, 1e-2), **changes):
     given = {"seeds": 2, "tuning_seeds": 1, "extensions": 2} | changes
-    return Experiment("sst2", "tiny", "accuracy", rows, SHARED, {"adapter": lrs, "dense": lrs, "sgd": lrs}, **given)
+    return Experiment("sst2", "tiny", rows, SHARED, {"adapter": lrs, "dense": lrs, "sgd": lrs}, **given)
 
 
 def made(setting, accuracy=0.5):

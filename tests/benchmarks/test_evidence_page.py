@@ -13,7 +13,7 @@ from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.page import evidence_tables, report
 from benchmarks.evidence.result import Result, write_result
-from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import Evidence, standings
 from benchmarks.evidence.sweeps import equal_heads, rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import result_tables
@@ -27,16 +27,16 @@ LRS = dict.fromkeys(("adapter", "dense", "sgd"), (1e-3, 4e-3, 1.6e-2))
 PLAIN = tuple(row.name for row in PLAIN_PAIRS[-1])
 
 
-def experiment(task="docstrings", metric="accuracy", rows=("lora", "delta", "alpha"), seeds=3, **more):
-    return Experiment(task, "tiny", metric, rows, SETTING, LRS, seeds=seeds, **more)
+def experiment(task="docstrings", rows=("lora", "delta", "alpha"), seeds=3, **more):
+    return Experiment(task, "tiny", rows, SETTING, LRS, seeds=seeds, **more)
 
 
 @pytest.fixture(scope="module")
 def grid():
     compared = ("full", "lora", "delta", "lora-lr3", "alpha", *PLAIN)
-    texts = [experiment(task, "loss", ("lora", "delta", "alpha")) for task in ("e2e", "webnlg")]
+    texts = [experiment(task, ("lora", "delta", "alpha")) for task in ("e2e", "webnlg")]
     sweeps = [experiment(rows=[row.name for row in rows], seeds=2) for rows in (HEAD_SWEEP, RATIO_SWEEP, RANK_SWEEP)]
-    looks = experiment("cola", "matthews", ("lora",), seeds=1)
+    looks = experiment("cola", ("lora",), seeds=1)
     return Grid("test", (experiment(rows=compared, seeds=2), *texts, *sweeps, looks))
 
 
@@ -202,18 +202,21 @@ def test_rows_with_equal_heads_are_compared_among_themselves(evidence):
         assert bool(line[4]) == (name != "lora-head")
     apart = difference(cells["delta-head"], cells["lora-head"], "accuracy")
     assert lines(text, "Delta-LoRA")[0][4].startswith(f"{100 * apart.mean:+.2f}")
-    assert "p by Holm over 4 comparisons" in text
+    assert f"p by Holm over {2 * (len(HEAD_SWEEP) - 1)} comparisons" in text
+    assert "K 0, the head's learning rate 0.005." in text
 
 
 def test_the_sweep_over_lambda_and_k_has_a_cell_for_each(evidence):
     text = ratio_sweep(evidence)
-    cells = evidence.cells(evidence.of_rows(RATIO_SWEEP))
-    for ratio in ("0.5", "2", "8"):
-        values, differences = lines(text, ratio)
+    cells = evidence.cells(evidence.of_rows(HEAD_SWEEP)) | evidence.cells(evidence.of_rows(RATIO_SWEEP))
+    lora = cells["lora-head"].mean("accuracy")
+    for ratio in (0.5, 2.0, 8.0):
+        values, differences = lines(text, f"{ratio:g}")
         assert len(values) == len(differences) == 5
-        for start, cell in zip((0, 5, 20, 50), values[1:], strict=True):
-            mean = 100 * cells[f"delta-ratio{ratio}-k{start}"].mean("accuracy")
-            assert cell.startswith(f"{mean:.2f} ± ")
+        for start, value, apart in zip((0.0, 0.05, 0.2, 0.5), values[1:], differences[1:], strict=True):
+            mean = cells[RATIOS[ratio, start].name].mean("accuracy")
+            assert value.startswith(f"{100 * mean:.2f} ± ")
+            assert apart.startswith(f"{100 * (mean - lora):+.2f}")
     assert "Holm over 12 comparisons" in text
     assert "lambda 2" not in text.split(".")[0], "the caption names what the rows have in common"
 
@@ -258,7 +261,7 @@ def test_what_was_run_and_what_was_left_out(evidence, grid):
     text = page.what_was_run(Evidence(missing, grid))
     assert f"{len(missing)} runs" in text
     assert lines(text, "docstrings")[0][1:4] == ["comparison with LoRA", "4 of 5", "2"]
-    assert "Left out: docstrings: LoRA, alpha x (1 + lambda) (not run yet); e2e: LoRA, alpha" in text
+    assert "Left out: docstrings, comparison with LoRA: LoRA, alpha x (1 + lambda) (not run yet); e2e, comp" in text
 
 
 def test_a_single_look(evidence):

@@ -11,22 +11,22 @@ from benchmarks.evidence import pictures
 from benchmarks.evidence.figures import mean_rank
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.pictures import draw_all, write_all
-from benchmarks.evidence.rows import ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, ROWS
 from benchmarks.evidence.standing import Evidence
 from tests.benchmarks.made_results import complete
 
 LRS = dict.fromkeys(("adapter", "dense", "sgd"), (1e-3, 4e-3, 1.6e-2))
 
 
-def experiment(task, metric, rows):
+def experiment(task, rows):
     setting = {"steps": 40, "batch_size": 2, "max_length": 8}
-    return Experiment(task, "tiny", metric, rows, setting, LRS, seeds=2, tuning_seeds=2)
+    return Experiment(task, "tiny", rows, setting, LRS, seeds=2, tuning_seeds=2)
 
 
 @pytest.fixture(scope="module")
 def evidence():
     rows = ("full", "lora", "delta", "alpha", "lora-lr3")
-    grid = Grid("test", (experiment("docstrings", "accuracy", rows), experiment("e2e", "loss", ("lora", "delta"))))
+    grid = Grid("test", (experiment("docstrings", rows), experiment("e2e", ("lora", "delta"))))
     return Evidence(complete(grid), grid)
 
 
@@ -70,6 +70,19 @@ def test_a_row_of_the_learning_rates_has_the_means_of_its_tuning_runs(evidence):
     assert points(ring) == {best: pytest.approx(expected[best])}
     low, high = axis.get_ylim()
     assert low < max(expected.values()) < high
+
+
+def test_rows_with_equal_heads_are_drawn_against_their_own_lora(evidence):
+    heads = experiment("docstrings", [row.name for row in HEAD_SWEEP])
+    grid = Grid("test", (*evidence.grid.experiments, heads))
+    evidence = Evidence(complete(grid), grid)
+    figure = pictures.rates(evidence, evidence.pictured["equal heads"])
+    lora = panel(figure, "lora-head")
+    assert lora.title.get_color() == pictures.REFERENCE
+    assert panel(figure, "delta-head").title.get_color() == pictures.COLOUR
+    held = drawn(lora, pictures.REFERENCE, "o")
+    assert len(held) == 1
+    assert drawn(panel(figure, "delta-head"), pictures.REFERENCE) == held
 
 
 def test_the_best_losses_are_in_sight_though_others_are_far_away(evidence):
