@@ -54,8 +54,9 @@ def check_writable(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
+    """Write a file as a whole or not at all, in a folder that is made if need be. Other processes may write it too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, "utf8")
     os.replace(part, path)
 

@@ -81,7 +81,6 @@ def measure(experiment: Experiment, rows: Sequence[Row], places: Places, device:
 def write(path: Path, found: dict[str, Any], experiment: Experiment, machine: dict[str, Any], commit: str) -> None:
     """Write the file of a measurement."""
     setting = {"task": experiment.task, "model": experiment.model, **experiment.setting}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"setting": setting, "machine": machine, "commit": commit, "rows": found}) + "\n")
 
 

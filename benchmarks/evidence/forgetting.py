@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from benchmarks.unfinished import write_whole
+
 BATCH = 16
 
 Texts = list[list[int]]
 """Texts as tokens, the first of which began each."""
 
-_cache: dict[Any, Texts] = {}
+_cache: dict[str, Texts] = {}
 
 
-def own_texts(model: Any, tokenizer: Any, seed: int, count: int, length: int = 128) -> Texts:
+def own_texts(
+    model: Any, tokenizer: Any, seed: int, count: int, length: int = 128, folder: Path | None = None
+) -> Texts:
     """Return texts that a pretrained decoder writes, drawn from its own probabilities, on the CPU.
 
-    A second call in the process with equal weights returns the same texts at once.
+    A second call with equal weights returns the same texts at once.
 
     Args:
         model: before it is trained, on the CPU.
@@ -28,6 +35,7 @@ def own_texts(model: Any, tokenizer: Any, seed: int, count: int, length: int = 1
         seed: of the draws.
         count: number of texts.
         length: tokens of a text at most, after the first; fewer where the model's context ends.
+        folder: keeps the texts for other processes. Default: they are kept for this one alone.
 
     Raises:
         ValueError: if the model is not on the CPU: other devices draw other texts.
@@ -37,9 +45,16 @@ def own_texts(model: Any, tokenizer: Any, seed: int, count: int, length: int = 1
         raise ValueError("own_texts() is called with the model on the CPU, so that every machine draws the same texts")
     length = min(length, (getattr(model.config, "max_position_embeddings", None) or length + 1) - 1)
     with torch.no_grad():
-        key = (torch.stack([p.double().square().sum() for p in parameters]).sum().item(), seed, count, length)
+        weights = torch.stack([p.double().square().sum() for p in parameters]).sum().item()
+    key = f"{weights.hex()}-{seed}-{count}-{length}"
     if key not in _cache:
-        _cache[key] = _drawn(model, tokenizer, seed, count, length)
+        path = None if folder is None else folder / f"own-texts-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if path is not None and path.exists():
+            _cache[key] = json.loads(path.read_text("utf8"))
+        else:
+            _cache[key] = _drawn(model, tokenizer, seed, count, length)
+            if path is not None:
+                write_whole(path, json.dumps(_cache[key]))
     return _cache[key]
 
 

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.comparison import (
+    Cell,
     Equivalence,
     corrected,
     detectable,
@@ -166,9 +168,8 @@ def equivalences(evidence: Evidence) -> str:
         of = evidence.cells(experiment)
         if not {DELTA, ALPHA} <= of.keys() or experiment.seeds < 2:
             continue
-        tested, _ = metrics_of(experiment, of.values())
         lrs = " / ".join(f"{of[name].lr:g}" for name in (DELTA, ALPHA))
-        for name in tested:
+        for name in _with_margins(experiment, of):
             found = equivalence(of[DELTA], of[ALPHA], name, measure(name).stored_margin)
             rows.append(_equivalence(task, lrs, found))
     if not rows:
@@ -275,7 +276,7 @@ def power(evidence: Evidence) -> str:
     rows = []
     for task, experiment in evidence.compared.items():
         of = evidence.cells(experiment)
-        tested, _ = metrics_of(experiment, of.values())
+        tested = _with_margins(experiment, of)
         family = differences(of, tested)
         for name in tested:
             found = sorted((each for each in family if each.what == name), key=lambda each: each.spread)
@@ -321,6 +322,12 @@ def paper(evidence: Evidence) -> str:
     )
     head = ("task", "", "the paper's gain over LoRA", "here, Delta-LoRA - LoRA [95 %]")
     return paragraphs(table(head, rows), spread, glue)
+
+
+def _with_margins(experiment: Experiment, of: Mapping[str, Cell]) -> list[str]:
+    """Return the metrics that are tested and have a margin. That of the loss is for cross entropy alone."""
+    tested, _ = metrics_of(experiment, of.values())
+    return [name for name in tested if name != "loss" or task_named(experiment.task).kind != "regress"]
 
 
 def _equivalence(task: str, lrs: str, each: Equivalence) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ scripts of microsoft/LoRA, [A] the XSum script of the AdaLoRA repository. Where 
 taken; what none of them says is marked "usual".
 
 The learning rates are the published ones. The grids with "-tuned" in the name tune each row as the project's own grids
-do, on the published rate, a third and three times of it. Steps follow from the official sizes of the training sets, so
-that a grid is planned without data.
+do, on the published rate, a third and three times of it, and have controls of which none is published. Steps follow
+from the official sizes of the training sets, so that a grid is planned without data.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ SYSTEMS = (
     "delta-dropout",
 )
 """Every system that [D] compares, and LoRA with the larger alpha, the control that it lacks."""
+
+CONTROLS = ("lora-plus", "rslora", "sgd", "ratio-down", "restarts", "delta-restarts")
+"""What no paper has a learning rate of: rows of the tuned grids alone."""
 
 SIZES = {
     "mrpc": 3_668,
@@ -98,6 +101,9 @@ TO_TEXT: Mapping[str, Any] = {
     "no_repeat": 4,
     "new_tokens": 64,  # [S]
 }
+LRS_OF_SGD = (5e-3, 1.5e-2, 5e-2)
+"""No published rate is known; the grid is extended as the others are."""
+
 EPOCHS_TO_TEXT, WARMUP_TO_TEXT, START_TO_TEXT = 5, 500, 500
 
 SUMMARIES: Mapping[str, Any] = {
@@ -160,7 +166,8 @@ def _experiment(
     def rates(published: float) -> tuple[float, ...]:
         return tuple(float(f"{published * factor:.2g}") for factor in (1 / 3, 1, 3)) if tuned else (published,)
 
-    lrs: Mapping[Kind, Sequence[float]] = {"adapter": rates(lr), "dense": rates(dense_lr)}
+    lrs: Mapping[Kind, Sequence[float]] = {"adapter": rates(lr), "dense": rates(dense_lr), "sgd": LRS_OF_SGD}
+    rows = (*rows, *CONTROLS) if tuned else rows
     return Experiment(task, model, rows, setting, lrs, tuning_seeds=int(tuned))
 
 

@@ -73,7 +73,6 @@ class Result:
 def write_result(folder: Path, result: Result) -> Path:
     """Write the file of a run below a grid's folder, as a whole or not at all, and return its path."""
     path = folder / result.setting.path
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = _rounded(result.as_json()) | {"setting": result.setting.as_json()}  # unrounded: it names the file
     write_whole(path, json.dumps(values) + "\n")
     return path

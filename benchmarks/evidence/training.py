@@ -79,6 +79,7 @@ def run(setting: Setting, places: Places, device: str, limits: Limits | None = N
         DeadlineError: if the time of the call is up first; the checkpoint holds the run.
         ValueError, OSError: if data or model cannot be used.
     """
+    limits = limits or Limits()
     gc.collect()  # the model of the run before
     cuda = torch.device(device).type == "cuda"
     if cuda:
@@ -86,9 +87,9 @@ def run(setting: Setting, places: Places, device: str, limits: Limits | None = N
     task = open_task(setting, places, device)
     model = load_model(setting, places, task.labels)
     with _attention(setting, device):
-        texts = _own_texts(setting, places, model)
+        texts = _own_texts(setting, places, model, limits)
         trainer = Trainer(setting, prepare(setting, model.to(device)), task, device, texts)
-        progress = trainer.finish(limits or Limits())
+        progress = trainer.finish(limits)
 
         result = Result(setting, data=task.fingerprint, diverged=progress.diverged, losses=progress.losses)
         result.seconds = progress.seconds
@@ -243,8 +244,9 @@ def _attention(setting: Setting, device: str) -> AbstractContextManager[Any]:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 
 
-def _own_texts(setting: Setting, places: Places, model: nn.Module) -> forgetting.Texts:
-    """Return texts that the pretrained model writes, if it is one that continues texts."""
+def _own_texts(setting: Setting, places: Places, model: nn.Module, limits: Limits) -> forgetting.Texts:
+    """Return texts that the pretrained model writes, if it is one that continues texts; they lie by the checkpoint."""
     if task_named(setting.task).kind != "continue":
         return []
-    return forgetting.own_texts(model, load_tokenizer(setting, places), seed=0, count=OWN_TEXTS)
+    folder = None if limits.checkpoint is None else limits.checkpoint.parent
+    return forgetting.own_texts(model, load_tokenizer(setting, places), seed=0, count=OWN_TEXTS, folder=folder)

@@ -61,6 +61,16 @@ def test_texts_are_written_once_a_process_for_equal_weights(decoder, monkeypatch
     assert own_texts(moved, tokenizer, 0, 4, length=5) == "written"
 
 
+def test_another_process_reads_the_texts_from_the_folder(decoder, tmp_path, monkeypatch):
+    texts = own_texts(*decoder, 0, 4, length=5, folder=tmp_path / "new")
+    forgetting._cache.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(forgetting, "_drawn", lambda *given: pytest.fail("they were drawn again"))
+        assert own_texts(*decoder, 0, 4, length=5, folder=tmp_path / "new") == texts
+    assert own_texts(*decoder, 1, 4, length=5, folder=tmp_path / "new") != texts
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
 def test_the_loss_is_the_model_s_own_over_all_tokens(decoder):
     model, _ = decoder
     texts = own_texts(*decoder, 0, 20, length=30)

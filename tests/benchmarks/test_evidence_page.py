@@ -192,6 +192,14 @@ def test_equivalence_is_of_delta_lora_and_the_larger_alpha(shift, verdict):
     assert line[-1] == verdict
 
 
+def test_a_squared_error_has_no_margin():
+    grid = Grid("test", (experiment("stsb"), experiment("mrpc")))
+    evidence = Evidence(complete(grid), grid)
+    for text in (page.equivalences(evidence), page.power(evidence)):
+        assert [line[1] for line in lines(text, "stsb")] == ["Pearson, %"]
+        assert [line[1] for line in lines(text, "mrpc")] == ["accuracy, %", "loss"]
+
+
 def test_rows_with_equal_heads_are_compared_among_themselves(evidence):
     text = equal_heads(evidence)
     cells = evidence.cells(evidence.of_rows(HEAD_SWEEP))

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from benchmarks.evidence import __main__ as program
 from benchmarks.evidence import packing, parts, training
 from benchmarks.evidence.grids import GRIDS
-from benchmarks.evidence.recipes import BART, GPT2, PAPER, ROBERTA
+from benchmarks.evidence.recipes import BART, GPT2, LRS_OF_SGD, PAPER, ROBERTA
 from benchmarks.evidence.result import read_results
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.tasks import OpenTask
@@ -83,6 +83,9 @@ class TestPlans:
         tuned = GRIDS["paper-e2e-tuned"].experiments[0]
         assert tuned.tried(ROWS["delta"], []) == [6.7e-5, 2e-4, 6e-4]
         assert {s.split for s in tuned.needed([])} == {"tuning"}
+        assert {"sgd", "lora-plus", "rslora", "restarts"} & set(GRIDS["paper-e2e"].experiments[0].rows) == set()
+        assert {"sgd", "lora-plus", "rslora", "restarts"} <= set(tuned.rows)
+        assert tuned.tried(ROWS["sgd"], []) == list(LRS_OF_SGD)
 
 
 class TestParts:
