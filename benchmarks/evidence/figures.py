@@ -1,9 +1,11 @@
-"""Figures of one run that tables and pictures show, in addition to its metrics."""
+"""Figures that tables and pictures show: of one run, in addition to its metrics, and of the runs of a tuning."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from benchmarks.evidence.result import Result
 
@@ -29,6 +31,15 @@ def forgotten(run: Result) -> float:
         raise ValueError(f"{run.setting.path}: forgetting was not measured")
     before, after = run.forgetting
     return after - before
+
+
+def over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:
+    """Return the mean of a metric at each learning rate at which no run diverged."""
+    values: dict[float, list[float]] = defaultdict(list)
+    for run in runs:
+        values[run.setting.lr].append(math.nan if run.diverged else run.metrics[metric])
+    means = {lr: statistics.fmean(found) for lr, found in sorted(values.items())}
+    return {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
 
 
 def _mean_of(values: Iterable[float | None]) -> float | None:

@@ -26,7 +26,7 @@ from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result, read_results
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
-from benchmarks.evidence.sweeps import equal_heads, rank_sweep, ratio_sweep
+from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences, metrics_of, result_tables
 from benchmarks.evidence.wording import (
     caption,
@@ -72,6 +72,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         "single looks": single_looks,
         "equivalence": equivalences,
         "coincidence": coincidence,
+        "equal rates": equal_rates,
         "equal heads": equal_heads,
         "lambda and K": ratio_sweep,
         "rank": rank_sweep,

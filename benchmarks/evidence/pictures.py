@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
 
 from benchmarks.evidence.comparison import Cell
-from benchmarks.evidence.figures import forgotten, mean_rank
+from benchmarks.evidence.figures import forgotten, mean_rank, over_rates
 from benchmarks.evidence.grid import Experiment
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import measure
@@ -80,7 +79,7 @@ def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
 def rates(evidence: Evidence, experiment: Experiment) -> Figure | None:
     """Draw the metric of the tuning against the learning rate, one panel a row, with a ring at the chosen rate."""
     found = {each.row.name: each for each in evidence.standings(experiment)}
-    lines = {name: _over_rates(each.tuning, experiment.metric) for name, each in found.items()}
+    lines = {name: over_rates(each.tuning, experiment.metric) for name, each in found.items()}
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return None
@@ -192,15 +191,6 @@ def forgetting(evidence: Evidence, experiment: Experiment) -> Figure | None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     return figure
-
-
-def _over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:
-    """Return the mean of a metric at each learning rate at which no run diverged."""
-    values: dict[float, list[float]] = defaultdict(list)
-    for run in runs:
-        values[run.setting.lr].append(math.nan if run.diverged else run.metrics[metric])
-    means = {lr: statistics.fmean(found) for lr, found in sorted(values.items())}
-    return {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
 
 
 def _ring(axis: Axes, standing: Standing, line: Points, colour: str, lost_at: float) -> None:

@@ -1,18 +1,40 @@
-"""The tables of the sweeps: lambda and K, and the rank."""
+"""The tables of the sweeps: the learning rate, lambda and K, and the rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from benchmarks.evidence.comparison import Cell, corrected, difference
+from benchmarks.evidence.figures import over_rates
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences
-from benchmarks.evidence.wording import caption, interval, mean, once, p_of, picture, said, tried
+from benchmarks.evidence.wording import caption, count, interval, mean, once, p_of, picture, said, tried
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
 
 LORA_HEAD = HEAD_SWEEP[0]
+SAME_RATES = (LORA, DELTA, ALPHA, *(row.name for row in HEAD_SWEEP[:3]))
+
+
+def equal_rates(evidence: Evidence) -> str:
+    """Return LoRA, Delta-LoRA and the control at each learning rate, from their tuning."""
+    parts = []
+    for title, experiment in evidence.pictured.items():
+        found = [each for each in evidence.standings(experiment) if each.row.name in SAME_RATES]
+        lines = {each.row.title: over_rates(each.tuning, experiment.metric) for each in found}
+        rates = sorted({lr for line in lines.values() for lr in line})
+        if not rates:
+            continue
+        how = measure(experiment.metric)
+        columns: list[Column] = [
+            (f"{lr:g}", [how.number(line[lr]) if lr in line else "" for line in lines.values()]) for lr in rates
+        ]
+        parts += [
+            f"{title}: {how.title}, held out of the training data, {count(experiment.tuning_seeds, 'seed')}.",
+            narrow_tables(("row", list(lines)), [[column] for column in columns]),
+        ]
+    return paragraphs(*parts) or NOT_MEASURED
 
 
 def ratio_sweep(evidence: Evidence) -> str:

@@ -11,11 +11,12 @@ from benchmarks.evidence import page, wording
 from benchmarks.evidence.comparison import difference
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
+from benchmarks.evidence.measures import measure
 from benchmarks.evidence.page import evidence_tables, report
 from benchmarks.evidence.result import Result, write_result
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import Evidence, standings
-from benchmarks.evidence.sweeps import equal_heads, rank_sweep, ratio_sweep
+from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import result_tables
 from benchmarks.markdown import WIDTH
 from tests.benchmarks.made_results import complete, made
@@ -214,6 +215,20 @@ def test_rows_with_equal_heads_are_compared_among_themselves(evidence):
     assert "K 0, the head's learning rate 0.005." in text
 
 
+def test_equal_rates_are_means_of_the_tuning(evidence):
+    text = equal_rates(evidence)
+    for task, row in (("docstrings", "delta"), ("e2e", "alpha")):
+        asked = evidence.compared[task]
+        standing = next(each for each in evidence.standings(asked) if each.row.name == row)
+        part = text[text.index(f"{task}: {measure(asked.metric).title}, held out") :]
+        rates, line = lines(part, "row")[0][1:], lines(part, ROWS[row].title)[0][1:]
+        for lr, value in zip(rates, line, strict=True):
+            held = [run for run in standing.tuning if f"{run.setting.lr:g}" == lr]
+            lost = not held or any(run.diverged for run in held)
+            mean = None if lost else statistics.fmean(run.metrics[asked.metric] for run in held)
+            assert value == ("" if mean is None else measure(asked.metric).number(mean))
+
+
 def test_the_sweep_over_lambda_and_k_has_a_cell_for_each(evidence):
     text = ratio_sweep(evidence)
     cells = evidence.cells(evidence.of_rows(HEAD_SWEEP)) | evidence.cells(evidence.of_rows(RATIO_SWEEP))
@@ -305,7 +320,7 @@ def test_the_costs_are_those_of_the_file(tmp_path):
 
 def blocks(evidence):
     found = [page.in_short, page.what_was_run, page.single_looks, page.equivalences, page.coincidence, page.forgetting]
-    found += [ratio_sweep, rank_sweep, page.power, page.paper]
+    found += [equal_rates, ratio_sweep, rank_sweep, page.power, page.paper]
     return [block(evidence) for block in found] + [page.task_block(evidence, name) for name in evidence.compared]
 
 
