@@ -20,6 +20,9 @@ from benchmarks.evidence.workers import InUseError, Job, as_a_worker, commit_of,
 from benchmarks.machine import machine, usable_device
 from benchmarks.unfinished import check_writable
 
+NUMBERS = ("data", "losses", "layers", "texts", "forgetting", "trained", "total", "diverged")
+"""What `again` compares in addition to the metrics, to which the scores of texts were added later."""
+
 DRY_RUNS = Path("evidence-out/dry-run")
 
 
@@ -72,6 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     table = command("table", print_tables, "Print the tables of a grid's results, complete or not.")
     table.add_argument("grid", choices=GRIDS)
     table.add_argument("--out", type=Path, help=f"folder of the result files (default: {RESULTS}/evidence/GRID)")
+    docstrings = command("docstrings", write_data, "Write the docstrings of this Python's library as data.")
+    docstrings.add_argument("folder", type=Path, help="the data folder")
     command("page", write_page, "Write the tables and pictures of docs/evidence.md.")
     for each in (run, again, score, cost):
         each.add_argument("--data", type=Path, help="folder of the data sets")
@@ -134,10 +139,11 @@ def run_again(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
             make(held.setting, job)
             now = read_result(Path(folder) / held.setting.path)
         assert now is not None
-        same = all(now.metrics[name] == held.metrics[name] for name in now.metrics)
-        same &= (now.losses, now.layers, now.texts) == (held.losses, held.layers, held.texts)
-        different += not same
-        print(f"{path}: " + ("the same numbers" if same else f"DIFFERENT: {held.metrics} then, {now.metrics} now"))
+        apart = [name for name in NUMBERS if getattr(now, name) != getattr(held, name)]
+        if any(held.metrics.get(name) != value for name, value in now.metrics.items()):
+            apart.append(f"metrics ({held.metrics} then, {now.metrics} now)")
+        different += bool(apart)
+        print(f"{path}: " + (f"DIFFERENT in {', '.join(apart)}" if apart else "the same numbers"))
     return int(different > 0)
 
 
@@ -159,6 +165,14 @@ def score_texts(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     from benchmarks.evidence.scores import score_folder
 
     score_folder(options.folder, _places(options))
+    return 0
+
+
+def write_data(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks.evidence.examples import write_docstrings
+
+    for path in write_docstrings(options.folder):
+        print(f"Written: {path}")
     return 0
 
 

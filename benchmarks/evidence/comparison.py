@@ -205,6 +205,11 @@ class Equivalence:
     def shown(self) -> bool:
         return self.p < LEVEL
 
+    @property
+    def refuted(self) -> bool:
+        """Whether a difference larger than the margin was shown, each side at 5 %."""
+        return self.low > self.margin or self.high < -self.margin
+
 
 def equivalence(cell: Cell, control: Cell, what: str, margin: float) -> Equivalence:
     """Test if two cells are the same up to a margin.

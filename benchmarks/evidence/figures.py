@@ -33,12 +33,12 @@ def forgotten(run: Result) -> float:
     return after - before
 
 
-def over_rates(runs: Sequence[Result], metric: str) -> dict[float, float]:
-    """Return the mean of a metric at each learning rate at which no run diverged."""
+def over_rates(runs: Sequence[Result], metric: str, seeds: int) -> dict[float, float]:
+    """Return the mean of a metric at each learning rate of which all seeds are there and none diverged."""
     values: dict[float, list[float]] = defaultdict(list)
     for run in runs:
         values[run.setting.lr].append(math.nan if run.diverged else run.metrics[metric])
-    means = {lr: statistics.fmean(found) for lr, found in sorted(values.items())}
+    means = {lr: statistics.fmean(found) for lr, found in sorted(values.items()) if len(found) == seeds}
     return {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
 
 

@@ -79,7 +79,7 @@ def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
 def rates(evidence: Evidence, experiment: Experiment) -> Figure | None:
     """Draw the metric of the tuning against the learning rate, one panel a row, with a ring at the chosen rate."""
     found = {each.row.name: each for each in evidence.standings(experiment)}
-    lines = {name: over_rates(each.tuning, experiment.metric) for name, each in found.items()}
+    lines = {name: over_rates(each.tuning, experiment.metric, experiment.tuning_seeds) for name, each in found.items()}
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return None

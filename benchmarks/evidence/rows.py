@@ -64,6 +64,11 @@ MAIN = (
     Row("delta-k20", "Delta-LoRA, K = 20 % of the run", "delta", changes={"start": 0.2}),
 )
 
+HEAD_LR = 5e-3
+"""Of a fresh head that trains alike in all rows. In the others it shares the learning rate of the factors, so that a
+row whose factors need a lower one has a slower head as well."""
+
+_UNCLIPPED = {"clip": None, "head_lr": HEAD_LR}
 _PLAIN = {"clip": None, "eps": 1e-8, "start": 0.0, "model_dropout": False}
 
 PLAIN_PAIRS = (
@@ -75,16 +80,17 @@ PLAIN_PAIRS = (
         Row("plain-delta", "Delta-LoRA, no clipping, no dropout", "delta", changes=_PLAIN, lr_of=("delta", 1.0)),
         Row("plain-alpha", "its alpha control", "alpha", changes=_PLAIN, lr_of=("delta", 1.0)),
     ),
+    (
+        Row("unclipped-delta", "Delta-LoRA, no clipping, equal heads", "delta", changes=_UNCLIPPED, lr=1.5e-3),
+        Row("unclipped-alpha", "its alpha control", "alpha", changes=_UNCLIPPED, lr=1.5e-3),
+    ),
 )
-"""Each pair is one model in exact arithmetic: one learning rate, no clipping, K = 0, no dropout.
+"""Each pair is one model in exact arithmetic: one learning rate, no clipping, K = 0.
 
-At the low rate training does not amplify what rounding has made different; at the tuned one it may."""
+At the low rate training does not amplify what rounding has made different; at the tuned one it may. The third pair
+differs from the rows with equal heads by the clipping alone."""
 
 COINCIDENCE = tuple(row for pair in PLAIN_PAIRS for row in pair)
-
-HEAD_LR = 5e-3
-"""Of a fresh head that trains alike in all rows. In the others it shares the learning rate of the factors, so that a
-row whose factors need a lower one has a slower head as well."""
 
 
 def _with_head(row: Row) -> Row:

@@ -69,8 +69,18 @@ class Evidence:
     @cached_property
     def pictured(self) -> dict[str, Experiment]:
         """The experiments whose tuning is worth a picture, by name: those that compare, and the one of equal heads."""
-        heads = self.of_rows(HEAD_SWEEP)
-        return self.compared | ({"equal heads": heads} if heads is not None else {})
+        return self.compared | ({"equal heads": self.heads} if self.heads is not None else {})
+
+    @property
+    def heads(self) -> Experiment | None:
+        """The experiment whose rows have equal heads."""
+        return next((each for each in self.grid.experiments if HEAD_SWEEP[0].name in each.rows), None)
+
+    def trio(self, experiment: Experiment) -> dict[str, Cell]:
+        """Return LoRA, Delta-LoRA and the control with the larger alpha, as far as there are several seeds of them."""
+        names = [row.name for row in HEAD_SWEEP[:3]] if experiment is self.heads else [LORA, DELTA, ALPHA]
+        of = self.cells(experiment) if experiment.seeds > 1 else {}
+        return {method: of[name] for method, name in zip((LORA, DELTA, ALPHA), names, strict=True) if name in of}
 
     @property
     def looks(self) -> list[Experiment]:

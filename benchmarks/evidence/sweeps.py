@@ -14,15 +14,15 @@ from benchmarks.evidence.wording import caption, count, interval, mean, once, p_
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
 
 LORA_HEAD = HEAD_SWEEP[0]
-SAME_RATES = (LORA, DELTA, ALPHA, *(row.name for row in HEAD_SWEEP[:3]))
+SAME_RATES = ("full", LORA, DELTA, ALPHA, *(row.name for row in HEAD_SWEEP[:3]))
 
 
 def equal_rates(evidence: Evidence) -> str:
-    """Return LoRA, Delta-LoRA and the control at each learning rate, from their tuning."""
+    """Return fine-tuning, LoRA, Delta-LoRA and the control at each learning rate, from their tuning."""
     parts = []
     for title, experiment in evidence.pictured.items():
-        found = [each for each in evidence.standings(experiment) if each.row.name in SAME_RATES]
-        lines = {each.row.title: over_rates(each.tuning, experiment.metric) for each in found}
+        found = [each for each in evidence.standings(experiment) if each.row.name in SAME_RATES and each.tuning]
+        lines = {each.row.title: over_rates(each.tuning, experiment.metric, experiment.tuning_seeds) for each in found}
         rates = sorted({lr for line in lines.values() for lr in line})
         if not rates:
             continue
@@ -80,13 +80,12 @@ def ratio_sweep(evidence: Evidence) -> str:
 
 def _equal_heads(evidence: Evidence) -> dict[str, Cell]:
     """Return the cells that the sweeps begin from."""
-    experiment = evidence.of_rows(HEAD_SWEEP)
-    return evidence.cells(experiment) if experiment else {}
+    return evidence.cells(evidence.heads) if evidence.heads else {}
 
 
 def equal_heads(evidence: Evidence) -> str:
     """Return LoRA, Delta-LoRA and the control with a head that has the same learning rate in all of them."""
-    experiment = evidence.of_rows(HEAD_SWEEP)
+    experiment = evidence.heads
     of = _equal_heads(evidence)
     reference = of.get(LORA_HEAD.name)
     if experiment is None or reference is None:

@@ -71,12 +71,15 @@ def origin(results: Sequence[Result]) -> str:
 
 
 def said(found: Sequence[Standing]) -> str:
-    """Return the sentences about rows that are missing or whose tuning is open; empty if there are none."""
+    """Return the sentences about rows that are missing or diverged, or whose tuning is open; empty without such."""
     left_out = [f"{each.row.title} ({each.missing})" for each in found if each.cell is None]
+    lost = [f"{each.row.title} ({mean(each.cell, '')})" for each in found if each.cell and each.cell.diverged]
     edges = [f"{each.row.title} ({each.lr:g})" for each in found if each.cell is not None and each.at_edge]
     sentences = []
     if left_out:
         sentences.append(f"Left out: {', '.join(left_out)}.")
+    if lost:
+        sentences.append(f"Without a mean: {', '.join(lost)}.")
     if edges:
         sentences.append(f"The best learning rate is at the edge of those tried: {', '.join(edges)}.")
     return " ".join(sentences)

@@ -109,6 +109,9 @@ def test_equal_runs_are_equivalent_and_apart_ones_are_not():
     assert equivalence(theirs, theirs, "accuracy", 0.01).p == 0
     assert equivalence(ours, theirs, "accuracy", 0.01).p == 1
     assert equivalence(ours, theirs, "accuracy", 0.11).shown
+    assert not equivalence(ours, theirs, "accuracy", 0.11).refuted
+    assert equivalence(ours, theirs, "accuracy", 0.09).refuted
+    assert equivalence(theirs, ours, "accuracy", 0.09).refuted
     with pytest.raises(ValueError, match="margin of accuracy must be above 0, got 0"):
         equivalence(ours, theirs, "accuracy", 0.0)
 

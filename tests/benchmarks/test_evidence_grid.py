@@ -6,6 +6,7 @@ import os
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +212,32 @@ class TestCommandLine:
         monkeypatch.chdir(tmp_path)
         assert program.main(arguments) == 2
         assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({}, "the same numbers"),
+            ({"commit": "other", "seconds": 7.0}, "the same numbers"),
+            ({"data": "other", "layers": [{}]}, "DIFFERENT in data, layers"),
+            ({"forgetting": (1.0, 2.0)}, "DIFFERENT in forgetting"),
+            ({"metrics": {"accuracy": 0.25}}, "DIFFERENT in metrics ({'accuracy': 0.5, "),
+        ],
+    )
+    def test_makes_a_run_again_and_compares_what_does_not_depend_on_the_clock(
+        self, tmp_path, monkeypatch, capsys, changes, told
+    ):
+        held = made(SETTING)
+        now = replace(held, **changes)
+        held = replace(held, metrics=held.metrics | {"BLEU": 3.0})  # added later, by `score`
+        monkeypatch.setattr(program, "make", lambda setting, job: write_result(job.folder, now))
+        assert program.main(["again", str(write_result(tmp_path, held))]) == told.startswith("DIFFERENT")
+        assert told in capsys.readouterr().out
+
+    def test_writes_the_docstrings_as_data(self, tmp_path, capsys):
+        assert program.main(["docstrings", str(tmp_path)]) == 0
+        written = [Path(line.removeprefix("Written: ")) for line in capsys.readouterr().out.splitlines()]
+        assert written == [tmp_path / "docstrings" / f"{split}.jsonl.gz" for split in ("train", "test")]
+        assert all(path.is_file() for path in written)
 
     def test_refuses_a_folder_in_use(self, tmp_path, capsys):
         with workers.locked(tmp_path):

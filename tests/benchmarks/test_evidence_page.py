@@ -172,12 +172,13 @@ def test_the_runs_that_should_coincide_are_no_rows_but_have_a_table(evidence):
     cells = evidence.coinciding(evidence.compared["docstrings"])
     delta, alpha = (cells[name].results[1] for name in PLAIN)
     apart = [abs(a - b) for a, b in zip(delta.losses, alpha.losses, strict=True)]
-    line = next(line for line in lines(page.coincidence(evidence), f"{delta.setting.lr:g}") if line[1] == "1")
-    assert float(line[3]) == pytest.approx(max(apart), rel=0.06)
-    assert line[4] == f"{10 * (apart.index(max(apart)) + 1)} of 40"
+    line = next(line for line in lines(page.coincidence(evidence), f"{delta.setting.lr:g}") if line[2] == "1")
+    assert line[1] == ("yes" if delta.setting.model_dropout else "no")
+    assert float(line[4].partition(",")[0]) == pytest.approx(max(apart), rel=0.06)
+    assert line[4].endswith(f", by step {10 * (apart.index(max(apart)) + 1)}")
 
 
-@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "yes"), (0.02, "not shown")])
+@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "yes"), (0.011, "not shown"), (0.02, "no")])
 def test_equivalence_is_of_delta_lora_and_the_larger_alpha(shift, verdict):
     values = (0.701, 0.742, 0.753)
     other = tuple(value + shift + noise for value, noise in zip(values, (0.001, -0.001, 0.002), strict=True))
@@ -203,7 +204,7 @@ def test_a_squared_error_has_no_margin():
 
 def test_rows_with_equal_heads_are_compared_among_themselves(evidence):
     text = equal_heads(evidence)
-    cells = evidence.cells(evidence.of_rows(HEAD_SWEEP))
+    cells = evidence.cells(evidence.heads)
     for name in ("lora-head", "delta-head", "alpha-head"):
         line = lines(text, ROWS[name].title)[0]
         assert line[1] == f"{cells[name].lr:g}"
@@ -229,9 +230,21 @@ def test_equal_rates_are_means_of_the_tuning(evidence):
             assert value == ("" if mean is None else measure(asked.metric).number(mean))
 
 
+@pytest.mark.parametrize("block", [equal_heads, ratio_sweep, rank_sweep])
+def test_a_row_that_diverged_is_named(evidence, block):
+    rows = {equal_heads: "adalora-head", ratio_sweep: "delta-ratio8-k50", rank_sweep: "alpha-r32"}
+    results = [
+        replace(run, diverged=True, metrics={})
+        if (run.setting.row, run.setting.split, run.setting.seed) == (rows[block], "test", 1)
+        else run
+        for run in evidence.results
+    ]
+    assert f"Without a mean: {ROWS[rows[block]].title} (1 of 2 diverged)." in block(Evidence(results, evidence.grid))
+
+
 def test_the_sweep_over_lambda_and_k_has_a_cell_for_each(evidence):
     text = ratio_sweep(evidence)
-    cells = evidence.cells(evidence.of_rows(HEAD_SWEEP)) | evidence.cells(evidence.of_rows(RATIO_SWEEP))
+    cells = evidence.cells(evidence.heads) | evidence.cells(evidence.of_rows(RATIO_SWEEP))
     lora = cells["lora-head"].mean("accuracy")
     for ratio in (0.5, 2.0, 8.0):
         values, differences = lines(text, f"{ratio:g}")
@@ -359,5 +372,5 @@ def test_pictures_are_linked_where_they_were_drawn(tmp_path, monkeypatch, eviden
 def test_a_readers_own_grid_has_a_report(evidence, grid):
     text = report(grid, evidence.results)
     assert [line for line in text.splitlines() if line.startswith("#")] == [
-        "## docstrings", "## e2e", "## webnlg", "## Delta-LoRA and a larger alpha",
+        "## docstrings", "## e2e", "## webnlg", "## Equal heads", "## Delta-LoRA and a larger alpha",
     ]  # fmt: skip

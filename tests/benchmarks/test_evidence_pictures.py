@@ -105,6 +105,14 @@ def test_a_rate_at_which_a_run_diverged_is_a_cross_and_no_point(evidence):
     assert [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "x"] == [[lost]]
 
 
+def test_a_rate_of_which_a_tuning_seed_is_missing_is_not_drawn(evidence):
+    asked = evidence.compared["docstrings"]
+    runs = [run for run in evidence.results if run.setting.row == "delta" and run.setting.split == "tuning"]
+    results = [run for run in evidence.results if run is not runs[0]]
+    axis = panel(pictures.rates(Evidence(results, evidence.grid), asked), "delta")
+    assert runs[0].setting.lr not in drawn(axis, pictures.COLOUR)[0]
+
+
 def test_a_curve_is_the_running_mean_over_the_seeds(evidence):
     asked = evidence.compared["docstrings"]
     axis = panel(pictures.losses(evidence, asked), "delta")
