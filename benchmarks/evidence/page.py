@@ -111,7 +111,7 @@ def in_short(evidence: Evidence) -> str:
         of = evidence.trio(experiment)
         if len(of) < 3:
             continue
-        metric = metrics_of(experiment, of.values())[0][0]
+        metric = experiment.metric
         apart = interval(difference(of[DELTA], of[LORA], metric))
         rows.append((title, measure(metric).title, *(mean(cell, metric) for cell in of.values()), apart))
     if not rows:

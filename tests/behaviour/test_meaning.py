@@ -9,8 +9,8 @@ from tests.support.runs import LayerRun
 from tests.support.strategies import RULES
 
 
-def plain_lora(alpha, seed=0, inner=torch.optim.AdamW, steps=200, groups=None, **options):
-    """Plain LoRA with this scaling of the branch."""
+def plain_lora(alpha, seed=0, inner=torch.optim.AdamW, steps=200, groups=None, clip=None, **options):
+    """Plain LoRA with this scaling of the branch, and gradients clipped at this norm."""
     stored = strategies.make("linear", seed, zero_A=True)
     loss = strategies.Problem(stored.W.shape, seed + 1)
     params = groups(stored) if groups else [stored.A, stored.B]
@@ -18,6 +18,8 @@ def plain_lora(alpha, seed=0, inner=torch.optim.AdamW, steps=200, groups=None, *
     for t in range(steps):
         optimizer.zero_grad()
         loss(stored.W + alpha * (stored.A @ stored.B), t).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_([stored.A, stored.B], clip)
         optimizer.step()
     return (stored.W + alpha * (stored.A @ stored.B)).detach()
 
@@ -40,6 +42,22 @@ def test_with_adam_it_is_lora_with_a_larger_alpha(rule, weight_decay):
     assert apart(delta_lora_run(rule, **options), plain_lora(0.5 * (1 + DEFAULT_RATIO), **options)) < 1e-9
     options = {"inner": torch.optim.SGD, "lr": 0.02}
     assert apart(delta_lora_run(rule, **options), plain_lora(1.5, **options)) > 1e-2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_norm_that_is_clipped_now_and_then_tells_them_apart(rule):
+    """The gradients of the larger alpha are 1 + lambda times as large; at a norm as much larger they are cut alike."""
+    options = {"lr": 0.02, "eps": 1e-30, "weight_decay": 0.0}
+    norms = [torch.cat([g.flatten() for g in pair]).norm() for pair in LayerRun(rule, **options).train(200).gradients]
+    clip, ratio = float(torch.stack(norms).median()), 1 + DEFAULT_RATIO
+    run = LayerRun(rule, **options)
+    for _ in range(200):
+        run.backward()
+        torch.nn.utils.clip_grad_norm_(run.factors, clip)
+        run.step()
+    clipped = run.effective().detach()
+    assert apart(clipped, plain_lora(0.5 * ratio, clip=clip, **options)) > 1e-2
+    assert apart(clipped, plain_lora(0.5 * ratio, clip=clip * ratio, **options)) < 1e-5
 
 
 def test_with_adam_it_is_lora_plus_without_weight_decay():
