@@ -211,7 +211,7 @@ class TestDryRuns:
         assert all(result.metrics["loss"] > 0 for result in results)
         writing = grid != "paper-glue"
         assert all((result.texts is not None) == (writing and result.setting.split == "test") for result in results)
-        assert not list((tmp_path / "unfinished").glob("*"))
+        assert not list((tmp_path / "unfinished").glob("*.pt"))
 
     @pytest.mark.parametrize(
         ("grid", "only"),
@@ -234,7 +234,7 @@ class TestDryRuns:
         checkpoints, unfinished = [], tmp_path / "many" / "unfinished"
         while not checkpoints or checkpoints[-1]:
             assert run(folders, tmp_path / "many", grid, *options, "--seconds", "3600") == 0
-            checkpoints.append(len(list(unfinished.glob("*"))))
+            checkpoints.append(len(list(unfinished.glob("*.pt"))))
         assert capsys.readouterr().out.endswith("The grid is complete.\n")
         assert set(checkpoints) == {0, 1}
         assert len(checkpoints) > 2 * len(whole)
