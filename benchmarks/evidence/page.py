@@ -12,7 +12,6 @@ from typing import Any
 from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.comparison import (
     Cell,
-    Equivalence,
     corrected,
     detectable,
     difference,
@@ -24,7 +23,7 @@ from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result, read_results
-from benchmarks.evidence.rows import PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences, metrics_of, result_tables
@@ -165,8 +164,10 @@ def equivalences(evidence: Evidence) -> str:
             continue
         lrs = " / ".join(f"{of[name].lr:g}" for name in (DELTA, ALPHA))
         for metric in _with_margins(experiment, of):
-            found = equivalence(of[DELTA], of[ALPHA], metric, measure(metric).stored_margin)
-            rows.append(_equivalence(title, lrs, found))
+            rows.append(_equivalence(title, lrs, of[DELTA], of[ALPHA], metric))
+    for title, (delta, alpha) in _one_rate(evidence).items():
+        metrics = task_named(delta.task).metric, "loss"
+        rows += [_equivalence(title, f"{delta.lr:g}", delta, alpha, metric) for metric in metrics]
     if not rows:
         return NOT_MEASURED
     head = ("task", "", "lr", "Delta-LoRA - larger alpha", "90 % interval", "margin", "p", "the same?")
@@ -325,13 +326,25 @@ def _with_margins(experiment: Experiment, of: Mapping[str, Cell]) -> list[str]:
     return [name for name in tested if name != "loss" or task_named(experiment.task).kind != "regress"]
 
 
-def _equivalence(task: str, lrs: str, each: Equivalence) -> tuple[str, ...]:
-    how, apart = measure(each.difference.what), each.difference
+def _one_rate(evidence: Evidence) -> dict[str, list[Cell]]:
+    """Return Delta-LoRA and the control at the learning rate of the pair without clipping, with and without it."""
+    rows = PLAIN_PAIRS[-1]
+    of = {name: cell for each in evidence.compared.values() for name, cell in evidence.coinciding(each).items()}
+    found = {"equal heads, one rate, not clipped": [of[row.name] for row in rows if row.name in of]}
+    if evidence.heads is not None:
+        clipped = [evidence.at_rate(evidence.heads, row, rows[0].lr) for row in HEAD_SWEEP[1:3]]
+        found["equal heads, one rate, clipped"] = [cell for cell in clipped if cell is not None]
+    return {title: cells for title, cells in found.items() if len(cells) == 2 and len(cells[0].results) > 1}
+
+
+def _equivalence(title: str, lrs: str, delta: Cell, alpha: Cell, metric: str) -> tuple[str, ...]:
+    how = measure(metric)
+    each = equivalence(delta, alpha, metric, how.stored_margin)
     return (
-        task,
+        title,
         how.title,
         lrs,
-        how.signed(apart.mean),
+        how.signed(each.difference.mean),
         f"{how.signed(each.low)} .. {how.signed(each.high)}",
         f"{how.margin:g}",
         probability(each.p),

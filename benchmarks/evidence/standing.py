@@ -99,6 +99,14 @@ class Evidence:
         """Return the cells of the runs that should coincide."""
         return _sound(each for each in self._all_standings(experiment) if each.row in COINCIDENCE)
 
+    def at_rate(self, experiment: Experiment, row: Row, lr: float | None) -> Cell | None:
+        """Return the cell of a row at another learning rate than its tuned one, if it was run there."""
+        at = [each for each in self.results if (each.setting.row, each.setting.lr) == (row.name, lr)]
+        runs = [each for each in at if each.setting.split == "test" and each.setting.task == experiment.task]
+        if len(runs) < experiment.seeds or any(run.diverged for run in runs):
+            return None
+        return Cell.of(runs, experiment.seeds)
+
     def _all_standings(self, experiment: Experiment) -> list[Standing]:
         if id(experiment) not in self._standings:
             self._standings[id(experiment)] = standings(experiment, self.results)

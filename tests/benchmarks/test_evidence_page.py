@@ -194,6 +194,23 @@ def test_equivalence_is_of_delta_lora_and_the_larger_alpha(shift, verdict):
     assert line[-1] == verdict
 
 
+def test_the_control_is_compared_at_one_rate_with_and_without_clipping(evidence, grid):
+    """At the rate of the pair without clipping, whatever rates were tuned."""
+    lr = PLAIN_PAIRS[-1][0].lr
+    heads = evidence.heads
+    clipped = [made(heads._setting(row, lr, seed, "test")) for row in HEAD_SWEEP[1:3] for seed in range(heads.seeds)]
+    assert not lines(page.equivalences(evidence), "equal heads, one rate, clipped")
+    text = page.equivalences(Evidence([*evidence.results, *clipped], grid))
+    of = {(run.setting.row, run.setting.seed): run.metrics["accuracy"] for run in [*evidence.results, *clipped]
+          if run.setting.lr == lr and run.setting.split == "test"}  # fmt: skip
+    pairs = {"clipped": HEAD_SWEEP[1:3], "not clipped": PLAIN_PAIRS[-1]}
+    for title, (delta, alpha) in pairs.items():
+        line = lines(text, f"equal heads, one rate, {title}")[0]
+        apart = statistics.fmean(of[delta.name, seed] - of[alpha.name, seed] for seed in range(heads.seeds))
+        assert line[2] == f"{lr:g}"
+        assert float(line[3]) == pytest.approx(100 * apart, abs=0.0051)
+
+
 def test_a_squared_error_has_no_margin():
     grid = Grid("test", (experiment("stsb"), experiment("mrpc")))
     evidence = Evidence(complete(grid), grid)
