@@ -104,9 +104,9 @@ def task_block(evidence: Evidence, name: str) -> str:
 
 
 def in_short(evidence: Evidence) -> str:
-    """Return the table of the front page."""
+    """Return the table of the front page, the fairest comparison of a task first."""
     rows = []
-    for title, experiment in evidence.pictured.items():
+    for title, experiment in sorted(evidence.pictured.items(), key=lambda item: item[1] is not evidence.heads):
         of = evidence.trio(experiment)
         if len(of) < 3:
             continue
