@@ -156,7 +156,8 @@ def measure_cost(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     check_writable(path)
     with as_a_worker():
         found = cost.measure(experiment, cost.rows_of(experiment), _places(options), options.device, options.rounds)
-    cost.write(path, found, experiment, machine(options.device), commit_of(Path(__file__).parent))
+        where = machine(options.device)  # with the threads of a worker
+    cost.write(path, found, experiment, where, commit_of(Path(__file__).parent))
     print(f"Written: {path}")
     return 0
 
