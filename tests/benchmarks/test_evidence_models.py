@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import finetune
+from benchmarks.evidence import from_gguf
 from benchmarks.evidence import models as subject
 from benchmarks.evidence.models import find_model, load_model, load_tokenizer, projections, split_projections
 from benchmarks.evidence.places import Places
@@ -167,3 +168,13 @@ def test_a_tokenizer_without_a_pad_token_pads_with_the_end(places):
     tokenizer.save_pretrained(places.models / "gpt2")
     shutil.copytree(places.models / "gpt2", places.models / "again")
     assert load_tokenizer(setting("e2e", "again"), places).pad_token == "</s>"
+
+
+@pytest.mark.parametrize(("name", "message"), [("no.gguf", "no.gguf is no file"), ("a.gguf", "takes the package gguf")])
+def test_a_gguf_file_that_cannot_be_unpacked(tmp_path, monkeypatch, capsys, name, message):
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.setattr(from_gguf, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        from_gguf.main([str(tmp_path / name), str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -11,9 +11,9 @@ from tests.benchmarks.made_results import made
 def test_the_settings_of_all_grids_are_found_again(tmp_path):
     """Numbers that are measured are rounded in the file; a setting is not, as it names the file."""
     for grid in GRIDS.values():
-        for experiment in grid.experiments:
+        for number, experiment in enumerate(grid.experiments):
             setting = experiment._setting(ROWS[experiment.rows[0]], 1 / 3, 0, "test")
-            folder = tmp_path / f"{grid.name} {experiment.task} {experiment.rows[0]}"
+            folder = tmp_path / f"{grid.name} {number}"
             write_result(folder, made(setting))
             assert [result.setting for result in read_results(folder)] == [setting]
 
