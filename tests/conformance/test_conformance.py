@@ -66,13 +66,13 @@ def test_the_table_has_every_rule():
 
 
 ALIKE = ("SGD_nesterov", "AdamW_amsgrad", "Adamax", "ASGD")
-"""Inner optimizers that differ from another row by a variant of its step: `make test-core` takes one layout of each."""
+"""Inner optimizers that differ from another row by a variant of its step: `make nightly` takes their other layouts."""
 
 
 def cases(*columns):
     """The columns x inner optimizer x layout x rule, as far as they fit; the rules of a case follow each other."""
     for *others, name, layout in itertools.product(*columns, INNERS, LAYOUTS):
-        marks = [pytest.mark.extra] if name in ALIKE and layout != "linear" else []
+        marks = [pytest.mark.nightly] if name in ALIKE and layout != "linear" else []
         if fits(name, layout):
             yield from (pytest.param(*others, name, layout, rule, marks=marks) for rule in TABLE)
 
