@@ -218,6 +218,7 @@ class TestDryRuns:
         ("grid", "only"),
         [
             ("paper-glue", ["cola", "adalora", "dylora"]),
+            later("paper-glue", ["cola", "delta", "full"]),
             ("paper-e2e", ["delta", "adalora"]),
             ("paper-xsum", ["delta"]),
         ],
