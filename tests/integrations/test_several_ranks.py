@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,31 @@ def test_a_process_that_was_killed_between_tests_is_noticed(monkeypatch):
     os.kill(on_all_ranks(who)[1][2], signal.SIGKILL)
     with pytest.raises(AssertionError, match="rank 1: the process has ended, with -9"):
         on_all_ranks(who)
+    on_all_ranks(who)
+
+
+def crash(rank: int, times: int, folder: Path) -> int:
+    """Crash on rank 1, for the first few times."""
+    if rank == 0:
+        dist.barrier()
+        return 0
+    before = len(list(folder.iterdir()))
+    if before < times:
+        folder.joinpath(f"{before}").touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+    return before
+
+
+def test_a_call_that_crashes_is_made_again_in_new_processes_and_its_stack_is_shown(tmp_path):
+    with pytest.warns(UserWarning, match=r"(?s)a rank has crashed in crash.*Segmentation fault.*in crash"):
+        assert on_all_ranks(crash, 1, tmp_path) == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:a rank has crashed")
+def test_a_call_that_crashes_twice_has_failed(tmp_path):
+    with pytest.raises(AssertionError, match=r"(?s)rank 1: the process has ended, with -11.*Segmentation fault"):
+        on_all_ranks(crash, 2, tmp_path)
     on_all_ranks(who)
 
 
