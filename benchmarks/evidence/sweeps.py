@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.evidence.comparison import Cell, corrected, difference
-from benchmarks.evidence.figures import over_rates
+from benchmarks.evidence.figures import mean_cosine, mean_rank, over_rates
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.task_tables import NOT_MEASURED, differences
-from benchmarks.evidence.wording import caption, count, interval, mean, once, p_of, picture, said, tried
+from benchmarks.evidence.wording import caption, count, figure, interval, mean, once, p_of, picture, said, tried
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
 
 LORA_HEAD = HEAD_SWEEP[0]
@@ -100,6 +100,8 @@ def equal_heads(evidence: Evidence) -> str:
     for metric in metrics:
         columns = [mean(cell, metric) for cell in of.values()], [apart.get((name, metric), "") for name in of]
         groups.append([(measure(metric).title, columns[0]), ("difference to LoRA, p", columns[1])])
+    layers = ("rank", mean_rank, 1), ("cosine", mean_cosine, 5)
+    groups.append([(name, [figure(cell, figured, digits) for cell in of.values()]) for name, figured, digits in layers])
     return paragraphs(
         caption(experiment, list(of.values()), len(found)),
         narrow_tables(("row", [ROWS[name].title for name in of]), groups),

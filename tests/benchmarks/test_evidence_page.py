@@ -227,6 +227,8 @@ def test_rows_with_equal_heads_are_compared_among_themselves(evidence):
         assert line[1] == f"{cells[name].lr:g}"
         assert line[3].startswith(f"{100 * cells[name].mean('accuracy'):.2f}")
         assert bool(line[4]) == (name != "lora-head")
+        ranks = [layer["effective_rank"] for run in cells[name].results for layer in run.layers]
+        assert lines(text, ROWS[name].title)[1][3] == f"{statistics.fmean(ranks):.1f}"
     apart = difference(cells["delta-head"], cells["lora-head"], "accuracy")
     assert lines(text, "Delta-LoRA")[0][4].startswith(f"{100 * apart.mean:+.2f}")
     assert f"p by Holm over {2 * (len(HEAD_SWEEP) - 1)} comparisons" in text

@@ -61,6 +61,15 @@ TABLE = {
 }
 
 
+ELSEWHERE = 90
+"""Steps at most in other layouts than linear, in which the moves are the same product of other views."""
+
+
+def steps_of(rule: str, start: str, layout: str) -> int:
+    steps = TABLE[rule].steps[start]
+    return steps if layout == "linear" else min(steps, ELSEWHERE)
+
+
 def test_the_table_has_every_rule():
     assert tuple(TABLE) == RULES
 
@@ -116,14 +125,14 @@ def conforming_run(rule: str, layout: str, start: Start, inner=torch.optim.AdamW
 def long_reference(start: str, name: str, layout: str) -> reference.DenseRun:
     """One for all rules."""
     inner, options = INNERS[name]
-    steps = max(row.steps[start] for row in TABLE.values())
+    steps = max(steps_of(rule, start, layout) for rule in TABLE)
     return reference_of(conforming_run("in_place", layout, BEGINNINGS[start], inner, options), steps, BEGINNINGS[start])
 
 
 @pytest.mark.parametrize(("start", "name", "layout", "rule"), cases(BEGINNINGS))
 def test_follows_the_dense_loop_in_float64(rule, start, name, layout):
     """W, A and B in every step; the stored W changes its bits in those steps that the table says, and in no other."""
-    (inner, options), steps, begin = INNERS[name], TABLE[rule].steps[start], BEGINNINGS[start]
+    (inner, options), steps, begin = INNERS[name], steps_of(rule, start, layout), BEGINNINGS[start]
     run, expected = conforming_run(rule, layout, begin, inner, options), long_reference(start, name, layout)
     least = 1e-3 if start == "step 3" else 1e-6  # Adafactor moves A by its size, which is zero at first
     assert relative(expected.W[steps], expected.W[0]) > least, "W does not move, so the comparison shows nothing"
