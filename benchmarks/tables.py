@@ -1,8 +1,9 @@
 """Tables of the pages, made from the files in `benchmarks/results/`.
 
-    python -m benchmarks.tables     # after a run: replaces the tables of all `PAGES`
+    python -m benchmarks.tables     # after a run: replaces the tables of all `PAGES`, and the numbers in sentences
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; `TABLES` has the names.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; `TABLES` has the names. The
+sentences are those of `evidence/prose.py`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks import RESULTS, drift, first_use
+from benchmarks.evidence.facts import Facts
+from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.page import evidence_tables
+from benchmarks.evidence.prose import PASSAGES, filled_in
+from benchmarks.evidence.result import read_results
+from benchmarks.evidence.standing import Evidence
 from benchmarks.markdown import table
 
 HERE = Path(__file__).parent
@@ -239,10 +245,27 @@ def filled(page: str) -> str:
     )
 
 
+def current(page: Path) -> str:
+    """Return a page with the tables and the numbers of the present results.
+
+    Raises:
+        KeyError: as `filled`.
+        ValueError: if a sentence does not hold any more, or is not there (`evidence/prose.py`).
+    """
+    text, passages = filled(page.read_text()), PASSAGES.get(page.relative_to(HERE.parent).as_posix(), ())
+    return filled_in(text, passages, _facts()) if passages else text
+
+
 def main() -> None:
-    """Write the tables into all pages."""
+    """Write tables and numbers into all pages."""
     for page in PAGES:
-        page.write_text(filled(page.read_text()))
+        page.write_text(current(page))
+
+
+@cache
+def _facts() -> Facts:
+    folder = RESULTS / "evidence"
+    return Facts(Evidence(read_results(folder / FULL.name)), folder)
 
 
 def _results(name: str) -> Any:

@@ -21,7 +21,7 @@ from benchmarks.evidence.comparison import (
 from benchmarks.evidence.figures import forgotten
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
-from benchmarks.evidence.measures import measure
+from benchmarks.evidence.measures import PUBLIC_LORA_BLEU, measure
 from benchmarks.evidence.result import Result, read_results
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
@@ -46,9 +46,6 @@ PAPER = {
     "webnlg": {"BLEU": "0.79, 1.08 and 0.91 on three parts", "METEOR": "0.01 of 1 (1 here)", "TER": "0.02 less"},
 }
 """The paper's gains of Delta-LoRA over LoRA."""
-
-PUBLIC_LORA_BLEU = (68.9, 70.4)
-"""Lowest and highest of the public runs of plain LoRA with GPT-2 Medium on E2E."""
 
 
 def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:

@@ -1,0 +1,148 @@
+"""The numbers in the sentences of docs/evidence.md come from the results, and none stands there that does not."""
+
+import copy
+import json
+import math
+import re
+import statistics
+
+import pytest
+
+from benchmarks.evidence.facts import HEADS, Facts, largest_difference, largest_gap, sampling_error
+from benchmarks.evidence.grid import Experiment, Grid
+from benchmarks.evidence.prose import PASSAGES, Passage, filled_in
+from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS
+from benchmarks.evidence.standing import Evidence
+from benchmarks.tables import PAGES
+from tests.benchmarks.made_results import complete
+
+SETTING = {"steps": 40, "batch_size": 2, "max_length": 8}
+LRS = dict.fromkeys(("adapter", "dense", "sgd"), (1e-3, 4e-3, 1.6e-2))
+
+TABLE = re.compile(r"<!-- table: .*?<!-- end of table -->", re.DOTALL)
+HEADING = re.compile(r"^(#.*$|\d+\. )", re.MULTILINE)
+CODE, TARGET = re.compile(r"`[^`]*`"), re.compile(r"\]\([^)]*\)")
+
+# Numbers that no run has measured: settings, definitions, and what others have published.
+STATED = """
+    alpha (1 + lambda) | K = 0 | lambda 2 | a linear decay to 0 | clipped at 1, | Python 3.11.7's
+    from rank 8 to 6 on average between 10 % and 50 % of the run | takes 11 values | ratio 1 + lambda
+    rsLoRA at r 8 is LoRA with alpha x 2.8 | its 95 % interval | leaves out 0 with a p above 0.05
+    1 point of a percentage, BLEU, METEOR or ROUGE, 0.1 of NIST and CIDEr, 0.01 of TER, 0.02 of a loss
+    less than 1 point would hardly | in 8 of 10 cases at 5 % | in 8 of 10 cases. | 12 classes | of 6 layers
+    a Llama of 260,000 parameters | label smoothing 0.1 | length penalty 0.8 | LoRA of rank 4 | file of 4 bits
+    at 0.005 a larger branch is too fast, at 0.0015 the head is too slow | interval contains 0 | p is above 0.05
+    gradients of the factors are 1 + lambda times | is ruled out at 5 % | On E2E K is 19 | At 0.0015, with the
+    learning rate x 3 | paper's Table 6 | at 0.005 Delta-LoRA breaks down | at 0.0005 Delta-LoRA is ahead
+    more than lambda 2 gives | (lr 0.005) | rate here, 0.005, is | paper's Fig. 3 | from step 0 | K > 0 at most 2 r
+    standard error 1.4 points) | alpha / r = 2 at 47.4 % with a forgetting of 0.059
+    alpha / r = 8 at 51.3 % with 0.111 | lambda 3 computes | After 1,000 steps
+    Llama-3.2-3B | rank 64 | SST-2 | GPT-2 | E2E | all-MiniLM-L6-v2 | stories260k | SmolLM2-135M-Instruct
+"""
+
+
+def test_numbers_are_filled_in_wherever_the_page_breaks_its_lines():
+    passage = Passage("it takes {} to {} ms, not {}.", lambda facts: ["1.5", "20", "+1,000"])
+    page = "Here it\n  takes 3 to 4e-05 ms,\nnot -7. It takes 3 ms.\n"
+    assert filled_in(page, [passage], None) == "Here it\n  takes 1.5 to 20 ms,\nnot +1,000. It takes 3 ms.\n"
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_sentence_has_to_stand_in_the_page_once(count):
+    with pytest.raises(ValueError, match=f"{count} times, expected once: 'LoRA has {{}}'"):
+        filled_in("LoRA has 3. " * count, [Passage("LoRA has {}", lambda facts: ["4"])], None)
+
+
+def test_a_sentence_whose_words_do_not_hold_has_to_be_written_anew():
+    passage = Passage("the best is {}", lambda facts: ["4"], lambda facts: facts == "other results")
+    assert filled_in("the best is 3", [passage], "other results") == "the best is 4"
+    with pytest.raises(ValueError, match="write it anew: 'the best is"):
+        filled_in("the best is 3", [passage], "these results")
+
+
+def test_there_are_as_many_numbers_as_places():
+    with pytest.raises(ValueError, match="1 numbers for 2 places: '3 to 4'"):
+        filled_in("3 to 4", [Passage("{} to {}", lambda facts: ["1"])], None)
+
+
+def test_no_other_number_stands_in_a_sentence():
+    page = next(page for page in PAGES if page.name == "evidence.md").read_text()
+    for known in (TABLE, *(passage.pattern for passage in PASSAGES["docs/evidence.md"]), HEADING, CODE, TARGET):
+        page = known.sub(" ", page)
+    page = " ".join(page.split())
+    phrases = [phrase for line in STATED.strip().splitlines() for phrase in line.strip().split(" | ")]
+    for phrase in sorted(phrases, key=len, reverse=True):
+        page, count = re.subn(re.escape(phrase), " ", page, flags=re.IGNORECASE)
+        assert count, f"{phrase!r} is not on the page any more"
+    assert not (found := re.findall(r".{0,40}\d.{0,40}", page)), found
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    compared = ("full", "lora", "delta", "alpha", "restarts", *(row.name for pair in PLAIN_PAIRS for row in pair))
+    experiments = [
+        Experiment("docstrings", "tiny", compared, SETTING, LRS, seeds=3),
+        Experiment("docstrings", "tiny", [row.name for row in HEAD_SWEEP], SETTING, LRS, seeds=3),
+    ]
+    grid, folder = Grid("test", tuple(experiments)), tmp_path_factory.mktemp("costs")
+    (folder / "cost_cpu.json").write_text(json.dumps({"rows": {"lora": {"state_bytes": 2}}}))
+    return Facts(Evidence(complete(grid), grid), folder)
+
+
+def of(facts, row, lr=None):
+    """Return the test runs of a row by their seeds, at its tuned rate or another one."""
+    runs = [run for run in facts.evidence.results if (run.setting.row, run.setting.split) == (row, "test")]
+    return {run.setting.seed: run for run in runs if lr is None or run.setting.lr == lr}
+
+
+@pytest.mark.parametrize(("task", "end"), [("docstrings", ""), (HEADS, "-head")])
+def test_facts_are_those_of_the_runs(facts, task, end):
+    ours, theirs = of(facts, f"delta{end}"), of(facts, f"lora{end}")
+    apart = [100 * (ours[seed].metrics["accuracy"] - theirs[seed].metrics["accuracy"]) for seed in range(3)]
+    assert facts.points(task, "delta") == pytest.approx(statistics.fmean(apart))
+    half = 4.302653 * statistics.stdev(apart) / math.sqrt(3)  # Student's t of 2 degrees of freedom at 97.5 %
+    assert facts.bounds(task, "delta") == pytest.approx(
+        (statistics.fmean(apart) - half, statistics.fmean(apart) + half)
+    )
+    assert facts.lr(task, "delta") == ours[0].setting.lr
+    ranks = [
+        statistics.fmean(layer["effective_rank"] for run in runs.values() for layer in run.layers)
+        for runs in (ours, theirs)
+    ]
+    assert facts.rank(task, "delta") == pytest.approx(ranks[0] / ranks[1])
+
+
+def test_shown_are_the_rows_with_a_corrected_p_below_5_percent(facts):
+    results = copy.deepcopy(facts.evidence.results)
+    changed = Facts(Evidence(results, facts.evidence.grid), facts.folder)
+    for metric, gain in (("accuracy", 0.01), ("loss", -0.1)):
+        for seed, run in of(changed, "lora").items():
+            run.metrics[metric] = 0.5 + 0.1 * seed
+            of(changed, "full")[seed].metrics[metric] = run.metrics[metric] + gain * (1 + 0.001 * seed)
+            for row in ("delta", "alpha", "restarts"):
+                of(changed, row)[seed].metrics[metric] = run.metrics[metric] + gain * (-1) ** seed
+    assert changed.shown("docstrings") == changed.shown("docstrings", "loss") == {"full"}
+
+
+def test_gaps_are_the_largest_over_seeds_and_steps(facts):
+    pair, runs = facts.pair(1), [of(facts, row.name) for row in PLAIN_PAIRS[1]]
+    losses = [abs(a - b) for s in range(3) for a, b in zip(*(by_seed[s].losses for by_seed in runs), strict=True)]
+    assert largest_gap(pair) == pytest.approx(max(losses))
+    values = [abs(runs[0][s].metrics["accuracy"] - runs[1][s].metrics["accuracy"]) for s in range(3)]
+    assert largest_difference(pair, "accuracy") == pytest.approx(max(values))
+
+
+def test_the_choice_of_texts_has_the_error_of_a_share(facts):
+    share = statistics.fmean(run.metrics["accuracy"] for run in of(facts, "lora").values())
+    assert sampling_error(facts, "docstrings") == pytest.approx(100 * math.sqrt(share * (1 - share) / 572))
+
+
+def test_the_costs_are_those_of_the_file(facts):
+    assert facts.cost == {"lora": {"state_bytes": 2}}
+
+
+def test_another_rate_is_found_or_said_to_be_missing(facts):
+    lr = facts.lr(HEADS, "delta")
+    assert facts.at_rate("delta", lr).results == facts.cells(HEADS)["delta"].results
+    with pytest.raises(KeyError, match="no runs of delta-head at 7"):
+        facts.at_rate("delta", 7.0)
