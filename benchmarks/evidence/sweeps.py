@@ -34,7 +34,24 @@ def equal_rates(evidence: Evidence) -> str:
             f"{title}: {how.title}, held out of the training data, {count(experiment.tuning_seeds, 'seed')}.",
             narrow_tables(("row", list(lines)), [[column] for column in columns]),
         ]
-    return paragraphs(*parts) or NOT_MEASURED
+    return paragraphs(*parts, _by_the_loss(evidence)) or NOT_MEASURED
+
+
+def _by_the_loss(evidence: Evidence) -> str:
+    """Return which rows would have another learning rate if it were chosen by the loss; empty without tuned rows."""
+    tuned, changed = 0, []
+    for title, experiment in evidence.pictured.items():
+        for each in evidence.standings(experiment):
+            if each.lr is None or not each.tuning or experiment.metric == "loss":
+                continue
+            losses = over_rates(each.tuning, "loss", experiment.tuning_seeds)
+            tuned, best = tuned + 1, min(losses, key=losses.__getitem__)
+            if best != each.lr:
+                changed.append(f"{title}: {each.row.title} ({best:g} instead of {each.lr:g})")
+    if not tuned:
+        return ""
+    told = f"Chosen by the held-out loss, {len(changed)} of {tuned} rows would have another learning rate"
+    return f"{told}: {'; '.join(changed)}." if changed else f"{told}."
 
 
 def ratio_sweep(evidence: Evidence) -> str:

@@ -249,6 +249,16 @@ def test_equal_rates_are_means_of_the_tuning(evidence):
             assert value == ("" if mean is None else measure(asked.metric).number(mean))
 
 
+def test_what_the_loss_would_choose_is_said():
+    asked, results = experiment(), [*runs("lora", (0.7, 0.7, 0.7)), *runs("delta", (0.7, 0.7, 0.7))]
+    for run in results:
+        better = 1e-3 if run.setting.row == "delta" else 4e-3
+        run.metrics["loss"] = 0.5 if run.setting.lr == better else 0.6
+    text = equal_rates(Evidence(results, Grid("test", (asked,))))
+    told = "Chosen by the held-out loss, 1 of 2 rows would have another learning rate: "
+    assert text.endswith(f"{told}docstrings: Delta-LoRA (0.001 instead of 0.004).")
+
+
 @pytest.mark.parametrize("block", [equal_heads, ratio_sweep, rank_sweep])
 def test_a_row_that_diverged_is_named(evidence, block):
     rows = {equal_heads: "adalora-head", ratio_sweep: "delta-ratio8-k50", rank_sweep: "alpha-r32"}
