@@ -94,6 +94,12 @@ def _best(facts: Facts, task: str) -> str:
     return max(cells, key=lambda row: cells[row].mean(facts.metric(task)))
 
 
+def _two_highest_losses(facts: Facts, task: str) -> set[str]:
+    """Return the two rows of a task with the highest loss."""
+    cells = facts.cells(task)
+    return set(sorted(cells, key=lambda row: cells[row].mean("loss"))[-2:])
+
+
 def _ranks(facts: Facts, rows: Sequence[str]) -> list[float]:
     """Return the ranks of the changes, LoRA's as 1, in both tasks that classify."""
     return [facts.rank(task, row) for task in TEST_TEXTS for row in rows if row in facts.cells(task)]
@@ -206,8 +212,23 @@ IN_SHORT = (
         lambda facts: facts.apart("e2e", DELTA, "loss").mean > 0 and DELTA not in facts.shown("e2e", "loss"),
     ),
     Passage(
-        "A fresh head that has to share the rate of the factors moved the result by {} points.",
+        "A fresh head that has to share the rate of the factors moved the result by {} points. With equal heads no row "
+        "was shown to be better than LoRA.",
         lambda facts: [_size(facts.points(HEADS, DELTA) - facts.points("docstrings", DELTA))],
+        lambda facts: (
+            all(facts.points(HEADS, row) < 0 for row in facts.shown(HEADS))
+            and all(facts.apart(HEADS, row, "loss").mean > 0 for row in facts.shown(HEADS, "loss"))
+        ),
+    ),
+    Passage(
+        "A changing lambda and restarts raise it, to {} to {} times that of LoRA. With equal heads a changing lambda "
+        "gains no more than {} points, if anything, and Delta-LoRA with restarts lies {} points behind LoRA.",
+        lambda facts: [
+            *(f"{rank:.1f}" for rank in _ends(facts.rank(HEADS, row) for row in (*RESTARTING, *CHANGING))),
+            _size(max(facts.bounds(HEADS, row)[1] for row in CHANGING)),
+            _size(facts.points(HEADS, "delta-restarts")),
+        ],
+        lambda facts: facts.shown(HEADS) == {"delta-restarts"} and facts.points(HEADS, "delta-restarts") < 0,
     ),
     Passage(
         "Fine-tuning is {} to {} points ahead of LoRA. On docstrings plain SGD, which keeps no state, was the best row "
@@ -221,7 +242,27 @@ WITH_EQUAL_HEADS = (
         "With equal heads Delta-LoRA, which lay {} points behind, is not behind any more; whether it is ahead, five "
         "seeds do not show.",
         lambda facts: [_size(facts.points("docstrings", DELTA))],
-        lambda facts: facts.points("docstrings", DELTA) < 0 < facts.points(HEADS, DELTA) and not facts.shown(HEADS),
+        lambda facts: (
+            facts.points("docstrings", DELTA) < 0 < facts.points(HEADS, DELTA) and DELTA not in facts.shown(HEADS)
+        ),
+    ),
+    Passage(
+        "A changing lambda, which raises the rank of the change, was not shown to gain anything either. Restarts have "
+        "the highest rank and the highest loss, and with them Delta-LoRA is behind LoRA;",
+        holds=lambda facts: (
+            facts.shown(HEADS) == facts.shown(HEADS, "loss") == {"delta-restarts"}
+            and _two_highest_losses(facts, HEADS) == set(RESTARTING)
+            and min(facts.rank(HEADS, row) for row in RESTARTING)
+            > max(facts.rank(HEADS, row) for row in (DELTA, *CHANGING))
+        ),
+    ),
+    Passage(
+        "None of these rows was shown to be better than LoRA on either task, nor with equal heads.",
+        holds=lambda facts: all(
+            row not in facts.shown(task) or facts.points(task, row) < 0
+            for task in (*TEST_TEXTS, HEADS)
+            for row in (*RESTARTING, *CHANGING)
+        ),
     ),
 )
 FRONT_PAGE = (

@@ -36,7 +36,7 @@ STATED = """
     learning rate x 3 | paper's Table 6 | at 0.005 Delta-LoRA breaks down | at 0.0005 Delta-LoRA is ahead
     more than lambda 2 gives | (lr 0.005) | rate here, 0.005, is | paper's Fig. 3 | from step 0 | K > 0 at most 2 r
     standard error 1.4 points) | alpha / r = 2 at 47.4 % with a forgetting of 0.059
-    alpha / r = 8 at 51.3 % with 0.111 | lambda 3 computes | After 1,000 steps
+    alpha / r = 8 at 51.3 % with 0.111 | lambda 3 computes | After 1,000 steps | 300 steps leave
     Llama-3.2-3B | rank 64 | SST-2 | GPT-2 | E2E | all-MiniLM-L6-v2 | stories260k | SmolLM2-135M-Instruct
 """
 
