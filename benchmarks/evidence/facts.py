@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.comparison import Cell, Difference, difference
-from benchmarks.evidence.figures import mean_rank
+from benchmarks.evidence.comparison import LEVEL, Cell, Difference, difference
+from benchmarks.evidence.figures import mean_rank, over_rates
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import PLAIN_PAIRS, ROWS
@@ -19,12 +19,13 @@ from benchmarks.evidence.standing import LORA, Evidence
 from benchmarks.evidence.task_tables import differences, metrics_of
 
 HEADS = "equal heads"
+"""The comparison on docstrings in which all heads train alike."""
 
 TEST_TEXTS = {"docstrings": 572, "sst2": 872}
 """How many test examples the classified tasks have."""
 
-HEAD = "-head"
-"""What the names of rows with equal heads end with."""
+ENDING = "-head"
+"""Of the names of rows with equal heads."""
 
 
 class Facts:
@@ -41,8 +42,9 @@ class Facts:
         self.evidence, self.folder = evidence, folder
 
     def cells(self, task: str) -> dict[str, Cell]:
+        """Return the complete cells of a task by the names of their rows."""
         found = self.evidence.cells(self.evidence.pictured[task])
-        return {name.removesuffix(HEAD): cell for name, cell in found.items()}
+        return {name.removesuffix(ENDING): cell for name, cell in found.items()}
 
     def apart(self, task: str, row: str, metric: str | None = None, reference: str = LORA) -> Difference:
         """Return the difference of a row to another one, in the task's metric if no other is named."""
@@ -59,6 +61,7 @@ class Facts:
         return factor * apart.low, factor * apart.high
 
     def metric(self, task: str) -> str:
+        """Return what a task is measured by."""
         return self.evidence.pictured[task].metric
 
     def shown(self, task: str, what: str | None = None) -> set[str]:
@@ -72,9 +75,9 @@ class Facts:
         tested, _ = metrics_of(experiment, cells.values())
         family = differences(cells, tested)
         return {
-            each.row.removesuffix(HEAD)
+            each.row.removesuffix(ENDING)
             for each in family
-            if each.what == (what or tested[0]) and (each.corrected or 0.0) < 0.05
+            if each.what == (what or tested[0]) and each.corrected is not None and each.corrected < LEVEL
         }
 
     def rank(self, task: str, row: str) -> float:
@@ -83,7 +86,17 @@ class Facts:
         return _mean(cells[row], mean_rank) / _mean(cells[LORA], mean_rank)
 
     def lr(self, task: str, row: str) -> float:
+        """Return the tuned learning rate of a row."""
         return self.cells(task)[row].lr
+
+    def held_out(self, task: str, row: str, lr: float) -> float:
+        """Return the mean of the metric over the tuning runs of a row at one learning rate."""
+        return self._over_rates(task, row, self.metric(task))[lr]
+
+    def best_by_loss(self, task: str, row: str) -> float:
+        """Return the learning rate that the held-out loss would choose."""
+        losses = self._over_rates(task, row, "loss")
+        return min(losses, key=losses.__getitem__)
 
     def pair(self, number: int) -> tuple[Cell, Cell]:
         """Return one of `PLAIN_PAIRS`: Delta-LoRA and its control, where nothing interferes."""
@@ -97,9 +110,9 @@ class Facts:
     def at_rate(self, row: str, lr: float) -> Cell:
         """Return a row of equal heads at another learning rate than its tuned one."""
         heads = self.evidence.heads
-        cell = None if heads is None else self.evidence.at_rate(heads, ROWS[row + HEAD], lr)
+        cell = None if heads is None else self.evidence.at_rate(heads, ROWS[row + ENDING], lr)
         if cell is None:
-            raise KeyError(f"no runs of {row}{HEAD} at {lr:g}")
+            raise KeyError(f"no runs of {row}{ENDING} at {lr:g}")
         return cell
 
     @cached_property
@@ -107,6 +120,11 @@ class Facts:
         """The rows of the cost on a CPU."""
         found: Mapping[str, Any] = json.loads((self.folder / "cost_cpu.json").read_text("utf8"))["rows"]
         return found
+
+    def _over_rates(self, task: str, row: str, metric: str) -> dict[float, float]:
+        experiment = self.evidence.pictured[task]
+        found = {each.row.name.removesuffix(ENDING): each for each in self.evidence.standings(experiment)}
+        return over_rates(found[row].tuning, metric, experiment.tuning_seeds)
 
 
 def largest_gap(pair: tuple[Cell, Cell]) -> float:

@@ -38,7 +38,7 @@ def equal_rates(evidence: Evidence) -> str:
 
 
 def _by_the_loss(evidence: Evidence) -> str:
-    """Return which rows would have another learning rate if it were chosen by the loss; empty without tuned rows."""
+    """Return for which rows the loss would choose another learning rate; empty without tuned rows."""
     tuned, changed = 0, []
     for title, experiment in evidence.pictured.items():
         for each in evidence.standings(experiment):
@@ -47,10 +47,11 @@ def _by_the_loss(evidence: Evidence) -> str:
             losses = over_rates(each.tuning, "loss", experiment.tuning_seeds)
             tuned, best = tuned + 1, min(losses, key=losses.__getitem__)
             if best != each.lr:
-                changed.append(f"{title}: {each.row.title} ({best:g} instead of {each.lr:g})")
+                edge = ", at the edge," if best in (each.tried[0], each.tried[-1]) else ""
+                changed.append(f"{title}: {each.row.title} ({best:g}{edge} instead of {each.lr:g})")
     if not tuned:
         return ""
-    told = f"Chosen by the held-out loss, {len(changed)} of {tuned} rows would have another learning rate"
+    told = f"Of the rates that were tried, the held-out loss is lowest at another one in {len(changed)} of {tuned} rows"
     return f"{told}: {'; '.join(changed)}." if changed else f"{told}."
 
 

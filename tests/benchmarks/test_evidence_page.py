@@ -255,8 +255,8 @@ def test_what_the_loss_would_choose_is_said():
         better = 1e-3 if run.setting.row == "delta" else 4e-3
         run.metrics["loss"] = 0.5 if run.setting.lr == better else 0.6
     text = equal_rates(Evidence(results, Grid("test", (asked,))))
-    told = "Chosen by the held-out loss, 1 of 2 rows would have another learning rate: "
-    assert text.endswith(f"{told}docstrings: Delta-LoRA (0.001 instead of 0.004).")
+    told = "Of the rates that were tried, the held-out loss is lowest at another one in 1 of 2 rows: "
+    assert text.endswith(f"{told}docstrings: Delta-LoRA (0.001, at the edge, instead of 0.004).")
 
 
 @pytest.mark.parametrize("block", [equal_heads, ratio_sweep, rank_sweep])

@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 
+from benchmarks.evidence import prose
 from benchmarks.evidence.facts import HEADS, Facts, largest_difference, largest_gap, sampling_error
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.prose import PASSAGES, Passage, filled_in
@@ -23,17 +24,18 @@ TABLE = re.compile(r"<!-- table: .*?<!-- end of table -->", re.DOTALL)
 HEADING = re.compile(r"^(#.*$|\d+\. )", re.MULTILINE)
 CODE, TARGET = re.compile(r"`[^`]*`"), re.compile(r"\]\([^)]*\)")
 
-# Numbers that no run has measured: settings, definitions, and what others have published.
+# Numbers that are no results: settings, rates that a sentence is about, definitions, and what others have published.
 STATED = """
     alpha (1 + lambda) | K = 0 | lambda 2 | a linear decay to 0 | clipped at 1, | Python 3.11.7's
     from rank 8 to 6 on average between 10 % and 50 % of the run | takes 11 values | ratio 1 + lambda
     rsLoRA at r 8 is LoRA with alpha x 2.8 | its 95 % interval | leaves out 0 with a p above 0.05
+    it had chosen 0.0027 for Delta-LoRA and 0.0015 for the control
     1 point of a percentage, BLEU, METEOR or ROUGE, 0.1 of NIST and CIDEr, 0.01 of TER, 0.02 of a loss
     less than 1 point would hardly | in 8 of 10 cases at 5 % | in 8 of 10 cases. | 12 classes | of 6 layers
     a Llama of 260,000 parameters | label smoothing 0.1 | length penalty 0.8 | LoRA of rank 4 | file of 4 bits
     at 0.005 a larger branch is too fast, at 0.0015 the head is too slow | interval contains 0 | p is above 0.05
     gradients of the factors are 1 + lambda times | is ruled out at 5 % | On E2E K is 19 | At 0.0015, with the
-    learning rate x 3 | paper's Table 6 | at 0.005 Delta-LoRA breaks down | at 0.0005 Delta-LoRA is ahead
+    learning rate x 3 | paper's Table 6
     more than lambda 2 gives | (lr 0.005) | rate here, 0.005, is | paper's Fig. 3 | from step 0 | K > 0 at most 2 r
     standard error 1.4 points) | alpha / r = 2 at 47.4 % with a forgetting of 0.059
     alpha / r = 8 at 51.3 % with 0.111 | lambda 3 computes | After 1,000 steps | 300 steps leave
@@ -63,6 +65,16 @@ def test_a_sentence_whose_words_do_not_hold_has_to_be_written_anew():
 def test_there_are_as_many_numbers_as_places():
     with pytest.raises(ValueError, match="1 numbers for 2 places: '3 to 4'"):
         filled_in("3 to 4", [Passage("{} to {}", lambda facts: ["1"])], None)
+
+
+def test_the_direction_of_a_size_is_that_of_the_words():
+    assert prose._positive(0.36) == "0.4"
+    with pytest.raises(ValueError, match=r"the page says that -0\.36 is above 0, write it anew"):
+        prose._positive(-0.36)
+
+
+def test_an_upper_bound_is_rounded_up():
+    assert prose._bound(1.31) == "1.4"
 
 
 def test_no_other_number_stands_in_a_sentence():
@@ -122,6 +134,10 @@ def test_shown_are_the_rows_with_a_corrected_p_below_5_percent(facts):
             for row in ("delta", "alpha", "restarts"):
                 of(changed, row)[seed].metrics[metric] = run.metrics[metric] + gain * (-1) ** seed
     assert changed.shown("docstrings") == changed.shown("docstrings", "loss") == {"full"}
+    for seed, gain in enumerate((0.010, 0.013, 0.008)):  # p = 0.02 by itself
+        of(changed, "delta")[seed].metrics["accuracy"] = of(changed, "lora")[seed].metrics["accuracy"] + gain
+    assert 0.01 < changed.apart("docstrings", "delta").p < 0.05
+    assert changed.shown("docstrings") == {"full"}
 
 
 def test_gaps_are_the_largest_over_seeds_and_steps(facts):
@@ -139,6 +155,14 @@ def test_the_choice_of_texts_has_the_error_of_a_share(facts):
 
 def test_the_costs_are_those_of_the_file(facts):
     assert facts.cost == {"lora": {"state_bytes": 2}}
+
+
+def test_tuning_runs_are_those_held_out(facts):
+    tuning = [run for run in facts.evidence.results if (run.setting.row, run.setting.split) == ("delta", "tuning")]
+    losses = {run.setting.lr: run.metrics["loss"] for run in tuning if not run.diverged}
+    assert facts.best_by_loss("docstrings", "delta") == min(losses, key=losses.__getitem__)
+    at = next(run for run in tuning if run.setting.lr == 4e-3)
+    assert facts.held_out("docstrings", "delta", 4e-3) == at.metrics["accuracy"]
 
 
 def test_another_rate_is_found_or_said_to_be_missing(facts):

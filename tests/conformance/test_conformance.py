@@ -61,13 +61,13 @@ TABLE = {
 }
 
 
-ELSEWHERE = 90
-"""Steps at most in other layouts than linear, in which the moves are the same product of other views."""
+STEPS_IN_OTHER_LAYOUTS = 90
+"""At most, to save time: the moves are the product of a linear layer in other views."""
 
 
 def steps_of(rule: str, start: str, layout: str) -> int:
     steps = TABLE[rule].steps[start]
-    return steps if layout == "linear" else min(steps, ELSEWHERE)
+    return steps if layout == "linear" else min(steps, STEPS_IN_OTHER_LAYOUTS)
 
 
 def test_the_table_has_every_rule():

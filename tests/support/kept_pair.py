@@ -37,7 +37,7 @@ LIMIT = 120.0
 """Seconds for one call, on all ranks together."""
 
 CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes of processes that have crashed."""
+"""Exit codes of processes that have crashed. An abort is none of them: its message says why."""
 
 GRACE = 5.0
 """Seconds that the other rank has after the first one has failed: it may wait for that one for ever."""
