@@ -3,7 +3,7 @@
     python -m benchmarks.tables     # after a run: replaces the tables of all `PAGES`, and the numbers in sentences
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; `TABLES` has the names. The
-sentences are those of `evidence/prose.py`.
+sentences are those of `evidence/passages.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from benchmarks import RESULTS, drift, first_use
 from benchmarks.evidence.facts import Facts
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.page import evidence_tables
-from benchmarks.evidence.prose import PASSAGES, filled_in
+from benchmarks.evidence.passages import PASSAGES
+from benchmarks.evidence.prose import filled_in
 from benchmarks.evidence.result import read_results
 from benchmarks.evidence.standing import Evidence
 from benchmarks.markdown import table
@@ -250,7 +251,7 @@ def current(page: Path) -> str:
 
     Raises:
         KeyError: as `filled`.
-        ValueError: if a sentence does not hold any more, or is not there (`evidence/prose.py`).
+        ValueError: if a sentence does not hold any more, or is not there (`evidence/passages.py`).
     """
     text, passages = filled(page.read_text()), PASSAGES.get(page.relative_to(HERE.parent).as_posix(), ())
     return filled_in(text, passages, _facts()) if passages else text

@@ -8,10 +8,11 @@ import statistics
 
 import pytest
 
-from benchmarks.evidence import prose
+from benchmarks.evidence import passages
 from benchmarks.evidence.facts import HEADS, Facts, largest_difference, largest_gap, sampling_error
 from benchmarks.evidence.grid import Experiment, Grid
-from benchmarks.evidence.prose import PASSAGES, Passage, filled_in
+from benchmarks.evidence.passages import PASSAGES
+from benchmarks.evidence.prose import Passage, filled_in
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS
 from benchmarks.evidence.standing import Evidence
 from benchmarks.tables import PAGES
@@ -68,13 +69,13 @@ def test_there_are_as_many_numbers_as_places():
 
 
 def test_the_direction_of_a_size_is_that_of_the_words():
-    assert prose._positive(0.36) == "0.4"
+    assert passages._positive(0.36) == "0.4"
     with pytest.raises(ValueError, match=r"the page says that -0\.36 is above 0, write it anew"):
-        prose._positive(-0.36)
+        passages._positive(-0.36)
 
 
 def test_an_upper_bound_is_rounded_up():
-    assert prose._bound(1.31) == "1.4"
+    assert passages._bound(1.31) == "1.4"
 
 
 def test_no_other_number_stands_in_a_sentence():
