@@ -14,7 +14,7 @@ from benchmarks.evidence.comparison import LEVEL, Cell, Difference, difference
 from benchmarks.evidence.figures import mean_rank, over_rates
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result
-from benchmarks.evidence.rows import PLAIN_PAIRS, ROWS
+from benchmarks.evidence.rows import PLAIN_PAIRS, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import LORA, Evidence
 from benchmarks.evidence.task_tables import differences, metrics_of
 
@@ -114,6 +114,14 @@ class Facts:
         if cell is None:
             raise KeyError(f"no runs of {row}{ENDING} at {lr:g}")
         return cell
+
+    def swept(self, ratio: float, start: float) -> Cell:
+        """Return Delta-LoRA with equal heads at a lambda and a K, a share of the run."""
+        sweep, row = self.evidence.of_rows(RATIO_SWEEP), RATIOS[ratio, start].name
+        found = {} if sweep is None else self.evidence.cells(sweep)
+        if row not in found:
+            raise KeyError(f"no runs of {row}")
+        return found[row]
 
     @cached_property
     def cost(self) -> Mapping[str, Any]:

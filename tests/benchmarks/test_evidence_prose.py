@@ -13,7 +13,7 @@ from benchmarks.evidence.facts import HEADS, Facts, largest_difference, largest_
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.passages import PASSAGES
 from benchmarks.evidence.prose import Passage, filled_in
-from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS
+from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RATIO_SWEEP
 from benchmarks.evidence.standing import Evidence
 from benchmarks.tables import PAGES
 from tests.benchmarks.made_results import complete
@@ -38,6 +38,7 @@ STATED = """
     gradients of the factors are 1 + lambda times | is ruled out at 5 % | On E2E K is 19 | At 0.0015, with the
     learning rate x 3 | paper's Table 6
     more than lambda 2 gives | (lr 0.005) | rate here, 0.005, is | paper's Fig. 3 | from step 0 | K > 0 at most 2 r
+    nor was a start at 20 % of the run
     standard error 1.4 points) | alpha / r = 2 at 47.4 % with a forgetting of 0.059
     alpha / r = 8 at 51.3 % with 0.111 | lambda 3 computes | After 1,000 steps | 300 steps leave
     Llama-3.2-3B | rank 64 | SST-2 | GPT-2 | E2E | all-MiniLM-L6-v2 | stories260k | SmolLM2-135M-Instruct
@@ -95,7 +96,10 @@ def facts(tmp_path_factory):
     compared = ("full", "lora", "delta", "alpha", "restarts", *(row.name for pair in PLAIN_PAIRS for row in pair))
     experiments = [
         Experiment("docstrings", "tiny", compared, SETTING, LRS, seeds=3),
-        Experiment("docstrings", "tiny", [row.name for row in HEAD_SWEEP], SETTING, LRS, seeds=3),
+        *(
+            Experiment("docstrings", "tiny", [row.name for row in rows], SETTING, LRS, seeds=3)
+            for rows in (HEAD_SWEEP, RATIO_SWEEP)
+        ),
     ]
     grid, folder = Grid("test", tuple(experiments)), tmp_path_factory.mktemp("costs")
     (folder / "cost_cpu.json").write_text(json.dumps({"rows": {"lora": {"state_bytes": 2}}}))
@@ -152,6 +156,12 @@ def test_gaps_are_the_largest_over_seeds_and_steps(facts):
 def test_the_choice_of_texts_has_the_error_of_a_share(facts):
     share = statistics.fmean(run.metrics["accuracy"] for run in of(facts, "lora").values())
     assert sampling_error(facts, "docstrings") == pytest.approx(100 * math.sqrt(share * (1 - share) / 572))
+
+
+def test_a_cell_of_the_sweep_is_found_or_said_to_be_missing(facts):
+    assert list(facts.swept(2.0, 0.2).results) == [of(facts, "delta-ratio2-k20")[seed] for seed in range(3)]
+    with pytest.raises(KeyError, match="no runs of delta-head"):  # of the comparison, not of the sweep
+        facts.swept(2.0, 0.0)
 
 
 def test_the_costs_are_those_of_the_file(facts):
