@@ -76,7 +76,9 @@ def test_with_compensated_rounding_the_residual_is_half_a_spacing_of_W(kind, dty
     """So that the bound is known without the base: |x| @ half a spacing of W, and the two roundings."""
     run = Run(kind, dtype, rule, rounding="compensated")
     half = spacing(run.layer.weight, dtype) / 2
-    assert bool((run.residual().abs() <= 1.001 * half).all())
+    # Steps are summed up in float32, which rounds as the weight was large, also where it has come close to zero.
+    sums = 2.0**-20 * run.frozen.weight.abs().double()
+    assert bool((run.residual().abs() <= half + sums).all())
     coarse = Run(kind, dtype, rule, rounding="nearest")
     if rule == "in_place":  # folded, W is written once
         assert bool((coarse.residual().abs() > half).any())
