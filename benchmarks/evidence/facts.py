@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.comparison import LEVEL, Cell, Difference, difference
-from benchmarks.evidence.figures import mean_rank, over_rates
+from benchmarks.evidence.figures import best_by_loss, mean_rank, over_rates
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import PLAIN_PAIRS, RATIO_SWEEP, RATIOS, ROWS
@@ -91,12 +91,11 @@ class Facts:
 
     def held_out(self, task: str, row: str, lr: float) -> float:
         """Return the mean of the metric over the tuning runs of a row at one learning rate."""
-        return self._over_rates(task, row, self.metric(task))[lr]
+        return over_rates(self._tuning(task, row), self.metric(task), self.evidence.pictured[task].tuning_seeds)[lr]
 
     def best_by_loss(self, task: str, row: str) -> float:
         """Return the learning rate that the held-out loss would choose."""
-        losses = self._over_rates(task, row, "loss")
-        return min(losses, key=losses.__getitem__)
+        return best_by_loss(self._tuning(task, row), self.evidence.pictured[task].tuning_seeds)
 
     def pair(self, number: int) -> tuple[Cell, Cell]:
         """Return one of `PLAIN_PAIRS`: Delta-LoRA and its control, where nothing interferes."""
@@ -129,10 +128,9 @@ class Facts:
         found: Mapping[str, Any] = json.loads((self.folder / "cost_cpu.json").read_text("utf8"))["rows"]
         return found
 
-    def _over_rates(self, task: str, row: str, metric: str) -> dict[float, float]:
-        experiment = self.evidence.pictured[task]
-        found = {each.row.name.removesuffix(ENDING): each for each in self.evidence.standings(experiment)}
-        return over_rates(found[row].tuning, metric, experiment.tuning_seeds)
+    def _tuning(self, task: str, row: str) -> Sequence[Result]:
+        found = self.evidence.standings(self.evidence.pictured[task])
+        return next(each.tuning for each in found if each.row.name.removesuffix(ENDING) == row)
 
 
 def largest_gap(pair: tuple[Cell, Cell]) -> float:

@@ -42,6 +42,12 @@ def over_rates(runs: Sequence[Result], metric: str, seeds: int) -> dict[float, f
     return {lr: mean for lr, mean in means.items() if math.isfinite(mean)}
 
 
+def best_by_loss(runs: Sequence[Result], seeds: int) -> float:
+    """Return the learning rate with the lowest mean loss."""
+    losses = over_rates(runs, "loss", seeds)
+    return min(losses, key=losses.__getitem__)
+
+
 def _mean_of(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

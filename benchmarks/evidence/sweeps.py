@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.evidence.comparison import Cell, corrected, difference
-from benchmarks.evidence.figures import mean_cosine, mean_rank, over_rates
+from benchmarks.evidence.figures import best_by_loss, mean_cosine, mean_rank, over_rates
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
@@ -44,8 +44,7 @@ def _by_the_loss(evidence: Evidence) -> str:
         for each in evidence.standings(experiment):
             if each.lr is None or not each.tuning or experiment.metric == "loss":
                 continue
-            losses = over_rates(each.tuning, "loss", experiment.tuning_seeds)
-            tuned, best = tuned + 1, min(losses, key=losses.__getitem__)
+            tuned, best = tuned + 1, best_by_loss(each.tuning, experiment.tuning_seeds)
             if best != each.lr:
                 edge = ", at the edge," if best in (each.tried[0], each.tried[-1]) else ""
                 changed.append(f"{title}: {each.row.title} ({best:g}{edge} instead of {each.lr:g})")
