@@ -17,11 +17,9 @@ from typing import Any, TypeAlias
 
 from benchmarks import RESULTS, drift, first_use
 from benchmarks.evidence.facts import Facts
-from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.page import evidence_tables
 from benchmarks.evidence.passages import PASSAGES
 from benchmarks.evidence.prose import filled_in
-from benchmarks.evidence.result import read_results
 from benchmarks.evidence.standing import Evidence
 from benchmarks.markdown import table
 
@@ -266,7 +264,7 @@ def main() -> None:
 @cache
 def _facts() -> Facts:
     folder = RESULTS / "evidence"
-    return Facts(Evidence(read_results(folder / FULL.name)), folder)
+    return Facts(Evidence.read(folder), folder)
 
 
 def _results(name: str) -> Any:

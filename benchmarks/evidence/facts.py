@@ -12,10 +12,13 @@ from typing import Any
 
 from benchmarks.evidence.comparison import LEVEL, Cell, Difference, difference
 from benchmarks.evidence.figures import best_by_loss, mean_rank, over_rates
+from benchmarks.evidence.grid import Experiment
 from benchmarks.evidence.measures import measure
+from benchmarks.evidence.repetition import Twice, made_twice
 from benchmarks.evidence.result import Result
-from benchmarks.evidence.rows import PLAIN_PAIRS, RATIO_SWEEP, RATIOS, ROWS
-from benchmarks.evidence.standing import LORA, Evidence
+from benchmarks.evidence.rows import PLAIN_PAIRS, RATIOS, ROWS
+from benchmarks.evidence.standing import DELTA, LORA, Evidence
+from benchmarks.evidence.sweeps import swept_ranks, swept_ratios
 from benchmarks.evidence.task_tables import differences, metrics_of
 
 HEADS = "equal heads"
@@ -41,10 +44,25 @@ class Facts:
     def __init__(self, evidence: Evidence, folder: Path) -> None:
         self.evidence, self.folder = evidence, folder
 
+    @cached_property
+    def again(self) -> Facts:
+        """The same of the runs that were made on another machine as well.
+
+        Raises:
+            KeyError: if none was.
+        """
+        if self.evidence.again is None:
+            raise KeyError("no runs were made a second time")
+        return Facts(self.evidence.again, self.folder)
+
     def cells(self, task: str) -> dict[str, Cell]:
         """Return the complete cells of a task by the names of their rows."""
         found = self.evidence.cells(self.evidence.pictured[task])
         return {name.removesuffix(ENDING): cell for name, cell in found.items()}
+
+    def has(self, task: str) -> bool:
+        """Return whether LoRA and Delta-LoRA were measured on a task."""
+        return {LORA, DELTA} <= self.cells(task).keys()
 
     def apart(self, task: str, row: str, metric: str | None = None, reference: str = LORA) -> Difference:
         """Return the difference of a row to another one, in the task's metric if no other is named."""
@@ -75,9 +93,7 @@ class Facts:
         tested, _ = metrics_of(experiment, cells.values())
         family = differences(cells, tested)
         return {
-            each.row.removesuffix(ENDING)
-            for each in family
-            if each.what == (what or tested[0]) and each.corrected is not None and each.corrected < LEVEL
+            each.row.removesuffix(ENDING) for each in family if each.what == (what or tested[0]) and _is_shown(each)
         }
 
     def rank(self, task: str, row: str) -> float:
@@ -97,6 +113,16 @@ class Facts:
         """Return the learning rate that the held-out loss would choose."""
         return best_by_loss(self._tuning(task, row), self.evidence.pictured[task].tuning_seeds)
 
+    def held_out_of(self, row: str, what: str) -> dict[float, float]:
+        """Return the mean of a metric over the tuning runs of a row of docstrings, by its full name, at each rate."""
+        experiment, tuning = self._tuning_of(row)
+        return over_rates(tuning, what, experiment.tuning_seeds)
+
+    def lr_by_loss(self, row: str) -> float:
+        """Return the learning rate that the held-out loss would choose for a row of docstrings, by its full name."""
+        experiment, tuning = self._tuning_of(row)
+        return best_by_loss(tuning, experiment.tuning_seeds)
+
     def pair(self, number: int) -> tuple[Cell, Cell]:
         """Return one of `PLAIN_PAIRS`: Delta-LoRA and its control, where nothing interferes."""
         for experiment in self.evidence.compared.values():
@@ -107,20 +133,41 @@ class Facts:
         raise KeyError(f"no runs of {PLAIN_PAIRS[number][0].name}")
 
     def at_rate(self, row: str, lr: float) -> Cell:
-        """Return a row of equal heads at another learning rate than its tuned one."""
+        """Return a row of docstrings, by its full name, at another learning rate than its tuned one."""
         heads = self.evidence.heads
-        cell = None if heads is None else self.evidence.at_rate(heads, ROWS[row + ENDING], lr)
+        cell = None if heads is None else self.evidence.at_rate(heads, ROWS[row], lr)
         if cell is None:
-            raise KeyError(f"no runs of {row}{ENDING} at {lr:g}")
+            raise KeyError(f"no runs of {row} at {lr:g}")
         return cell
 
     def swept(self, ratio: float, start: float) -> Cell:
         """Return Delta-LoRA with equal heads at a lambda and a K, a share of the run."""
-        sweep, row = self.evidence.of_rows(RATIO_SWEEP), RATIOS[ratio, start].name
-        found = {} if sweep is None else self.evidence.cells(sweep)
+        found, row = self._ratios[0], RATIOS[ratio, start].name
         if row not in found:
             raise KeyError(f"no runs of {row}")
         return found[row]
+
+    def shown_of_ratios(self) -> set[tuple[float, float]]:
+        """Return the lambda and K at which the table shows that Delta-LoRA differs from LoRA."""
+        shown = {each.row for each in self._ratios[1] if _is_shown(each)}
+        return {of for of, row in RATIOS.items() if row.name in shown}
+
+    def of_rank(self, rank: int, row: str) -> Cell:
+        """Return LoRA, Delta-LoRA or the control with equal heads at a rank."""
+        return self._ranks[0][rank][row]
+
+    def apart_at_rank(self, rank: int, row: str, reference: str = LORA) -> Difference:
+        """Return the difference of one of them to another one of the same rank, in the accuracy."""
+        return difference(self.of_rank(rank, row), self.of_rank(rank, reference), self.metric(HEADS))
+
+    def shown_of_ranks(self) -> set[tuple[int, str]]:
+        """Return the ranks and rows of which the table shows that they differ from LoRA."""
+        return {of for of, each in self._ranks[1].items() if _is_shown(each)}
+
+    @property
+    def twice(self) -> Mapping[str, Twice]:
+        """The rows that were tuned and run twice."""
+        return made_twice(self.evidence)
 
     @cached_property
     def cost(self) -> Mapping[str, Any]:
@@ -128,9 +175,27 @@ class Facts:
         found: Mapping[str, Any] = json.loads((self.folder / "cost_cpu.json").read_text("utf8"))["rows"]
         return found
 
+    @cached_property
+    def _ratios(self) -> tuple[dict[str, Cell], list[Difference]]:
+        return swept_ratios(self.evidence)
+
+    @cached_property
+    def _ranks(self) -> tuple[dict[int, dict[str, Cell]], dict[tuple[int, str], Difference]]:
+        return swept_ranks(self.evidence)
+
+    def _tuning_of(self, row: str) -> tuple[Experiment, Sequence[Result]]:
+        for experiment in self.evidence.grid.experiments:
+            if row in experiment.rows and experiment.task == "docstrings":
+                return experiment, next(e.tuning for e in self.evidence.standings(experiment) if e.row.name == row)
+        raise KeyError(f"docstrings has no row {row}")
+
     def _tuning(self, task: str, row: str) -> Sequence[Result]:
         found = self.evidence.standings(self.evidence.pictured[task])
         return next(each.tuning for each in found if each.row.name.removesuffix(ENDING) == row)
+
+
+def _is_shown(each: Difference) -> bool:
+    return each.corrected is not None and each.corrected < LEVEL
 
 
 def largest_gap(pair: tuple[Cell, Cell]) -> float:

@@ -20,9 +20,9 @@ from benchmarks.evidence.comparison import (
 )
 from benchmarks.evidence.figures import forgotten
 from benchmarks.evidence.grid import Experiment, Grid
-from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import PUBLIC_LORA_BLEU, measure
-from benchmarks.evidence.result import Result, read_results
+from benchmarks.evidence.repetition import repetition
+from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep
@@ -58,7 +58,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
 
     def made(block: Callable[[Evidence], str]) -> str:
         if not read:
-            read["full"] = Evidence(read_results(folder / FULL.name))
+            read["full"] = Evidence.read(folder)
         return block(read["full"])
 
     blocks: dict[str, Callable[[Evidence], str]] = {
@@ -70,6 +70,7 @@ def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
         "coincidence": coincidence,
         "equal rates": equal_rates,
         "equal heads": equal_heads,
+        "made twice": repetition,
         "lambda and K": ratio_sweep,
         "rank": rank_sweep,
         "layers": layers,
@@ -131,11 +132,12 @@ def what_was_run(evidence: Evidence) -> str:
             missing.append(f"{experiment.task}, {kind}: all {len(found)} rows")
         elif without:
             missing.append(f"{experiment.task}, {kind}: {', '.join(without)}")
-    hours = sum(run.seconds for run in evidence.results) / 3600
-    diverged = sum(run.diverged for run in evidence.results)
+    repeated = evidence.again.results if evidence.again is not None else []
+    runs = [*evidence.results, *repeated]
+    hours, diverged = sum(run.seconds for run in runs) / 3600, sum(run.diverged for run in runs)
     told = (
-        f"{len(evidence.results)} runs with {hours:.1f} hours of training, {diverged} of which diverged. "
-        f"{origin(evidence.results)}"
+        f"{len(runs)} runs with {hours:.1f} hours of training, {diverged} of which diverged; {len(repeated)} of them "
+        f"are of a second tuning or of a rate set by hand. {origin(runs)}"
     )
     left_out = f"Left out: {'; '.join(missing)}." if missing else "Nothing was left out."
     head = ("task", "rows", "complete", "seeds a cell", "tuning runs")
@@ -329,7 +331,8 @@ def _one_rate(evidence: Evidence) -> dict[str, list[Cell]]:
     of = {name: cell for each in evidence.compared.values() for name, cell in evidence.coinciding(each).items()}
     found = {"equal heads, one rate, not clipped": [of[row.name] for row in rows if row.name in of]}
     if evidence.heads is not None:
-        clipped = [evidence.at_rate(evidence.heads, row, rows[0].lr) for row in HEAD_SWEEP[1:3]]
+        beside = evidence.again or evidence  # those of the machine that the pair was run on
+        clipped = [beside.at_rate(evidence.heads, row, rows[0].lr) for row in HEAD_SWEEP[1:3]]
         found["equal heads, one rate, clipped"] = [cell for cell in clipped if cell is not None]
     return {title: cells for title, cells in found.items() if len(cells) == 2 and len(cells[0].results) > 1}
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.evidence.comparison import Cell, Difference, detectable_effect, difference, equivalence
-from benchmarks.evidence.facts import HEADS, TEST_TEXTS, Facts, largest_difference, largest_gap, sampling_error
+from benchmarks.evidence.facts import ENDING, HEADS, TEST_TEXTS, Facts, largest_difference, largest_gap, sampling_error
 from benchmarks.evidence.measures import PUBLIC_LORA_BLEU, measure
 from benchmarks.evidence.prose import Passage
+from benchmarks.evidence.rows import RANKS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA
 
 LARGER = (DELTA, ALPHA, "lora-plus", "rslora")
@@ -16,6 +17,10 @@ LARGER = (DELTA, ALPHA, "lora-plus", "rslora")
 
 RESTARTING, CHANGING = ("restarts", "delta-restarts"), ("ratio-up", "ratio-down")
 """Rows that raise the rank of the change."""
+
+LARGER_RANKS = (16, 32)
+NEXT_RATE = 1.5e-3
+"""The rate above the one of LoRA with r 32, at which it and Delta-LoRA were run too."""
 
 
 def _positive(number: float, digits: int = 1) -> str:
@@ -38,7 +43,13 @@ def _interval(difference: Difference, digits: int) -> list[str]:
     """Return its mean, which is above 0, and the ends of its 95 % interval."""
     factor = measure(difference.what).factor
     mean, low, high = (factor * end for end in (difference.mean, difference.low, difference.high))
-    return [_positive(mean, digits), f"{low:+.{digits}f}", f"{high:+.{digits}f}"]
+    return [_positive(mean, digits), _signed(low, digits), _signed(high, digits)]
+
+
+def _signed(number: float, digits: int) -> str:
+    """Return a number with its sign; none is rounded to -0.0."""
+    rounded = round(number, digits)
+    return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
 def _ends(numbers: Iterable[float]) -> tuple[float, float]:
@@ -74,12 +85,78 @@ def _clipped(facts: Facts, row: str) -> tuple[Cell, Cell]:
     """Return a row of equal heads with the norm of the gradient clipped and without, at one rate."""
     delta, alpha = facts.pair(2)
     free = {DELTA: delta, ALPHA: alpha}[row]
-    return facts.at_rate(row, free.lr), free
+    return facts.again.at_rate(f"{row}{ENDING}", free.lr), free
 
 
 def _later(facts: Facts) -> Difference:
     """Return the difference of Delta-LoRA from 20 % of the run on to Delta-LoRA from its first step on."""
     return difference(facts.swept(2.0, 0.2), facts.cells(HEADS)[DELTA], "accuracy")
+
+
+def _of_ratio(facts: Facts, ratio: float, start: float) -> float:
+    """Return the points that Delta-LoRA is ahead of LoRA, with equal heads, at a lambda and a K."""
+    return 100 * difference(facts.swept(ratio, start), facts.cells(HEADS)[LORA], "accuracy").mean
+
+
+def _a_late_start_loses(facts: Facts) -> bool:
+    """Return whether a large lambda that begins late is all that the sweep shows, and shows it to be worse."""
+    return facts.shown_of_ratios() == {(8.0, 0.2)} and _of_ratio(facts, 8.0, 0.2) < 0
+
+
+def _leads(facts: Facts, row: str) -> list[str]:
+    """Return the points that a row is ahead of LoRA at the larger ranks."""
+    return [_positive(100 * facts.apart_at_rank(rank, row).mean) for rank in LARGER_RANKS]
+
+
+def _larger_ranks_lead(facts: Facts) -> bool:
+    """Return whether the table shows that Delta-LoRA differs from LoRA at the larger ranks, and nothing else."""
+    return facts.shown_of_ranks() == {(rank, DELTA) for rank in LARGER_RANKS}
+
+
+def _at_the_next_rate(facts: Facts) -> tuple[Cell, Cell]:
+    """Return LoRA and Delta-LoRA with r 32 at LoRA's next higher rate."""
+    return facts.again.at_rate("lora-r32", NEXT_RATE), facts.again.at_rate("delta-r32", NEXT_RATE)
+
+
+def _next_rate(facts: Facts) -> Difference:
+    """Return the difference of Delta-LoRA to LoRA there."""
+    lora, delta = _at_the_next_rate(facts)
+    return difference(delta, lora, "accuracy")
+
+
+def _of_the_other_rate(facts: Facts) -> Difference:
+    """Return the difference of Delta-LoRA with r 8, at the rate above its tuned one, to tuned LoRA."""
+    return difference(facts.again.at_rate("delta-head", 2.7e-3), facts.again.cells(HEADS)[LORA], "accuracy")
+
+
+def _by_goodness(facts: Facts, row: str) -> list[float]:
+    """Return the learning rates of a row, the most accurate on the held-out texts first."""
+    held_out = facts.held_out_of(row, "accuracy")
+    return sorted(held_out, key=held_out.__getitem__, reverse=True)
+
+
+def _close_call(facts: Facts, row: str) -> str:
+    """Return by how many points the chosen learning rate is better than the second on the held-out texts."""
+    held_out, (best, second, *_) = facts.held_out_of(row, "accuracy"), _by_goodness(facts, row)
+    return _positive(100 * (held_out[best] - held_out[second]))
+
+
+def _restarts_alone_are_shown(facts: Facts) -> bool:
+    """Return whether restarts are all that the table of equal heads shows, and shows them to be worse."""
+    shown = facts.shown(HEADS), facts.shown(HEADS, "loss")
+    return shown == ({*RESTARTING}, {*RESTARTING}) and all(facts.points(HEADS, row) < 0 for row in RESTARTING)
+
+
+def _gaps(facts: Facts) -> list[str]:
+    """Return how far two tunings lie apart: at two rates the least and the most, at one rate the most."""
+    of = facts.twice.values()
+    least, most = _ends(abs(each.gap) for each in of if not each.is_of_one_rate)
+    return [f"{gap:.1f}" for gap in (least, most, max(abs(each.gap) for each in of if each.is_of_one_rate))]
+
+
+def _three_rates_differ(facts: Facts) -> bool:
+    of = facts.twice.values()
+    return (len(of), sum(not each.is_of_one_rate for each in of)) == (8, 3)
 
 
 def _cost(facts: Facts, what: str, row: str) -> float:
@@ -91,15 +168,9 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
     "docs/evidence.md": (
         Passage(
             "the 95 % intervals of its gain end at {} points on docstrings with [equal "
-            "heads](#does-the-learning-rate-decide) and at {} on SST-2. They leave out the choice of the rate: with "
-            "equal heads and the next higher rate Delta-LoRA is {} points ahead, [{}, {}].",
-            lambda facts: [
-                *(_bound(facts.bounds(task, DELTA)[1]) for task in (HEADS, "sst2")),
-                *_interval(difference(facts.at_rate(DELTA, 2.7e-3), facts.cells(HEADS)[LORA], "accuracy"), 1),
-            ],
-            lambda facts: (
-                facts.lr(HEADS, DELTA) == 1.5e-3 and all(DELTA not in facts.shown(t) for t in (HEADS, "sst2"))
-            ),
+            "heads](#does-the-learning-rate-decide), at {} on SST-2 and at {} on MRPC.",
+            lambda facts: [_bound(facts.bounds(task, DELTA)[1]) for task in (HEADS, "sst2", "mrpc")],
+            lambda facts: all(DELTA not in facts.shown(task) for task in (HEADS, "sst2", "mrpc")),
         ),
         Passage(
             "On E2E its loss is {} higher, [{}, {}], which is not shown once corrected for {} comparisons.",
@@ -110,9 +181,27 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             lambda facts: facts.apart("e2e", DELTA, "loss").low > 0 and DELTA not in facts.shown("e2e", "loss"),
         ),
         Passage(
+            "On docstrings with equal heads and tuned rates it is {} points ahead with r 16 and {} with r 32, and both "
+            "are shown ([table](#does-the-rank-matter)). LoRA with the larger alpha, the same model but for clipping, "
+            "is {} and {} points ahead; neither that nor a difference between the two is shown. The rates have a part "
+            "in this: where LoRA with r 32 takes the second best of its own, Delta-LoRA is {} points ahead, [{}, {}].",
+            lambda facts: [*_leads(facts, DELTA), *_leads(facts, ALPHA), *_interval(_next_rate(facts), 1)],
+            lambda facts: (
+                _larger_ranks_lead(facts)
+                and _next_rate(facts).low < 0
+                and _by_goodness(facts, "lora-r32")[1] == NEXT_RATE
+            ),
+        ),
+        Passage(
+            "8 rows were tuned and run on two machines. The three whose rate came out differently lie {} to {} points "
+            "apart, the others up to {} ([table]",
+            _gaps,
+            _three_rates_differ,
+        ),
+        Passage(
             "With equal heads and a finer grid Delta-LoRA's difference to LoRA is {} points higher than with a head "
-            "that shares the rate of the factors. None of the {} other rows with equal heads was shown to be better "
-            "than LoRA.",
+            "that shares the rate of the factors. None of the {} rows beside LoRA with equal heads and r 8 was shown "
+            "to be better than LoRA.",
             lambda facts: [
                 _positive(facts.points(HEADS, DELTA) - facts.points("docstrings", DELTA)),
                 str(len(facts.cells(HEADS)) - 1),
@@ -120,16 +209,24 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             lambda facts: not _shown_better(facts, HEADS),
         ),
         Passage(
+            "No lambda and no K was shown to be better than LoRA. Lambda 8 with K at 20 % of the run is {} points "
+            "behind.",
+            lambda facts: [_positive(-_of_ratio(facts, 8.0, 0.2))],
+            _a_late_start_loses,
+        ),
+        Passage(
             "With equal heads the rank of the change is {} times LoRA's for Delta-LoRA, {} and {} times with a "
-            "changing lambda, {} and {} times with restarts. A changing lambda is {} and {} points ahead of LoRA, "
-            "neither of which is shown; Delta-LoRA with restarts lies {} points behind.",
+            "changing lambda, {} and {} times with restarts. Lambda warming up is {} points ahead of LoRA, and {} in "
+            "the other tuning; lambda dying down {} and {}; none of this is shown. LoRA and Delta-LoRA with restarts "
+            "lie {} and {} points behind, {} and {} in the other tuning.",
             lambda facts: [
                 *(f"{facts.rank(HEADS, row):.1f}" for row in (DELTA, *CHANGING, *RESTARTING)),
-                *(_positive(facts.points(HEADS, row)) for row in CHANGING),
-                _positive(-facts.points(HEADS, "delta-restarts")),
+                *(_positive(held.points(HEADS, row)) for row in CHANGING for held in (facts, facts.again)),
+                *(_positive(-held.points(HEADS, row)) for held in (facts, facts.again) for row in RESTARTING),
             ],
             lambda facts: (
-                facts.shown(HEADS) == {"delta-restarts"}
+                _restarts_alone_are_shown(facts)
+                and not facts.again.shown(HEADS) & set(CHANGING)
                 and min(facts.rank(HEADS, row) for row in (*CHANGING, *RESTARTING)) > facts.rank(HEADS, DELTA)
             ),
         ),
@@ -179,6 +276,12 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             lambda facts: facts.shown("docstrings") & set(LARGER) == {DELTA, ALPHA},
         ),
         Passage(
+            "On MRPC no difference was shown. On STS-B {} of the 5 runs of the larger alpha hardly learn at the rate "
+            "that two other seeds had chosen,",
+            lambda facts: [str(sum(run.metrics["pearson"] < 0.2 for run in facts.cells("stsb")[ALPHA].results))],
+            lambda facts: not any(facts.shown(task, what) for task in ("mrpc", "stsb") for what in (None, "loss")),
+        ),
+        Passage(
             "At 0.0005 the losses of the two agree to about {} over the whole run.",
             lambda facts: [f"{largest_gap(facts.pair(0)):.1e}"],
             lambda facts: facts.pair(0)[0].lr == 5e-4,
@@ -198,13 +301,6 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             ),
         ),
         Passage(
-            "There Delta-LoRA is {} points of accuracy ahead of the control, at the rates of now {}:",
-            lambda facts: [
-                _interval(difference(facts.at_rate(DELTA, 2.7e-3), facts.at_rate(ALPHA, 1.5e-3), "accuracy"), 1)[0],
-                _interval(facts.apart(HEADS, DELTA, reference=ALPHA), 1)[0],
-            ],
-        ),
-        Passage(
             "On SST-2 at 0.005 Delta-LoRA breaks down and LoRA does not; at 0.0005 Delta-LoRA is ahead;",
             holds=lambda facts: (
                 facts.held_out("sst2", DELTA, 5e-3) < 0.6 < 0.8 < facts.held_out("sst2", LORA, 5e-3)
@@ -219,23 +315,83 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
         ),
         Passage(
             "A changing lambda, which raises the rank of the change, was not shown to gain anything either. Restarts "
-            "have the highest rank and the highest loss, and with them Delta-LoRA is behind LoRA, at a rate that the "
-            "held-out loss would not have chosen;",
+            "have the highest rank and the highest loss, and with them both LoRA and Delta-LoRA are behind LoRA "
+            "without. LoRA with restarts is so at a rate that the held-out loss would not have chosen, and was not in "
+            "the other tuning.",
             holds=lambda facts: (
-                facts.shown(HEADS) == facts.shown(HEADS, "loss") == {"delta-restarts"}
+                _restarts_alone_are_shown(facts)
                 and _two_highest_losses(facts, HEADS) == set(RESTARTING)
-                and facts.points(HEADS, "delta-restarts") < 0
-                and facts.best_by_loss(HEADS, "delta-restarts") != facts.lr(HEADS, "delta-restarts")
+                and facts.best_by_loss(HEADS, "restarts") != facts.lr(HEADS, "restarts")
+                and "restarts" not in facts.again.shown(HEADS)
             ),
+        ),
+        Passage(
+            "Where both tunings chose one rate, the two means differ by up to {} points; where they did not, by {} to "
+            "{}. These are three rows, and one of them, LoRA with restarts, has most of the sum of squares.",
+            lambda facts: [_gaps(facts)[2], *_gaps(facts)[:2]],
+            lambda facts: (
+                _three_rates_differ(facts)
+                and facts.twice["restarts-head"].gap ** 2 > sum(each.gap**2 for each in facts.twice.values()) / 2
+            ),
+        ),
+        Passage(
+            "No lambda and no K was shown to be better than LoRA. A cell whose interval contains 0 was not shown to "
+            "differ from it. Lambda 8 with a start at 20 % of the run was shown to be worse,",
+            holds=_a_late_start_loses,
         ),
         Passage(
             "With lambda 2 a start at 20 % of the run, where Delta-LoRA is not just a larger alpha, comes out {} "
             "points lower than a start at once, [{}, {}]: no difference was shown.",
             lambda facts: [
                 _positive(-100 * _later(facts).mean),
-                *(f"{100 * end:+.1f}" for end in (_later(facts).low, _later(facts).high)),
+                *(_signed(100 * end, 1) for end in (_later(facts).low, _later(facts).high)),
             ],
             lambda facts: _later(facts).low < 0 < _later(facts).high,
+        ),
+        Passage(
+            "At the tuned rates Delta-LoRA is ahead at every rank, and with r 16 and 32 that is shown: it is {} and {} "
+            "points ahead. The larger alpha is {} and {} points ahead there; neither that nor a difference between the "
+            "two is shown.",
+            lambda facts: [*_leads(facts, DELTA), *_leads(facts, ALPHA)],
+            lambda facts: (
+                _larger_ranks_lead(facts)
+                and all(facts.apart_at_rank(rank, DELTA).mean > 0 for rank in RANKS)
+                and all(
+                    facts.apart_at_rank(rank, DELTA, ALPHA).low < 0 < facts.apart_at_rank(rank, DELTA, ALPHA).high
+                    for rank in LARGER_RANKS
+                )
+            ),
+        ),
+        Passage(
+            "With r 32 LoRA's rate, 0.0009, was ahead of 0.0015 by {} points on the held-out texts; by the loss LoRA "
+            "takes 0.0015, and Delta-LoRA 0.0009. At 0.0015, on a CPU, LoRA has {} % and Delta-LoRA, whose tuned rate "
+            "that is, {} %: it is {} points ahead, [{}, {}].",
+            lambda facts: [
+                _close_call(facts, "lora-r32"),
+                *(f"{100 * cell.mean('accuracy'):.1f}" for cell in _at_the_next_rate(facts)),
+                *_interval(_next_rate(facts), 1),
+            ],
+            lambda facts: (
+                _by_goodness(facts, "lora-r32")[:2] == [9e-4, NEXT_RATE]
+                and facts.lr_by_loss("lora-r32") == NEXT_RATE == facts.of_rank(32, DELTA).lr
+                and facts.lr_by_loss("delta-r32") == 9e-4
+            ),
+        ),
+        Passage(
+            "With r 16 LoRA's rate was ahead of the next one by {} points, all of it from one of two seeds; the loss "
+            "would have chosen the next one, 0.0027, which was not run. With r 8 the choice cost Delta-LoRA something: "
+            "at 0.0027, {} points behind on the held-out texts, it is {} points ahead of LoRA on the CPU, [{}, {}].",
+            lambda facts: [
+                _close_call(facts, "lora-r16"),
+                _close_call(facts, "delta-head"),
+                *_interval(_of_the_other_rate(facts), 1),
+            ],
+            lambda facts: (
+                _by_goodness(facts, "lora-r16")[:2] == [1.5e-3, 2.7e-3]
+                and facts.lr_by_loss("lora-r16") == 2.7e-3
+                and _by_goodness(facts, "delta-head")[0] == 1.5e-3
+                and _of_the_other_rate(facts).low < 0
+            ),
         ),
         Passage(
             "With restarts the rank of the change is {} to {} times that of LoRA, with a changing lambda up to {} "
@@ -263,6 +419,18 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             "Delta-LoRA lies {} points behind.",
             lambda facts: [_positive(-facts.points("docstrings", DELTA))],
             lambda facts: DELTA in facts.shown("docstrings"),
+        ),
+        Passage(
+            "Up to r 8 nothing here shows that Delta-LoRA beats tuned LoRA.",
+            holds=lambda facts: (
+                not any(DELTA in _shown_better(facts, task) for task in facts.evidence.pictured if facts.has(task))
+                and not any(rank <= 8 for rank, _ in facts.shown_of_ranks())
+            ),
+        ),
+        Passage(
+            "With r 16 and 32 it was {} and {} points ahead there; with r 32 and another learning rate for LoRA, {}.",
+            lambda facts: [*_leads(facts, DELTA), _interval(_next_rate(facts), 1)[0]],
+            _larger_ranks_lead,
         ),
     ),
 }

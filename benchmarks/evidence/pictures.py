@@ -16,9 +16,8 @@ import matplotlib
 from benchmarks.evidence.comparison import Cell
 from benchmarks.evidence.figures import forgotten, mean_rank, over_rates
 from benchmarks.evidence.grid import Experiment
-from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import measure
-from benchmarks.evidence.result import Result, read_results
+from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.standing import DELTA, LORA, Evidence, Standing
 from benchmarks.evidence.task_tables import metrics_of
@@ -54,7 +53,7 @@ def write_all(results: Path, folder: Path = PICTURES) -> list[Path]:
     Returns:
         The files that were written.
     """
-    return draw_all(Evidence(read_results(results / FULL.name)), folder)
+    return draw_all(Evidence.read(results), folder)
 
 
 def draw_all(evidence: Evidence, folder: Path) -> list[Path]:

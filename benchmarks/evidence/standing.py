@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from benchmarks.evidence.comparison import Cell
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
-from benchmarks.evidence.result import Result
+from benchmarks.evidence.result import Result, read_results
 from benchmarks.evidence.rows import COINCIDENCE, HEAD_SWEEP, ROWS, Row
 
 LORA, DELTA, ALPHA = "lora", "delta", "alpha"
 """The rows that questions are about: the reference, the method, and the control with the larger alpha."""
+
+REPEATED = "-again"
+"""Ends the name of the folder with runs of a grid that were tuned and made on another machine as well."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,22 @@ class Evidence:
     Args:
         results: of all runs.
         grid: that they are of. Default: the one of docs/evidence.md.
+        repeated: the results of runs that were made on another machine as well, with a tuning of their own.
     """
 
-    def __init__(self, results: Sequence[Result], grid: Grid = FULL) -> None:
+    def __init__(self, results: Sequence[Result], grid: Grid = FULL, repeated: Sequence[Result] = ()) -> None:
         self.results, self.grid = results, grid
+        self.again = Evidence(repeated, grid) if repeated else None
         self._standings: dict[int, list[Standing]] = {}
+
+    @classmethod
+    def read(cls, folder: Path) -> Evidence:
+        """Return the results of docs/evidence.md.
+
+        Args:
+            folder: that holds a folder of results for each grid; it need not exist.
+        """
+        return cls(read_results(folder / FULL.name), repeated=read_results(folder / f"{FULL.name}{REPEATED}"))
 
     @cached_property
     def compared(self) -> dict[str, Experiment]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.evidence.comparison import Cell, corrected, difference
+from benchmarks.evidence.comparison import Cell, Difference, corrected, difference
 from benchmarks.evidence.figures import best_by_loss, mean_cosine, mean_rank, over_rates
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS
@@ -40,7 +40,10 @@ def equal_rates(evidence: Evidence) -> str:
 def _by_the_loss(evidence: Evidence) -> str:
     """Return for which rows the loss would choose another learning rate; empty without tuned rows."""
     tuned, changed = 0, []
-    for title, experiment in evidence.pictured.items():
+    sweeps = {"lambda and K": evidence.of_rows(RATIO_SWEEP), "ranks": evidence.of_rows(RANK_SWEEP)}
+    for title, experiment in (*evidence.pictured.items(), *sweeps.items()):
+        if experiment is None:
+            continue
         for each in evidence.standings(experiment):
             if each.lr is None or not each.tuning or experiment.metric == "loss":
                 continue
@@ -54,17 +57,24 @@ def _by_the_loss(evidence: Evidence) -> str:
     return f"{told}: {'; '.join(changed)}." if changed else f"{told}."
 
 
+def swept_ratios(evidence: Evidence) -> tuple[dict[str, Cell], list[Difference]]:
+    """Return the cells over lambda and K by the names of their rows, and their corrected differences to LoRA."""
+    experiment, beginnings = evidence.of_rows(RATIO_SWEEP), _equal_heads(evidence)
+    if experiment is None:
+        return {}, []
+    held = beginnings | evidence.cells(experiment)
+    of = {row.name: held[row.name] for row in RATIOS.values() if row.name in held}
+    lora = {name: cell for name, cell in beginnings.items() if name == LORA_HEAD.name}
+    return of, differences(of | lora, [experiment.metric], LORA_HEAD.name)
+
+
 def ratio_sweep(evidence: Evidence) -> str:
     """Return the metric over lambda and K, and the differences to LoRA."""
     experiment = evidence.of_rows(RATIO_SWEEP)
-    of = evidence.cells(experiment) if experiment else {}
-    if experiment is None or not of:
+    if experiment is None or not evidence.cells(experiment):
         return NOT_MEASURED
-    beginnings = _equal_heads(evidence)
-    reference = LORA_HEAD.name
-    lora = beginnings.get(reference)
-    of = {row.name: cell for row in RATIOS.values() if (cell := (beginnings | of).get(row.name)) is not None}
-    family = differences(of | ({reference: lora} if lora else {}), [experiment.metric], reference)
+    of, family = swept_ratios(evidence)
+    lora = _equal_heads(evidence).get(LORA_HEAD.name)
     ratios, starts = once(ratio for ratio, _ in RATIOS), once(start for _, start in RATIOS)
     head = ["lambda", *(f"K = {100 * start:g} %" for start in starts)]
 
@@ -127,25 +137,33 @@ def equal_heads(evidence: Evidence) -> str:
     )
 
 
-def rank_sweep(evidence: Evidence) -> str:
-    """Return LoRA, Delta-LoRA and the control at each rank, compared at the same rank."""
+def swept_ranks(evidence: Evidence) -> tuple[dict[int, dict[str, Cell]], dict[tuple[int, str], Difference]]:
+    """Return the cells by rank and method, and the corrected differences to LoRA of the same rank."""
     experiment = evidence.of_rows(RANK_SWEEP)
-    if experiment is None or not evidence.cells(experiment):
-        return NOT_MEASURED
+    if experiment is None:
+        return {}, {}
     of = _equal_heads(evidence) | evidence.cells(experiment)
     by_rank = {
         rank: {row.method: of[row.name] for row in rows if row.name in of}
         for rank, rows in RANKS.items()
         if any(row.name in of for row in rows)
     }
-    ranks = list(by_rank)
     found = {
-        (rank, name): difference(by_rank[rank][name], by_rank[rank][LORA], experiment.metric)
-        for rank in ranks
+        (rank, name): difference(cells[name], cells[LORA], experiment.metric)
+        for rank, cells in by_rank.items()
         for name in (DELTA, ALPHA)
-        if {LORA, name} <= by_rank[rank].keys()
+        if {LORA, name} <= cells.keys()
     }
-    found = dict(zip(found, corrected(list(found.values())), strict=True))
+    return by_rank, dict(zip(found, corrected(list(found.values())), strict=True))
+
+
+def rank_sweep(evidence: Evidence) -> str:
+    """Return LoRA, Delta-LoRA and the control at each rank, compared at the same rank."""
+    experiment = evidence.of_rows(RANK_SWEEP)
+    if experiment is None or not evidence.cells(experiment):
+        return NOT_MEASURED
+    by_rank, found = swept_ranks(evidence)
+    ranks, how = list(by_rank), measure(experiment.metric)
 
     def column(name: str) -> list[str]:
         return [
@@ -166,8 +184,27 @@ def rank_sweep(evidence: Evidence) -> str:
     groups += [[(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)]
     groups += [[(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)]
     return paragraphs(
-        f"Cells: {measure(experiment.metric).title}, on {experiment.task}, alpha = 2 r. "
+        f"Cells: {how.title}, on {experiment.task}, alpha = 2 r. "
         + caption(experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),
         narrow_tables(("r", [str(rank) for rank in ranks]), groups),
+        f"{how.title[:1].upper()}{how.title[1:]}, held out of the training data, "
+        f"{count(experiment.tuning_seeds, 'seed')}, at each learning rate:",
+        _over_rates_of_ranks(evidence),
         said(evidence.standings(experiment)),
     )
+
+
+def _over_rates_of_ranks(evidence: Evidence) -> str:
+    """Return the tuning of each row of the ranks, that of equal heads included."""
+    found = [experiment for experiment in (evidence.heads, evidence.of_rows(RANK_SWEEP)) if experiment is not None]
+    lines = {
+        each.row.name: over_rates(each.tuning, experiment.metric, experiment.tuning_seeds)
+        for experiment in found
+        for each in evidence.standings(experiment)
+    }
+    rows = [row for of_rank in RANKS.values() for row in of_rank if lines.get(row.name)]
+    rates, number = sorted({lr for row in rows for lr in lines[row.name]}), measure(found[0].metric).number
+    columns: list[Column] = [
+        (f"{lr:g}", [number(lines[row.name][lr]) if lr in lines[row.name] else "" for row in rows]) for lr in rates
+    ]
+    return narrow_tables(("row", [row.title for row in rows]), [[column] for column in columns])

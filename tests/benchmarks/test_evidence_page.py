@@ -1,5 +1,6 @@
 """The tables of the evidence say what the results say, and say what is missing."""
 
+import copy
 import json
 import math
 import statistics
@@ -13,6 +14,7 @@ from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.page import evidence_tables, report
+from benchmarks.evidence.repetition import made_twice, repetition
 from benchmarks.evidence.result import Result, write_result
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import Evidence, standings
@@ -195,12 +197,13 @@ def test_equivalence_is_of_delta_lora_and_the_larger_alpha(shift, verdict):
 
 
 def test_the_control_is_compared_at_one_rate_with_and_without_clipping(evidence, grid):
-    """At the rate of the pair without clipping, whatever rates were tuned."""
+    """At the rate of the pair without clipping, whatever was tuned; of the runs beside it, where there are any."""
     lr = PLAIN_PAIRS[-1][0].lr
     heads = evidence.heads
     clipped = [made(heads._setting(row, lr, seed, "test")) for row in HEAD_SWEEP[1:3] for seed in range(heads.seeds)]
     assert not lines(page.equivalences(evidence), "equal heads, one rate, clipped")
     text = page.equivalences(Evidence([*evidence.results, *clipped], grid))
+    assert page.equivalences(Evidence(evidence.results, grid, clipped)) == text
     of = {(run.setting.row, run.setting.seed): run.metrics["accuracy"] for run in [*evidence.results, *clipped]
           if run.setting.lr == lr and run.setting.split == "test"}  # fmt: skip
     pairs = {"clipped": HEAD_SWEEP[1:3], "not clipped": PLAIN_PAIRS[-1]}
@@ -320,6 +323,39 @@ def test_the_papers_numbers_stand_next_to_ours(evidence):
     assert lines(page.paper(Evidence([])), "e2e")[0][3] == "not measured"
 
 
+def test_what_was_run_twice_is_compared_over_both_tunings(evidence, grid):
+    """`second` has LoRA as it was, Delta-LoRA at another rate, and lacks a run of the control."""
+    second = [copy.deepcopy(run) for run in evidence.results if run.setting.row in ("lora-head", "delta-head")]
+    tuned, other = evidence.cells(evidence.heads)["delta-head"].lr, min(LRS["adapter"])
+    for run in [run for run in second if run.setting.row == "delta-head"]:
+        run.setting = replace(run.setting, lr={tuned: other, other: tuned}.get(run.setting.lr, run.setting.lr))
+        run.metrics["accuracy"] -= 0.03 * (run.setting.split == "test")
+        if run.setting.split == "tuning" and run.setting.lr == tuned:  # `other` is the lowest: one more was tried
+            second.append(replace(run, setting=replace(run.setting, lr=other / 4), metrics={"accuracy": 0.0}))
+    second += [run for run in evidence.results if run.setting.row == "alpha-head"][:-1]
+    both = Evidence(evidence.results, grid, second)
+    text, twice = repetition(both), made_twice(both)
+    assert list(twice) == ["lora-head", "delta-head"]
+    assert [each.is_of_one_rate for each in twice.values()] == [True, False]
+    assert [each.gap for each in twice.values()] == pytest.approx([0, -3], abs=1e-9)
+    first = [100 * run.metrics["accuracy"] for run in both.cells(both.heads)["delta-head"].results]
+    assert twice["delta-head"].expected == pytest.approx(statistics.stdev(first) / math.sqrt(len(first)) * math.sqrt(2))
+    cells = [cell for line in lines(text, "Delta-LoRA") for cell in line[1:]]
+    assert cells[:2] == [f"{tuned:g}", f"{other:g}"]
+    assert cells[4] == "-3.00"
+    lora = 100 * both.cells(both.heads)["lora-head"].mean("accuracy")
+    assert cells[5:] == [f"{statistics.fmean(first) - lora - less:+.2f}" for less in (0, 3)]
+    assert f"The two lie {3 / math.sqrt(2):.2f} apart" in text
+    assert f"{len(second)} of them are of a second tuning" in page.what_was_run(both)
+
+
+def test_a_second_tuning_without_lora_has_no_difference_to_it(evidence, grid):
+    second = [run for run in evidence.results if run.setting.row == "delta-head"]
+    text = repetition(Evidence(evidence.results, grid, second))
+    assert "again - as shown" in text
+    assert "difference to LoRA" not in text
+
+
 def test_what_was_run_and_what_was_left_out(evidence, grid):
     assert page.what_was_run(evidence).endswith("Nothing was left out.")
     missing = [run for run in evidence.results if not (run.setting.row == "alpha" and run.setting.split == "test")]
@@ -386,6 +422,14 @@ def test_the_blocks_read_the_folder_of_the_grid(tmp_path, monkeypatch):
         write_result(tmp_path / "full", result)
     write_result(tmp_path / "small", Result(replace(look._setting(ROWS["lora"], 1.0, 7, "test"))))
     assert look.task in evidence_tables(tmp_path)["evidence: single looks"]()
+
+
+def test_runs_that_were_made_twice_are_read_from_the_second_folder(tmp_path):
+    heads = replace(Evidence([]).heads, rows=["lora-head"])
+    for folder in ("full", "full-again"):
+        for result in complete(Grid("test", (heads,))):
+            write_result(tmp_path / folder, result)
+    assert list(made_twice(Evidence.read(tmp_path))) == ["lora-head"]
 
 
 def test_pictures_are_linked_where_they_were_drawn(tmp_path, monkeypatch, evidence):

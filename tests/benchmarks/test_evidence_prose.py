@@ -5,6 +5,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -13,10 +14,10 @@ from benchmarks.evidence.facts import HEADS, Facts, largest_difference, largest_
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.passages import PASSAGES
 from benchmarks.evidence.prose import Passage, filled_in
-from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RATIO_SWEEP
+from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP
 from benchmarks.evidence.standing import Evidence
 from benchmarks.tables import PAGES
-from tests.benchmarks.made_results import complete
+from tests.benchmarks.made_results import complete, made
 
 SETTING = {"steps": 40, "batch_size": 2, "max_length": 8}
 LRS = dict.fromkeys(("adapter", "dense", "sgd"), (1e-3, 4e-3, 1.6e-2))
@@ -30,7 +31,6 @@ STATED = """
     alpha (1 + lambda) | K = 0 | lambda 2 | a linear decay to 0 | clipped at 1, | Python 3.11.7's
     from rank 8 to 6 on average between 10 % and 50 % of the run | takes 11 values | ratio 1 + lambda
     rsLoRA at r 8 is LoRA with alpha x 2.8 | its 95 % interval | leaves out 0 with a p above 0.05
-    it had chosen 0.0027 for Delta-LoRA and 0.0015 for the control
     1 point of a percentage, BLEU, METEOR or ROUGE, 0.1 of NIST and CIDEr, 0.01 of TER, 0.02 of a loss
     less than 1 point would hardly | in 8 of 10 cases at 5 % | in 8 of 10 cases. | 12 classes | of 6 layers
     a Llama of 260,000 parameters | label smoothing 0.1 | length penalty 0.8 | LoRA of rank 4 | file of 4 bits
@@ -38,7 +38,7 @@ STATED = """
     gradients of the factors are 1 + lambda times | is ruled out at 5 % | On E2E K is 19 | At 0.0015, with the
     learning rate x 3 | paper's Table 6
     more than lambda 2 gives | (lr 0.005) | rate here, 0.005, is | paper's Fig. 3 | from step 0 | K > 0 at most 2 r
-    nor was a start at 20 % of the run
+    Up to r 8 Delta-LoRA was not shown | with r 8, LoRA's tuned learning rate | interval leaves out 0
     standard error 1.4 points) | alpha / r = 2 at 47.4 % with a forgetting of 0.059
     alpha / r = 8 at 51.3 % with 0.111 | lambda 3 computes | After 1,000 steps | 300 steps leave
     Llama-3.2-3B | rank 64 | SST-2 | GPT-2 | E2E | all-MiniLM-L6-v2 | stories260k | SmolLM2-135M-Instruct
@@ -75,6 +75,11 @@ def test_the_direction_of_a_size_is_that_of_the_words():
         passages._positive(-0.36)
 
 
+@pytest.mark.parametrize(("number", "text"), [(-0.04, "0.0"), (0.04, "0.0"), (-0.06, "-0.1"), (1.25, "+1.2")])
+def test_what_is_rounded_to_zero_has_no_sign(number, text):
+    assert passages._signed(number, 1) == text
+
+
 def test_an_upper_bound_is_rounded_up():
     assert passages._bound(1.31) == "1.4"
 
@@ -98,7 +103,7 @@ def facts(tmp_path_factory):
         Experiment("docstrings", "tiny", compared, SETTING, LRS, seeds=3),
         *(
             Experiment("docstrings", "tiny", [row.name for row in rows], SETTING, LRS, seeds=3)
-            for rows in (HEAD_SWEEP, RATIO_SWEEP)
+            for rows in (HEAD_SWEEP, RATIO_SWEEP, RANK_SWEEP)
         ),
     ]
     grid, folder = Grid("test", tuple(experiments)), tmp_path_factory.mktemp("costs")
@@ -158,10 +163,51 @@ def test_the_choice_of_texts_has_the_error_of_a_share(facts):
     assert sampling_error(facts, "docstrings") == pytest.approx(100 * math.sqrt(share * (1 - share) / 572))
 
 
-def test_a_cell_of_the_sweep_is_found_or_said_to_be_missing(facts):
-    assert list(facts.swept(2.0, 0.2).results) == [of(facts, "delta-ratio2-k20")[seed] for seed in range(3)]
-    with pytest.raises(KeyError, match="no runs of delta-head"):  # of the comparison, not of the sweep
-        facts.swept(2.0, 0.0)
+@pytest.mark.parametrize(("start", "row"), [(0.2, "delta-ratio2-k20"), (0.0, "delta-head")])
+def test_a_cell_over_lambda_and_k_is_found(facts, start, row):
+    assert list(facts.swept(2.0, start).results) == [of(facts, row)[seed] for seed in range(3)]
+
+
+def test_a_missing_cell_over_lambda_and_k_is_said_to_be_missing(facts):
+    without = [run for run in facts.evidence.results if run.setting.row != "delta-ratio2-k20"]
+    with pytest.raises(KeyError, match="no runs of delta-ratio2-k20"):
+        Facts(Evidence(without, facts.evidence.grid), facts.folder).swept(2.0, 0.2)
+
+
+@pytest.mark.parametrize(("rank", "ending"), [(8, "-head"), (32, "-r32")])
+def test_rows_of_a_rank_are_compared_with_each_other(facts, rank, ending):
+    ours, theirs = of(facts, f"delta{ending}"), of(facts, f"alpha{ending}")
+    assert list(facts.of_rank(rank, "delta").results) == [ours[seed] for seed in range(3)]
+    apart = [ours[seed].metrics["accuracy"] - theirs[seed].metrics["accuracy"] for seed in range(3)]
+    assert facts.apart_at_rank(rank, "delta", "alpha").mean == pytest.approx(statistics.fmean(apart))
+
+
+def test_the_sweeps_show_what_is_far_from_lora(facts):
+    """Differences that hardly vary over seeds are shown, those that vary as much as they are large are not."""
+    changed = Facts(Evidence(copy.deepcopy(facts.evidence.results), facts.evidence.grid), facts.folder)
+    near = [row.name for row in (*HEAD_SWEEP[1:], *RATIO_SWEEP, *RANK_SWEEP)]
+    for seed in range(3):
+        for row in ("lora-head", *near):
+            of(changed, row)[seed].metrics["accuracy"] = 0.5 + 0.1 * seed + (0.05 * (-1) ** seed if row in near else 0)
+        for row in ("lora-r2", "lora-r4", "lora-r16", "lora-r32"):
+            of(changed, row)[seed].metrics["accuracy"] = 0.5 + 0.1 * seed
+        for row in ("delta-ratio8-k50", "delta-r32"):
+            of(changed, row)[seed].metrics["accuracy"] = 0.6 + 0.1 * seed + 1e-4 * seed
+    assert changed.shown_of_ratios() == {(8.0, 0.5)}
+    assert changed.shown_of_ranks() == {(32, "delta")}
+
+
+def test_what_was_made_a_second_time_has_facts_of_its_own(facts):
+    with pytest.raises(KeyError, match="no runs were made a second time"):
+        _ = facts.again
+    rows = ("lora-head", "delta-head")
+    second = [copy.deepcopy(run) for run in facts.evidence.results if run.setting.row in rows]
+    for run in second:
+        run.metrics["accuracy"] += 0.02 * ((run.setting.row, run.setting.split) == ("delta-head", "test"))
+    both = Facts(Evidence(facts.evidence.results, facts.evidence.grid, second), facts.folder)
+    assert set(both.again.cells(HEADS)) == {"lora", "delta"}
+    assert both.again.points(HEADS, "delta") == pytest.approx(facts.points(HEADS, "delta") + 2)
+    assert set(both.twice) == {"lora-head", "delta-head"}
 
 
 def test_the_costs_are_those_of_the_file(facts):
@@ -174,10 +220,26 @@ def test_tuning_runs_are_those_held_out(facts):
     assert facts.best_by_loss("docstrings", "delta") == min(losses, key=losses.__getitem__)
     at = next(run for run in tuning if run.setting.lr == 4e-3)
     assert facts.held_out("docstrings", "delta", 4e-3) == at.metrics["accuracy"]
+    accuracies = {run.setting.lr: run.metrics["accuracy"] for run in tuning if not run.diverged}
+    assert facts.held_out_of("delta", "accuracy") == accuracies
+    with pytest.raises(KeyError, match="docstrings has no row sgd"):
+        facts.held_out_of("sgd", "accuracy")
 
 
-def test_another_rate_is_found_or_said_to_be_missing(facts):
-    lr = facts.lr(HEADS, "delta")
-    assert facts.at_rate("delta", lr).results == facts.cells(HEADS)["delta"].results
-    with pytest.raises(KeyError, match="no runs of delta-head at 7"):
-        facts.at_rate("delta", 7.0)
+@pytest.mark.parametrize("row", ["delta-head", "delta-r32"])
+def test_another_rate_than_the_tuned_one_is_found_or_said_to_be_missing(facts, row):
+    tuned = of(facts, row)
+    there = [made(replace(run.setting, lr=5e-3)) for run in tuned.values()]
+    more = Facts(Evidence([*facts.evidence.results, *there], facts.evidence.grid), facts.folder)
+    assert more.at_rate(row, 5e-3).results == tuple(there)
+    assert more.at_rate(row, tuned[0].setting.lr).results == tuple(tuned.values())
+    with pytest.raises(KeyError, match=f"no runs of {row} at 7"):
+        more.at_rate(row, 7.0)
+
+
+def test_the_tuning_of_a_row_of_a_sweep(facts):
+    """What the loss would choose is the lowest of the means."""
+    tuning = [r for r in facts.evidence.results if (r.setting.row, r.setting.split) == ("lora-r32", "tuning")]
+    losses = {run.setting.lr: run.metrics["loss"] for run in tuning if not run.diverged}
+    assert facts.held_out_of("lora-r32", "loss") == losses
+    assert facts.lr_by_loss("lora-r32") == min(losses, key=losses.__getitem__)
