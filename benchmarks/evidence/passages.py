@@ -200,8 +200,8 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
         ),
         Passage(
             "With equal heads and a finer grid Delta-LoRA's difference to LoRA is {} points higher than with a head "
-            "that shares the rate of the factors. None of the {} rows beside LoRA with equal heads and r 8 was shown "
-            "to be better than LoRA.",
+            "that shares the rate of the factors. None of the {} rows other than LoRA with equal heads and r 8 was "
+            "shown to be better than LoRA.",
             lambda facts: [
                 _positive(facts.points(HEADS, DELTA) - facts.points("docstrings", DELTA)),
                 str(len(facts.cells(HEADS)) - 1),
