@@ -109,10 +109,6 @@ class Facts:
         """Return the mean of the metric over the tuning runs of a row at one learning rate."""
         return over_rates(self._tuning(task, row), self.metric(task), self.evidence.pictured[task].tuning_seeds)[lr]
 
-    def best_by_loss(self, task: str, row: str) -> float:
-        """Return the learning rate that the held-out loss would choose."""
-        return best_by_loss(self._tuning(task, row), self.evidence.pictured[task].tuning_seeds)
-
     def held_out_of(self, row: str, what: str) -> dict[float, float]:
         """Return the mean of a metric over the tuning runs of a row of docstrings, by its full name, at each rate."""
         experiment, tuning = self._tuning_of(row)

@@ -321,7 +321,7 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             holds=lambda facts: (
                 _restarts_alone_are_shown(facts)
                 and _two_highest_losses(facts, HEADS) == set(RESTARTING)
-                and facts.best_by_loss(HEADS, "restarts") != facts.lr(HEADS, "restarts")
+                and facts.lr_by_loss("restarts-head") != facts.lr(HEADS, "restarts")
                 and "restarts" not in facts.again.shown(HEADS)
             ),
         ),

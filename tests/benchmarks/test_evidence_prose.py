@@ -217,7 +217,7 @@ def test_the_costs_are_those_of_the_file(facts):
 def test_tuning_runs_are_those_held_out(facts):
     tuning = [run for run in facts.evidence.results if (run.setting.row, run.setting.split) == ("delta", "tuning")]
     losses = {run.setting.lr: run.metrics["loss"] for run in tuning if not run.diverged}
-    assert facts.best_by_loss("docstrings", "delta") == min(losses, key=losses.__getitem__)
+    assert facts.lr_by_loss("delta") == min(losses, key=losses.__getitem__)
     at = next(run for run in tuning if run.setting.lr == 4e-3)
     assert facts.held_out("docstrings", "delta", 4e-3) == at.metrics["accuracy"]
     accuracies = {run.setting.lr: run.metrics["accuracy"] for run in tuning if not run.diverged}
