@@ -106,13 +106,18 @@ def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]
 
 
 def _limited(test: Sequence[Example], limit: int | None) -> list[Example]:
-    """Return the first examples of each split."""
+    """Return so many examples of each split, spread over it: some are sorted, WebNLG's by size and category."""
     if limit is None:
         return list(test)
     endings = dict.fromkeys(example.part for example in test) if all(e.label is not None for e in test) else {}
     if len(endings) < 2:
-        return list(test[:limit])
-    return [example for part in endings for example in [e for e in test if e.part == part][:limit]]
+        return _spread(test, limit)
+    return [example for part in endings for example in _spread([e for e in test if e.part == part], limit)]
+
+
+def _spread(examples: Sequence[Example], limit: int) -> list[Example]:
+    count = min(limit, len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _key(example: Example) -> str:

@@ -42,7 +42,7 @@ class Setting:
         model_dropout: False turns the model's own dropout off.
         precision: "float32", or "bfloat16" for autocast.
         train_examples: train on so many examples at most, the first ones.
-        test_examples: evaluate at most so many examples, the first ones.
+        test_examples: evaluate at most so many examples of each split, spread evenly over it.
         beams: of the search that writes texts; 1 takes the likeliest token each time.
         length_penalty: a beam's log probability is divided by its length to this power.
         no_repeat: no run of so many tokens is written twice in a text; 0 for no such rule, which a vocabulary of near

@@ -49,7 +49,7 @@ def caption(experiment: Experiment, of: Sequence[Cell], comparisons: int) -> str
 
 
 def _shared(experiment: Experiment, setting: Setting) -> str:
-    """Return rank, alpha, lambda and K, but for those that every row has its own of, and the head's learning rate."""
+    """Return what all rows share: rank, alpha, lambda, K, the learning rate of the head, and how many are measured."""
     own = set.intersection(*(set(ROWS[name].changes) for name in experiment.rows))
     shared = replace(setting, **{name: experiment.setting.get(name, default) for name, default in DEFAULTS.items()})
     told = {
@@ -59,7 +59,8 @@ def _shared(experiment: Experiment, setting: Setting) -> str:
         "start": f"K {shared.start_step}",
     }
     head = "" if setting.head_lr is None else f", the head's learning rate {setting.head_lr:g}"
-    return "".join(f", {text}" for name, text in told.items() if name not in own) + head
+    few = "" if setting.test_examples is None else f", measured on {setting.test_examples} test inputs"
+    return "".join(f", {text}" for name, text in told.items() if name not in own) + head + few
 
 
 def origin(results: Sequence[Result]) -> str:

@@ -57,7 +57,10 @@ def test_results_are_of_the_test_split_after_all_of_the_training_data(tmp_path):
     found = load_examples(setting("mrpc"), Places(tmp_path))
     assert (len(found.train), len(found.evaluated), found.labels) == (20, 7, 2)
     first = load_examples(setting("mrpc", train_examples=3, test_examples=2), Places(tmp_path))
-    assert (first.train, first.evaluated) == (found.train[:3], found.evaluated[:2])
+    assert first.train == found.train[:3]
+    assert first.evaluated == [found.evaluated[0], found.evaluated[3]]  # spread over all
+    more = load_examples(setting("mrpc", test_examples=70), Places(tmp_path))
+    assert more.evaluated == found.evaluated
 
 
 def test_the_fingerprint_is_that_of_the_examples(tmp_path):
@@ -87,6 +90,15 @@ def test_webnlg_tells_seen_from_unseen_inputs(tmp_path):
     write_rows(tmp_path / "webnlg2017/test.jsonl.gz", prompts(2, seen=True) + prompts(1, first=3, seen=False))
     found = load_examples(setting("webnlg"), Places(tmp_path))
     assert [e.part for e in found.evaluated] == ["seen", "seen", "unseen"]
+
+
+def test_fewer_examples_are_of_all_parts_of_a_sorted_split(tmp_path):
+    write_rows(tmp_path / "webnlg2017/train.jsonl.gz", targets(4))
+    rows = prompts(12, seen=True) + prompts(8, first=12, seen=False)
+    write_rows(tmp_path / "webnlg2017/test.jsonl.gz", rows)
+    found = load_examples(setting("webnlg", test_examples=5), Places(tmp_path))
+    assert [e.text for e in found.evaluated] == [rows[i]["input"] for i in (0, 4, 8, 12, 16)]
+    assert [e.part for e in found.evaluated] == ["seen"] * 3 + ["unseen"] * 2
 
 
 def test_docstrings_that_were_written_are_those_of_the_library(tmp_path, monkeypatch):
