@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import RESULTS
 from benchmarks.evidence import passages
-from benchmarks.evidence.facts import HEADS, Facts, largest_difference, largest_gap, sampling_error
+from benchmarks.evidence.facts import HEADS, TEST_TEXTS, Facts, largest_difference, largest_gap, sampling_error
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.passages import PASSAGES
 from benchmarks.evidence.prose import Passage, filled_in
+from benchmarks.evidence.result import read_results
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP
 from benchmarks.evidence.standing import Evidence
 from benchmarks.tables import PAGES
@@ -161,6 +163,14 @@ def test_gaps_are_the_largest_over_seeds_and_steps(facts):
 def test_the_choice_of_texts_has_the_error_of_a_share(facts):
     share = statistics.fmean(run.metrics["accuracy"] for run in of(facts, "lora").values())
     assert sampling_error(facts, "docstrings") == pytest.approx(100 * math.sqrt(share * (1 - share) / 572))
+
+
+@pytest.mark.parametrize(("task", "texts"), TEST_TEXTS.items())
+def test_the_accuracies_are_shares_of_so_many_texts(task, texts):
+    runs = read_results(RESULTS / "evidence/full")
+    right = [texts * run.metrics["accuracy"] for run in runs if (run.setting.task, run.setting.split) == (task, "test")]
+    assert right
+    assert right == pytest.approx([round(number) for number in right], abs=1e-3)
 
 
 @pytest.mark.parametrize(("start", "row"), [(0.2, "delta-ratio2-k20"), (0.0, "delta-head")])
