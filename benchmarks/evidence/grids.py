@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.recipes import PAPER
-from benchmarks.evidence.rows import COINCIDENCE, HEAD_LR, HEAD_SWEEP, MAIN, RANK_SWEEP, RATIO_SWEEP, Kind, Row
+from benchmarks.evidence.rows import COINCIDENCE, HEAD_LR, HEAD_SWEEP, MAIN, RANK_SWEEP, RATIO_SWEEP, WIDER, Kind, Row
 
 MINILM, STORIES, SMOLLM2 = "all-MiniLM-L6-v2", "stories260k", "SmolLM2-135M-Instruct-Q4_1"
 
@@ -79,7 +79,7 @@ FULL = Grid(
     (
         _encoder("docstrings", (*_names(MAIN), *_names(COINCIDENCE)), DOCSTRINGS, tuning_seeds=2),
         _encoder("sst2", KEY, GLUE, tuning_seeds=2),
-        _decoder("e2e", KEY, TO_TEXT),
+        _decoder("e2e", (*KEY, *_names(WIDER)), TO_TEXT),
         _encoder("docstrings", _names(HEAD_SWEEP), DOCSTRINGS, lrs=EQUAL_HEADS_LRS, tuning_seeds=2),
         _encoder("cola", ("lora",), GLUE, lrs=ONE_LR, seeds=1, tuning_seeds=0),
         _encoder("rte", ("lora",), PAIRS_OF_GLUE, lrs=ONE_LR, seeds=1, tuning_seeds=0),

@@ -145,9 +145,12 @@ RANKS: Mapping[int, tuple[Row, ...]] = dict(_rank_sweep())
 RATIO_SWEEP = tuple(row for row in RATIOS.values() if row not in HEAD_SWEEP)
 RANK_SWEEP = tuple(row for rows in RANKS.values() for row in rows if row not in HEAD_SWEEP)
 
+WIDER = (Row("lora-wide", "LoRA, r 16, alpha 128", "lora", changes={"rank": 16, "alpha": 128.0}),)
+"""LoRA with four times the rank of a decoder's rows: as high as the change with restarts can have. alpha / r stays."""
+
 PUBLISHED = (Row("lora-dropout", "LoRA, dropout 0.1 in the branch", "lora", changes={"dropout": 0.1}),)
 """Rows of the published recipes alone: LoRA as its own code has it on E2E and WebNLG."""
 
 ROWS: Mapping[str, Row] = {
-    row.name: row for row in (*MAIN, *COINCIDENCE, *HEAD_SWEEP, *PUBLISHED, *RATIO_SWEEP, *RANK_SWEEP)
+    row.name: row for row in (*MAIN, *COINCIDENCE, *HEAD_SWEEP, *WIDER, *PUBLISHED, *RATIO_SWEEP, *RANK_SWEEP)
 }
