@@ -41,6 +41,7 @@ STATED = """
     learning rate x 3 | paper's Table 6
     more than lambda 2 gives | (lr 0.005) | rate here, 0.005, is | paper's Fig. 3 | from step 0 | K > 0 at most 2 r
     Up to r 8 Delta-LoRA was not shown | with r 8, LoRA's tuned learning rate | interval leaves out 0
+    LoRA with r 16 on E2E
     standard error 1.4 points) | alpha / r = 2 at 47.4 % with a forgetting of 0.059
     alpha / r = 8 at 51.3 % with 0.111 | lambda 3 computes | After 1,000 steps | 300 steps leave
     Llama-3.2-3B | rank 64 | SST-2 | GPT-2 | E2E | all-MiniLM-L6-v2 | stories260k | SmolLM2-135M-Instruct
