@@ -92,6 +92,14 @@ def test_means_errors_and_differences_are_those_of_the_values():
     assert "p by Holm over 1 comparison." in text
 
 
+def test_a_table_says_when_a_part_of_the_test_inputs_was_measured():
+    asked = replace(experiment(), setting={**SETTING, "test_examples": 400})
+    grid = Grid("test", (asked,))
+    text = result_tables(Evidence(complete(grid), grid), asked)
+    assert "K 0, measured on 400 test inputs. 3 seeds a cell" in text
+    assert "test inputs" not in of_one(complete(Grid("test", (experiment(),))))
+
+
 def test_p_values_are_corrected_for_all_comparisons_of_the_table():
     shared = [*runs("lora", (0.70, 0.74, 0.75)), *runs("delta", (0.71, 0.78, 0.76))]
     alone = lines(of_one(shared), "Delta-LoRA")[0][4]
