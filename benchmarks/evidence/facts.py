@@ -101,6 +101,11 @@ class Facts:
         cells = self.cells(task)
         return _mean(cells[row], mean_rank) / _mean(cells[LORA], mean_rank)
 
+    def trained(self, task: str, row: str) -> float:
+        """Return how many times the parameters that LoRA trains a row does."""
+        cells = self.cells(task)
+        return cells[row].results[0].trained / cells[LORA].results[0].trained
+
     def lr(self, task: str, row: str) -> float:
         """Return the tuned learning rate of a row."""
         return self.cells(task)[row].lr
@@ -113,6 +118,11 @@ class Facts:
         """Return the mean of a metric over the tuning runs of a row of docstrings, by its full name, at each rate."""
         experiment, tuning = self._tuning_of(row)
         return over_rates(tuning, what, experiment.tuning_seeds)
+
+    def held_out_by_seed(self, row: str, what: str, lr: float) -> dict[int, float]:
+        """Return a metric of the tuning runs of a row of docstrings, by its full name, at one rate, by their seeds."""
+        tuning = self._tuning_of(row)[1]
+        return {run.setting.seed: run.metrics[what] for run in tuning if run.setting.lr == lr}
 
     def lr_by_loss(self, row: str) -> float:
         """Return the learning rate that the held-out loss would choose for a row of docstrings, by its full name."""

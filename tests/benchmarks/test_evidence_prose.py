@@ -137,6 +137,13 @@ def test_facts_are_those_of_the_runs(facts, task, end):
     assert facts.rank(task, "delta") == pytest.approx(ranks[0] / ranks[1])
 
 
+def test_parameters_are_counted_in_lora_s(facts):
+    changed = Facts(Evidence(copy.deepcopy(facts.evidence.results), facts.evidence.grid), facts.folder)
+    for run in of(changed, "full").values():
+        run.trained *= 3
+    assert (changed.trained("docstrings", "full"), changed.trained("docstrings", "delta")) == (3, 1)
+
+
 def test_shown_are_the_rows_with_a_corrected_p_below_5_percent(facts):
     results = copy.deepcopy(facts.evidence.results)
     changed = Facts(Evidence(results, facts.evidence.grid), facts.folder)
@@ -233,6 +240,7 @@ def test_tuning_runs_are_those_held_out(facts):
     assert facts.held_out("docstrings", "delta", 4e-3) == at.metrics["accuracy"]
     accuracies = {run.setting.lr: run.metrics["accuracy"] for run in tuning if not run.diverged}
     assert facts.held_out_of("delta", "accuracy") == accuracies
+    assert facts.held_out_by_seed("delta", "accuracy", 4e-3) == {at.setting.seed: at.metrics["accuracy"]}
     with pytest.raises(KeyError, match="docstrings has no row sgd"):
         facts.held_out_of("sgd", "accuracy")
 
