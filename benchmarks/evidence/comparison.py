@@ -152,6 +152,11 @@ class Difference:
         """The standard deviation over seeds."""
         return statistics.stdev(self.values)
 
+    @property
+    def shown(self) -> bool:
+        """Whether the corrected p is below 5 %; not before it was corrected."""
+        return self.corrected is not None and self.corrected < LEVEL
+
 
 def difference(cell: Cell, reference: Cell, what: str | Value, name: str | None = None) -> Difference:
     """Return the difference of a cell to another one, paired by seed.

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.comparison import LEVEL, Cell, Difference, difference
+from benchmarks.evidence.comparison import Cell, Difference, Equivalence, difference
+from benchmarks.evidence.control import tuned_equivalences
 from benchmarks.evidence.figures import best_by_loss, mean_rank, over_rates
 from benchmarks.evidence.grid import Experiment
 from benchmarks.evidence.measures import measure
@@ -19,7 +20,7 @@ from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import PLAIN_PAIRS, RATIOS, ROWS
 from benchmarks.evidence.standing import DELTA, LORA, Evidence
 from benchmarks.evidence.sweeps import swept_ranks, swept_ratios
-from benchmarks.evidence.task_tables import differences, metrics_of
+from benchmarks.evidence.task_tables import corrected_differences
 
 HEADS = "equal heads"
 """The comparison on docstrings in which all heads train alike."""
@@ -89,11 +90,9 @@ class Facts:
             task: of the table.
             what: a metric. Default: the first one of the table.
         """
-        cells, experiment = self.cells(task), self.evidence.pictured[task]
-        tested, _ = metrics_of(experiment, cells.values())
-        family = differences(cells, tested)
+        family = corrected_differences(self.evidence, self.evidence.pictured[task])
         return {
-            each.row.removesuffix(ENDING) for each in family if each.what == (what or tested[0]) and _is_shown(each)
+            each.row.removesuffix(ENDING) for each in family if each.what == (what or family[0].what) and each.shown
         }
 
     def rank(self, task: str, row: str) -> float:
@@ -155,7 +154,7 @@ class Facts:
 
     def shown_of_ratios(self) -> set[tuple[float, float]]:
         """Return the lambda and K at which the table shows that Delta-LoRA differs from LoRA."""
-        shown = {each.row for each in self._ratios[1] if _is_shown(each)}
+        shown = {each.row for each in self._ratios[1] if each.shown}
         return {of for of, row in RATIOS.items() if row.name in shown}
 
     def of_rank(self, rank: int, row: str) -> Cell:
@@ -168,7 +167,12 @@ class Facts:
 
     def shown_of_ranks(self) -> set[tuple[int, str]]:
         """Return the ranks and rows of which the table shows that they differ from LoRA."""
-        return {of for of, each in self._ranks[1].items() if _is_shown(each)}
+        return {of for of, each in self._ranks[1].items() if each.shown}
+
+    @cached_property
+    def of_the_control(self) -> list[Equivalence]:
+        """The tests that Delta-LoRA and the larger alpha are the same, with a learning rate tuned for each."""
+        return tuned_equivalences(self.evidence)
 
     @property
     def twice(self) -> Mapping[str, Twice]:
@@ -198,10 +202,6 @@ class Facts:
     def _tuning(self, task: str, row: str) -> Sequence[Result]:
         found = self.evidence.standings(self.evidence.pictured[task])
         return next(each.tuning for each in found if each.row.name.removesuffix(ENDING) == row)
-
-
-def _is_shown(each: Difference) -> bool:
-    return each.corrected is not None and each.corrected < LEVEL
 
 
 def largest_gap(pair: tuple[Cell, Cell]) -> float:

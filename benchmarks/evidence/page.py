@@ -9,35 +9,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.comparison import (
-    Cell,
     corrected,
     detectable,
     difference,
-    equivalence,
     seeds_needed,
 )
+from benchmarks.evidence.control import coincidence, equivalences
 from benchmarks.evidence.figures import forgotten
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.measures import PUBLIC_LORA_BLEU, measure
 from benchmarks.evidence.repetition import repetition
 from benchmarks.evidence.result import Result
-from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, ROWS
-from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
-from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep
-from benchmarks.evidence.task_tables import NOT_MEASURED, differences, metrics_of, result_tables
+from benchmarks.evidence.rows import RANK_SWEEP, RATIO_SWEEP, ROWS
+from benchmarks.evidence.standing import DELTA, LORA, Evidence
+from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep, swept_ranks, swept_ratios
+from benchmarks.evidence.task_tables import NOT_MEASURED, corrected_differences, has_margin, metrics_of, result_tables
 from benchmarks.evidence.wording import (
     caption,
     count,
     figure,
     interval,
     machine_of,
+    marked,
     mean,
+    once,
     origin,
     p_of,
     picture,
-    probability,
 )
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
 
@@ -108,9 +107,11 @@ def in_short(evidence: Evidence) -> str:
         of = evidence.trio(experiment)
         if len(of) < 3:
             continue
-        metric = experiment.metric
-        apart = interval(difference(of[DELTA], of[LORA], metric))
-        rows.append((title, measure(metric).title, *(mean(cell, metric) for cell in of.values()), apart))
+        metric, ours = experiment.metric, of[DELTA].row
+        family = corrected_differences(evidence, experiment)
+        apart = next(each for each in family if (each.row, each.what) == (ours, metric))
+        means = (mean(cell, metric) for cell in of.values())
+        rows.append((title, measure(metric).title, *means, marked(apart)))
     if not rows:
         return NOT_MEASURED
     return table(("task", "", "LoRA", "Delta-LoRA", "LoRA, larger alpha", "Delta-LoRA - LoRA [95 %]"), rows)
@@ -152,49 +153,6 @@ def single_looks(evidence: Evidence) -> str:
             values = ", ".join(f"{measure(m).title} {measure(m).number(cell.mean(m))}" for m in cell.metrics)
             rows.append((experiment.task, ROWS[name].title, count(experiment.seeds, "seed"), f"{cell.lr:g}", values))
     return table(("task", "row", "", "lr", "result"), rows) if rows else NOT_MEASURED
-
-
-def equivalences(evidence: Evidence) -> str:
-    """Return the test that Delta-LoRA and LoRA with the larger alpha are the same, on every task."""
-    rows = []
-    for title, experiment in evidence.pictured.items():
-        of = evidence.trio(experiment)
-        if not {DELTA, ALPHA} <= of.keys():
-            continue
-        lrs = " / ".join(f"{of[name].lr:g}" for name in (DELTA, ALPHA))
-        for metric in _with_margins(experiment, of):
-            rows.append(_equivalence(title, lrs, of[DELTA], of[ALPHA], metric))
-    for title, (delta, alpha) in _one_rate(evidence).items():
-        metrics = task_named(delta.task).metric, "loss"
-        rows += [_equivalence(title, f"{delta.lr:g}", delta, alpha, metric) for metric in metrics]
-    if not rows:
-        return NOT_MEASURED
-    head = ("task", "", "lr", "Delta-LoRA - larger alpha", "90 % interval", "margin", "p", "the same?")
-    return table(head, rows)
-
-
-def coincidence(evidence: Evidence) -> str:
-    """Return how far the losses of Delta-LoRA and its control are apart in the run where they should not be."""
-    rows = []
-    for experiment in evidence.compared.values():
-        of = evidence.coinciding(experiment)
-        for pair in PLAIN_PAIRS:
-            cells = [of[row.name] for row in pair if row.name in of]
-            if len(cells) == len(pair):
-                results = zip(*(cell.results for cell in cells), strict=True)
-                rows += [_coincidence(delta, alpha, experiment.metric) for delta, alpha in results]
-    if not rows:
-        return NOT_MEASURED
-    head = (
-        "lr",
-        "dropout",
-        "seed",
-        "training loss",
-        "largest difference",
-        "test, Delta-LoRA",
-        "test, control",
-    )
-    return table(head, rows)
 
 
 def layers(evidence: Evidence) -> str:
@@ -268,20 +226,22 @@ def cost(folder: Path, device: str) -> str:
 
 def power(evidence: Evidence) -> str:
     """Return which differences so few seeds find, from the spread that the runs had."""
+    families = {title: (each, corrected_differences(evidence, each)) for title, each in evidence.pictured.items()}
+    sweeps = {
+        "lambda and K": (evidence.of_rows(RATIO_SWEEP), swept_ratios(evidence)[1]),
+        "rank": (evidence.of_rows(RANK_SWEEP), list(swept_ranks(evidence)[1].values())),
+    }
     rows = []
-    for task, experiment in evidence.compared.items():
-        of = evidence.cells(experiment)
-        tested = _with_margins(experiment, of)
-        family = differences(of, tested)
-        for name in tested:
-            found = sorted((each for each in family if each.what == name), key=lambda each: each.spread)
-            if not found:
+    for title, (experiment, family) in (families | sweeps).items():
+        for name in once(each.what for each in family):
+            if experiment is None or not has_margin(experiment, name):
                 continue
+            found = sorted((each for each in family if each.what == name), key=lambda each: each.spread)
             middle, how = found[(len(found) - 1) // 2], measure(name)
             needed = seeds_needed(middle, how.stored_margin)
             rows.append(
                 (
-                    task,
+                    title,
                     how.title,
                     str(experiment.seeds),
                     how.number(middle.spread),
@@ -312,58 +272,11 @@ def paper(evidence: Evidence) -> str:
         f"{high - low:.1f} points is larger than the paper's gain of {PAPER['e2e']['BLEU']} there."
     )
     glue = (
-        "On GLUE the paper reports 90.19 for Delta-LoRA on MRPC and 95.1 on SST-2, with RoBERTa-base. The models here "
-        "are much smaller, so that only the differences to LoRA can be compared."
+        "On GLUE the paper reports 90.19 for Delta-LoRA on MRPC and 95.1 on SST-2, with RoBERTa-base. What it has for "
+        "LoRA there is not at hand, so that there is no gain to compare."
     )
     head = ("task", "", "the paper's gain over LoRA", "here, Delta-LoRA - LoRA [95 %]")
     return paragraphs(table(head, rows), spread, glue)
-
-
-def _with_margins(experiment: Experiment, of: Mapping[str, Cell]) -> list[str]:
-    """Return the metrics that are tested and have a margin. That of the loss is for cross entropy alone."""
-    tested, _ = metrics_of(experiment, of.values())
-    return [name for name in tested if name != "loss" or task_named(experiment.task).kind != "regress"]
-
-
-def _one_rate(evidence: Evidence) -> dict[str, list[Cell]]:
-    """Return Delta-LoRA and the control at the learning rate of the pair without clipping, with and without it."""
-    rows = PLAIN_PAIRS[-1]
-    of = {name: cell for each in evidence.compared.values() for name, cell in evidence.coinciding(each).items()}
-    found = {"equal heads, one rate, not clipped": [of[row.name] for row in rows if row.name in of]}
-    if evidence.heads is not None:
-        beside = evidence.again or evidence  # those of the machine that the pair was run on
-        clipped = [beside.at_rate(evidence.heads, row, rows[0].lr) for row in HEAD_SWEEP[1:3]]
-        found["equal heads, one rate, clipped"] = [cell for cell in clipped if cell is not None]
-    return {title: cells for title, cells in found.items() if len(cells) == 2 and len(cells[0].results) > 1}
-
-
-def _equivalence(title: str, lrs: str, delta: Cell, alpha: Cell, metric: str) -> tuple[str, ...]:
-    how = measure(metric)
-    each = equivalence(delta, alpha, metric, how.stored_margin)
-    return (
-        title,
-        how.title,
-        lrs,
-        how.signed(each.difference.mean),
-        f"{how.signed(each.low)} .. {how.signed(each.high)}",
-        f"{how.margin:g}",
-        probability(each.p),
-        "yes" if each.shown else "no" if each.refuted else "not shown",
-    )
-
-
-def _coincidence(delta: Result, alpha: Result, metric: str) -> tuple[str, ...]:
-    apart = [abs(ours - theirs) for ours, theirs in zip(delta.losses, alpha.losses, strict=True)]
-    stretch = delta.setting.steps / len(apart)
-    how = measure(metric)
-    return (
-        f"{delta.setting.lr:g}",
-        "yes" if delta.setting.model_dropout else "no",
-        str(delta.setting.seed),
-        f"{delta.losses[0]:.3f} .. {delta.losses[-1]:.3f}",
-        f"{max(apart):.1e}, by step {stretch * (1 + apart.index(max(apart))):.0f}",
-        *(f"{how.number(run.metrics[metric])}, loss {run.metrics['loss']:.5f}" for run in (delta, alpha)),
-    )
 
 
 def _kind(evidence: Evidence, experiment: Experiment) -> str:

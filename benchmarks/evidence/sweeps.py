@@ -9,8 +9,8 @@ from benchmarks.evidence.figures import best_by_loss, mean_cosine, mean_rank, ov
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
-from benchmarks.evidence.task_tables import NOT_MEASURED, differences
-from benchmarks.evidence.wording import caption, count, figure, interval, mean, once, p_of, picture, said, tried
+from benchmarks.evidence.task_tables import NOT_MEASURED, corrected_differences, differences, metrics_of
+from benchmarks.evidence.wording import caption, count, figure, interval, marked, mean, once, p_of, picture, said, tried
 from benchmarks.markdown import Column, narrow_tables, paragraphs, table
 
 LORA_HEAD = HEAD_SWEEP[0]
@@ -96,12 +96,7 @@ def ratio_sweep(evidence: Evidence) -> str:
         grid(lambda cell: f"{mean(cell, experiment.metric)} ({cell.lr:g})"),
     ]
     if family:
-        least = min(family, key=lambda each: each.p)
-        parts += [
-            "Difference to LoRA:",
-            grid(lambda cell: interval(by_row[cell.row])),
-            f"The smallest p is {p_of(least)}: {ROWS[least.row].title}.",
-        ]
+        parts += ["Difference to LoRA, bold if p < 0.05:", grid(lambda cell: marked(by_row[cell.row]))]
     return paragraphs(*parts, said(evidence.standings(experiment)))
 
 
@@ -114,12 +109,10 @@ def equal_heads(evidence: Evidence) -> str:
     """Return LoRA, Delta-LoRA and the control with a head that has the same learning rate in all of them."""
     experiment = evidence.heads
     of = _equal_heads(evidence)
-    reference = of.get(LORA_HEAD.name)
-    if experiment is None or reference is None:
+    if experiment is None or LORA_HEAD.name not in of:
         return NOT_MEASURED
-    metrics = [experiment.metric, "loss"]
-    others = [cell for name, cell in of.items() if cell is not reference]
-    found = corrected([difference(cell, reference, metric) for metric in metrics for cell in others])
+    metrics, _ = metrics_of(experiment, of.values())
+    found = corrected_differences(evidence, experiment)
     apart = {(each.row, each.what): f"{interval(each)}, {p_of(each)}" for each in found}
     standings = {each.row.name: each for each in evidence.standings(experiment)}
     groups: list[list[Column]] = [[("lr", [f"{cell.lr:g}" for cell in of.values()])]]
@@ -177,12 +170,17 @@ def rank_sweep(evidence: Evidence) -> str:
             for rank in ranks
         ]
 
+    beyond = [
+        interval(difference(each[DELTA], each[ALPHA], experiment.metric)) if {DELTA, ALPHA} <= each.keys() else ""
+        for each in by_rank.values()
+    ]
     trained = [f"{next(iter(by_rank[rank].values())).results[0].trained:,}" for rank in ranks]
     groups: list[list[Column]] = [
         [("trained", trained)],
     ]
     groups += [[(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)]
     groups += [[(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)]
+    groups += [[("Delta-LoRA - LoRA, alpha x (1 + lambda), not corrected", beyond)]]
     return paragraphs(
         f"Cells: {how.title}, on {experiment.task}, alpha = 2 r. "
         + caption(experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.comparison import Cell, Difference, corrected, difference
 from benchmarks.evidence.figures import last_loss, mean_cosine, mean_rank
 from benchmarks.evidence.grid import Experiment
 from benchmarks.evidence.measures import measure
+from benchmarks.evidence.rows import HEAD_SWEEP
 from benchmarks.evidence.standing import LORA, Evidence, Standing
 from benchmarks.evidence.wording import caption, figure, interval, mean, p_of, said, tried
 from benchmarks.markdown import Column, narrow_tables, paragraphs
@@ -23,7 +25,7 @@ def result_tables(evidence: Evidence, experiment: Experiment) -> str:
         return NOT_MEASURED
     complete = evidence.cells(experiment)
     tested, others = metrics_of(experiment, complete.values())
-    family = differences(complete, tested)
+    family = corrected_differences(evidence, experiment)
     names = ("row", [each.row.title for each in shown])
     groups: list[list[Column]] = [[("lr", [f"{each.lr:g}" for each in shown])]]
     groups += [_metric_columns(shown, metric, family) for metric in tested]
@@ -56,6 +58,18 @@ def metrics_of(experiment: Experiment, of: Iterable[Cell]) -> tuple[list[str], l
     wanted = ["BLEU", experiment.metric, "loss"]
     tested = [name for name in dict.fromkeys(wanted) if name in known][:2]
     return tested, [name for name in known if name not in tested]
+
+
+def has_margin(experiment: Experiment, metric: str) -> bool:
+    """Return whether a metric has a margin. That of the loss is for cross entropy alone."""
+    return metric != "loss" or task_named(experiment.task).kind != "regress"
+
+
+def corrected_differences(evidence: Evidence, experiment: Experiment) -> list[Difference]:
+    """Return the differences to LoRA in the table of an experiment, corrected for their number."""
+    of = evidence.cells(experiment)
+    tested, _ = metrics_of(experiment, of.values())
+    return differences(of, tested, HEAD_SWEEP[0].name if experiment is evidence.heads else LORA)
 
 
 def differences(of: Mapping[str, Cell], metrics: Sequence[str], reference: str = LORA) -> list[Difference]:

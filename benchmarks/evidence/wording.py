@@ -114,6 +114,11 @@ def interval(each: Difference) -> str:
     return f"{how.signed(each.mean)} [{how.signed(each.low)}, {how.signed(each.high)}]"
 
 
+def marked(each: Difference) -> str:
+    """Return a difference with its 95 % interval, in bold if it is shown."""
+    return f"**{interval(each)}**" if each.shown else interval(each)
+
+
 def p_of(each: Difference) -> str:
     """Return the p-value of a difference, the corrected one where there is one."""
     return probability(each.p if each.corrected is None else each.corrected)

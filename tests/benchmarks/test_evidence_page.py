@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.evidence import page, wording
-from benchmarks.evidence.comparison import difference
+from benchmarks.evidence.comparison import detectable_effect, difference
+from benchmarks.evidence.control import coincidence, equivalences, tuned_equivalences
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
 from benchmarks.evidence.measures import measure
@@ -18,8 +19,8 @@ from benchmarks.evidence.repetition import made_twice, repetition
 from benchmarks.evidence.result import Result, write_result
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import Evidence, standings
-from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep
-from benchmarks.evidence.task_tables import result_tables
+from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep, swept_ratios
+from benchmarks.evidence.task_tables import corrected_differences, result_tables
 from benchmarks.markdown import WIDTH
 from tests.benchmarks.made_results import complete, made
 from tests.docs.test_markdown_tables import SCREEN, faults, tables_of
@@ -182,7 +183,7 @@ def test_the_runs_that_should_coincide_are_no_rows_but_have_a_table(evidence):
     cells = evidence.coinciding(evidence.compared["docstrings"])
     delta, alpha = (cells[name].results[1] for name in PLAIN)
     apart = [abs(a - b) for a, b in zip(delta.losses, alpha.losses, strict=True)]
-    line = next(line for line in lines(page.coincidence(evidence), f"{delta.setting.lr:g}") if line[2] == "1")
+    line = next(line for line in lines(coincidence(evidence), f"{delta.setting.lr:g}") if line[2] == "1")
     assert line[1] == ("yes" if delta.setting.model_dropout else "no")
     assert float(line[4].partition(",")[0]) == pytest.approx(max(apart), rel=0.06)
     assert line[4].endswith(f", by step {10 * (apart.index(max(apart)) + 1)}")
@@ -197,7 +198,7 @@ def test_equivalence_is_of_delta_lora_and_the_larger_alpha(shift, verdict):
         if run.setting.row == "alpha" and run.setting.split == "tuning":
             run.metrics["accuracy"] = 0.9 if run.setting.lr == 1e-3 else 0.5
     asked = experiment(extensions=0)
-    line = lines(page.equivalences(Evidence(results, Grid("test", (asked,)))), "docstrings")[0]
+    line = lines(equivalences(Evidence(results, Grid("test", (asked,)))), "docstrings")[0]
     assert line[1:3] == ["accuracy, %", "0.004 / 0.001"]
     assert float(line[3]) == pytest.approx(-100 * shift - 0.07, abs=0.01)
     assert line[5] == "1"
@@ -209,9 +210,9 @@ def test_the_control_is_compared_at_one_rate_with_and_without_clipping(evidence,
     lr = PLAIN_PAIRS[-1][0].lr
     heads = evidence.heads
     clipped = [made(heads._setting(row, lr, seed, "test")) for row in HEAD_SWEEP[1:3] for seed in range(heads.seeds)]
-    assert not lines(page.equivalences(evidence), "equal heads, one rate, clipped")
-    text = page.equivalences(Evidence([*evidence.results, *clipped], grid))
-    assert page.equivalences(Evidence(evidence.results, grid, clipped)) == text
+    assert not lines(equivalences(evidence), "equal heads, one rate, clipped")
+    text = equivalences(Evidence([*evidence.results, *clipped], grid))
+    assert equivalences(Evidence(evidence.results, grid, clipped)) == text
     of = {(run.setting.row, run.setting.seed): run.metrics["accuracy"] for run in [*evidence.results, *clipped]
           if run.setting.lr == lr and run.setting.split == "test"}  # fmt: skip
     pairs = {"clipped": HEAD_SWEEP[1:3], "not clipped": PLAIN_PAIRS[-1]}
@@ -222,10 +223,29 @@ def test_the_control_is_compared_at_one_rate_with_and_without_clipping(evidence,
         assert float(line[3]) == pytest.approx(100 * apart, abs=0.0051)
 
 
+def test_the_tuned_pairs_are_the_lines_of_the_table(evidence):
+    found = tuned_equivalences(evidence)
+    table = [line for title in evidence.pictured for line in lines(equivalences(evidence), title)]
+    assert [("yes" if each.shown else "no" if each.refuted else "not shown") for each in found] == [
+        line[-1] for line in table
+    ]
+
+
+@pytest.mark.parametrize(("title", "row"), [("docstrings", "delta"), ("equal heads", "delta-head"), ("e2e", "delta")])
+def test_bold_in_the_short_table_is_what_has_a_low_p_in_the_table_of_the_task(evidence, title, row):
+    experiment = evidence.pictured[title]
+    family = corrected_differences(evidence, experiment)
+    each = next(each for each in family if (each.row, each.what) == (row, experiment.metric))
+    reference = "lora-head" if title == "equal heads" else "lora"
+    cells = evidence.cells(experiment)
+    assert each.mean == pytest.approx(difference(cells[row], cells[reference], experiment.metric).mean)
+    assert lines(page.in_short(evidence), title)[0][-1].startswith("**") == (each.corrected < 0.05)
+
+
 def test_a_squared_error_has_no_margin():
     grid = Grid("test", (experiment("stsb"), experiment("mrpc")))
     evidence = Evidence(complete(grid), grid)
-    for text in (page.equivalences(evidence), page.power(evidence)):
+    for text in (equivalences(evidence), page.power(evidence)):
         assert [line[1] for line in lines(text, "stsb")] == ["Pearson, %"]
         assert [line[1] for line in lines(text, "mrpc")] == ["accuracy, %", "loss"]
 
@@ -285,26 +305,30 @@ def test_a_row_that_diverged_is_named(evidence, block):
 def test_the_sweep_over_lambda_and_k_has_a_cell_for_each(evidence):
     text = ratio_sweep(evidence)
     cells = evidence.cells(evidence.heads) | evidence.cells(evidence.of_rows(RATIO_SWEEP))
-    lora = cells["lora-head"].mean("accuracy")
+    lora, by_row = cells["lora-head"].mean("accuracy"), {each.row: each for each in swept_ratios(evidence)[1]}
     for ratio in (0.5, 2.0, 8.0):
         values, differences = lines(text, f"{ratio:g}")
         assert len(values) == len(differences) == 5
         for start, value, apart in zip((0.0, 0.05, 0.2, 0.5), values[1:], differences[1:], strict=True):
-            mean = cells[RATIOS[ratio, start].name].mean("accuracy")
+            row = RATIOS[ratio, start].name
+            mean = cells[row].mean("accuracy")
             assert value.startswith(f"{100 * mean:.2f} ± ")
-            assert apart.startswith(f"{100 * (mean - lora):+.2f}")
+            assert apart.strip("*").startswith(f"{100 * (mean - lora):+.2f}")
+            assert apart.startswith("**") == apart.endswith("**") == (by_row[row].corrected < 0.05)
     assert "Holm over 12 comparisons" in text
     assert "lambda 2" not in text.split(".")[0], "the caption names what the rows have in common"
 
 
 def test_the_ranks_are_compared_with_lora_of_the_same_rank(evidence):
     text = rank_sweep(evidence)
-    first, second = lines(text, "16")
+    first, second, third = lines(text, "16")
     cells = evidence.cells(evidence.of_rows(RANK_SWEEP))
     apart = 100 * (cells["delta-r16"].mean("accuracy") - cells["lora-r16"].mean("accuracy"))
     assert first[1] == "16,000"
     assert float(second[1].split()[0]) == pytest.approx(apart, abs=0.0051)
-    assert [line[0] for line in lines(text, "8")] == ["8", "8"], "r 8 comes from the comparison of methods"
+    beyond = difference(cells["delta-r16"], cells["alpha-r16"], "accuracy")
+    assert third[1] == f"{100 * beyond.mean:+.2f} [{100 * beyond.low:+.2f}, {100 * beyond.high:+.2f}]"
+    assert [line[0] for line in lines(text, "8")] == ["8", "8", "8"], "r 8 comes from the comparison of methods"
 
 
 def test_forgetting_is_a_rise_of_the_loss(evidence):
@@ -320,6 +344,15 @@ def test_what_the_seeds_can_show(evidence):
     assert line[2] == "2"
     assert float(line[4]) == pytest.approx(11.55 * float(line[3]), rel=0.02)
     assert float(line[5]) > float(line[4])
+
+
+def test_what_the_seeds_can_show_is_corrected_for_all_comparisons_of_a_table(evidence):
+    text = page.power(evidence)
+    for title, of in {"equal heads": 2 * (len(HEAD_SWEEP) - 1), "lambda and K": len(RATIOS), "rank": 10}.items():
+        line = lines(text, title)[0]
+        assert line[1] == "accuracy, %"
+        factor = detectable_effect(2, 0.05 / of) / detectable_effect(2)
+        assert float(line[5]) == pytest.approx(factor * float(line[4]), rel=0.02)
 
 
 def test_the_papers_numbers_stand_next_to_ours(evidence):
@@ -382,7 +415,7 @@ def test_a_single_seed_has_no_error_and_no_difference():
     results = complete(Grid("test", (asked,)))
     evidence = Evidence(results, Grid("test", (asked,)))
     assert "±" not in result_tables(evidence, asked)
-    for block in (page.in_short, page.equivalences, page.power):
+    for block in (page.in_short, equivalences, page.power):
         assert block(evidence) == NOT_MEASURED
 
 
@@ -405,7 +438,7 @@ def test_the_costs_are_those_of_the_file(tmp_path):
 
 
 def blocks(evidence):
-    found = [page.in_short, page.what_was_run, page.single_looks, page.equivalences, page.coincidence, page.forgetting]
+    found = [page.in_short, page.what_was_run, page.single_looks, equivalences, coincidence, page.forgetting]
     found += [equal_rates, ratio_sweep, rank_sweep, page.power, page.paper]
     return [block(evidence) for block in found] + [page.task_block(evidence, name) for name in evidence.compared]
 
