@@ -213,6 +213,15 @@ def kept_in_short() -> str:
     return table(("`rounding`", "kept, bfloat16", "kept, float16", "error, bfloat16"), rows)
 
 
+EVIDENCE = RESULTS / "evidence"
+
+
+@cache
+def _evidence() -> Evidence:
+    """Return the results of the evidence; a thousand files are read once."""
+    return Evidence.read(EVIDENCE)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "costs, in short": costs_in_short,
     "kept, in short": kept_in_short,
@@ -226,7 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "first_use": around_the_steps,
     "drift": partial(kept, "cpu"),
     "drift, CUDA": partial(kept, "cuda"),
-    **evidence_tables(RESULTS / "evidence"),
+    **evidence_tables(EVIDENCE, _evidence),
 }
 
 
@@ -263,8 +272,7 @@ def main() -> None:
 
 @cache
 def _facts() -> Facts:
-    folder = RESULTS / "evidence"
-    return Facts(Evidence.read(folder), folder)
+    return Facts(_evidence(), EVIDENCE)
 
 
 def _results(name: str) -> Any:

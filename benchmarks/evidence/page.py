@@ -47,18 +47,16 @@ PAPER = {
 """The paper's gains of Delta-LoRA over LoRA."""
 
 
-def evidence_tables(folder: Path) -> dict[str, Callable[[], str]]:
+def evidence_tables(folder: Path, read: Callable[[], Evidence]) -> dict[str, Callable[[], str]]:
     """Return the blocks of the pages by name, each with the function that makes it.
 
     Args:
-        folder: that holds a folder of results for each grid; it need not exist.
+        folder: with the files of the costs; it need not exist.
+        read: returns the results, and is called when a block is made.
     """
-    read: dict[str, Evidence] = {}
 
     def made(block: Callable[[Evidence], str]) -> str:
-        if not read:
-            read["full"] = Evidence.read(folder)
-        return block(read["full"])
+        return block(read())
 
     blocks: dict[str, Callable[[Evidence], str]] = {
         "in short": in_short,

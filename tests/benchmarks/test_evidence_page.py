@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -453,7 +454,7 @@ def test_every_table_renders_and_fits_a_screen(evidence):
 
 
 def test_the_blocks_read_the_folder_of_the_grid(tmp_path, monkeypatch):
-    tables = evidence_tables(tmp_path)
+    tables = evidence_tables(tmp_path, partial(Evidence.read, tmp_path))
     paper = tables.pop("evidence: the paper's numbers")
     monkeypatch.setattr(wording, "PICTURES", tmp_path)
     assert {name: table() for name, table in tables.items()} == dict.fromkeys(tables, NOT_MEASURED)
@@ -462,7 +463,7 @@ def test_the_blocks_read_the_folder_of_the_grid(tmp_path, monkeypatch):
     for result in complete(Grid("test", (look,))):
         write_result(tmp_path / "full", result)
     write_result(tmp_path / "small", Result(replace(look._setting(ROWS["lora"], 1.0, 7, "test"))))
-    assert look.task in evidence_tables(tmp_path)["evidence: single looks"]()
+    assert look.task in evidence_tables(tmp_path, partial(Evidence.read, tmp_path))["evidence: single looks"]()
 
 
 def test_runs_that_were_made_twice_are_read_from_the_second_folder(tmp_path):
