@@ -20,7 +20,7 @@ from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import PLAIN_PAIRS, RATIOS, ROWS
 from benchmarks.evidence.standing import DELTA, LORA, Evidence
 from benchmarks.evidence.sweeps import swept_ranks, swept_ratios
-from benchmarks.evidence.task_tables import corrected_differences
+from benchmarks.evidence.task_tables import corrected_differences, forgetting_differences
 
 HEADS = "equal heads"
 """The comparison on docstrings in which all heads train alike."""
@@ -104,6 +104,13 @@ class Facts:
         """Return how many times the parameters that LoRA trains a row does."""
         cells = self.cells(task)
         return cells[row].results[0].trained / cells[LORA].results[0].trained
+
+    def shown_to_forget_otherwise(self) -> set[str]:
+        """Return the rows of which a table shows that they forget more or less than LoRA."""
+        each = (
+            each for task in self.evidence.compared.values() for each in forgetting_differences(self.evidence, task)
+        )
+        return {apart.row for apart in each if apart.shown}
 
     def lr(self, task: str, row: str) -> float:
         """Return the tuned learning rate of a row."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.comparison import (
-    corrected,
     detectable,
     difference,
     seeds_needed,
@@ -24,7 +23,15 @@ from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import RANK_SWEEP, RATIO_SWEEP, ROWS
 from benchmarks.evidence.standing import DELTA, LORA, Evidence
 from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep, swept_ranks, swept_ratios
-from benchmarks.evidence.task_tables import NOT_MEASURED, corrected_differences, has_margin, metrics_of, result_tables
+from benchmarks.evidence.task_tables import (
+    NOT_MEASURED,
+    corrected_differences,
+    forgetting_differences,
+    has_margin,
+    measured_forgetting,
+    metrics_of,
+    result_tables,
+)
 from benchmarks.evidence.wording import (
     caption,
     count,
@@ -164,20 +171,12 @@ def forgetting(evidence: Evidence) -> str:
     """Return how much more each row's loss is on texts that the pretrained model wrote."""
     parts = []
     for task, experiment in evidence.compared.items():
-        of = {
-            name: cell
-            for name, cell in evidence.cells(experiment).items()
-            if all(run.forgetting is not None for run in cell.results)
-        }
+        of = measured_forgetting(evidence.cells(experiment))
         if not of:
             continue
         tested, _ = metrics_of(experiment, of.values())
         names = ("row", [ROWS[name].title for name in of])
-        family = (
-            corrected([difference(cell, of[LORA], forgotten, "forgetting") for row, cell in of.items() if row != LORA])
-            if LORA in of and experiment.seeds > 1
-            else []
-        )
+        family = forgetting_differences(evidence, experiment)
         by_row = {each.row: each for each in family}
         columns: list[Column] = [
             (measure(tested[0]).title, [mean(cell, tested[0]) for cell in of.values()]),

@@ -478,6 +478,10 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             ),
         ),
         Passage(
+            "no row was shown to forget more or less than LoRA.",
+            holds=lambda facts: not facts.shown_to_forget_otherwise(),
+        ),
+        Passage(
             "what it keeps is {} times as large as AdamW's state of the factors. Fine-tuning takes {} times as long, "
             "and its gradients and states are {} times as large.",
             lambda facts: [

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.evidence.catalogue import task_named
 from benchmarks.evidence.comparison import Cell, Difference, corrected, difference
-from benchmarks.evidence.figures import last_loss, mean_cosine, mean_rank
+from benchmarks.evidence.figures import forgotten, last_loss, mean_cosine, mean_rank
 from benchmarks.evidence.grid import Experiment
 from benchmarks.evidence.measures import measure
 from benchmarks.evidence.rows import HEAD_SWEEP
@@ -79,6 +79,19 @@ def differences(of: Mapping[str, Cell], metrics: Sequence[str], reference: str =
     return corrected(
         [difference(cell, of[reference], name) for name in metrics for row, cell in of.items() if row != reference]
     )
+
+
+def measured_forgetting(of: Mapping[str, Cell]) -> dict[str, Cell]:
+    """Return the cells whose runs were measured on texts of the pretrained model."""
+    return {name: cell for name, cell in of.items() if all(run.forgetting is not None for run in cell.results)}
+
+
+def forgetting_differences(evidence: Evidence, experiment: Experiment) -> list[Difference]:
+    """Return how much more the rows of an experiment forget than LoRA, corrected for their number."""
+    of = measured_forgetting(evidence.cells(experiment))
+    if LORA not in of or experiment.seeds < 2:
+        return []
+    return corrected([difference(cell, of[LORA], forgotten, "forgetting") for row, cell in of.items() if row != LORA])
 
 
 def _metric_columns(shown: Sequence[Standing], metric: str, family: Sequence[Difference]) -> list[Column]:

@@ -158,6 +158,16 @@ def test_shown_are_the_rows_with_a_corrected_p_below_5_percent(facts):
     assert changed.shown("docstrings") == {"full"}
 
 
+def test_rows_that_are_shown_to_forget_more_or_less_than_lora(facts):
+    grid = Grid("test", (Experiment("e2e", "tiny", ("lora", "delta", "alpha"), SETTING, LRS, seeds=3),))
+    results = complete(grid)
+    for run in results:
+        seed, row = run.setting.seed, run.setting.row
+        more = {"delta": 1 + 0.001 * seed, "alpha": 0.5 * (-1) ** seed}.get(row, 0)
+        run.forgetting = (1.0, 2 + 0.1 * seed + more)
+    assert Facts(Evidence(results, grid), facts.folder).shown_to_forget_otherwise() == {"delta"}
+
+
 def test_gaps_are_the_largest_over_seeds_and_steps(facts):
     pair, runs = facts.pair(1), [of(facts, row.name) for row in PLAIN_PAIRS[1]]
     losses = [abs(a - b) for s in range(3) for a, b in zip(*(by_seed[s].losses for by_seed in runs), strict=True)]
