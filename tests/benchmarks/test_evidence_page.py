@@ -24,7 +24,7 @@ from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, rat
 from benchmarks.evidence.task_tables import corrected_differences, result_tables
 from benchmarks.markdown import WIDTH
 from tests.benchmarks.made_results import complete, made
-from tests.docs.test_markdown_tables import SCREEN, faults, tables_of
+from tests.docs.test_markdown_tables import faults, fits_a_screen, tables_of
 
 NOT_MEASURED = "Not measured yet."
 SETTING = {"steps": 40, "batch_size": 2, "max_length": 8}
@@ -450,7 +450,7 @@ def test_every_table_renders_and_fits_a_screen(evidence):
         assert tables_of(text)
         assert faults(text) == []
         assert [line for table in tables_of(text) for line in table if len(line) > WIDTH] == []
-    assert all(len(line) <= SCREEN for line in page.in_short(evidence).splitlines()), "it stands in the README"
+    assert all(map(fits_a_screen, page.in_short(evidence).splitlines())), "it stands in the README"
 
 
 def test_the_blocks_read_the_folder_of_the_grid(tmp_path, monkeypatch):

@@ -10,6 +10,11 @@ RULE = re.compile(r"\|?(\s*:?-+:?\s*\|)+\s*(:?-+:?\s*)?")
 SCREEN = 100
 
 
+def fits_a_screen(line):
+    """Return whether a line is short enough as it is shown, without the marks of bold."""
+    return len(line.replace("**", "")) <= SCREEN
+
+
 def columns(line):
     r"""Return the number of cells of a line. A bar within a cell is written `\|`, in code as well."""
     return len(re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|")))
@@ -38,7 +43,7 @@ def test_every_table_renders(page):
 def test_the_readmes_tables_fit_a_screen():
     lines = [line for table in tables_of(README.read_text("utf8")) for line in table]
     assert len(lines) > 20
-    assert [line for line in lines if len(line) > SCREEN] == []
+    assert [line for line in lines if not fits_a_screen(line)] == []
 
 
 @pytest.mark.parametrize(
