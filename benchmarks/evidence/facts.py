@@ -19,7 +19,7 @@ from benchmarks.evidence.repetition import Twice, made_twice
 from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import PLAIN_PAIRS, RATIOS, ROWS
 from benchmarks.evidence.standing import DELTA, LORA, Evidence
-from benchmarks.evidence.sweeps import swept_ranks, swept_ratios
+from benchmarks.evidence.sweeps import beyond_the_control, swept_ranks, swept_ratios
 from benchmarks.evidence.task_tables import corrected_differences, forgetting_differences
 
 HEADS = "equal heads"
@@ -171,6 +171,10 @@ class Facts:
     def apart_at_rank(self, rank: int, row: str, reference: str = LORA) -> Difference:
         """Return the difference of one of them to another one of the same rank, in the accuracy."""
         return difference(self.of_rank(rank, row), self.of_rank(rank, reference), self.metric(HEADS))
+
+    def shown_to_differ_from_control(self) -> set[int]:
+        """Return the ranks at which the table shows that Delta-LoRA differs from LoRA with the larger alpha."""
+        return {rank for rank, each in beyond_the_control(self.evidence).items() if each.shown}
 
     def shown_of_ranks(self) -> set[tuple[int, str]]:
         """Return the ranks and rows of which the table shows that they differ from LoRA."""

@@ -33,7 +33,7 @@ KEY = ("lora", "delta", "alpha", "lora-lr3", "full", "adalora", "ratio-down", "r
 """The rows of the larger tasks."""
 
 PAIR = ("lora", "delta", "alpha")
-"""The rows of the tasks that only confirm."""
+"""The rows of the smaller comparisons."""
 
 DOCSTRINGS = {"steps": 300, "batch_size": 16, "max_length": 32}
 GLUE = {"steps": 400, "batch_size": 16, "max_length": 64}

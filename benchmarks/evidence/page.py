@@ -224,14 +224,12 @@ def cost(folder: Path, device: str) -> str:
 def power(evidence: Evidence) -> str:
     """Return which differences so few seeds find, from the spread that the runs had."""
     families = {title: (each, corrected_differences(evidence, each)) for title, each in evidence.pictured.items()}
-    sweeps = {
-        "lambda and K": (evidence.of_rows(RATIO_SWEEP), swept_ratios(evidence)[1]),
-        "rank": (evidence.of_rows(RANK_SWEEP), list(swept_ranks(evidence)[1].values())),
-    }
+    found_of = {"lambda and K": swept_ratios(evidence)[1], "rank": list(swept_ranks(evidence)[1].values())}
+    families |= {title: (each, found_of[title]) for title, each in _sweeps(evidence).items()}
     rows = []
-    for title, (experiment, family) in (families | sweeps).items():
+    for title, (experiment, family) in families.items():
         for name in once(each.what for each in family):
-            if experiment is None or not has_margin(experiment, name):
+            if not has_margin(experiment, name):
                 continue
             found = sorted((each for each in family if each.what == name), key=lambda each: each.spread)
             middle, how = found[(len(found) - 1) // 2], measure(name)
@@ -279,12 +277,14 @@ def paper(evidence: Evidence) -> str:
 def _kind(evidence: Evidence, experiment: Experiment) -> str:
     if (name := next((name for name, each in evidence.compared.items() if each is experiment), None)) is not None:
         return "comparison with LoRA" + name.removeprefix(experiment.task)
-    sweeps = {
-        "equal heads": evidence.heads,
-        "lambda and K": evidence.of_rows(RATIO_SWEEP),
-        "rank": evidence.of_rows(RANK_SWEEP),
-    }
+    sweeps = {"equal heads": evidence.heads, **_sweeps(evidence)}
     return next((kind for kind, each in sweeps.items() if experiment is each), "a single look")
+
+
+def _sweeps(evidence: Evidence) -> dict[str, Experiment]:
+    """Return the sweeps of the grid by name."""
+    found = {"lambda and K": evidence.of_rows(RATIO_SWEEP), "rank": evidence.of_rows(RANK_SWEEP)}
+    return {name: experiment for name, experiment in found.items() if experiment is not None}
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:

@@ -106,7 +106,7 @@ def _equal_heads(evidence: Evidence) -> dict[str, Cell]:
 
 
 def equal_heads(evidence: Evidence) -> str:
-    """Return LoRA, Delta-LoRA and the control with a head that has the same learning rate in all of them."""
+    """Return the rows whose head has the same learning rate in all of them."""
     experiment = evidence.heads
     of = _equal_heads(evidence)
     if experiment is None or LORA_HEAD.name not in of:
@@ -150,6 +150,16 @@ def swept_ranks(evidence: Evidence) -> tuple[dict[int, dict[str, Cell]], dict[tu
     return by_rank, dict(zip(found, corrected(list(found.values())), strict=True))
 
 
+def beyond_the_control(evidence: Evidence) -> dict[int, Difference]:
+    """Return the differences of Delta-LoRA to LoRA with the larger alpha by rank, corrected for their number."""
+    experiment = evidence.of_rows(RANK_SWEEP)
+    if experiment is None:
+        return {}
+    both = {rank: of for rank, of in swept_ranks(evidence)[0].items() if {DELTA, ALPHA} <= of.keys()}
+    found = [difference(of[DELTA], of[ALPHA], experiment.metric) for of in both.values()]
+    return dict(zip(both, corrected(found), strict=True))
+
+
 def rank_sweep(evidence: Evidence) -> str:
     """Return LoRA, Delta-LoRA and the control at each rank, compared at the same rank."""
     experiment = evidence.of_rows(RANK_SWEEP)
@@ -170,17 +180,15 @@ def rank_sweep(evidence: Evidence) -> str:
             for rank in ranks
         ]
 
-    beyond = [
-        interval(difference(each[DELTA], each[ALPHA], experiment.metric)) if {DELTA, ALPHA} <= each.keys() else ""
-        for each in by_rank.values()
-    ]
+    of_control = beyond_the_control(evidence)
+    beyond = [f"{interval(of_control[r])}, {p_of(of_control[r])}" if r in of_control else "" for r in ranks]
     trained = [f"{next(iter(by_rank[rank].values())).results[0].trained:,}" for rank in ranks]
     groups: list[list[Column]] = [
         [("trained", trained)],
     ]
     groups += [[(f"{ROWS[name].title} (lr)", column(name))] for name in (LORA, DELTA, ALPHA)]
     groups += [[(f"{ROWS[name].title} - LoRA, p", apart(name))] for name in (DELTA, ALPHA)]
-    groups += [[("Delta-LoRA - LoRA, alpha x (1 + lambda), not corrected", beyond)]]
+    groups += [[(f"Delta-LoRA - {ROWS[ALPHA].title}, p", beyond)]]
     return paragraphs(
         f"Cells: {how.title}, on {experiment.task}, alpha = 2 r. "
         + caption(experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),

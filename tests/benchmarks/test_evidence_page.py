@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from benchmarks.evidence import page, wording
-from benchmarks.evidence.comparison import detectable_effect, difference
+from benchmarks.evidence.comparison import corrected, detectable_effect, difference
 from benchmarks.evidence.control import coincidence, equivalences, tuned_equivalences
 from benchmarks.evidence.grid import Experiment, Grid
 from benchmarks.evidence.grids import FULL
@@ -20,7 +20,15 @@ from benchmarks.evidence.repetition import made_twice, repetition
 from benchmarks.evidence.result import Result, write_result
 from benchmarks.evidence.rows import HEAD_SWEEP, PLAIN_PAIRS, RANK_SWEEP, RATIO_SWEEP, RATIOS, ROWS
 from benchmarks.evidence.standing import Evidence, standings
-from benchmarks.evidence.sweeps import equal_heads, equal_rates, rank_sweep, ratio_sweep, swept_ratios
+from benchmarks.evidence.sweeps import (
+    beyond_the_control,
+    equal_heads,
+    equal_rates,
+    rank_sweep,
+    ratio_sweep,
+    swept_ranks,
+    swept_ratios,
+)
 from benchmarks.evidence.task_tables import corrected_differences, result_tables
 from benchmarks.markdown import WIDTH
 from tests.benchmarks.made_results import complete, made
@@ -328,7 +336,11 @@ def test_the_ranks_are_compared_with_lora_of_the_same_rank(evidence):
     assert first[1] == "16,000"
     assert float(second[1].split()[0]) == pytest.approx(apart, abs=0.0051)
     beyond = difference(cells["delta-r16"], cells["alpha-r16"], "accuracy")
-    assert third[1] == f"{100 * beyond.mean:+.2f} [{100 * beyond.low:+.2f}, {100 * beyond.high:+.2f}]"
+    assert third[1].startswith(f"{100 * beyond.mean:+.2f} [{100 * beyond.low:+.2f}, {100 * beyond.high:+.2f}], ")
+    found = [difference(of["delta"], of["alpha"], "accuracy") for of in swept_ranks(evidence)[0].values()]
+    assert {each.corrected for each in beyond_the_control(evidence).values()} == {
+        each.corrected for each in corrected(found)
+    }
     assert [line[0] for line in lines(text, "8")] == ["8", "8", "8"], "r 8 comes from the comparison of methods"
 
 
