@@ -95,6 +95,6 @@ FULL = Grid(
     ),
 )
 
-SMALL = Grid("small", (_encoder("docstrings", _names(HEAD_SWEEP[:5]), DOCSTRINGS, lrs=SWEEP_LRS),))
+SMALL = Grid("small", (_encoder("docstrings", _names(HEAD_SWEEP[:3]), DOCSTRINGS, lrs=SWEEP_LRS),))
 
 GRIDS = {grid.name: grid for grid in (FULL, SMALL, *PAPER)}
