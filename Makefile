@@ -59,7 +59,7 @@ benchmarks: .venv/.model
 # A grid that a reader can run within an hour; a call that was cut short is continued by the next one.
 evidence-small: .venv/.model .venv/.evidence
 	$(BIN)/python -m benchmarks.evidence run small --out evidence-out/small $(ARGS); code=$$?; \
-	$(BIN)/python -m benchmarks.evidence table small --out evidence-out/small; exit $$code
+	$(BIN)/python -m benchmarks.evidence table small --out evidence-out/small && exit $$code
 
 # The published recipes on one GPU, several runs at once, from folders alone: make evidence-cuda MODELS=folder DATA=folder.
 # Each call makes as much as it can in SECONDS and continues the one before. Packages as for `make cuda`, with

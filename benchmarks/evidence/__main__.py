@@ -204,7 +204,7 @@ def _grid(options: argparse.Namespace) -> Grid:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    usual = RESULTS / "evidence" if options.dry_run is None else DRY_RUNS
+    usual = DRY_RUNS if getattr(options, "dry_run", None) is not None else RESULTS / "evidence"
     return options.out or usual / options.grid
 
 

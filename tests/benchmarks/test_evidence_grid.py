@@ -18,6 +18,7 @@ from benchmarks.evidence.grids import GRIDS
 from benchmarks.evidence.places import Places
 from benchmarks.evidence.result import Result, read_result, read_results, write_result
 from benchmarks.evidence.setting import Setting
+from tests.benchmarks.made_results import complete
 
 SHARED = {"steps": 20, "batch_size": 4, "max_length": 8}
 SETTING = Setting("sst2", "tiny", "lora", "lora", 1e-3, 0, "test", **SHARED)
@@ -273,3 +274,13 @@ def test_this_process_is_a_worker_for_a_while_only():
     with workers.as_a_worker():
         assert state() == (1, True, False, False)
     assert state() == before
+
+
+def test_the_tables_of_a_readers_grid_are_printed(tmp_path, capsys):
+    for result in complete(GRIDS["small"]):
+        write_result(tmp_path, result)
+    assert program.main(["table", "small", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("## Equal heads")
+    assert "| LoRA, alpha x (1 + lambda) |" in text
+    assert "| equal heads | accuracy, % |" in text
