@@ -75,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     table = command("table", print_tables, "Print the tables of a grid's results, complete or not.")
     table.add_argument("grid", choices=GRIDS)
     table.add_argument("--out", type=Path, help=f"folder of the result files (default: {RESULTS}/evidence/GRID)")
+    table.set_defaults(dry_run=None)
     docstrings = command("docstrings", write_data, "Write the docstrings of this Python's library as data.")
     docstrings.add_argument("folder", type=Path, help="the data folder")
     command("page", write_page, "Write the tables and pictures of docs/evidence.md.")
@@ -204,7 +205,7 @@ def _grid(options: argparse.Namespace) -> Grid:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    usual = DRY_RUNS if getattr(options, "dry_run", None) is not None else RESULTS / "evidence"
+    usual = RESULTS / "evidence" if options.dry_run is None else DRY_RUNS
     return options.out or usual / options.grid
 
 

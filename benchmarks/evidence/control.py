@@ -18,12 +18,12 @@ from benchmarks.markdown import table
 def equivalences(evidence: Evidence) -> str:
     """Return the test that Delta-LoRA and LoRA with the larger alpha are the same, on every task."""
     rows = [
-        _line(title, f"{delta.lr:g} / {alpha.lr:g}", _tested(delta, alpha, metric))
+        _line(title, f"{delta.lr:g} / {alpha.lr:g}", within_margin(delta, alpha, metric))
         for title, delta, alpha, metric in _tuned_pairs(evidence)
     ]
     for title, (delta, alpha) in _one_rate(evidence).items():
         metrics = task_named(delta.task).metric, "loss"
-        rows += [_line(title, f"{delta.lr:g}", _tested(delta, alpha, metric)) for metric in metrics]
+        rows += [_line(title, f"{delta.lr:g}", within_margin(delta, alpha, metric)) for metric in metrics]
     if not rows:
         return NOT_MEASURED
     head = ("task", "", "lr", "Delta-LoRA - larger alpha", "90 % interval", "margin", "p", "the same?")
@@ -32,7 +32,12 @@ def equivalences(evidence: Evidence) -> str:
 
 def tuned_equivalences(evidence: Evidence) -> list[Equivalence]:
     """Return the tests of the two with a learning rate tuned for each, one for each line of the table."""
-    return [_tested(delta, alpha, metric) for _, delta, alpha, metric in _tuned_pairs(evidence)]
+    return [within_margin(delta, alpha, metric) for _, delta, alpha, metric in _tuned_pairs(evidence)]
+
+
+def within_margin(delta: Cell, alpha: Cell, metric: str) -> Equivalence:
+    """Return the test that two cells agree in a metric, up to its margin."""
+    return equivalence(delta, alpha, metric, measure(metric).stored_margin)
 
 
 def coincidence(evidence: Evidence) -> str:
@@ -79,10 +84,6 @@ def _one_rate(evidence: Evidence) -> dict[str, list[Cell]]:
         clipped = [beside.at_rate(evidence.heads, row, rows[0].lr) for row in HEAD_SWEEP[1:3]]
         found["equal heads, one rate, clipped"] = [cell for cell in clipped if cell is not None]
     return {title: cells for title, cells in found.items() if len(cells) == 2 and len(cells[0].results) > 1}
-
-
-def _tested(delta: Cell, alpha: Cell, metric: str) -> Equivalence:
-    return equivalence(delta, alpha, metric, measure(metric).stored_margin)
 
 
 def _line(title: str, lrs: str, each: Equivalence) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.evidence.comparison import Cell, Difference, detectable_effect, difference, equivalence
+from benchmarks.evidence.comparison import Cell, Difference, detectable_effect, difference
+from benchmarks.evidence.control import within_margin
 from benchmarks.evidence.facts import ENDING, HEADS, TEST_TEXTS, Facts, largest_difference, largest_gap, sampling_error
 from benchmarks.evidence.measures import PUBLIC_LORA_BLEU, measure
 from benchmarks.evidence.prose import Passage
@@ -92,7 +93,7 @@ def _clipped(facts: Facts, row: str) -> tuple[Cell, Cell]:
 def _differ_at_one_rate(facts: Facts) -> bool:
     """Return whether Delta-LoRA and the control, clipped at one rate, were shown to differ in the loss."""
     delta, alpha = (_clipped(facts, row)[0] for row in (DELTA, ALPHA))
-    return equivalence(delta, alpha, "loss", measure("loss").stored_margin).refuted
+    return within_margin(delta, alpha, "loss").refuted
 
 
 def _repeating(facts: Facts, row: str) -> int:
@@ -417,7 +418,7 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
             lambda facts: (
                 facts.pair(2)[0].lr == 1.5e-3
                 and difference(*_clipped(facts, ALPHA), "loss").low > 0
-                and equivalence(*_clipped(facts, DELTA), "loss", measure("loss").stored_margin).shown
+                and within_margin(*_clipped(facts, DELTA), "loss").shown
             ),
         ),
         Passage(
@@ -499,8 +500,8 @@ PASSAGES: Mapping[str, Sequence[Passage]] = {
         Passage(
             "With r 16 LoRA's rate was ahead of the next one by {} points, all of it from one of two seeds; the loss "
             "would have chosen the next one, 0.0027, which was not run. With r 8 the choice may have cost Delta-LoRA "
-            "something: "
-            "at 0.0027, {} points behind on the held-out texts, it is {} points ahead of LoRA on the CPU, [{}, {}].",
+            "something: at 0.0027, {} points behind on the held-out texts, it is {} points ahead of LoRA on the CPU, "
+            "[{}, {}].",
             lambda facts: [
                 _close_call(facts, "lora-r16"),
                 _close_call(facts, "delta-head"),
