@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.evidence.catalogue import task_named
@@ -42,7 +42,6 @@ class Experiment:
     seeds: int = 5
     tuning_seeds: int = 1
     extensions: int = EXTENSIONS
-    tuning_changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in ROWS]:
@@ -119,7 +118,7 @@ class Experiment:
 
     def _tuning(self, row: Row, lr: float) -> list[Setting]:
         seeds = range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
-        return [replace(self._setting(row, lr, seed, "tuning"), **self.tuning_changes) for seed in seeds]
+        return [self._setting(row, lr, seed, "tuning") for seed in seeds]
 
     def _extended(self, row: Row, grid: Sequence[float], edge: float) -> float | None:
         """Return the value beyond the edge of a grid, as far as its neighbour; None if it was extended enough."""
