@@ -99,7 +99,11 @@ class Experiment:
     def cell(self, row: Row, results: Sequence[Result]) -> list[Setting]:
         """Return the settings of a row's reported runs; empty while its learning rate is not known."""
         lr = self.lr(row, results)
-        return [] if lr is None else [self._setting(row, lr, seed, "test") for seed in range(self.seeds)]
+        return [] if lr is None else self.at_rate(row, lr)
+
+    def at_rate(self, row: Row, lr: float) -> list[Setting]:
+        """Return the settings of a row's test runs at a learning rate, which need not be the tuned one."""
+        return [self._setting(row, lr, seed, "test") for seed in range(self.seeds)]
 
     def tuning_results(self, row: Row, results: Sequence[Result]) -> list[Result]:
         """Return the results of a row's tuning runs, at whatever learning rates they were made."""

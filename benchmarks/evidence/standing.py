@@ -114,11 +114,11 @@ class Evidence:
         """Return the cells of the runs that should coincide."""
         return _sound(each for each in self._all_standings(experiment) if each.row in COINCIDENCE)
 
-    def at_rate(self, experiment: Experiment, row: Row, lr: float | None) -> Cell | None:
+    def at_rate(self, experiment: Experiment, row: Row, lr: float) -> Cell | None:
         """Return the cell of a row at another learning rate than its tuned one, if it was run there."""
-        at = [each for each in self.results if (each.setting.row, each.setting.lr) == (row.name, lr)]
-        runs = [each for each in at if each.setting.split == "test" and each.setting.task == experiment.task]
-        if len(runs) < experiment.seeds or any(run.diverged for run in runs):
+        asked = experiment.at_rate(row, lr)
+        runs = [each for each in self.results if each.setting in asked]
+        if len(runs) < len(asked) or any(run.diverged for run in runs):
             return None
         return Cell.of(runs, experiment.seeds)
 

@@ -38,6 +38,8 @@ NOT_MEASURED = "Not measured yet."
 SETTING = {"steps": 40, "batch_size": 2, "max_length": 8}
 LRS = dict.fromkeys(("adapter", "dense", "sgd"), (1e-3, 4e-3, 1.6e-2))
 PLAIN = tuple(row.name for row in PLAIN_PAIRS[-1])
+BLOCKS = [page.in_short, page.what_was_run, page.single_looks, equivalences, coincidence, page.forgetting]
+BLOCKS += [equal_rates, equal_heads, ratio_sweep, rank_sweep, page.power, page.paper]
 
 
 def experiment(task="docstrings", rows=("lora", "delta", "alpha"), seeds=3, **more):
@@ -230,6 +232,19 @@ def test_the_control_is_compared_at_one_rate_with_and_without_clipping(evidence,
         apart = statistics.fmean(of[delta.name, seed] - of[alpha.name, seed] for seed in range(heads.seeds))
         assert line[2] == f"{lr:g}"
         assert float(line[3]) == pytest.approx(100 * apart, abs=0.0051)
+
+
+def test_runs_of_another_grid_in_the_folder_change_no_table(evidence, grid):
+    """Of the same tasks, rows, rates and seeds, as `--precision bfloat16` leaves them."""
+    heads, lr = evidence.heads, PLAIN_PAIRS[-1][0].lr
+    own = [*evidence.results, *(made(each) for row in HEAD_SWEEP[1:3] for each in heads.at_rate(row, lr))]
+    others = [replace(run, setting=replace(run.setting, precision="bfloat16"), losses=[9.0]) for run in own]
+    for run in others:
+        run.metrics = {name: value / 2 for name, value in run.metrics.items()}
+    alone, mixed = (Evidence(found, grid, found) for found in (own, [*others, *own]))
+    shown = [block for block in BLOCKS if block is not page.what_was_run]
+    assert [block(mixed) for block in shown] == [block(alone) for block in shown]
+    assert report(grid, mixed.results) == report(grid, alone.results)
 
 
 def test_the_tuned_pairs_are_the_lines_of_the_table(evidence):
@@ -451,9 +466,7 @@ def test_the_costs_are_those_of_the_file(tmp_path):
 
 
 def blocks(evidence):
-    found = [page.in_short, page.what_was_run, page.single_looks, equivalences, coincidence, page.forgetting]
-    found += [equal_rates, ratio_sweep, rank_sweep, page.power, page.paper]
-    return [block(evidence) for block in found] + [page.task_block(evidence, name) for name in evidence.compared]
+    return [block(evidence) for block in BLOCKS] + [page.task_block(evidence, name) for name in evidence.compared]
 
 
 def test_every_table_renders_and_fits_a_screen(evidence):
