@@ -36,6 +36,10 @@ OWN_TEXTS = 64
 """Texts of the pretrained model by which forgetting is measured."""
 
 
+_before: dict[tuple[Any, ...], float] = {}
+"""What `Trainer` has measured of pretrained models in this process: with a large one it takes a minute."""
+
+
 class DeadlineError(Exception):
     """The time of the call is up; the run is in its checkpoint."""
 
@@ -130,8 +134,7 @@ class Trainer:
         """Take the steps that are left."""
         setting, progress = self.setting, self._continued(limits)
         if progress.step == 0 and self.texts:
-            with self.evaluating() as model:
-                progress.before = forgetting.text_loss(model, self.texts)
+            progress.before = self._loss_of_the_pretrained()
         self.prepared.model.train()
         while progress.step < setting.steps and not progress.diverged:
             until = min(progress.step + STRETCH, setting.steps)
@@ -187,6 +190,14 @@ class Trainer:
         finally:
             self.prepared.model.train()
             self.prepared.after_evaluation()
+
+    def _loss_of_the_pretrained(self) -> float:
+        """Return the loss of its own texts before training, which is that of the pretrained model in every method."""
+        key = (self.setting.model, self.device, self.setting.precision, tuple(map(tuple, self.texts)))
+        if key not in _before:
+            with self.evaluating() as model:
+                _before[key] = forgetting.text_loss(model, self.texts)
+        return _before[key]
 
     def _continued(self, limits: Limits) -> Progress:
         """Return where the run stands, and bring model, optimizer and generators there."""
