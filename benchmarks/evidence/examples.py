@@ -77,8 +77,8 @@ def _examples(name: str, tuning: bool, train_limit: int | None, test_limit: int 
     else:
         rows, labels = _read(name, task, places, "train"), None if task.writes else task.labels
         train = [_example(name, task, row, where) for row, where in rows]
-        test = [] if tuning else _test(name, task, places)
-    if tuning:
+        test = _test(name, task, places)
+    if tuning:  # the test split has been read, so that one that is missing is noticed before the tuning
         train, test = hold_out(train)
     for side, found in (("train on", train), ("measure on", test)):
         if not found:

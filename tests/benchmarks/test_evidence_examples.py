@@ -20,6 +20,7 @@ def _fresh():
 def test_tuning_trains_on_no_input_that_it_is_measured_on(tmp_path):
     rows = targets(60, each=4)
     write_rows(tmp_path / "e2e/train.jsonl.gz", rows)
+    write_rows(tmp_path / "e2e/test.jsonl.gz", prompts(3))
     found = load_examples(setting("e2e", split="tuning"), Places(tmp_path))
     train, held = {e.text for e in found.train}, {e.text for e in found.evaluated}
     assert not train & held
@@ -161,7 +162,7 @@ def test_reads_the_hub_where_the_folder_lacks_the_task(monkeypatch):
     assert asked == [("nyu-mll/glue", "mnli", split) for split in splits]
 
 
-@pytest.mark.parametrize(("split", "asked"), [("test", "dev"), ("tuning", "train")])
+@pytest.mark.parametrize(("split", "asked"), [("test", "dev"), ("tuning", "train"), ("tuning", "dev")])
 def test_refuses_a_task_without_a_split(split, asked, tmp_path):
     held = {"dev": "train", "train": "dev"}[asked]
     write_rows(tmp_path / f"glue/cola/{held}.jsonl.gz", pairs(5))
