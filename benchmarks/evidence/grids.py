@@ -70,7 +70,7 @@ OTHER_SIZE = {
     "new_tokens": 64,
     "test_examples": 24,
 }
-"""135 million parameters: with two of them at once a step takes 3 seconds of one core, a text to write 7."""
+"""135 million parameters: with two runs at once a step takes 3 seconds, and a text 7."""
 
 
 def _names(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 
-from benchmarks.evidence import forgetting
+from benchmarks.evidence import forgetting, training
 from benchmarks.evidence.forgetting import own_texts, text_loss
-from benchmarks.evidence.models import load_tokenizer
+from benchmarks.evidence.methods import METHODS, prepare
+from benchmarks.evidence.models import load_model, load_tokenizer
 from benchmarks.evidence.places import Places
-from tests.support.evidence_models import setting, write_model
+from benchmarks.evidence.tasks import open_task
+from benchmarks.evidence.training import Trainer
+from tests.support.evidence_models import prompts, setting, targets, write_model, write_rows
 
 BEGIN, END = 1, 2
 
@@ -95,3 +98,28 @@ def test_refuses_a_model_on_another_device(decoder):
     model, tokenizer = decoder
     with pytest.raises(ValueError, match="called with the model on the CPU"):
         own_texts(copy.deepcopy(model).to("meta"), tokenizer, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_model(folder / "models" / "llama", "llama")
+    write_rows(folder / "e2e/train.jsonl.gz", targets(10))
+    write_rows(folder / "e2e/test.jsonl.gz", prompts(3))
+    return Places(folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_begins_as_the_pretrained_model_which_is_measured_once(places, method, monkeypatch):
+    monkeypatch.setattr(training, "_before", {})
+    asked = setting("e2e", "llama", method=method)
+    task, model = open_task(asked, places, "cpu"), load_model(asked, places, None)
+    texts = own_texts(model, load_tokenizer(asked, places), 0, 4)
+    with torch.no_grad():
+        expected = text_loss(model, texts)
+    trainer = Trainer(asked, prepare(asked, model), task, "cpu", texts)
+    assert trainer._loss_of_the_pretrained() == expected
+    monkeypatch.setattr(forgetting, "text_loss", lambda model, texts: 1 / 0)
+    other = setting("e2e", "llama", method="delta", seed=3)
+    second = Trainer(other, prepare(other, load_model(other, places, None)), task, "cpu", texts)
+    assert second._loss_of_the_pretrained() == expected

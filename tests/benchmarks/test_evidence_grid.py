@@ -176,6 +176,16 @@ class TestWorkers:
         assert grid.needed(read_results(job.folder)) == []
         assert list(workers.work(grid, job, 2)) == []
 
+    def test_make_a_run_again_whose_file_was_cut_off(self, job):
+        grid = Grid("g", [experiment(rows=("lora",), lrs=(3e-3,), tuning_seeds=0)])
+        whole = [done.setting for done in workers.work(grid, job, 2)]
+        path = job.folder / whole[0].path
+        text = path.read_text()
+        path.write_text(text[: len(text) // 2])
+        assert [done.setting for done in workers.work(grid, job, 2)] == whole[:1]
+        assert path.read_text() == text
+        assert {run.setting for run in read_results(job.folder)} == set(whole)
+
     def test_name_a_run_that_failed_and_do_the_others(self, job):
         grid = Grid("g", [experiment(rows=("lora", "delta"))])
         done = list(workers.work(grid, job, 2))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import subprocess
 import time
 import types
@@ -242,6 +243,34 @@ class TestDryRuns:
         assert len(checkpoints) > 2 * len(whole)
         assert numbers(tmp_path / "many") == whole
 
+    def test_in_two_processes_give_the_numbers_of_one(self, folders, tmp_path):
+        options = ["--dry-run", "3", "--only", "rte", "lora", "delta"]
+        assert run(folders, tmp_path / "one", "paper-glue", *options) == 0
+        two = ["run", "paper-glue", "--workers", "2", "--out", str(tmp_path / "two"), *folders, *options]
+        assert program.main(two) == 0
+        assert len(numbers(tmp_path / "two")) == 2
+        assert numbers(tmp_path / "two") == numbers(tmp_path / "one")
+
+    @pytest.mark.parametrize("other", ["commit", "data"])
+    def test_do_not_continue_what_was_begun_with_another(self, folders, tmp_path, monkeypatch, other):
+        options = ["--dry-run", "3", "--only", "rte", "lora"]
+        steps, step = [], training.Trainer.step
+        monkeypatch.setattr(training.Trainer, "step", lambda *args: steps.append(args[1]) or step(*args))
+        with monkeypatch.context() as patch:
+            readings = iter((-math.inf, math.inf))
+            patch.setattr(training, "STRETCH", 1)
+            clock = types.SimpleNamespace(monotonic=lambda: next(readings), perf_counter=time.perf_counter)
+            patch.setattr(training, "time", clock)
+            assert run(folders, tmp_path / "out", "paper-glue", *options, "--seconds", "3600", "--commit", "abc") == 0
+        assert steps == [0]
+        changed = ["--commit", "def"]
+        if other == "data":
+            for split, count in (("train", 39), ("dev", 6)):
+                tiny.write_rows(tmp_path / f"glue/rte/{split}.jsonl.gz", tiny.pairs(count))
+            changed = ["--commit", "abc", "--data", str(tmp_path)]
+        assert run(folders, tmp_path / "out", "paper-glue", *options, *changed) == 0
+        assert steps == [0, 0, 1, 2]
+
     def test_do_not_train_again_for_texts_that_could_not_be_written(self, folders, tmp_path, monkeypatch, capsys):
         options = ["--dry-run", "3", "--only", "delta"]
         with monkeypatch.context() as patch:
@@ -284,12 +313,20 @@ class TestRefusals:
 
 
 class TestMake:
-    """What `make evidence-cuda` runs; the folders alone need to be named."""
+    """What `make evidence-small` and `make evidence-cuda` run; of the latter the folders alone need to be named."""
 
-    def command(self, *given):
+    def command(self, *given, target="evidence-cuda"):
         alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-        command = ["make", "-n", "evidence-cuda", *given]
+        command = ["make", "-n", target, *given]
         return subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+
+    def test_makes_the_grid_of_a_reader_and_prints_its_tables(self):
+        text = self.command(target="evidence-small").stdout
+        calls = re.findall(r"-m benchmarks\.evidence ([^;&|\n]*)", text)
+        run, table = (program.make_parser().parse_args(call.split()) for call in calls)
+        assert (run.command, table.command) == (program.run_grid, program.print_tables)
+        assert (run.grid, run.out) == (table.grid, table.out)
+        assert run.grid == "small"
 
     def test_runs_the_recipes_without_a_network(self):
         found = self.command("MODELS=m", "DATA=d", "GRID=paper-e2e", "SECONDS=900", "PYTHON=python3.12")
