@@ -105,12 +105,15 @@ class Facts:
         cells = self.cells(task)
         return cells[row].results[0].trained / cells[LORA].results[0].trained
 
-    def shown_to_forget_otherwise(self) -> set[str]:
-        """Return the rows of which a table shows that they forget more or less than LoRA."""
-        each = (
-            each for task in self.evidence.compared.values() for each in forgetting_differences(self.evidence, task)
-        )
-        return {apart.row for apart in each if apart.shown}
+    def shown_to_forget_otherwise(self) -> set[tuple[str, str]]:
+        """Return the tasks and rows of which a table shows that they forget more or less than LoRA."""
+        tasks = self.evidence.compared.items()
+        return {
+            (name, apart.row)
+            for name, task in tasks
+            for apart in forgetting_differences(self.evidence, task)
+            if apart.shown
+        }
 
     def lr(self, task: str, row: str) -> float:
         """Return the tuned learning rate of a row."""

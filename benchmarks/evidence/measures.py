@@ -43,7 +43,7 @@ MEASURES: Mapping[str, Measure] = {
     "matthews": Measure("Matthews, %", 100, 2, 1.0),
     "pearson": Measure("Pearson, %", 100, 2, 1.0),
     "spearman": Measure("Spearman, %", 100, 2, 1.0),
-    "loss": Measure("loss", 1, 4, 0.02),
+    "loss": Measure("loss", 1, 3, 0.02),
     "BLEU": Measure("BLEU", 1, 2, 1.0),
     "NIST": Measure("NIST", 1, 3, 0.1),
     "METEOR": Measure("METEOR", 1, 2, 1.0),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +20,6 @@ from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.standing import DELTA, LORA, Evidence, Standing
-from benchmarks.evidence.task_tables import metrics_of
 from benchmarks.evidence.tuning import smaller_is_better
 from benchmarks.evidence.wording import PICTURES, file_name
 from deltaopt.analysis import LayerChange, plot_cosines
@@ -61,8 +60,8 @@ def draw_all(evidence: Evidence, folder: Path) -> list[Path]:
     figures: dict[str, Figure | None] = {"cosines": cosines(evidence), "ranks": ranks(evidence)}
     for name, experiment in evidence.pictured.items():
         figures[f"rates-{name}"] = rates(evidence, experiment)
-    for name, experiment in evidence.compared.items():
         figures[f"losses-{name}"] = losses(evidence, experiment)
+    for name, experiment in evidence.compared.items():
         figures[f"forgetting-{name}"] = forgetting(evidence, experiment)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -86,7 +85,7 @@ def rates(evidence: Evidence, experiment: Experiment) -> Figure | None:
     lines = {name: {lr: how.factor * value for lr, value in line.items()} for name, line in lines.items()}
     smaller = smaller_is_better(experiment.metric)
     best = min if smaller else max
-    reference = next((name for name in lines if ROWS[name].method == LORA), None)
+    reference = _reference(lines)
     tried = [lr for line in lines.values() for lr in line]
     ticks = LogLocator(subs=(1, 3) if max(tried) < 100 * min(tried) else (1,))
     figure, axes = _panels(lines, reference)
@@ -116,11 +115,12 @@ def losses(evidence: Evidence, experiment: Experiment) -> Figure | None:
     lines = {name: _smooth(_mean_losses(cell)) for name, cell in cells.items()}
     if not lines:
         return None
-    figure, axes = _panels(lines)
+    reference = _reference(lines)
+    figure, axes = _panels(lines, reference)
     for name, axis in axes.items():
-        if LORA in lines:
-            axis.plot(*_line(lines[LORA]), color=REFERENCE, lw=1.0)
-        if name != LORA:
+        if reference is not None:
+            axis.plot(*_line(lines[reference]), color=REFERENCE, lw=1.0)
+        if name != reference:
             axis.plot(*_line(lines[name]), color=COLOUR, lw=1.4)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("training loss, running mean", fontsize=9)
@@ -176,8 +176,7 @@ def forgetting(evidence: Evidence, experiment: Experiment) -> Figure | None:
     }
     if not cells:
         return None
-    metric = metrics_of(experiment, cells.values())[0][0]
-    how = measure(metric)
+    metric, how = experiment.metric, measure(experiment.metric)
     figure, axis = plt.subplots(figsize=(7.5, 5.0), layout="constrained")
     colours = matplotlib.colormaps["tab20"]
     for place, (name, cell) in enumerate(cells.items()):
@@ -226,7 +225,12 @@ def _mean_and_error(cell: Cell, of: Callable[[Result], float]) -> tuple[float, f
     return cell.mean(of), cell.standard_error(of) if len(cell.results) > 1 else 0.0
 
 
-def _panels(lines: Mapping[str, Points], reference: str | None = LORA) -> tuple[Figure, dict[str, Axes]]:
+def _reference(rows: Iterable[str]) -> str | None:
+    """Return the row that the others are compared with; None without it."""
+    return next((name for name in rows if ROWS[name].method == LORA), None)
+
+
+def _panels(lines: Mapping[str, Points], reference: str | None) -> tuple[Figure, dict[str, Axes]]:
     """Return a figure with a panel for each row, with common axes."""
     columns = min(PANELS, len(lines))
     rows = math.ceil(len(lines) / columns)

@@ -16,6 +16,9 @@ from benchmarks.evidence.rows import COINCIDENCE, HEAD_SWEEP, ROWS, Row
 LORA, DELTA, ALPHA = "lora", "delta", "alpha"
 """The rows that questions are about: the reference, the method, and the control with the larger alpha."""
 
+E2E_SMOLLM2 = "e2e, SmolLM2"
+"""The comparison whose texts are sentences, by its name in `Evidence.compared`."""
+
 REPEATED = "-again"
 """Ends the name of the folder with runs of a grid that were tuned and made on another machine as well."""
 
@@ -73,12 +76,15 @@ class Evidence:
     def compared(self) -> dict[str, Experiment]:
         """The experiments that compare rows with LoRA, without sweeps and single looks, by name.
 
-        The name is the task's; a second experiment on a task has its model's name too.
+        The name is the task's; a second experiment on a task has its model's too.
         """
         found: dict[str, Experiment] = {}
         for each in self.grid.experiments:
             if LORA in each.rows and len(each.rows) > 1:
-                found[f"{each.task}, {each.model}" if each.task in found else each.task] = each
+                name = f"{each.task}, {short_name(each.model)}" if each.task in found else each.task
+                if name in found:
+                    raise ValueError(f"two comparisons of {self.grid.name} are called {name!r}")
+                found[name] = each
         return found
 
     @cached_property
@@ -110,6 +116,11 @@ class Evidence:
         """Return the complete cells in which no run diverged, by the names of their rows."""
         return _sound(self.standings(experiment))
 
+    def tuning(self, cell: Cell) -> tuple[Result, ...]:
+        """Return the tuning runs by which the learning rate of a cell was chosen."""
+        every = (each for experiment in self.grid.experiments for each in self._all_standings(experiment))
+        return next(each.tuning for each in every if each.cell is cell)
+
     def coinciding(self, experiment: Experiment) -> dict[str, Cell]:
         """Return the cells of the runs that should coincide."""
         return _sound(each for each in self._all_standings(experiment) if each.row in COINCIDENCE)
@@ -131,6 +142,11 @@ class Evidence:
         """Return the experiment of a sweep."""
         names = [row.name for row in rows]
         return next((each for each in self.grid.experiments if list(each.rows) == names), None)
+
+
+def short_name(model: str) -> str:
+    """Return what a model is called, without its owner, size and kind."""
+    return model.rpartition("/")[2].partition("-")[0]
 
 
 def standings(experiment: Experiment, results: Sequence[Result]) -> list[Standing]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.evidence.comparison import Cell, Difference, corrected, difference
 from benchmarks.evidence.figures import best_by_loss, mean_cosine, mean_rank, over_rates
+from benchmarks.evidence.grid import Experiment
 from benchmarks.evidence.measures import measure
-from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS
+from benchmarks.evidence.rows import HEAD_SWEEP, RANK_SWEEP, RANKS, RATIO_SWEEP, RATIOS, ROWS, Row
 from benchmarks.evidence.standing import ALPHA, DELTA, LORA, Evidence
 from benchmarks.evidence.task_tables import NOT_MEASURED, corrected_differences, differences, metrics_of
 from benchmarks.evidence.wording import caption, count, figure, interval, marked, mean, once, p_of, picture, said, tried
@@ -23,16 +24,12 @@ def equal_rates(evidence: Evidence) -> str:
     for title, experiment in evidence.pictured.items():
         found = [each for each in evidence.standings(experiment) if each.row.name in SAME_RATES and each.tuning]
         lines = {each.row.title: over_rates(each.tuning, experiment.metric, experiment.tuning_seeds) for each in found}
-        rates = sorted({lr for line in lines.values() for lr in line})
-        if not rates:
+        if not any(lines.values()):
             continue
-        how = measure(experiment.metric)
-        columns: list[Column] = [
-            (f"{lr:g}", [how.number(line[lr]) if lr in line else "" for line in lines.values()]) for lr in rates
-        ]
+        seeds = count(experiment.tuning_seeds, "seed")
         parts += [
-            f"{title}: {how.title}, held out of the training data, {count(experiment.tuning_seeds, 'seed')}.",
-            narrow_tables(("row", list(lines)), [[column] for column in columns]),
+            f"{title}: {measure(experiment.metric).title}, held out of the training data, {seeds}.",
+            _over_the_rates(lines, experiment.metric),
         ]
     return paragraphs(*parts, _by_the_loss(evidence)) or NOT_MEASURED
 
@@ -91,13 +88,14 @@ def ratio_sweep(evidence: Evidence) -> str:
     by_row = {each.row: each for each in family}
     title = measure(experiment.metric).title
     parts = [
-        caption(experiment, list(of.values()), len(family)),
+        caption(evidence, experiment, list(of.values()), len(family)),
         f"{title[:1].upper()}{title[1:]} (lr)" + (f"; LoRA has {mean(lora, experiment.metric)}:" if lora else ":"),
         grid(lambda cell: f"{mean(cell, experiment.metric)} ({cell.lr:g})"),
     ]
     if family:
         parts += ["Difference to LoRA, bold if p < 0.05:", grid(lambda cell: marked(by_row[cell.row]))]
-    return paragraphs(*parts, said(evidence.standings(experiment)))
+    held_out = _held_out(evidence, experiment, RATIO_SWEEP)
+    return paragraphs(*parts, held_out, said(evidence.standings(experiment)))
 
 
 def _equal_heads(evidence: Evidence) -> dict[str, Cell]:
@@ -123,10 +121,11 @@ def equal_heads(evidence: Evidence) -> str:
     layers = ("rank", mean_rank, 1), ("cosine", mean_cosine, 5)
     groups.append([(name, [figure(cell, figured, digits) for cell in of.values()]) for name, figured, digits in layers])
     return paragraphs(
-        caption(experiment, list(of.values()), len(found)),
+        caption(evidence, experiment, list(of.values()), len(found)),
         narrow_tables(("row", [ROWS[name].title for name in of]), groups),
         said(evidence.standings(experiment)),
         picture("rates-equal heads", "equal heads: accuracy against learning rate, one panel a row"),
+        picture("losses-equal heads", "equal heads: training loss, one panel a row"),
     )
 
 
@@ -191,26 +190,28 @@ def rank_sweep(evidence: Evidence) -> str:
     groups += [[(f"Delta-LoRA - {ROWS[ALPHA].title}, p", beyond)]]
     return paragraphs(
         f"Cells: {how.title}, on {experiment.task}, alpha = 2 r. "
-        + caption(experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),
+        + caption(evidence, experiment, [cell for each in by_rank.values() for cell in each.values()], len(found)),
         narrow_tables(("r", [str(rank) for rank in ranks]), groups),
-        f"{how.title[:1].upper()}{how.title[1:]}, held out of the training data, "
-        f"{count(experiment.tuning_seeds, 'seed')}, at each learning rate:",
-        _over_rates_of_ranks(evidence),
+        _held_out(evidence, experiment, [row for of_rank in RANKS.values() for row in of_rank]),
         said(evidence.standings(experiment)),
     )
 
 
-def _over_rates_of_ranks(evidence: Evidence) -> str:
-    """Return the tuning of each row of the ranks, that of equal heads included."""
-    found = [experiment for experiment in (evidence.heads, evidence.of_rows(RANK_SWEEP)) if experiment is not None]
-    lines = {
-        each.row.name: over_rates(each.tuning, experiment.metric, experiment.tuning_seeds)
-        for experiment in found
-        for each in evidence.standings(experiment)
-    }
-    rows = [row for of_rank in RANKS.values() for row in of_rank if lines.get(row.name)]
-    rates, number = sorted({lr for row in rows for lr in lines[row.name]}), measure(found[0].metric).number
+def _held_out(evidence: Evidence, sweep: Experiment, rows: Sequence[Row]) -> str:
+    """Return the metric of the tuning at each learning rate, of rows of a sweep or of equal heads."""
+    tuned = [each for experiment in (evidence.heads, sweep) if experiment for each in evidence.standings(experiment)]
+    lines = {each.row.name: over_rates(each.tuning, sweep.metric, sweep.tuning_seeds) for each in tuned}
+    title, seeds = measure(sweep.metric).title, count(sweep.tuning_seeds, "seed")
+    return paragraphs(
+        f"{title[:1].upper()}{title[1:]}, held out of the training data, {seeds}, at each learning rate:",
+        _over_the_rates({row.title: lines[row.name] for row in rows if lines.get(row.name)}, sweep.metric),
+    )
+
+
+def _over_the_rates(lines: Mapping[str, Mapping[float, float]], metric: str) -> str:
+    """Return a table with a metric of each row at each learning rate."""
+    how, rates = measure(metric), sorted({lr for line in lines.values() for lr in line})
     columns: list[Column] = [
-        (f"{lr:g}", [number(lines[row.name][lr]) if lr in lines[row.name] else "" for row in rows]) for lr in rates
+        (f"{lr:g}", [how.number(line[lr]) if lr in line else "" for line in lines.values()]) for lr in rates
     ]
-    return narrow_tables(("row", [row.title for row in rows]), [[column] for column in columns])
+    return narrow_tables(("row", list(lines)), [[column] for column in columns])

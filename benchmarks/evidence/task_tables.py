@@ -40,7 +40,7 @@ def result_tables(evidence: Evidence, experiment: Experiment) -> str:
         ],
     ]
     return paragraphs(
-        caption(experiment, [each.cell for each in shown if each.cell], len(family)),
+        caption(evidence, experiment, [each.cell for each in shown if each.cell], len(family)),
         narrow_tables(names, groups),
         narrow_tables(names, details),
         said(found),

@@ -14,7 +14,7 @@ from benchmarks.evidence.measures import measure
 from benchmarks.evidence.result import Result
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.setting import Setting
-from benchmarks.evidence.standing import Standing
+from benchmarks.evidence.standing import Evidence, Standing
 
 PICTURES = Path(__file__).parents[2] / "docs" / "evidence"
 
@@ -25,7 +25,7 @@ DEFAULTS = {
 }
 
 
-def caption(experiment: Experiment, of: Sequence[Cell], comparisons: int) -> str:
+def caption(evidence: Evidence, experiment: Experiment, of: Sequence[Cell], comparisons: int) -> str:
     """Return over what the numbers are, and on and with what they were made."""
     setting = of[0].results[0].setting
     tuned = (
@@ -41,10 +41,11 @@ def caption(experiment: Experiment, of: Sequence[Cell], comparisons: int) -> str
         if comparisons
         else ""
     )
+    runs = [run for cell in of for run in cell.results]
     return (
         f"{setting.model}, {setting.steps} steps of {setting.batch_size}{_shared(experiment, setting)}. "
         f"{count(experiment.seeds, 'seed')} a cell{spread}; {tuned}.{paired} "
-        f"{origin([run for cell in of for run in cell.results])}"
+        f"{origin(runs)}{_tuned_elsewhere(evidence, of)}"
     )
 
 
@@ -69,6 +70,21 @@ def origin(results: Sequence[Result]) -> str:
     versions = once(", ".join(f"{name} {number}" for name, number in run.versions.items()) for run in results)
     commits = once(run.commit for run in results)
     return f"{'; '.join(machines)}; {'; '.join(versions)}; commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
+
+
+def _tuned_elsewhere(evidence: Evidence, of: Sequence[Cell]) -> str:
+    """Return how many tuning runs were made on another machine than the runs of their row; empty without such."""
+    total, others = 0, []
+    for cell in of:
+        known, tuning = {machine_of(run.machine) for run in cell.results}, evidence.tuning(cell)
+        total += len(tuning)
+        others += [name for name in (machine_of(run.machine) for run in tuning) if name not in known]
+    if not others:
+        return ""
+    return (
+        f" {len(others)} of the {total} tuning runs were made on another machine than the runs of their row "
+        f"({', '.join(once(others))})."
+    )
 
 
 def said(found: Sequence[Standing]) -> str:

@@ -290,6 +290,18 @@ def test_rows_with_equal_heads_are_compared_among_themselves(evidence):
     assert "K 0, the head's learning rate 0.005." in text
 
 
+@pytest.mark.parametrize("sweep", [ratio_sweep, rank_sweep])
+def test_the_sweeps_show_each_rate_that_was_tried(evidence, sweep):
+    text = sweep(evidence)
+    part = text[text.index("Accuracy, %, held out of the training data") :]
+    for row in RATIO_SWEEP if sweep is ratio_sweep else (*HEAD_SWEEP[:3], *RANK_SWEEP):
+        tuning = [run for run in evidence.results if (run.setting.row, run.setting.split) == (row.name, "tuning")]
+        expected = {f"{r.setting.lr:g}": f"{100 * r.metrics['accuracy']:.2f}" for r in tuning if not r.diverged}
+        tables = zip(lines(part, "row"), lines(part, row.title), strict=True)
+        found = {rate: value for head, line in tables for rate, value in zip(head, line, strict=True) if value}
+        assert {rate: value for rate, value in found.items() if rate != "row"} == expected
+
+
 def test_equal_rates_are_means_of_the_tuning(evidence):
     text = equal_rates(evidence)
     for task, row in (("docstrings", "delta"), ("e2e", "alpha")):
@@ -383,13 +395,19 @@ def test_what_the_seeds_can_show_is_corrected_for_all_comparisons_of_a_table(evi
         assert float(line[5]) == pytest.approx(factor * float(line[4]), rel=0.02)
 
 
-def test_the_papers_numbers_stand_next_to_ours(evidence):
-    text = page.paper(evidence)
-    assert lines(text, "e2e")[0][1:3] == ["BLEU", "1.24"]
+def test_the_papers_numbers_stand_next_to_ours(evidence, grid):
+    """E2E's with the model whose texts are sentences."""
+    larger = replace(evidence.compared["e2e"], model="SmolLM2-larger")
+    both = Evidence(complete(Grid("test", (*grid.experiments, larger))), Grid("test", (*grid.experiments, larger)))
+    text = page.paper(both)
+    of = both.cells(larger)
+    ours = difference(of["delta"], of["lora"], "BLEU").mean
+    assert lines(text, "e2e, SmolLM2")[0][1:3] == ["BLEU", "1.24"]
+    assert lines(text, "e2e, SmolLM2")[0][3].startswith(f"{ours:+.2f} [")
     assert "68.9 to 70.4 BLEU" in text
     assert "spread of 1.5 points" in text
     assert "not measured" not in text
-    assert lines(page.paper(Evidence([])), "e2e")[0][3] == "not measured"
+    assert lines(page.paper(evidence), "e2e, SmolLM2")[0][3] == "not measured"
 
 
 def test_what_was_run_twice_is_compared_over_both_tunings(evidence, grid):

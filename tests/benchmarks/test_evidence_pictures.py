@@ -83,6 +83,11 @@ def test_rows_with_equal_heads_are_drawn_against_their_own_lora(evidence):
     held = drawn(lora, pictures.REFERENCE, "o")
     assert len(held) == 1
     assert drawn(panel(figure, "delta-head"), pictures.REFERENCE) == held
+    curves = pictures.losses(evidence, evidence.pictured["equal heads"])
+    held = drawn(panel(curves, "lora-head"), pictures.REFERENCE)
+    assert len(held) == 1
+    assert drawn(panel(curves, "delta-head"), pictures.REFERENCE) == held
+    assert len(drawn(panel(curves, "delta-head"), pictures.COLOUR)) == 1
 
 
 def test_the_best_losses_are_in_sight_though_others_are_far_away(evidence):
@@ -156,7 +161,7 @@ def test_forgetting_is_drawn_where_it_was_measured(evidence):
     rise = statistics.fmean(run.forgetting[1] - run.forgetting[0] for run in cell.results)
     marks = [container.lines[0] for container in axis.containers]
     places = [(float(mark.get_xdata()[0]), float(mark.get_ydata()[0])) for mark in marks]
-    assert places[1] == pytest.approx((rise, cell.mean("BLEU")))
+    assert places[1] == pytest.approx((rise, cell.mean("loss")))
     assert math.isfinite(places[0][0])
 
 
