@@ -211,7 +211,7 @@ def test_one_seed_has_no_spread(figure):
 def test_how_numbers_are_written():
     share, loss = MEASURES["accuracy"], MEASURES["loss"]
     assert (share.number(0.91234), share.signed(0.01), share.signed(-0.01)) == ("91.23", "+1.00", "-1.00")
-    assert (loss.number(0.5), loss.signed(-1e-6), loss.signed(1e-6)) == ("0.5000", "0.0000", "0.0000")
+    assert (loss.number(0.5), loss.signed(-1e-6), loss.signed(1e-6)) == ("0.500", "0.000", "0.000")
     assert (share.stored_margin, loss.stored_margin) == (0.01, 0.02)
     assert measure("a new one").title == "a new one"
     assert measure("BLEU_seen") == replace(MEASURES["BLEU"], title="BLEU, seen")
